@@ -1,0 +1,721 @@
+"""What the four trainers share and no paper changed: ViT blocks, masks, keyed randomness, and how a run lives.
+
+    1. Keyed randomness   every random draw is a hash of what it belongs to, so a run has no generator state
+    2. ViT blocks         attention (flash-attn / SDPA / plain), pre-norm block, patches, positions, masks
+    3. Optimisation       cosine schedule, parameter groups, loss scaling
+    4. Processes          one process or torchrun, the same code
+    5. Command line       a dataclass becomes the flags, a recipe changes its defaults
+    6. A run              folder, log, checkpoints that can't be lost, signals
+    7. Counting           multiply-adds and saved activations of a real model, for --plan
+
+Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads, P pixel values in a patch.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+try:  # optional: pip install flash-attn; used on CUDA in half precision
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+
+class UserError(SystemExit):
+    """A mistake that the user can mend. As a SystemExit it ends the program with its one line, not with a traceback."""
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+# ---- 1. Keyed randomness ---------------------------------------------------------------------------------------------
+# A generator's next number depends on everything drawn before it, so that the worker, the rank, the micro-batch and the
+# restart all change the run. A hash of (seed, epoch, index, view, purpose) depends on nothing else: resuming and
+# re-sharding are exact by construction, and any one sample can be made again alone.
+
+
+def _int64(value):
+    """The int64 with the same 64 bits (torch has no unsigned arithmetic; its int64 multiplication wraps as needed)."""
+    return (value & (2**64 - 1)) - (2**64 if value >> 63 & 1 else 0)
+
+
+def _mix(z):
+    """SplitMix64's finaliser (Steele et al., OOPSLA 2014): every input bit changes every output bit. int64 -> int64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _int64(factor)  # the mask makes >> a logical shift
+    return z ^ (z >> 31 & (1 << 33) - 1)
+
+
+def make_key(*parts):
+    """Hash a tuple of ints, strings and int64 tensors (which broadcast, on any device) to int64 keys of their shape."""
+    key = torch.tensor(_int64(0x9E3779B97F4A7C15))
+    for part in parts:
+        part = zlib.crc32(part.encode()) if isinstance(part, str) else part
+        part = _int64(part) if isinstance(part, int) else part
+        key = _mix(key * _int64(0xD1342543DE82EF95) + part + _int64(0x9E3779B97F4A7C15))
+    return key
+
+
+def uniform(keys, purpose, n=None):
+    """Uniforms in [0, 1) that belong to `keys` (int64, any shape) and `purpose`: float32 [...], or [..., n]."""
+    bits = make_key(keys, purpose) if n is None else _hash_row(keys, purpose, n)
+    return (bits >> 40 & (1 << 24) - 1).float() * 2.0**-24  # 24 bits: all that a float32 in [0, 1) can hold evenly
+
+
+def permutation(keys, purpose, n):
+    """A random order of range(n) a key: int64 [..., n]. Sorts 64-bit hashes, so ties don't happen in practice."""
+    return _hash_row(keys, purpose, n).argsort(dim=-1)
+
+
+def _hash_row(keys, purpose, n):
+    return make_key(make_key(keys, purpose)[..., None], torch.arange(n, device=keys.device))  # [..., n]
+
+
+# ---- 2. ViT blocks ---------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, kind="auto", causal=False):
+    """softmax(q k^T / sqrt(d)) v of [B, N, H, d] tensors -> [B, N, H, d] (Vaswani et al., Eq. 1).
+
+    kind: "flash" (flash-attn: CUDA, half precision), "sdpa" (PyTorch's fused kernels), "plain" (written out; it stores
+    the N x N weights, the memory that AVION, Sec. 4.1, is about), or "auto": flash-attn where it can run, else SDPA.
+    """
+    if kind == "auto":
+        half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
+        kind = "flash" if flash_attn_func is not None and half else "sdpa"
+    if kind == "flash":
+        if flash_attn_func is None:
+            raise UserError("--attention flash needs the flash-attn package (and CUDA); leave --attention at auto")
+        return flash_attn_func(q, k, v, causal=causal)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
+    if kind == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)  # [B, N, H, d]
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)  # [N, N], True: may not see
+        scores = scores.masked_fill(future, float("-inf"))
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)  # [B, N, H, d]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, N, D] -> [B, N, D].
+
+    Biases on q and v only: a key's bias would add the same number to all logits of a query, which softmax cancels.
+    (BEiT and VideoMAE train it so; weights that do have a key bias lose nothing by leaving it out.)
+    """
+
+    def __init__(self, dim, heads, kind="auto", causal=False):
+        super().__init__()
+        self.heads, self.kind, self.causal = heads, kind, causal
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # [3D]
+        qkv = F.linear(x, self.qkv.weight, bias).reshape(B, N, 3, self.heads, D // self.heads)  # [B, N, 3, H, d]
+        x = attention(*qkv.unbind(2), kind=self.kind, causal=self.causal)  # [B, N, H, d]
+        return self.proj(x.reshape(B, N, D))  # [B, N, D]
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x): the approximation that OpenAI's CLIP was trained with."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear: [B, N, D] -> [B, N, D]."""
+
+    def __init__(self, dim, hidden, act=nn.GELU):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))  # [B, N, D]
+
+
+def drop_path(x, rate, keys, purpose):
+    """Stochastic depth (Huang et al. 2016): zero a clip's whole branch with probability `rate`, scale up the rest.
+
+    x [B, N, D]; keys int64 [B], or None outside training: then x as it is.
+    """
+    if keys is None or rate == 0.0:
+        return x
+    keep = (uniform(keys, purpose) >= rate).to(x.dtype) / (1.0 - rate)  # [B]
+    return x * keep[:, None, None]  # [B, N, D]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), x + mlp(norm(x)). `index` keys its drop-path draws."""
+
+    def __init__(
+        self, dim, heads, mlp_ratio=4, drop_path=0.0, eps=1e-6, act=nn.GELU, kind="auto", causal=False, index=0
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, kind, causal)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), act)
+        self.drop_path = drop_path
+        # Hashed once, here: torch.compile need not trace through string hashing.
+        self.purposes = [zlib.crc32(f"drop_path.{index}.{branch}".encode()) for branch in ("attn", "mlp")]
+
+    def forward(self, x, keys=None):
+        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, keys, self.purposes[0])  # [B, N, D]
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, keys, self.purposes[1])  # [B, N, D]
+
+
+def run_blocks(blocks, x, keys=None, grad_checkpoint=False):
+    """Apply blocks in turn; grad_checkpoint stores a block's input only and recomputes the rest in the backward pass.
+
+    The recomputation draws the same drop path because draws are keyed: no generator state to save and restore.
+    """
+    for block in blocks:
+        if grad_checkpoint and torch.is_grad_enabled():
+            x = torch.utils.checkpoint.checkpoint(block, x, keys, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = block(x, keys)
+    return x  # [B, N, D]
+
+
+def patchify(clip, patch):
+    """Cut [B, T, C, H, W] into non-overlapping patches (p_t, p_h, p_w): [B, N, P], same dtype.
+
+    Tokens run (t, h, w), w fastest; pixels in a patch run (p_t, p_h, p_w, c), c fastest, as in VideoMAE's targets.
+    """
+    B, T, C, H, W = clip.shape
+    pt, ph, pw = patch
+    x = clip.reshape(B, T // pt, pt, C, H // ph, ph, W // pw, pw)
+    return x.permute(0, 1, 4, 6, 2, 5, 7, 3).reshape(B, -1, pt * ph * pw * C)  # [B, N, P]
+
+
+def unpatchify(patches, patch, grid, channels=3):
+    """The inverse of patchify: [B, N, P], with a grid of (n_t, n_h, n_w) tokens -> [B, T, C, H, W]."""
+    (pt, ph, pw), (nt, nh, nw) = patch, grid
+    x = patches.reshape(-1, nt, nh, nw, pt, ph, pw, channels).permute(0, 1, 4, 7, 2, 5, 3, 6)
+    return x.reshape(-1, nt * pt, channels, nh * ph, nw * pw)  # [B, T, C, H, W]
+
+
+def conv_to_linear(weight):
+    """A Conv3d patch embedding's kernel [D, C, p_t, p_h, p_w] as the weight [D, P] of a linear layer over patchify's P.
+
+    A convolution whose stride is its kernel is one matrix product over patches; as such it can skip dropped patches.
+    """
+    return weight.permute(0, 2, 3, 4, 1).flatten(1)  # [D, P]
+
+
+def linear_to_conv(weight, patch, channels=3):
+    """The inverse of conv_to_linear: [D, P] -> [D, C, p_t, p_h, p_w]."""
+    return weight.reshape(-1, *patch, channels).permute(0, 4, 1, 2, 3).contiguous()  # [D, C, p_t, p_h, p_w]
+
+
+def gather_tokens(x, index):
+    """Pick tokens a clip: x [B, N, ...] or [1, N, ...] (shared by all), index int64 [B, K] -> [B, K, ...]."""
+    x = x.expand(index.shape[0], *x.shape[1:])
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
+
+
+def sinusoid_table(n, dim):
+    """VideoMAE's fixed positions: sin at even, cos at odd channels, over the flattened (t, h, w) index. float32 [n, dim].
+
+    Computed in float64. One-dimensional, so that the table of fewer frames is a prefix of the table of more.
+    """
+    channel = torch.arange(dim, dtype=torch.float64)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] / 10000 ** (2 * (channel // 2) / dim)  # [n, dim]
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()  # [n, dim]
+
+
+def random_split(keys, n, *sizes):
+    """Per-token random masking: disjoint random subsets of range(n), one tuple entry a size: int64 [B, size], sorted."""
+    order, start, parts = permutation(keys, "mask", n), 0, []
+    for size in sizes:
+        parts.append(order[:, start : start + size].sort(dim=1).values)  # [B, size]
+        start += size
+    return tuple(parts)
+
+
+def tube_split(keys, n_time, n_space, ratio):
+    """VideoMAE's tube masking: the same places dropped in every time step. -> visible, masked: int64 [B, K], [B, N - K].
+
+    int(ratio * n_space) places are masked, as upstream.
+    """
+    masked = int(ratio * n_space)
+    steps = torch.arange(n_time, device=keys.device)[None, :, None] * n_space  # [1, n_t, 1]
+    parts = random_split(keys, n_space, n_space - masked, masked)
+    return tuple((steps + part[:, None, :]).flatten(1) for part in parts)  # [B, n_t * size]
+
+
+def init_linear(module):
+    """Xavier-uniform linear layers with zero bias (MAE, VideoMAE pretraining); use with Module.apply."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ---- 3. Optimisation -------------------------------------------------------------------------------------------------
+
+
+def cosine(step, total, warmup, peak, floor=0.0):
+    """Learning rate of step 0, 1, ...: linear from 0 over `warmup` steps, then half a cosine from peak to floor."""
+    if step < warmup:
+        return peak * step / warmup
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def param_groups(model, weight_decay, layer_decay=1.0, layer_of=None, layers=0):
+    """Optimizer groups: no weight decay on 1-D parameters; `lr_scale` = layer_decay ** (layers + 1 - layer_of(name)).
+
+    layer_of maps a parameter's name to 0 (patch embedding, CLS) ... layers (last block), layers + 1 (head). (BEiT.)
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = weight_decay if parameter.squeeze().dim() > 1 else 0.0  # squeeze: [1, 1, D] tokens are 1-D too
+            scale = layer_decay ** (layers + 1 - layer_of(name)) if layer_of else 1.0
+            group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+def loss_scaler(ctx):
+    """GradScaler for every precision: its step() skips a non-finite update by a flag on the device, without a sync.
+
+    fp16 needs its dynamic scale. Elsewhere the scale starts at 1 and only halves when an update is skipped: multiplying
+    by a power of two is exact, so it changes nothing.
+    """
+    if ctx.precision == "fp16":
+        return torch.amp.GradScaler(ctx.device.type)
+    return torch.amp.GradScaler(ctx.device.type, init_scale=1.0, growth_interval=2**31 - 1)
+
+
+# ---- 4. Processes ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Context:
+    """Where this process runs: plain `python script.py` is rank 0 of 1, torchrun sets the rest."""
+
+    rank: int
+    world: int
+    device: torch.device
+    precision: str
+    side_group: object = None  # gloo, for flags that must not make the CPU wait for the GPU
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def sum(self, tensor):
+        """The sum of a tensor over ranks, as a new tensor; every rank must call it."""
+        tensor = tensor.clone()
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag):
+        """True on all ranks if it is on any; every rank must call it. On the side group: no GPU is waited for."""
+        if self.world == 1:
+            return bool(flag)
+        flag = torch.tensor(float(flag))
+        dist.all_reduce(flag, group=self.side_group)
+        return bool(flag > 0)
+
+    def gather(self, value):
+        """The list of every rank's `value` (plain data); every rank must call it."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, group=self.side_group)
+        return values
+
+    def barrier(self):
+        self.any(False)
+
+    def wrap(self, model):
+        """DistributedDataParallel where there are several ranks: it averages gradients while backward still runs."""
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def sync(self, model, last):
+        """Context of one micro-batch's backward pass: gradients are exchanged in the last one only."""
+        return contextlib.nullcontext() if self.world == 1 or last else model.no_sync()
+
+
+def launch(precision="auto"):
+    """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), pick device and precision."""
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if precision == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "fp32" if not cuda else "bf16" if bf16 else "fp16"
+    ctx = Context(rank, world, device, precision)
+    if world > 1:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        ctx.side_group = dist.new_group(backend="gloo")
+    return ctx
+
+
+# ---- 5. Command line -------------------------------------------------------------------------------------------------
+
+
+def opt(default, help, choices=None, free=False):
+    """A Config field: its default, meaning and source. free: may differ when a run is resumed (paths, machine)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "free": free})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        flags = sorted(flag for action in self._actions for flag in action.option_strings if flag.startswith("--"))
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        if "unrecognized" in message and unknown:
+            close = difflib.get_close_matches(unknown[0], flags, 3)
+            message += f"\n  did you mean {' or '.join(close)}?" if close else ""
+            message += f"\n  flags: {' '.join(flags)}"
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(config_class, recipes, argv=None):
+    """The command line as a Config: a field a flag, defaults from the recipe. Wrong flags end the program (status 2)."""
+    parser = _Parser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    for field in dataclasses.fields(config_class):
+        name, meta = "--" + field.name.replace("_", "-"), field.metadata
+        help = f"{meta['help']} [{field.default!r}]".replace("%", "%%")
+        if field.type is bool or field.type == (bool | None):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+        elif field.type is tuple:
+            parser.add_argument(name, nargs="+", default=field.default, help=help)
+        else:
+            choices = list(recipes) if field.name == "recipe" else meta["choices"]
+            parser.add_argument(name, type=field.type, default=field.default, choices=choices, help=help)
+    chosen, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**recipes[chosen.recipe])
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def micro_batches(cfg, ctx, pairs=False):
+    """(micro-batch, accumulation steps) of a rank, from the global --batch-size; UserError where it doesn't divide.
+
+    pairs: mixup takes clip 2i's partner to be clip 2i+1, so that micro-batches must hold whole pairs.
+    """
+    per_rank, rest = divmod(cfg.batch_size, ctx.world)
+    micro = cfg.micro_batch or per_rank
+    if rest or micro < 1 or per_rank < 1 or per_rank % micro:
+        raise UserError(
+            f"--batch-size {cfg.batch_size} is not divisible by {ctx.world} ranks x --micro-batch {micro}; "
+            "the batch is global: batch = ranks x micro-batch x accumulation steps"
+        )
+    if pairs and micro % 2:
+        raise UserError(
+            f"mixup and cutmix pair clips, so --micro-batch must be even, not {micro}; or --mixup 0 --cutmix 0"
+        )
+    return micro, per_rank // micro
+
+
+# ---- 6. A run --------------------------------------------------------------------------------------------------------
+
+
+def save_atomic(path, state):
+    """torch.save that leaves either the old file or the whole new one, whenever the process or the machine dies."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """A checkpoint's dict, on the CPU; UserError names a file that is missing, damaged or unsafe.
+
+    Never runs code from the file: tensors, plain data, and argparse.Namespace, which upstream's training files carry.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        why = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        raise UserError(f"{path}: refused, not only tensors and plain data ({why}); nothing in it was run") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        why = (str(error) or "it ends too early").splitlines()[0]
+        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
+
+
+def load_weights(model, weights, source):
+    """Copy a state dict into `model` by name; returns what was loaded, left at init, not used, as a line to print.
+
+    UserError where a shape differs or nothing matches.
+    """
+    own = model.state_dict()
+    for name in weights:
+        if name in own and weights[name].shape != own[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
+            raise UserError(f"{source}: {name} is {shapes}; are --model, --decoder and --num-classes the file's?")
+    lists = [
+        [k for k in own if k in weights],
+        [k for k in own if k not in weights],
+        [k for k in weights if k not in own],
+    ]
+    if not lists[0]:
+        raise UserError(f"{source}: no weight of this model is in it (it holds {', '.join(list(weights)[:3])} ...)")
+    model.load_state_dict(weights, strict=False)
+    parts = zip(("loaded", "left at init", "not used"), lists, strict=True)
+    return f"{source}: " + ", ".join(f"{word} {len(k)}" + (f" ({k[0]} ...)" if k else "") for word, k in parts)
+
+
+class Meter:
+    """Sums of per-clip values over a log interval, and what was not finite, on the device: nothing waits until read()."""
+
+    def __init__(self, device, *names):
+        self.names, self.sums = names, torch.zeros(1 + len(names), dtype=torch.float64, device=device)
+        self.losses, self.norms = [], []  # (clips' indices, whether each loss is finite); gradient norms, one a step
+        self.finite = self.norm = torch.ones((), device=device)  # the latest of each
+
+    def add(self, index, *values):
+        """A micro-batch's values, [B] each, the loss first; index [B] says which clips they are (on the CPU)."""
+        values = torch.stack([torch.ones_like(values[0]), *values]).detach().double()  # [1 + names, B]
+        finite = values.isfinite().all(0)  # [B]
+        self.sums += values.where(finite, 0.0).sum(1)
+        self.losses.append((index, finite))
+        self.finite = finite.all()
+
+    def step(self, norm):
+        """The gradient's norm of a step, once all its micro-batches are added."""
+        self.norms.append(norm)
+        self.norm = norm
+
+    def read(self, ctx):
+        """(means over all ranks' clips since the last read, clips whose loss was not finite, number of steps whose
+        gradient was not); starts the next interval."""
+        count, *sums = ctx.sum(self.sums).tolist()
+        clips = [i for index, ok in self.losses for i in index[~ok.cpu()].tolist()]
+        clips = [i for part in ctx.gather(clips) for i in part]
+        steps = sum(not norm.isfinite().item() for norm in self.norms)
+        means = {name: value / max(1, count) for name, value in zip(self.names, sums, strict=True)}
+        means["grad_norm"] = self.norm.item()
+        self.sums.zero_()
+        self.losses, self.norms = [], []
+        return means, clips, steps
+
+    def healthy(self, ctx):
+        """Whether the latest step was finite on all ranks (in fp16 its loss: there, gradients overflow as a routine)."""
+        finite = self.finite if ctx.precision == "fp16" else self.norm.isfinite()
+        return not ctx.any(not finite)
+
+    def state(self, ctx):
+        """The interval's sums so far, over all ranks, for the checkpoint: a resumed run logs what it would have."""
+        return ctx.sum(self.sums).cpu()
+
+    def load(self, sums, ctx):
+        if ctx.rank == 0:
+            self.sums.copy_(sums)
+
+
+class Run:
+    """A run's folder: log.jsonl, last.pt, best.pt, pictures. The same command again continues it.
+
+    resume() gives the checkpoint to continue from, or None; log() writes and shows a record; save() writes checkpoints.
+    Rank 0 writes. A first SIGTERM or SIGINT sets `stopped`, which the loop heeds between two steps; a second one kills.
+    """
+
+    def __init__(self, cfg, ctx, name):
+        self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.out or f"runs/{name}-{cfg.recipe}")
+        self.started = self.saved = self.logged = time.time()
+        self.stopped, self.waited, self.step, self.bar = 0, 0.0, 0, None
+        if ctx.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "log.jsonl").open("a").close()
+            except OSError as error:
+                raise UserError(f"--out {self.folder}: can't write there ({error.strerror})") from None
+        ctx.barrier()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def _stop(self, number, frame):
+        self.stopped = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def records(self):
+        """The log's records, the first of which describes the run; a last line cut short by a kill is left out."""
+        for line in (self.folder / "log.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+    def resume(self):
+        """The state to continue from, or None to start anew; UserError where the folder holds another run."""
+        last, config = self.folder / "last.pt", dataclasses.asdict(self.cfg)
+        records = [] if self.cfg.overwrite else list(self.records())
+        source = last if self.cfg.resume == "auto" else Path(self.cfg.resume)
+        state = None if self.cfg.overwrite or (source == last and not last.exists()) else load_checkpoint(source)
+        before = (state or (records[0] if records else {})).get("config", config)
+        fixed = [f.name for f in dataclasses.fields(self.cfg) if not f.metadata["free"]]
+        differ = [
+            f"--{k.replace('_', '-')} {before.get(k)} -> {config[k]}" for k in fixed if before.get(k) != config[k]
+        ]
+        if differ:
+            raise UserError(
+                f"{self.folder} holds another run ({', '.join(differ)}); choose another --out, or --overwrite it"
+            )
+        self.ctx.barrier()  # all ranks have read what rank 0 now rewrites
+        if self.ctx.rank == 0:
+            device = torch.cuda.get_device_name() if self.ctx.device.type == "cuda" else platform.machine()
+            versions = {"python": platform.python_version(), "torch": torch.__version__}
+            head = {"config": config, "versions": versions, "device": device, "ranks": self.ctx.world, "argv": sys.argv}
+            # What a killed run logged after its last checkpoint is dropped: those steps are done, and logged, again.
+            kept = [head, *(r for r in records[1:] if state and r["step"] <= state["at"]["step"])]
+            temporary = self.folder / "log.jsonl.tmp"
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(temporary, self.folder / "log.jsonl")
+            for name in ("last.pt", "best.pt") if not state else ():
+                (self.folder / name).unlink(missing_ok=True)
+        self.ctx.barrier()
+        if state:
+            self.started, self.step = self.started - state["seconds"], state["at"]["step"]
+        return state
+
+    def say(self, text):
+        """Print a line, on rank 0, without breaking the progress bar."""
+        if self.ctx.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    @contextlib.contextmanager
+    def waiting(self):
+        """Count the time spent inside as waiting for data (`data_wait` in the log)."""
+        start = time.time()
+        yield
+        self.waited += time.time() - start
+
+    def advance(self, step, total):
+        """Move a terminal's progress bar to `step`."""
+        if self.ctx.rank == 0 and sys.stderr.isatty():
+            self.bar = self.bar or tqdm(total=total, initial=step - 1, unit="step", dynamic_ncols=True)
+            self.bar.update(step - self.bar.n)
+
+    def log(self, record, step, total):
+        """Append a record to log.jsonl and show it: on the bar, or as a line with the time left where there is none."""
+        now, record = time.time(), {"step": step, "seconds": round(time.time() - self.started, 1), **record}
+        text = "  ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if k != "step"
+        )
+        if "loss" in record:
+            rate = (step - self.step) / (now - self.logged)
+            record["clips_per_second"] = round(rate * self.cfg.batch_size, 2)
+            record["data_wait"] = round(self.waited / (now - self.logged), 4)
+            left = time.strftime("%H:%M:%S", time.gmtime((total - step) / rate))
+            text += f"  clips/s {record['clips_per_second']:.4g}  data_wait {record['data_wait']:.1%}  left {left}"
+            self.logged, self.step, self.waited = now, step, 0.0
+        if self.ctx.rank == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        if self.bar is not None and "loss" in record:
+            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['clips_per_second']:.0f} clips/s")
+        else:
+            self.say(f"step {step}/{total}  {text}")
+
+    def save(self, state, *names):
+        """Write `state` under each name, last.pt last: once it is there the others are too. Every rank calls it."""
+        self.saved = time.time()
+        if self.ctx.rank == 0:
+            state = {**state, "config": dataclasses.asdict(self.cfg), "seconds": time.time() - self.started}
+            for name in names:
+                try:
+                    save_atomic(self.folder / name, state)
+                except OSError as error:
+                    raise UserError(
+                        f"{self.folder / name}: can't write it ({error.strerror}); the one before is kept"
+                    ) from None
+
+    def guard(self, clips, steps, before):
+        """Name the clips whose loss was not finite; returns how many of `steps` skipped updates count against the
+        `before` ones. UserError past --max-skipped. (fp16's overflowing gradients are routine: only a loss counts.)
+        """
+        if self.ctx.precision == "fp16" and not clips:
+            return 0
+        if steps:
+            self.say(
+                f"{steps} updates skipped, loss or gradient not finite: {', '.join(clips[:8]) or 'by the gradient'}"
+            )
+        if before + steps > self.cfg.max_skipped:
+            raise UserError(
+                f"{before + steps} updates were skipped because the loss or gradient was not finite, more than --max-skipped "
+                f"{self.cfg.max_skipped}; the last good checkpoint is kept in {self.folder}. Lower --lr, or look at the clips"
+            )
+        return steps
+
+    def save_due(self):
+        """Whether a signal came or --save-minutes have passed since the last checkpoint; the same on all ranks."""
+        return self.ctx.any(
+            self.stopped or (self.ctx.rank == 0 and time.time() - self.saved > 60 * self.cfg.save_minutes)
+        )
+
+    def leave(self, step):
+        """After a signal on any rank: say so and end the program, as a program that this signal ended (128 + number)."""
+        if self.ctx.any(self.stopped):
+            self.say(f"stopped at step {step}, saved to {self.folder / 'last.pt'}; the same command continues")
+            raise SystemExit(128 + (self.stopped or signal.SIGTERM))
+
+
+# ---- 7. Counting, for --plan -----------------------------------------------------------------------------------------
+
+
+def count_macs(function, *args):
+    """Multiply-adds of a call, in 1e9: linear layers, attention and convolutions, by torch's FlopCounterMode.
+
+    Run it on `meta` tensors: nothing is computed. (Papers print multiply-adds as "GFLOPs"; real FLOPs are twice that.)
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        function(*args)
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def saved_bytes(module, *args):
+    """Bytes that module(*args) stores for its backward pass, parameters left out. Needs real tensors: on `meta`, SDPA
+    takes its plain path and stores more than it would."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = module(*args)  # kept alive to here: a freed storage's address would be given to the next one
+    del output
+    for parameter in module.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storages.values())

@@ -1,0 +1,84 @@
+"""The comparisons that back each script's claims, at toy size: python tests/evidence.py turbo [--seeds 0 1 2].
+
+Runs the script's own command line (a run that is already complete is only read) and prints one Markdown table.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
+import data
+import turbo
+
+
+def run(script, out, *flags):
+    """Train to the end; returns (log records, wall-clock seconds of this call)."""
+    start = time.time()
+    subprocess.run([sys.executable, ROOT / f"{script}.py", "--out", str(out), *map(str, flags)], check=True)
+    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return records, time.time() - start
+
+
+@torch.no_grad()
+def position_mean_error(cfg):
+    """PMAE of the best constant: each pixel position's mean over the training clips, on the held-out tokens (and the
+    target) that turbo.evaluate scores."""
+    model = turbo.build(cfg, cfg.num_classes)
+    target = lambda batch: turbo.pixel_target(turbo.patchify(batch.clips, model.patch), cfg.target)  # [B, N, P]
+    ctx = common.launch()
+
+    def loader(path):
+        videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
+        return turbo.eval_batches(videos, cfg, ctx, data.Failures(len(videos), 0.0))
+
+    total, count = 0, 0
+    for batch in loader(cfg.train_list):
+        total, count = total + target(batch).sum(0).double(), count + len(batch.labels)
+    mean, errors = (total / count).float(), []  # [N, P]
+    for batch in loader(cfg.val_list):
+        _, recon = turbo.token_dropout(batch.keys, model.num_tokens, cfg.mask_ratio, cfg.recon_ratio)  # [B, R]
+        errors += (common.gather_tokens(target(batch), recon) - mean[recon]).square().mean((1, 2)).tolist()
+    return sum(errors) / len(errors)
+
+
+def turbo_evidence(seeds, out):
+    """`python turbo.py`, last step, all validation clips: top-1, and reconstruction against the per-position mean."""
+    parse = partial(common.parse, turbo.Config, turbo.RECIPES)
+    rows = []
+    for seed in seeds:
+        records, seconds = run("turbo", out / f"turbo-{seed}", "--seed", seed)
+        last = [r for r in records if "val_top1" in r][-1]
+        constant = position_mean_error(parse(["--seed", str(seed), "--workers", "2"]))
+        rows.append(
+            (
+                seed,
+                last["val_top1"],
+                last["val_clips"],
+                last["val_mae"],
+                constant,
+                1 - last["val_mae"] / constant,
+                seconds,
+            )
+        )
+    print("\n| seed | top-1 % | clips | PMAE | per-position mean | below it | seconds |\n|---|---|---|---|---|---|---|")
+    for seed, top1, clips, error, constant, below, seconds in rows:
+        print(f"| {seed} | {top1:.1f} | {clips} | {error:.4f} | {constant:.4f} | {below:.1%} | {seconds:.0f} |")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=["turbo"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    args = parser.parse_args()
+    turbo_evidence(args.seeds, args.out)

@@ -12,14 +12,15 @@ Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads,
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import os
-import pickle
 import platform
+import re
 import signal
 import sys
 import time
@@ -63,11 +64,16 @@ def _mix(z):
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
+@torch.compiler.assume_constant_result
+def _crc32(text):
+    return zlib.crc32(text.encode())  # a constant to torch.compile, which can't look inside
+
+
 def make_key(*parts):
     """Hash a tuple of ints, strings and int64 tensors (which broadcast, on any device) to int64 keys of their shape."""
     key = torch.tensor(_int64(0x9E3779B97F4A7C15))
     for part in parts:
-        part = zlib.crc32(part.encode()) if isinstance(part, str) else part
+        part = _crc32(part) if isinstance(part, str) else part
         part = _int64(part) if isinstance(part, int) else part
         key = _mix(key * _int64(0xD1342543DE82EF95) + part + _int64(0x9E3779B97F4A7C15))
     return key
@@ -180,8 +186,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio), act)
         self.drop_path = drop_path
-        # Hashed once, here: torch.compile need not trace through string hashing.
-        self.purposes = [zlib.crc32(f"drop_path.{index}.{branch}".encode()) for branch in ("attn", "mlp")]
+        self.purposes = f"drop_path.{index}.attn", f"drop_path.{index}.mlp"
 
     def forward(self, x, keys=None):
         x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, keys, self.purposes[0])  # [B, N, D]
@@ -194,7 +199,7 @@ def run_blocks(blocks, x, keys=None, grad_checkpoint=False):
     The recomputation draws the same drop path because draws are keyed: no generator state to save and restore.
     """
     for block in blocks:
-        if grad_checkpoint and torch.is_grad_enabled():
+        if grad_checkpoint:
             x = torch.utils.checkpoint.checkpoint(block, x, keys, use_reentrant=False, preserve_rng_state=False)
         else:
             x = block(x, keys)
@@ -304,12 +309,14 @@ def param_groups(model, weight_decay, layer_decay=1.0, layer_of=None, layers=0):
 def loss_scaler(ctx):
     """GradScaler for every precision: its step() skips a non-finite update by a flag on the device, without a sync.
 
-    fp16 needs its dynamic scale. Elsewhere the scale starts at 1 and only halves when an update is skipped: multiplying
-    by a power of two is exact, so it changes nothing.
+    fp16 needs its dynamic scale. Elsewhere the scale is 1 and stays 1.
     """
     if ctx.precision == "fp16":
         return torch.amp.GradScaler(ctx.device.type)
-    return torch.amp.GradScaler(ctx.device.type, init_scale=1.0, growth_interval=2**31 - 1)
+    scaler = torch.amp.GradScaler(ctx.device.type, init_scale=1.0)
+    scaler.set_growth_factor(1.0)
+    scaler.set_backoff_factor(1.0)
+    return scaler
 
 
 # ---- 4. Processes ----------------------------------------------------------------------------------------------------
@@ -359,7 +366,7 @@ class Context:
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def sync(self, model, last):
         """Context of one micro-batch's backward pass: gradients are exchanged in the last one only."""
@@ -380,6 +387,7 @@ def launch(precision="auto"):
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+            atexit.register(dist.destroy_process_group)
         ctx.side_group = dist.new_group(backend="gloo")
     return ctx
 
@@ -419,7 +427,8 @@ def parse(config_class, recipes, argv=None):
             parser.add_argument(name, type=field.type, default=field.default, choices=choices, help=help)
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**recipes[chosen.recipe])
-    return config_class(**vars(parser.parse_args(argv)))
+    flags = vars(parser.parse_args(argv))
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
 
 
 def micro_batches(cfg, ctx, pairs=False):
@@ -465,12 +474,11 @@ def load_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError as error:
-        why = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
-        raise UserError(f"{path}: refused, not only tensors and plain data ({why}); nothing in it was run") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises anything: EOFError, IndexError, struct.error, ...
+        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(f"{path}: refused, loading it would call {unsafe[1]}; nothing in it was run") from error
         why = (str(error) or "it ends too early").splitlines()[0]
-        raise UserError(f"{path}: not a readable checkpoint ({why})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({why})") from error
 
 
 def load_weights(model, weights, source):
@@ -501,7 +509,8 @@ class Meter:
     def __init__(self, device, *names):
         self.names, self.sums = names, torch.zeros(1 + len(names), dtype=torch.float64, device=device)
         self.losses, self.norms = [], []  # (clips' indices, whether each loss is finite); gradient norms, one a step
-        self.finite = self.norm = torch.ones((), device=device)  # the latest of each
+        self.finite = self.norm = torch.ones((), device=device)  # of the latest step
+        self.micro = []
 
     def add(self, index, *values):
         """A micro-batch's values, [B] each, the loss first; index [B] says which clips they are (on the CPU)."""
@@ -509,12 +518,12 @@ class Meter:
         finite = values.isfinite().all(0)  # [B]
         self.sums += values.where(finite, 0.0).sum(1)
         self.losses.append((index, finite))
-        self.finite = finite.all()
+        self.micro.append(finite.all())
 
     def step(self, norm):
         """The gradient's norm of a step, once all its micro-batches are added."""
         self.norms.append(norm)
-        self.norm = norm
+        self.norm, self.finite, self.micro = norm, torch.stack(self.micro).all(), []
 
     def read(self, ctx):
         """(means over all ranks' clips since the last read, clips whose loss was not finite, number of steps whose
@@ -523,7 +532,7 @@ class Meter:
         clips = [i for index, ok in self.losses for i in index[~ok.cpu()].tolist()]
         clips = [i for part in ctx.gather(clips) for i in part]
         steps = sum(not norm.isfinite().item() for norm in self.norms)
-        means = {name: value / max(1, count) for name, value in zip(self.names, sums, strict=True)}
+        means = {name: value / count if count else math.nan for name, value in zip(self.names, sums, strict=True)}
         means["grad_norm"] = self.norm.item()
         self.sums.zero_()
         self.losses, self.norms = [], []
@@ -543,30 +552,45 @@ class Meter:
             self.sums.copy_(sums)
 
 
+def tensorboard_writer(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs `pip install tensorboard`") from None
+    return SummaryWriter(folder)
+
+
 class Run:
     """A run's folder: log.jsonl, last.pt, best.pt, pictures. The same command again continues it.
 
     resume() gives the checkpoint to continue from, or None; log() writes and shows a record; save() writes checkpoints.
-    Rank 0 writes. A first SIGTERM or SIGINT sets `stopped`, which the loop heeds between two steps; a second one kills.
+    Rank 0 writes. A first SIGTERM or SIGINT sets `stopped`, which the loop heeds between two steps; a second Ctrl-C kills.
     """
 
     def __init__(self, cfg, ctx, name):
         self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.out or f"runs/{name}-{cfg.recipe}")
-        self.started = self.saved = self.logged = time.time()
-        self.stopped, self.waited, self.step, self.bar = 0, 0.0, 0, None
+        self.started = self.saved = self.logged = self.advanced = time.time()
+        self.stopped, self.waited, self.step, self.bar, self.board = 0, 0.0, 0, None, None
+        self.leaving = False
         if ctx.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "log.jsonl").open("a").close()
             except OSError as error:
                 raise UserError(f"--out {self.folder}: can't write there ({error.strerror})") from None
+            if cfg.tensorboard:
+                self.board = tensorboard_writer(self.folder)
         ctx.barrier()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
     def _stop(self, number, frame):
         self.stopped = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:  # a scheduler may repeat its SIGTERM; a person who repeats Ctrl-C means it
+            signal.signal(number, signal.SIG_DFL)
+
+    def config(self):
+        return json.loads(json.dumps(dataclasses.asdict(self.cfg)))  # as the log gives it back: lists for tuples
 
     def records(self):
         """The log's records, the first of which describes the run; a last line cut short by a kill is left out."""
@@ -576,10 +600,12 @@ class Run:
 
     def resume(self):
         """The state to continue from, or None to start anew; UserError where the folder holds another run."""
-        last, config = self.folder / "last.pt", dataclasses.asdict(self.cfg)
+        last, config = self.folder / "last.pt", self.config()
         records = [] if self.cfg.overwrite else list(self.records())
-        source = last if self.cfg.resume == "auto" else Path(self.cfg.resume)
+        source = last if self.cfg.resume == "auto" or last.exists() else Path(self.cfg.resume)
         state = None if self.cfg.overwrite or (source == last and not last.exists()) else load_checkpoint(source)
+        if state and not (isinstance(state, dict) and {"config", "at", "seconds"} <= state.keys()):
+            raise UserError(f"{source}: not the checkpoint of a run, which --resume needs; for weights use --init")
         before = (state or (records[0] if records else {})).get("config", config)
         fixed = [f.name for f in dataclasses.fields(self.cfg) if not f.metadata["free"]]
         differ = [
@@ -599,7 +625,7 @@ class Run:
             temporary = self.folder / "log.jsonl.tmp"
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(temporary, self.folder / "log.jsonl")
-            for name in ("last.pt", "best.pt") if not state else ():
+            for name in ("last.pt", "best.pt") if self.cfg.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
         self.ctx.barrier()
         if state:
@@ -620,7 +646,8 @@ class Run:
         self.waited += time.time() - start
 
     def advance(self, step, total):
-        """Move a terminal's progress bar to `step`."""
+        """Note the end of a step, and move a terminal's progress bar to it."""
+        self.advanced = time.time()
         if self.ctx.rank == 0 and sys.stderr.isatty():
             self.bar = self.bar or tqdm(total=total, initial=step - 1, unit="step", dynamic_ncols=True)
             self.bar.update(step - self.bar.n)
@@ -635,12 +662,18 @@ class Run:
             rate = (step - self.step) / (now - self.logged)
             record["clips_per_second"] = round(rate * self.cfg.batch_size, 2)
             record["data_wait"] = round(self.waited / (now - self.logged), 4)
-            left = time.strftime("%H:%M:%S", time.gmtime((total - step) / rate))
+            left = tqdm.format_interval((total - step) / rate)
             text += f"  clips/s {record['clips_per_second']:.4g}  data_wait {record['data_wait']:.1%}  left {left}"
             self.logged, self.step, self.waited = now, step, 0.0
+        else:
+            self.logged += now - self.advanced  # an evaluation is not counted as training time
         if self.ctx.rank == 0:
             with open(self.folder / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+                file.write(json.dumps(finite) + "\n")
+        if self.board:
+            for key, value in record.items():
+                self.board.add_scalar(key, value, step)
         if self.bar is not None and "loss" in record:
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['clips_per_second']:.0f} clips/s")
         else:
@@ -650,7 +683,7 @@ class Run:
         """Write `state` under each name, last.pt last: once it is there the others are too. Every rank calls it."""
         self.saved = time.time()
         if self.ctx.rank == 0:
-            state = {**state, "config": dataclasses.asdict(self.cfg), "seconds": time.time() - self.started}
+            state |= {"config": self.config(), "precision": self.ctx.precision, "seconds": time.time() - self.started}
             for name in names:
                 try:
                     save_atomic(self.folder / name, state)
@@ -659,11 +692,11 @@ class Run:
                         f"{self.folder / name}: can't write it ({error.strerror}); the one before is kept"
                     ) from None
 
-    def guard(self, clips, steps, before):
-        """Name the clips whose loss was not finite; returns how many of `steps` skipped updates count against the
-        `before` ones. UserError past --max-skipped. (fp16's overflowing gradients are routine: only a loss counts.)
+    def guard(self, clips, steps, before, scale):
+        """Name the clips whose loss was not finite; returns how many of `steps` skipped updates count, beside the
+        `before` ones. UserError past --max-skipped. (fp16's gradients overflow as a routine while `scale` is large.)
         """
-        if self.ctx.precision == "fp16" and not clips:
+        if self.ctx.precision == "fp16" and not clips and scale >= 1:
             return 0
         if steps:
             self.say(
@@ -678,14 +711,15 @@ class Run:
 
     def save_due(self):
         """Whether a signal came or --save-minutes have passed since the last checkpoint; the same on all ranks."""
-        return self.ctx.any(
-            self.stopped or (self.ctx.rank == 0 and time.time() - self.saved > 60 * self.cfg.save_minutes)
+        self.leaving = self.ctx.any(self.stopped)
+        return self.leaving or self.ctx.any(
+            self.ctx.rank == 0 and time.time() - self.saved > 60 * self.cfg.save_minutes
         )
 
     def leave(self, step):
         """After a signal on any rank: say so and end the program, as a program that this signal ended (128 + number)."""
-        if self.ctx.any(self.stopped):
-            self.say(f"stopped at step {step}, saved to {self.folder / 'last.pt'}; the same command continues")
+        if self.leaving:
+            self.say(f"stopped at step {step}; the same command continues from {self.folder / 'last.pt'}")
             raise SystemExit(128 + (self.stopped or signal.SIGTERM))
 
 

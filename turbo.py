@@ -38,6 +38,7 @@ Shapes: B clips, T frames, C colours, N tokens, K kept (visible) tokens, R recon
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -147,6 +148,7 @@ class Config:
     seed: int = opt(0, "key of every random draw")
     eval_every: int = opt(1, "epochs between evaluations; the last step is always evaluated")
     log_every: int = opt(20, "steps between log records")
+    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
     save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
     max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
 
@@ -492,7 +494,7 @@ def use(cfg, ctx):
 
 @torch.no_grad()
 def predict(net, cfg, ctx, classes):
-    """Print the five likeliest classes of each --input video, and draw what the model reconstructs of them."""
+    """Print the five likeliest classes of each --input video."""
     if not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
     videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
@@ -510,8 +512,9 @@ def predict(net, cfg, ctx, classes):
 @torch.no_grad()
 def write_features(net, videos, cfg, ctx):
     """Write features.npy, float32 [videos, D]: CLS of each video's centre clip, in the list's order; NaN if unreadable."""
-    path = common.Run(cfg, ctx, "turbo").folder / "features.npy"
+    path = Path(cfg.out or f"runs/turbo-{cfg.recipe}") / "features.npy"
     if ctx.rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
     ctx.barrier()
     rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
@@ -549,8 +552,10 @@ def main(cfg):
     scaler, meter = common.loss_scaler(ctx), common.Meter(ctx.device, "loss", "ce", "mae")
     at = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0}
     if state:
-        for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler)):
-            part.load_state_dict(state[name])
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["precision"] == ctx.precision:
+            scaler.load_state_dict(state["scaler"])
         at = state["at"]
         meter.load(state["sums"], ctx)
     elif cfg.init:
@@ -620,7 +625,7 @@ def main(cfg):
             for line in failures.collect(ctx, (step - 1) // epoch_steps):
                 run.say(f"unreadable, replaced by another: {line}")
             means, bad, skipped = meter.read(ctx)
-            at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"])
+            at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"], scaler.get_scale())
             record = {"epoch": round(step / epoch_steps, 3), **means, "lr": lr, "clips": step * cfg.batch_size}
             run.log(record, step, total)
         if run.save_due() or step % epoch_steps == 0:

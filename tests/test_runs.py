@@ -19,7 +19,7 @@ DRIVER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch, common, data, turbo
-data.TOY_COUNTS["actions"] = {{"train": 64, "val": 8}}
+data.TOY_SETS["actions"]["counts"] = {{"train": 64, "val": 8}}
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 {patch}
 turbo.main(common.parse(turbo.Config, turbo.RECIPES))
@@ -31,7 +31,7 @@ def save(state, file):
 torch_save, torch.save = torch.save, save
 """
 NOT_RENAMED = "os.replace = lambda a, b: die() if str(b).endswith('last.pt') else os.rename(a, b)"
-TOY_HALF_MADE = "data.TOY_MAKERS['actions'] = lambda *a, f=data.TOY_MAKERS['actions']: die() if a[-1] == 40 else f(*a)"
+TOY_HALF_MADE = "data._toy_video = lambda *a, f=data._toy_video: die() if a[-1] == 40 else f(*a)"
 SAVE_GRADIENTS = """
 def dump(parameters, norm):
     if common.os.environ.get("RANK", "0") == "0":
@@ -227,7 +227,7 @@ def test_signal_saves_and_leaves(work, number):
     stdout, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "stopped at step" in stdout and "Traceback" not in err, stdout + err
     step = torch.load(out / "last.pt", weights_only=True)["at"]["step"]
-    assert f"stopped at step {step}," in stdout
+    assert f"stopped at step {step};" in stdout
     process = drive(work, *args)
     assert f"steps {step} to 4000" in process.stdout.readline()
     process.kill()

@@ -19,6 +19,7 @@ import difflib
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import signal
@@ -474,9 +475,11 @@ def load_checkpoint(path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"loading it would call {unsafe[1]}" if unsafe else "it is not a file of tensors and plain data"
+        raise UserError(f"{path}: refused, {why}; nothing in it was run") from error
     except Exception as error:  # a damaged file raises anything: EOFError, IndexError, struct.error, ...
-        if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(f"{path}: refused, loading it would call {unsafe[1]}; nothing in it was run") from error
         why = (str(error) or "it ends too early").splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint ({why})") from error
 

@@ -68,7 +68,7 @@ RECIPES = {
         "size": 64,
         "recon_ratio": 0.25,
         "target": "pixels",  # a small model needs long to learn the normalised one
-        "epochs": 10,
+        "epochs": 15,
         "warmup_epochs": 1.0,
         "eval_every": 5,
         "lr": 1e-3,
@@ -255,6 +255,7 @@ class Turbo(nn.Module):
             table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
             self.register_buffer("decoder_positions", table, persistent=False)
         self.apply(common.init_linear)
+        self.patch_embed.reset_parameters()  # PyTorch's default, as VideoMAE's convolution: positions must stand out
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02) if recon else None
         nn.init.normal_(self.head.weight, std=0.01)

@@ -296,7 +296,7 @@ def test_training_lowers_the_loss_and_says_so(trained):
     assert head["config"]["lr"] == 3e-3 and {"python", "torch"} <= set(head["versions"])
     assert [r["step"] for r in records if "val_top1" in r] == [20, 40]
     assert all(a["seconds"] <= b["seconds"] for a, b in pairwise(records))
-    assert re.search(r"left \d\d:\d\d:\d\d", stdout) and "chance 12.5 %" in stdout
+    assert re.search(r"left [\d:]+", stdout) and "chance 12.5 %" in stdout
 
 
 def test_pictures(trained):

@@ -551,7 +551,7 @@ def main(cfg):
     net = build(cfg, classes).to(ctx.device)
     optimizer = torch.optim.AdamW(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)
     scaler, meter = common.loss_scaler(ctx), common.Meter(ctx.device, "loss", "ce", "mae")
-    at = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0}
+    at = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0, "last": {}}
     if state:
         net.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -590,7 +590,7 @@ def main(cfg):
             result = evaluate(net, val_videos, cfg, ctx, run.folder / "recon.png")
             run.log(result, step, total)
             better = result["val_top1"] > at["best"]
-            at |= {"evaluated": step, "best": max(at["best"], result["val_top1"])}
+            at |= {"evaluated": step, "best": max(at["best"], result["val_top1"]), "last": result}
             save(*["best.pt"] * better, "last.pt")
         if step == total:
             break
@@ -633,9 +633,9 @@ def main(cfg):
             save("last.pt")
         run.leave(step)
 
-    last = [record for record in run.records() if "val_top1" in record][-1]
     run.say(
-        f"complete: top-1 {last['val_top1']:.1f} % of {last['val_clips']} validation clips (chance {100 / classes:.1f} %), "
+        f"complete: top-1 {at['last']['val_top1']:.1f} % of {at['last']['val_clips']} validation clips (chance "
+        f"{100 / classes:.1f} %), "
         f"best {at['best']:.1f} %. {run.folder}/recon.png: original, seen, reconstruction. --overwrite starts anew."
     )
 

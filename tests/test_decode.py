@@ -401,9 +401,10 @@ def test_box_and_size_against_decode_then_crop(tmp_path_factory, box, size):
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 @pytest.mark.parametrize("flip", [(False, False), (True, False)])
 def test_rotation_and_mirroring_are_applied(tmp_path, ending, degrees, flip):
-    plain = make(tmp_path / "plain.mp4", n=3)
     turned = make(tmp_path / f"turned.{ending}", n=3, turn=(degrees, *flip))
-    upright = data.read_clip(plain, [1], (H, W)).rot90(degrees // 90, (2, 3))  # counter-clockwise  [1, 3, h, w]
+    coded = np.empty((3, H, W), np.uint8)
+    data._convert(coded, sequential(turned)[1], (0, 0, W, H), data.VideoReformatter())
+    upright = torch.from_numpy(coded)[None].rot90(degrees // 90, (2, 3))  # counter-clockwise  [1, 3, h, w]
     upright = upright.flip(3) if flip[0] else upright  # [1, 3, h, w]
     with data.Video(turned) as video:
         h, w = upright.shape[2:]

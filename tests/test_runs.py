@@ -301,7 +301,7 @@ turbo.turbo_loss = loss
     out = finish(drive(work, "--max-steps", "6", "--workers", "0", "--out", work / "nan", patch=patch))
     assert out.count("updates skipped") == 1 and "1 updates skipped" in out and out.count(".mp4") == 1
     state = torch.load(work / "nan/last.pt", weights_only=True)
-    assert state["at"] == {"step": 6, "evaluated": 6, "best": state["at"]["best"], "skipped": 1}
+    assert (state["at"]["step"], state["at"]["skipped"]) == (6, 1)
     assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {5.0}
 
 

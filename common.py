@@ -12,7 +12,6 @@ Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads,
 """
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -344,13 +343,14 @@ class Context:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag):
-        """True on all ranks if it is on any; every rank must call it. On the side group: no GPU is waited for."""
-        if self.world == 1:
-            return bool(flag)
-        flag = torch.tensor(float(flag))
-        dist.all_reduce(flag, group=self.side_group)
-        return bool(flag > 0)
+    def any(self, *flags):
+        """For each flag, whether it is true on any rank; every rank must call it. On the side group: no GPU is waited
+        for. One flag gives a bool, several a list of them."""
+        flags = torch.tensor([float(flag) for flag in flags])
+        if self.world > 1:
+            dist.all_reduce(flags, group=self.side_group)
+        found = [flag > 0 for flag in flags.tolist()]
+        return found if len(found) > 1 else found[0]
 
     def gather(self, value):
         """The list of every rank's `value` (plain data); every rank must call it."""
@@ -361,6 +361,10 @@ class Context:
 
     def barrier(self):
         self.any(False)
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
 
     def wrap(self, model):
         """DistributedDataParallel where there are several ranks: it averages gradients while backward still runs."""
@@ -388,7 +392,6 @@ def launch(precision="auto"):
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-            atexit.register(dist.destroy_process_group)
         ctx.side_group = dist.new_group(backend="gloo")
     return ctx
 
@@ -555,6 +558,10 @@ class Meter:
             self.sums.copy_(sums)
 
 
+def versions():
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+
+
 def tensorboard_writer(folder):
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -574,7 +581,7 @@ class Run:
         self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.out or f"runs/{name}-{cfg.recipe}")
         self.started = self.saved = self.logged = self.advanced = time.time()
         self.stopped, self.waited, self.step, self.bar, self.board = 0, 0.0, 0, None, None
-        self.leaving = False
+        self.leaving, self.logged_records = False, 0
         if ctx.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -607,7 +614,7 @@ class Run:
         records = [] if self.cfg.overwrite else list(self.records())
         source = last if self.cfg.resume == "auto" or last.exists() else Path(self.cfg.resume)
         state = None if self.cfg.overwrite or (source == last and not last.exists()) else load_checkpoint(source)
-        if state and not (isinstance(state, dict) and {"config", "at", "seconds"} <= state.keys()):
+        if state and not (isinstance(state, dict) and {"config", "at", "records"} <= state.keys()):
             raise UserError(f"{source}: not the checkpoint of a run, which --resume needs; for weights use --init")
         before = (state or (records[0] if records else {})).get("config", config)
         fixed = [f.name for f in dataclasses.fields(self.cfg) if not f.metadata["free"]]
@@ -621,10 +628,15 @@ class Run:
         self.ctx.barrier()  # all ranks have read what rank 0 now rewrites
         if self.ctx.rank == 0:
             device = torch.cuda.get_device_name() if self.ctx.device.type == "cuda" else platform.machine()
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            head = {"config": config, "versions": versions, "device": device, "ranks": self.ctx.world, "argv": sys.argv}
+            head = {
+                "config": config,
+                "versions": versions(),
+                "device": device,
+                "ranks": self.ctx.world,
+                "argv": sys.argv,
+            }
             # What a killed run logged after its last checkpoint is dropped: those steps are done, and logged, again.
-            kept = [head, *(r for r in records[1:] if state and r["step"] <= state["at"]["step"])]
+            kept = [head, *records[1 : 1 + (state["records"] if state else 0)]]
             temporary = self.folder / "log.jsonl.tmp"
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(temporary, self.folder / "log.jsonl")
@@ -633,6 +645,9 @@ class Run:
         self.ctx.barrier()
         if state:
             self.started, self.step = self.started - state["seconds"], state["at"]["step"]
+            self.logged_records = state["records"]
+            if source != last or self.cfg.resume != "auto":
+                self.say(f"continuing {source}")
         return state
 
     def say(self, text):
@@ -670,6 +685,7 @@ class Run:
             self.logged, self.step, self.waited = now, step, 0.0
         else:
             self.logged += now - self.advanced  # an evaluation is not counted as training time
+        self.logged_records += 1
         if self.ctx.rank == 0:
             with open(self.folder / "log.jsonl", "a") as file:
                 finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -686,7 +702,8 @@ class Run:
         """Write `state` under each name, last.pt last: once it is there the others are too. Every rank calls it."""
         self.saved = time.time()
         if self.ctx.rank == 0:
-            state |= {"config": self.config(), "precision": self.ctx.precision, "seconds": time.time() - self.started}
+            state |= {"config": self.config(), "versions": versions(), "precision": self.ctx.precision}
+            state |= {"seconds": time.time() - self.started, "records": self.logged_records}
             for name in names:
                 try:
                     save_atomic(self.folder / name, state)
@@ -714,13 +731,12 @@ class Run:
 
     def save_due(self):
         """Whether a signal came or --save-minutes have passed since the last checkpoint; the same on all ranks."""
-        self.leaving = self.ctx.any(self.stopped)
-        return self.leaving or self.ctx.any(
-            self.ctx.rank == 0 and time.time() - self.saved > 60 * self.cfg.save_minutes
-        )
+        late = self.ctx.rank == 0 and time.time() - self.saved > 60 * self.cfg.save_minutes
+        self.leaving, late = self.ctx.any(self.stopped, late)
+        return self.leaving or late
 
     def leave(self, step):
-        """After a signal on any rank: say so and end the program, as a program that this signal ended (128 + number)."""
+        """Once saved after a signal on any rank: say so and end as a program that the signal ended (128 + number)."""
         if self.leaving:
             self.say(f"stopped at step {step}; the same command continues from {self.folder / 'last.pt'}")
             raise SystemExit(128 + (self.stopped or signal.SIGTERM))

@@ -216,11 +216,9 @@ def _convert(out, frame, box, scaler):
     whole, view = box == (0, 0, frame.width, frame.height), _view(frame, box)
     if whole and not (view and frame.interlaced_frame):
         view = frame  # it knows where its chroma samples sit, which a view can't be told: half a pixel
-    elif view is None:  # the box cuts chroma samples in half: give each pixel its own first; takes 4 times as long
-        full = re.sub("4[0-9]{2}", "444", frame.format.name)
-        full = full if full in PLANAR else "gbrp"
+    elif view is None:  # the box cuts chroma samples in half: colours first, at full size; takes 3 to 10 times as long
         exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
-        view = _view(VideoReformatter().reformat(frame, format=full, interpolation=exact, threads=1), box)
+        view = _view(VideoReformatter().reformat(frame, format="gbrp", interpolation=exact, threads=1), box)
     flags = Interpolation.BILINEAR
     if (view.width, view.height) == (w, h):
         # Without a change of size swscale takes a shortcut that repeats chroma samples, and leaves the last columns of
@@ -256,9 +254,13 @@ class Video:
             raise VideoError(self.path, "not a file")
         if not status.st_size:
             raise VideoError(self.path, "the file is empty (0 bytes)")
-        with _errors(self.path, "can't be opened"):
-            self._fast = (fast and self._index(OPEN_FAST)) or self._index(OPEN)
-            self._describe()
+        try:
+            with _errors(self.path, "can't be opened"):
+                self._fast = (fast and self._index(OPEN_FAST)) or self._index(OPEN)
+                self._describe()
+        except VideoError:
+            self.close()
+            raise
 
     def __enter__(self):
         return self
@@ -319,7 +321,7 @@ class Video:
             self._drop = safe and (codec == "h264" or extra[21] >> 3 & 7 == 1)  # with one temporal layer
         if options is OPEN_FAST and not safe:
             return False
-        self._packets, self._rows, self._starts, self._torn, size, gaps = [], [], [], set(), 0, -1
+        self._packets, self._rows, self._starts, size, gaps = [], [], [], 0, -1
         for packet in container.demux(stream):
             if not packet.size:  # PyAV ends with an empty one
                 gaps += 1
@@ -330,8 +332,6 @@ class Video:
                 else:
                     safe = codec != "hevc"  # BLA and no_output_of_prior_pics hide frames around them
                 safe = safe and not packet.has_sidedata("new_extradata")
-            if packet.is_corrupt:  # cut off, or with parts missing
-                self._torn.add(packet.pts)
             self._rows.append((packet.pts, packet.dts, packet.is_discard))
             size += packet.size
             if size > KEEP_BYTES:
@@ -343,7 +343,7 @@ class Video:
             raise VideoError(self.path, f"truncated, {missing} of its {missing + len(self._rows)} frames are missing")
         if not self._rows:
             raise VideoError(self.path, "no frame in its video stream")
-        if not safe or gaps or self._torn or self._starts[:1] != [0] or any(pts is None for pts, _, _ in self._rows):
+        if not safe or gaps or self._starts[:1] != [0] or any(pts is None for pts, _, _ in self._rows):
             return False
         shown = sorted((pts, n) for n, (pts, _, hidden) in enumerate(self._rows) if not hidden)
         self._pts, self._order = [pts for pts, _ in shown], [n for _, n in shown]
@@ -360,8 +360,7 @@ class Video:
             if room >= 0 or not kept:
                 kept.append(frame)
             pts.append(frame.pts)
-            torn = frame.is_corrupt or frame.pts in self._torn
-            bad.append(torn or (bool(bad) and bad[-1] and not frame.key_frame))
+            bad.append(frame.is_corrupt or (bool(bad) and bad[-1] and not frame.key_frame))
         if not kept:
             raise VideoError(self.path, "no frame can be decoded")
         self._pts, self._bad, self._kept = pts, bad, kept
@@ -428,7 +427,7 @@ class Video:
                 for n, (t, *repeats) in wanted[i].items():
                     _, out, box, scaler = jobs[n]
                     _convert(out[t], frame, box, scaler)
-                    out[repeats] = out[t]
+                    out[repeats] = out[t]  # [3, h, w]
         return [torch.from_numpy(out) for out, *_ in jobs]
 
     def _to_coded(self, out, box):
@@ -439,10 +438,10 @@ class Video:
             raise ValueError(f"box {(x, y, w, h)} is not inside the {width}x{height} frame of {self.path}")
         transpose, flip_x, flip_y = self._turn
         if flip_x:
-            x, out = width - x - w, out[..., ::-1]
+            x, out = width - x - w, out[..., ::-1]  # [T, 3, h, w]
         if flip_y:
-            y, out = height - y - h, out[..., ::-1, :]
-        return (out.swapaxes(2, 3), (y, x, h, w)) if transpose else (out, (x, y, w, h))
+            y, out = height - y - h, out[..., ::-1, :]  # [T, 3, h, w]
+        return (out.swapaxes(2, 3), (y, x, h, w)) if transpose else (out, (x, y, w, h))  # [T, 3, w, h] or [T, 3, h, w]
 
     def _frames(self, wanted):
         """Yields (index, frame) of each wanted frame."""
@@ -605,7 +604,8 @@ def fps_frames(info, n, fps, u):
 def centre_box(info):
     """The largest centred square."""
     side = min(info.width, info.height)
-    return (info.width - side) // 2, (info.height - side) // 2, side, side
+    x, y = ((room - side) // 2 & ~1 for room in (info.width, info.height))  # even: on a whole chroma sample
+    return x, y, side, side
 
 
 def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
@@ -641,7 +641,7 @@ class VideoList:
         self.path = str(path)
         paths, labels, lines = [], [], []
         try:
-            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         video, label = self._split(line.strip(), number)
@@ -652,14 +652,18 @@ class VideoList:
             raise UserError(f"{path}: can't read the list ({error.strerror})") from None
         if not paths:
             raise UserError(f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`")
-        integers = all(label.lstrip("-").isdecimal() for label in labels)
-        if classes is None:
-            count = num_classes or (max(map(int, labels)) + 1 if integers else 0)
-            classes = [str(i) for i in range(count)] if integers else sorted(set(labels))
+        if classes is None and all(re.fullmatch("-?[0-9]+", label) for label in labels):
+            largest = max((int(label) for label in labels if re.fullmatch("[0-9]{1,7}", label)), default=0)
+            classes = [str(i) for i in range(num_classes or largest + 1)]
+        classes = classes or sorted(set(labels))
+        if num_classes not in (0, len(classes)):
+            raise UserError(
+                f"{path}: its labels are {len(classes)} names ({classes[0]} ...), not --num-classes {num_classes}"
+            )
         names = {name: i for i, name in enumerate(classes)}
         for number, label in zip(lines, labels, strict=True):
             if label not in names:
-                known = f"0 ... {len(classes) - 1}" if classes[0].isdecimal() else ", ".join(classes[:8])
+                known = f"0 ... {len(classes) - 1}" if classes[0] == "0" else ", ".join(classes[:8])
                 raise UserError(f"{path}:{number}: label {label!r} is not one of the {len(classes)} classes ({known})")
         self._keep(paths, [names[label] for label in labels], classes, root)
 
@@ -676,7 +680,10 @@ class VideoList:
 
     def _split(self, line, number):
         for separator in ", ":  # the quote character keeps a path together that holds the separator
-            fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+            try:
+                fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+            except csv.Error:
+                break
             if len(fields) == 2 and all(fields):
                 return fields[0].strip(), fields[1].strip()
         raise UserError(
@@ -735,13 +742,14 @@ class ClipDataset(torch.utils.data.Dataset):
             path = self.videos.video(index)
             try:
                 with Video(path) as video:
-                    frames, box = self.plan(video.info, key)
+                    try:
+                        frames, box = self.plan(video.info, key)
+                    except ValueError as error:  # a clip that this video is too short for
+                        raise VideoError(path, str(error)) from error
                     clip = video.read(frames, self.size, box)
                 return clip, int(self.videos.labels[index]), key, index, failures
             except VideoError as error:
                 failures.append(str(error))
-            except ValueError as error:  # a clip that this video is too short for
-                failures.append(f"{path}: {error}")
         return None, -1, key, index, failures
 
 
@@ -808,10 +816,10 @@ def make_loader(dataset, batches, workers, device):
 
 
 class Failures:
-    """Unreadable videos of an epoch, over workers and ranks: named in the log, and too many of them end the run."""
+    """The videos of an epoch that could not be read, over workers and ranks: too many of them end the run."""
 
     def __init__(self, n, fraction):
-        self.limit, self.new, self.names, self.count, self.epoch = max(1, int(fraction * n)), [], [], 0, 0
+        self.limit, self.new, self.lines, self.epoch = max(1, int(fraction * n)), [], {}, 0
 
     def add(self, batch, size):
         """Note a training batch's failures; UserError where even its replacements could not be read."""
@@ -820,18 +828,19 @@ class Failures:
             raise UserError(f"no replacement found for a clip (--max-bad): {'; '.join(batch.failures[:3])}")
 
     def collect(self, ctx, epoch):
-        """Exchange the failures since the last call; every rank calls it. Returns their lines, UserError past the limit."""
+        """Exchange the failures since the last call; every rank calls it, at an epoch's end at the latest. Returns the
+        lines that are new in this epoch; UserError past the limit."""
         if epoch != self.epoch:
-            self.names, self.count, self.epoch = [], 0, epoch
-        lines, self.new = [line for part in ctx.gather(self.new) for line in part], []
-        self.count += len(lines)
-        self.names = [*self.names, *lines][:5]
-        if self.count > self.limit:
+            self.lines, self.epoch = {}, epoch
+        new = dict.fromkeys(line for part in ctx.gather(self.new) for line in part if line not in self.lines)
+        self.new = []
+        self.lines |= new
+        if len(self.lines) > self.limit:
             raise UserError(
-                f"{self.count} videos could not be read in epoch {epoch}, more than the {self.limit} that --max-bad allows: "
-                + "; ".join(self.names)
+                f"{len(self.lines)} videos could not be read in epoch {epoch}, more than the {self.limit} that --max-bad "
+                f"allows: {'; '.join([*self.lines][:5])}"
             )
-        return lines
+        return list(new)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -868,8 +877,8 @@ def mix(clips, targets, step_key, mixup, cutmix):
     if use_cutmix:
         H, W = clips.shape[-2:]
         h, w = int(H * math.sqrt(1 - lam)), int(W * math.sqrt(1 - lam))
-        y0, y1 = (min(max(int(cy * H) + d, 0), H) for d in (-h // 2, h - h // 2 - h % 2))
-        x0, x1 = (min(max(int(cx * W) + d, 0), W) for d in (-w // 2, w - w // 2 - w % 2))
+        top, left = int(cy * H) - (h + 1) // 2, int(cx * W) - (w + 1) // 2
+        y0, y1, x0, x1 = max(top, 0), min(top + h, H), max(left, 0), min(left + w, W)
         mixed = clips.clone()
         mixed[..., y0:y1, x0:x1] = swap(clips)[..., y0:y1, x0:x1]
         clips, lam = mixed, 1 - (y1 - y0) * (x1 - x0) / (H * W)  # the area that was really replaced
@@ -901,7 +910,7 @@ def write_panels(path, panels, fps, marked=None, columns=8):
         edge = F.pad(torch.zeros_like(panel[0, 0, 0, 2:-2, 2:-2], dtype=torch.bool), [2] * 4, value=True)
         panel[..., edge] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None]
     video = torch.stack(framed, 1)  # [B, panels, T, C, H, W]
-    strip = video[:, :, :: max(1, T // columns)].permute(0, 1, 4, 2, 5, 3)  # [B, panels, H, T, W, C]
+    strip = video[:, :, :: -(-T // columns)].permute(0, 1, 4, 2, 5, 3)  # [B, panels, H, T, W, C]
     _write_images(path, [strip.flatten(3, 4).flatten(0, 2)], "png", fps)  # [B panels H, T W, C]
     movie = video.permute(2, 0, 4, 1, 5, 3).flatten(3, 4).flatten(1, 2)  # [T, B H, panels W, C]
     _write_images(path.with_stem(path.stem + "_animated"), list(movie), "apng", fps)

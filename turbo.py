@@ -12,20 +12,20 @@ what it did not see. At m = 0.75, r = 0.25 a step costs a quarter of the usual o
     the MAE target (VideoMAE's)             pixel_target
     Eq. 1                                   turbo_loss
     Sec. 4.1, 16 frames at 5 fps            sample_clip
-    Table 1 left, GFLOPs                    table1
+    Table 1 left, GFLOPs                    TABLE_1, count_gmacs (--plan)
     Table 1 right, m at inference           evaluate (--eval-mask-ratio)
-    Table 6                                 RECIPES
+    Table 6                                 Config (defaults), RECIPES
 
 Faithful: m, r, losses and their weights, encoder, optimiser, schedule, sampling, as the paper states them.
-DECISIONS, each tagged where it is made (the paper is silent, or contradicts itself):
+DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     decoder     Table 6 states 8 layers x 512. Table 1's GFLOPs come out only with VideoMAE-B's own 4 x 384 (to 0.1 %;
                 8 x 512 misses by up to 117 %, and would not save memory at m = 0.5). Default: 4 x 384; --decoder 8x512.
     mask        per-token random: with tubes Table 1's last rows miss by 1-2 %.
     CLS         VideoMAE has none. Here: learned, no position, not shown to the decoder (Sec. 3.2 counts N_i + N_r).
     target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
-    embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: table1 shows both.
+    embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan shows both.
     lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, with Figure 3's batch of 16.
-    short clips a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
+    short       a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
 Missing: RandAug (9, 0.5) of Table 6 (crop, flip, mixup and cutmix are here); video-language training (Eq. 2) and
 long video (Sec. 4.3); published VideoMAE weights.
 
@@ -52,7 +52,7 @@ from common import Block, UserError, gather_tokens, opt, parse, patchify, unifor
 MODELS = {
     "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64"},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192"},
-    "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384"},  # DECISION: not Table 6's 8x512, see above
+    "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384"},  # DECISION (decoder): not Table 6's 8x512
     "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "4x512"},
 }
 
@@ -84,7 +84,7 @@ RECIPES = {
     "ucf101": {
         "train_clips": 9537,  # split 1
         "num_classes": 101,
-        "lr": 1e-3 * 16 / 256,  # Table 6's base rate. DECISION: VideoMAE's rule, with Figure 3's batch of 16
+        "lr": 1e-3 * 16 / 256,  # DECISION (lr): Table 6's base rate by VideoMAE's rule
     },
 }
 
@@ -114,7 +114,7 @@ class Config:
     mask_ratio: float = opt(0.5, "m, the share of tokens dropped in training (Sec. 3.2)")
     recon_ratio: float = opt(0.5, "r <= m, the share of tokens reconstructed; 0: no decoder (Sec. 3.2)")
     eval_mask_ratio: float = opt(0.0, "m at test (Table 1 right; 0 is best, Sec. 5.1.1)")
-    target: str = opt("normalized", "what the decoder predicts of a patch", choices=["normalized", "pixels"])
+    target: str = opt("normalized", "what is predicted of a patch", ["normalized", "pixels"])  # DECISION (target)
 
     train_clips: int = opt(0, "size of the training set, for --plan", free=True)
     epochs: int = opt(100, "passes over the training list (Table 6)")
@@ -170,7 +170,7 @@ def token_dropout(keys, n, m, r):
     """
     if not 0 <= r <= m < 1:
         raise ValueError(f"token dropout needs 0 <= r <= m < 1, not m = {m}, r = {r}")
-    return common.random_split(keys, n, *num_kept(n, m, r))
+    return common.random_split(keys, n, *num_kept(n, m, r))  # DECISION (mask): no tubes
 
 
 def pixel_target(patches, kind, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD):
@@ -200,7 +200,7 @@ def turbo_loss(logits, labels, prediction, target):
 def sample_clip(cfg, train, info, key):
     """(frames, box) of a clip: 16 frames at 5 fps (Sec. 4.1); a random start and crop in training, else the centre."""
     start = uniform(key, "start").item() if train else 0.5
-    frames = data.fps_frames(info, cfg.frames, cfg.fps, start)
+    frames = data.fps_frames(info, cfg.frames, cfg.fps, start)  # DECISION (short): spread over a short video
     return frames, data.random_resized_box(info, key) if train and cfg.crop else data.centre_box(info)
 
 
@@ -239,7 +239,7 @@ class Turbo(nn.Module):
         self.grid = (frames // self.patch[0], size // self.patch[1], size // self.patch[2])  # tokens in (t, h, w)
         self.num_tokens, pixels = math.prod(self.grid), math.prod(self.patch) * 3
         self.patch_embed = nn.Linear(pixels, self.width)  # = VideoMAE's Conv3d (common.conv_to_linear)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, self.width))  # DECISION: learned, no position added
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, self.width))  # DECISION (CLS): learned, no position
         rates = [drop_path * i / (spec["depth"] - 1) for i in range(spec["depth"])]
         self.blocks = nn.ModuleList(
             Block(self.width, spec["heads"], drop_path=rate, kind=attention, index=i) for i, rate in enumerate(rates)
@@ -250,14 +250,12 @@ class Turbo(nn.Module):
         if recon:
             layers, width = map(int, (decoder or spec["decoder"]).split("x"))
             self.encoder_to_decoder = nn.Linear(self.width, width, bias=False)
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+            self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
             self.decoder = Decoder(layers, width, pixels, attention)
             table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
             self.register_buffer("decoder_positions", table, persistent=False)
         self.apply(common.init_linear)
         self.patch_embed.reset_parameters()  # PyTorch's default, as VideoMAE's convolution: positions must stand out
-        nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02) if recon else None
         nn.init.normal_(self.head.weight, std=0.01)
 
     def encode(self, patches, visible, keys=None):
@@ -266,6 +264,7 @@ class Turbo(nn.Module):
         Tokens are dropped before normalisation and embedding: what is not looked at costs nothing. `keys` turns on
         drop path.
         """
+        # DECISION (embedding): gather first
         x = data.normalize(gather_tokens(patches, visible), data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, K, P]
         x = self.patch_embed(x) + gather_tokens(self.positions, visible)  # [B, K, D]
         x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1 + K, D]
@@ -322,14 +321,14 @@ def evaluate(model, videos, cfg, ctx, picture=None):
     sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)  # clips, top-1, top-k, PMAE
     for batch in eval_batches(videos, cfg, ctx, failures):
         with ctx.autocast():
-            logits, _, _ = model(batch.clips, batch.keys, cfg.eval_mask_ratio, 0.0)
-            pmae = logits.new_zeros(1)
+            logits, _, _ = model(batch.clips, batch.keys, cfg.eval_mask_ratio, 0.0)  # r = 0: only the classifier runs
+            pmae = torch.zeros(len(logits), device=ctx.device)  # [B]
             if cfg.recon_ratio > 0:
                 _, prediction, target = model(batch.clips, batch.keys, cfg.mask_ratio, cfg.recon_ratio)
                 pmae = (prediction.float() - target).square().mean((1, 2))  # [B]
         hits = logits.topk(k).indices == batch.labels[:, None]  # [B, k]
-        sums += torch.stack([torch.tensor(len(hits)), hits[:, 0].sum(), hits.any(1).sum(), pmae.sum()]).to(sums)
-        if picture and ctx.rank == 0 and cfg.mask_ratio and cfg.recon_ratio:
+        sums += torch.stack([torch.ones_like(pmae), hits[:, 0], hits.any(1), pmae]).double().sum(1)  # [4]
+        if picture and ctx.rank == 0 and cfg.recon_ratio > 0:
             write_recon(model, batch.clips[:4], batch.keys[:4], cfg, picture)
             picture = None
     unread = failures.collect(ctx, 0)
@@ -365,56 +364,69 @@ def write_recon(model, clips, keys, cfg, path):
     data.write_panels(path, panels, fps=cfg.fps, marked=3)
 
 
-def table1(cfg, classes):
-    """Rows of Table 1 left for this model: m, r, N_vis, N_rec, GMACs counted here, and with all patches embedded.
+# Table 1 left: (m, r) and the printed "GFLOPs", which are multiply-adds.
+TABLE_1 = {
+    (0.0, 0.0): 180.6,
+    (0.5, 0.5): 99.3,
+    (0.75, 0.75): 57.6,
+    (0.75, 0.25): 45.9,
+    (0.9, 0.9): 35.2,
+    (0.9, 0.1): 18.3,
+}
 
-    The paper's GFLOPs are multiply-adds and include embedding every cube; embedding the visible ones only is what a step
-    needs. The difference is added explicitly: dropped tokens x pixels x width.
+
+def count_gmacs(cfg, classes, m, r):
+    """(GMACs of a clip's forward pass counted here, the same with all patches embedded) at mask ratios (m, r).
+
+    The paper's GFLOPs include embedding every patch; a step needs only the visible ones. The difference is added
+    explicitly: dropped tokens x pixels x width.
     """
-    rows = []
-    for m, r in ((0.0, 0.0), (0.5, 0.5), (0.75, 0.75), (0.75, 0.25), (0.9, 0.9), (0.9, 0.1)):
-        with torch.device("meta"):
-            model = build(replace(cfg, recon_ratio=r, attention="sdpa", grad_checkpoint=False), classes)
-            clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
-            gmacs = common.count_macs(model, clips, torch.zeros(1, dtype=torch.int64), m, r)
-        visible, recon = num_kept(model.num_tokens, m, r)
-        dropped = (model.num_tokens - visible) * math.prod(model.patch) * 3 * model.width / 1e9
-        rows.append((m, r, visible, recon, gmacs, gmacs + dropped))
-    return rows
+    with torch.device("meta"):
+        model = build(replace(cfg, recon_ratio=r, attention="sdpa", grad_checkpoint=False), classes)
+        clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
+        here = common.count_macs(model, clips, torch.zeros(1, dtype=torch.int64), m, r)
+    dropped = model.num_tokens - num_kept(model.num_tokens, m, r)[0]
+    return here, here + dropped * math.prod(model.patch) * 3 * model.width / 1e9
+
+
+def saved_megabytes(model, m, r):
+    """MB that all blocks store for the backward pass of one clip in fp32, from one real block each on the CPU."""
+    visible, recon = num_kept(model.num_tokens, m, r)
+    total = len(model.blocks) * common.saved_bytes(model.blocks[0], torch.randn(1, visible + 1, model.width))
+    if r > 0:
+        block, width = model.decoder.blocks[0], model.decoder.norm.weight.numel()
+        total += len(model.decoder.blocks) * common.saved_bytes(block, torch.randn(1, visible + recon, width))
+    return total / 1e6
 
 
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
-    classes, paper = cfg.num_classes or 2, (180.6, 99.3, 57.6, 45.9, 35.2, 18.3)
+    classes, m, r = cfg.num_classes or 2, cfg.mask_ratio, cfg.recon_ratio
     model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
-    visible, recon = num_kept(model.num_tokens, cfg.mask_ratio, cfg.recon_ratio)
-    decoder = sum(p.numel() for n, p in model.named_parameters() if n.startswith(("decoder", "encoder_to", "mask")))
-    print(
-        f"model     {cfg.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {decoder / 1e6:.1f} M of them the decoder's"
-    )
-    print(
-        f"tokens    {model.num_tokens}: {visible} visible, {recon} reconstructed (m = {cfg.mask_ratio}, r = {cfg.recon_ratio})"
-    )
-    print('\nTable 1 left, GMACs a clip, forward (the paper\'s "GFLOPs" are multiply-adds)')
-    print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'saves':>7}")
-    rows = table1(cfg, classes)
-    is_paper = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes) == ("vit_b", "4x384", 16, 224, 101)
-    for (m, r, vis, rec, here, full), printed in zip(rows, paper, strict=True):
-        shown = f"{printed:7.1f}" if is_paper else "      -"
-        print(f"{m:5.2f} {r:5.2f} {vis:8d} {rec:6d} {here:8.2f} {full:13.2f} {shown} {rows[0][4] / here:6.2f}x")
-    megabytes = [block_memory(model, n) / 1e6 for n in (visible, model.num_tokens)]
-    print(
-        f"\nmemory    a block saves {megabytes[0]:.1f} MB a clip for backward in fp32, {megabytes[1]:.1f} MB without dropout"
-    )
+    parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
+    decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
+    visible, recon = num_kept(model.num_tokens, m, r)
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
+    print(f"model     {cfg.model}: {sum(parameters.values()):.1f} M parameters, {decoder:.1f} M of them the decoder's")
+    print(f"tokens    {visible} visible, {recon} reconstructed of {model.num_tokens} (m = {m}, r = {r})")
     print(
-        f"schedule  {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, peak lr {cfg.lr:g}"
+        f"schedule  {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, lr {cfg.lr:g}"
     )
-
-
-def block_memory(model, tokens):
-    """Bytes that one encoder block stores for the backward pass of one clip, CLS added, on real CPU tensors."""
-    return common.saved_bytes(model.blocks[0], torch.randn(1, tokens + 1, model.width, requires_grad=True))
+    full, ours = saved_megabytes(model, 0.0, 0.0), saved_megabytes(model, m, r)
+    print(
+        f"memory    blocks save {ours:.0f} MB a clip for backward in fp32, {full:.0f} MB without dropout ({full / ours:.2f}x)"
+    )
+    print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds)')
+    print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'cheaper':>8}")
+    is_paper = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes) == ("vit_b", "4x384", 16, 224, 101)
+    base, _ = count_gmacs(cfg, classes, 0.0, 0.0)
+    for row in dict.fromkeys([*TABLE_1, (m, r)]):
+        (here, embedded), (vis, rec) = count_gmacs(cfg, classes, *row), num_kept(model.num_tokens, *row)
+        paper = f"{TABLE_1[row]:.1f}" if is_paper and row in TABLE_1 else "-"
+        mark = "  <- this run" if row == (m, r) else ""
+        print(
+            f"{row[0]:5.2f} {row[1]:5.2f} {vis:8} {rec:6} {here:8.2f} {embedded:13.2f} {paper:>7} {base / here:7.2f}x{mark}"
+        )
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -433,21 +445,34 @@ def check(cfg):
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     if cfg.size < h or cfg.size % h:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
-    layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
-    if not (layers.isdecimal() and width.isdecimal() and int(width) and (int(width) < 64 or int(width) % 64 == 0)):
-        raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 8x512, in heads of 64")
-    if cfg.epochs < 1 or cfg.max_steps < 0:
-        raise UserError("--epochs must be at least 1, --max-steps at least 0")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
     if not all(num_kept(tokens, m, 0)[0] for m in (cfg.mask_ratio, cfg.eval_mask_ratio)):
         raise UserError(f"of {tokens} tokens --mask-ratio and --eval-mask-ratio must leave at least one")
+    if cfg.recon_ratio and not num_kept(tokens, cfg.mask_ratio, cfg.recon_ratio)[1]:
+        raise UserError(
+            f"--recon-ratio {cfg.recon_ratio} reconstructs none of {tokens} tokens; 0 turns the decoder off"
+        )
+    layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
+    if not (layers.isdecimal() and width.isdecimal() and int(width) and (int(width) < 64 or int(width) % 64 == 0)):
+        raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 8x512, in heads of 64")
+    for flag in ("epochs", "fps", "log_every", "eval_every"):
+        if getattr(cfg, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
+    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad"):
+        if getattr(cfg, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
+    if not (0 <= cfg.drop_path < 1 and 0 <= cfg.label_smoothing < 1):
+        raise UserError("--drop-path and --label-smoothing must be in [0, 1)")
 
 
 def open_lists(cfg, ctx):
     """(training, validation) VideoLists; toy videos are made where the toy recipe's own lists are asked for."""
     if cfg.train_list == RECIPES["toy"]["train_list"]:
         if ctx.rank == 0:
-            data.make_toy("toy", "actions")
+            try:
+                data.make_toy("toy", "actions")
+            except OSError as error:
+                raise UserError(f"can't make the toy videos: {error}") from None
         ctx.barrier()
     for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
         if not path:
@@ -515,8 +540,11 @@ def write_features(net, videos, cfg, ctx):
     """Write features.npy, float32 [videos, D]: CLS of each video's centre clip, in the list's order; NaN if unreadable."""
     path = Path(cfg.out or f"runs/turbo-{cfg.recipe}") / "features.npy"
     if ctx.rank == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
+        except OSError as error:
+            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
     ctx.barrier()
     rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
     for batch in eval_batches(videos, cfg, ctx, failures):
@@ -561,9 +589,8 @@ def main(cfg):
         meter.load(state["sums"], ctx)
     elif cfg.init:
         run.say(common.load_weights(net, init_weights(cfg.init, classes), cfg.init))
-    if cfg.compile or (cfg.compile is None and ctx.device.type == "cuda"):
-        net.compile()
-    model = ctx.wrap(net)
+    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
+    model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation videos, {classes} classes; batch {cfg.batch_size} = "
         f"{ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; "
@@ -577,20 +604,21 @@ def main(cfg):
 
     def save(*names):
         if at["step"] < total and not meter.healthy(ctx):
-            return  # the last good checkpoint stays
+            return False  # the last good checkpoint stays
         state = {
             name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
         }
         run.save(state | {"at": at, "sums": meter.state(ctx), "classes": videos.classes}, *names)
+        return True
 
     while True:
         # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
         step = at["step"]
         if step > at["evaluated"] and (step == total or step % (cfg.eval_every * epoch_steps) == 0):
             result = evaluate(net, val_videos, cfg, ctx, run.folder / "recon.png")
-            run.log(result, step, total)
-            better = result["val_top1"] > at["best"]
-            at |= {"evaluated": step, "best": max(at["best"], result["val_top1"]), "last": result}
+            run.log(result | {"clips": step * cfg.batch_size}, step, total)
+            better = result["val_top1"] > at["best"] and meter.healthy(ctx)
+            at |= {"evaluated": step, "best": result["val_top1"] if better else at["best"], "last": result}
             save(*["best.pt"] * better, "last.pt")
         if step == total:
             break
@@ -615,29 +643,34 @@ def main(cfg):
                 scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
             meter.add(batch.index, loss, ce, pmae)
         scaler.unscale_(optimizer)
-        meter.step(nn.utils.clip_grad_norm_(net.parameters(), cfg.clip_grad or math.inf))
+        norm = nn.utils.get_total_norm([p.grad for p in net.parameters()])
+        if cfg.clip_grad:
+            nn.utils.clip_grads_with_norm_(net.parameters(), cfg.clip_grad, norm)
+        meter.step(norm)
         scaler.step(optimizer)  # an update that is not finite is skipped, by a flag on the device
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         at["step"] = step = step + 1
 
         run.advance(step, total)
-        if step % cfg.log_every == 0 or step == total:
+        epoch_ends = step % epoch_steps == 0
+        if epoch_ends or step % cfg.log_every == 0 or step == total:
             for line in failures.collect(ctx, (step - 1) // epoch_steps):
                 run.say(f"unreadable, replaced by another: {line}")
+        if step % cfg.log_every == 0 or step == total:
             means, bad, skipped = meter.read(ctx)
             at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"], scaler.get_scale())
             record = {"epoch": round(step / epoch_steps, 3), **means, "lr": lr, "clips": step * cfg.batch_size}
             run.log(record, step, total)
-        if run.save_due() or step % epoch_steps == 0:
-            save("last.pt")
-        run.leave(step)
+        if (run.save_due() or epoch_ends) and save("last.pt"):
+            run.leave(step)
 
     run.say(
         f"complete: top-1 {at['last']['val_top1']:.1f} % of {at['last']['val_clips']} validation clips (chance "
         f"{100 / classes:.1f} %), "
         f"best {at['best']:.1f} %. {run.folder}/recon.png: original, seen, reconstruction. --overwrite starts anew."
     )
+    ctx.close()
 
 
 if __name__ == "__main__":

@@ -219,6 +219,8 @@ def test_frames_are_those_of_a_sequential_decode(videos, name):
     assert info.duration == pytest.approx(N / 30, rel=0.02)
     codec = made.get("codec", "libx264")
     known = {"libx264": "h264", "libx264rgb": "h264", "libx265": "hevc", "libsvtav1": "av1", "libvpx": "vp8"}
+    with data.Video(videos(name)) as video:  # of HEVC with layers, a frame that its own layer doesn't need is kept
+        assert video._drop == (fast and info.codec in ("h264", "hevc") and name != "hevc_layers.mp4")
     assert info.codec == known.get(codec, codec.removeprefix("libvpx-"))
 
 
@@ -301,6 +303,7 @@ def test_stream_without_reorder_info(videos, tmp_path):
     sps = content[at : at + int.from_bytes(content[at - 2 : at], "big")]
     path = patched(videos("pyramid.mp4"), tmp_path / "no_vui.mp4", (b"avcC", 8, without_vui(sps)))
     assert check_exact(path, fast=True).num_frames == N
+    assert check_exact(remux(path, tmp_path / "no_vui.mkv"), fast=True).num_frames == N
 
 
 @pytest.mark.parametrize("name", ["hevc.mp4", "hevc.mkv", "open_gop.mp4", "open_gop.mkv"])
@@ -323,14 +326,18 @@ def test_recording_that_starts_between_keyframes(videos, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["h264.mkv", "hevc.mkv"])
-def test_times_that_are_no_times(videos, tmp_path, name):
-    """Two frames at one time, and a frame at an earlier time than its neighbour before: the frames are counted."""
+@pytest.mark.parametrize("kind", ["same", "backwards"])
+def test_times_that_are_no_times(videos, tmp_path, name, kind):
+    """Two frames at one time, or a frame at an earlier time than the one before it: the frames are counted."""
+    with data.Video(videos(name)) as video:
+        one, two = video._order[20], video._order[21]  # neighbours
+        times = {one: video._pts[21], two: video._pts[21 if kind == "same" else 20]}
 
     def alter(n, packet):
-        packet.pts += {9: 66, 10: 33, 20: -33}.get(n, 0)
+        packet.pts = times.get(n, packet.pts)
         return packet
 
-    check_exact(remux(videos(name), tmp_path / name, alter))
+    check_exact(remux(videos(name), tmp_path / name, alter), fast=False if kind == "same" else None)
 
 
 @pytest.mark.parametrize(
@@ -509,8 +516,9 @@ def test_colours_against_float64(tmp_path, name):
             for size in ((112, 112), (224, 224), (b[3], b[2])):
                 got = video.read([1], size, box)[0]
                 # Where chroma sits is the stream's to say, and a crop's view can't be told (`_convert`).
-                best = max(psnr(got, ideal(frame, b, size, matrix, full, left)) for left in (True, False))
-                assert best >= least, (box, size)
+                left, centre = (psnr(got, ideal(frame, b, size, matrix, full, left)) for left in (True, False))
+                assert max(left, centre) >= least, (box, size)
+                assert left > centre + 1 or not (name == "601.mp4" and box is None), "a whole frame has its own siting"
 
 
 def test_the_last_columns_are_written(tmp_path):
@@ -605,13 +613,17 @@ def test_names(videos, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "hevc.mp4", "vp9.mp4", "av1.mp4"])
-def test_damage_is_an_error_where_it_matters_only(videos, tmp_path, name):
-    """A packet in the middle is overwritten. Frames of the other keyframes are as before."""
+@pytest.mark.parametrize("part", ["all", "half"])
+def test_damage_is_an_error_where_it_matters_only(videos, tmp_path, name, part):
+    """A packet in the middle is overwritten. Frames of the other keyframes are as before; no frame is made up."""
+    if part == "half" and name in ("hevc.mp4", "vp9.mp4"):
+        pytest.skip("their decoders read zeros as picture data and see nothing wrong")
     content = bytearray(videos(name).read_bytes())
     with data.Video(videos(name)) as video:
         good, (_, start, stop, *_) = decoded(video, range(N)), video._starts
         packet = max(video._packets[start + 1 : start + 6], key=lambda packet: packet.size)
-        content[packet.pos + 4 : packet.pos + packet.size] = bytes(packet.size - 4)
+        size = packet.size - 4 if part == "all" else packet.size // 2
+        content[packet.pos + packet.size - size : packet.pos + packet.size] = bytes(size)
     path = tmp_path / name
     path.write_bytes(content)
     errors = []
@@ -624,6 +636,18 @@ def test_damage_is_an_error_where_it_matters_only(videos, tmp_path, name):
                 assert error.path == str(path) and "damaged" in error.reason
                 errors.append(i)
     assert len(errors) > 5 and start - 6 <= min(errors) and max(errors) < stop + 6
+
+
+def test_last_packet_cut_off(videos, tmp_path):
+    path = tmp_path / "cut.avi"
+    with data.Video(videos("mpeg4.avi")) as video:
+        last = video._packets[-1]
+        good = decoded(video, range(N - 2))
+    path.write_bytes(videos("mpeg4.avi").read_bytes()[: last.pos + last.size // 2])
+    with data.Video(path) as video:
+        assert decoded(video, range(N - 2)) == good
+        with pytest.raises(data.VideoError, match="damaged"):
+            video.read([i for i in range(N) if i < video.info.num_frames], 32)
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.avi"])
@@ -726,9 +750,10 @@ def test_damaged_files(tmp_path):
     assert done.returncode == 0, (lines[-1:], done.stderr[-2000:])
     fates = [line.split("] ")[1] for line in lines]
     assert len(fates) == 600
-    # FFmpeg's HEVC decoder doesn't notice a slice that ends early, and leaves the rest of the frame as it finds it.
-    assert [line for line in lines if "wrong" in line and "hevc" not in line] == []
-    assert fates.count("wrong") <= 2 and fates.count("error") > 150 and fates.count("whole") > 100
+    # Some damage no decoder notices (one in 9,000 such files of H.264, one in 450 of HEVC, where a slice may end early
+    # and leave the rest of the frame as it was), and what it then gives depends on what it has decoded before.
+    assert fates.count("wrong") <= 4, [line for line in lines if "wrong" in line]
+    assert fates.count("error") > 150 and fates.count("whole") > 100
     assert not re.search("libav|h264|hevc|mov,|matroska", done.stderr), "FFmpeg's messages are silenced"
 
 

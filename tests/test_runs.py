@@ -33,11 +33,11 @@ torch_save, torch.save = torch.save, save
 NOT_RENAMED = "os.replace = lambda a, b: die() if str(b).endswith('last.pt') else os.rename(a, b)"
 TOY_HALF_MADE = "data._toy_video = lambda *a, f=data._toy_video: die() if a[-1] == 40 else f(*a)"
 SAVE_GRADIENTS = """
-def dump(parameters, norm):
+def dump(gradients):
     if common.os.environ.get("RANK", "0") == "0":
-        torch.save([p.grad for p in parameters], sys.argv[sys.argv.index("--out") + 1] + "/gradients.pt")
+        torch.save(gradients, sys.argv[sys.argv.index("--out") + 1] + "/gradients.pt")
     sys.exit()
-torch.nn.utils.clip_grad_norm_ = dump
+torch.nn.utils.get_total_norm = dump
 """
 DIE_AFTER_STEP_4 = """
 save = common.Run.save
@@ -97,6 +97,20 @@ def test_resume_is_exact(work):
     assert len(losses(work / "whole")) == 4  # logs at 3, 6, 8, and the evaluation
     again = finish(drive(work, *args, "--out", work / "cut"))
     assert "complete" in again and equal(weights(work / "whole"), weights(work / "cut"))
+
+
+def test_killed_between_log_and_checkpoint_of_an_evaluation(work):
+    """Dying while best.pt is written: the evaluation is done, and logged, once."""
+    patch = """
+save = common.save_atomic
+common.save_atomic = lambda path, state: die() if path.name == "best.pt" else save(path, state)
+"""
+    args = ["--max-steps", "10", "--save-minutes", "0", "--workers", "0", "--eval-every", "1"]
+    finish(drive(work, *args, "--out", work / "once"))
+    finish(drive(work, *args, "--out", work / "twice", patch=patch), -signal.SIGKILL)
+    finish(drive(work, *args, "--out", work / "twice"))
+    assert losses(work / "once") == losses(work / "twice")
+    assert equal(weights(work / "once"), weights(work / "twice"))
 
 
 def test_ten_kills(tmp_path):

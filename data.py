@@ -52,9 +52,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
 # ----------------------------------------------------------------------------------------------------------------------
-# Why it is fast. CPU time of each step as a share of the step before, one thread, on H.264 by x264's defaults (two to
-# six keyframes in 300 frames); (a) 16 frames at stride 4, (b) 4 frames from one second of 15, (c) 32 frames over the
-# video, (d) 2 frames; sizes 256p to 720p:                                                a     b     c     d
+# Why it is fast. CPU time of each step as a share of the step before: geometric means over 256p to 720p, H.264 by x264's
+# defaults with a keyframe in 60 to 150 frames, one thread of a shared 2-core EPYC. (a) 16 frames at stride 4, (b) 4 of
+# one second in 15, (c) 32 over the video, (d) 2 frames:                                  a     b     c     d
 #   decode all from the first frame, convert, crop, scale (Fig. 8a)                     1.00  1.00  1.00  1.00
 #   crop before scaling and colour conversion, in the decoder (Fig. 8b)    `_convert`    .80   .96   .95   .98
 #   scale to planar RGB: swscale is slow at interleaving, and we want it planar          .96   .99   .99  1.00

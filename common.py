@@ -625,27 +625,22 @@ class Run:
             raise UserError(
                 f"{self.folder} holds another run ({', '.join(differ)}); choose another --out, or --overwrite it"
             )
+        # What a killed run logged after its last checkpoint is dropped: those steps are done, and logged, again.
+        kept = records[1 : 1 + state["records"]] if state else []
+        self.logged_records = len(kept)
         self.ctx.barrier()  # all ranks have read what rank 0 now rewrites
         if self.ctx.rank == 0:
             device = torch.cuda.get_device_name() if self.ctx.device.type == "cuda" else platform.machine()
-            head = {
-                "config": config,
-                "versions": versions(),
-                "device": device,
-                "ranks": self.ctx.world,
-                "argv": sys.argv,
-            }
-            # What a killed run logged after its last checkpoint is dropped: those steps are done, and logged, again.
-            kept = [head, *records[1 : 1 + (state["records"] if state else 0)]]
+            head = {"config": config, "versions": versions(), "device": device, "ranks": self.ctx.world}
+            head["argv"] = sys.argv
             temporary = self.folder / "log.jsonl.tmp"
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in [head, *kept]))
             os.replace(temporary, self.folder / "log.jsonl")
             for name in ("last.pt", "best.pt") if self.cfg.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
         self.ctx.barrier()
         if state:
             self.started, self.step = self.started - state["seconds"], state["at"]["step"]
-            self.logged_records = state["records"]
             if source != last or self.cfg.resume != "auto":
                 self.say(f"continuing {source}")
         return state

@@ -343,8 +343,8 @@ def evaluate(model, videos, cfg, ctx, picture=None):
 def write_recon(model, clips, keys, cfg, path):
     """Write path.png and the animated path_animated.png, a clip below the other, panels in this order (README):
 
-    original; what the encoder saw (dropped patches grey); the model's own reconstruction of every dropped patch. A
-    normalised-target model can't know a dropped patch's mean and deviation: its own panel uses those of the clip's visible
+    original; what the encoder saw (dropped patches grey); the model's own reconstruction of every dropped patch (more than
+    it was trained on at a time where r < m). A normalised-target model can't know a dropped patch's mean and deviation: its own panel uses those of the clip's visible
     pixels, and a fourth panel, framed red, borrows the true ones of each patch from the original.
     """
     patches = patchify(clips, model.patch).float()  # [B, N, P]
@@ -578,7 +578,9 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, classes).to(ctx.device)
     optimizer = torch.optim.AdamW(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)
-    scaler, meter = common.loss_scaler(ctx), common.Meter(ctx.device, "loss", "ce", "mae")
+    scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
+    meter = common.Meter(ctx.device, "loss", "ce", "mae")
+    # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
     at = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0, "last": {}}
     if state:
         net.load_state_dict(state["model"])

@@ -1,0 +1,62 @@
+"""Every command of the README runs, word for word where it can, smaller where it needs data or GPUs."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, command
+
+SMALL = "--max-steps 2 --batch-size 4 --workers 0 --log-every 1"
+MORE = {  # what makes a command small; a flag given twice takes its last value
+    "python turbo.py": SMALL,
+    "python turbo.py --task": "--workers 0",
+    "torchrun": f"{SMALL} --model vit_toy --size 64 --num-classes 8",
+}
+
+
+def commands():
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = [part.split("#")[0].strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    return [line for line in lines if re.match(r"(python|torchrun|pip) ", line)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The scripts with a small toy set, and lists and folder by the names that the README uses."""
+    work = tmp_path_factory.mktemp("readme")
+    for name in ("turbo.py", "common.py", "data.py"):
+        source = (ROOT / name).read_text()
+        (work / name).write_text(source.replace('{"train": 1600, "val": 320}', '{"train": 16, "val": 8}'))
+    (work / "tests").symlink_to(ROOT / "tests")
+    (work / "UCF-101").symlink_to(work / "toy/actions")
+    for split in ("train", "val"):
+        (work / f"{split}.csv").symlink_to(work / f"toy/actions/{split}.csv")
+    return work
+
+
+def test_commands_run_in_order(folder):
+    lines = commands()
+    assert len(lines) >= 10 and lines[:2] == ["pip install -r requirements.txt", "python turbo.py"]
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "pip" or words[:3] == ["python", "-m", "pytest"]:
+            continue  # this test runs by them
+        if words[1].startswith("tests/"):  # hours or minutes: their --help
+            line = f"python {words[1]} --help"
+        elif "--help" not in line and "--plan" not in line:
+            more = MORE[next(key for key in sorted(MORE, key=len, reverse=True) if line.startswith(key))]
+            line = f"{line} {more}".replace("nproc_per_node=8", "nproc_per_node=2 --standalone")
+        process = command(*shlex.split(line)[1:], cwd=folder) if line.startswith("python") else torchrun(line, folder)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, f"{line}\n{out}{err}"
+    assert (folder / "runs/turbo-toy/recon.png").exists() and (folder / "runs/turbo-ucf101/last.pt").exists()
+
+
+def torchrun(line, folder):
+    return command("-m", "torch.distributed.run", *shlex.split(line)[1:], cwd=folder)
+
+
+def test_files_named_in_the_readme_exist():
+    names = set(re.findall(r"`([\w/]+\.(?:py|txt))`", (ROOT / "README.md").read_text()))
+    planned = {"avion.py", "tpt_mae.py", "sfa_vivit.py"}
+    assert {name for name in names if not (ROOT / name).exists()} <= planned and "turbo.py" in names

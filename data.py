@@ -941,7 +941,7 @@ def _write_images(path, images, codec, fps):
 # are drawn without looking at it.
 # ----------------------------------------------------------------------------------------------------------------------
 
-TOY_VERSION = 4  # a new number remakes every set
+TOY_VERSION = 5  # a new number remakes every set
 TOY_SIDE = 64  # pixels
 # Speeds are loops a second. Per sampled frame an object moves 3 to 5 pixels or turns 16 to 24 degrees in `actions` (16
 # frames at 5 a second), about as much in `narrated` (8 frames a caption) and 1.5 times that in `long` (32 frames a

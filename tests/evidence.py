@@ -7,7 +7,6 @@ import argparse
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,26 +50,17 @@ def position_mean_error(cfg):
 
 def turbo_evidence(seeds, out):
     """`python turbo.py`, last step, all validation clips: top-1, and reconstruction against the per-position mean."""
-    parse = partial(common.parse, turbo.Config, turbo.RECIPES)
     rows = []
     for seed in seeds:
-        records = run("turbo", out / f"turbo-{seed}", "--seed", seed)
-        last = [r for r in records if "val_top1" in r][-1]
-        constant = position_mean_error(parse(["--seed", str(seed), "--workers", "2"]))
-        rows.append(
-            (
-                seed,
-                last["val_top1"],
-                last["val_clips"],
-                last["val_mae"],
-                constant,
-                1 - last["val_mae"] / constant,
-                seconds,
-            )
-        )
+        last = [r for r in run("turbo", out / f"turbo-{seed}", "--seed", seed) if "val_top1" in r][-1]
+        flags = ["--seed", str(seed), "--workers", "2"]
+        rows.append((seed, last, position_mean_error(common.parse(turbo.Config, turbo.RECIPES, flags))))
     print("\n| seed | top-1 % | clips | PMAE | per-position mean | below it | seconds |\n|---|---|---|---|---|---|---|")
-    for seed, top1, clips, error, constant, below, seconds in rows:
-        print(f"| {seed} | {top1:.1f} | {clips} | {error:.4f} | {constant:.4f} | {below:.1%} | {seconds:.0f} |")
+    for seed, last, constant in rows:
+        print(
+            f"| {seed} | {last['val_top1']:.1f} | {last['val_clips']} | {last['val_mae']:.4f} | {constant:.4f} | "
+            f"{1 - last['val_mae'] / constant:.1%} | {last['seconds']:.0f} |"
+        )
 
 
 if __name__ == "__main__":

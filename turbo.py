@@ -18,7 +18,7 @@ what it did not see. At m = 0.75, r = 0.25 a step costs a quarter of the usual o
 
 Faithful: m, r, losses and their weights, encoder, optimiser, schedule, sampling, as the paper states them.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
-    decoder     Table 6 states 8 layers x 512. Table 1's GFLOPs come out only with VideoMAE-B's own 4 x 384 (to 0.1 %;
+    decoder     Table 6 states 8 layers x 512. Table 1's GFLOPs come out only with VideoMAE-B's own 4 x 384 (0.12 %;
                 8 x 512 misses by up to 117 %, and would not save memory at m = 0.5). Default: 4 x 384; --decoder 8x512.
     mask        per-token random: with tubes Table 1's last rows miss by 1-2 %.
     CLS         VideoMAE has none. Here: learned, no position, not shown to the decoder (Sec. 3.2 counts N_i + N_r).

@@ -244,7 +244,7 @@ def gather_tokens(x, index):
 
 
 def sinusoid_table(n, dim):
-    """VideoMAE's fixed positions: sin at even, cos at odd channels, over the flattened (t, h, w) index. float32 [n, dim].
+    """VideoMAE's fixed positions: sin at even, cos at odd channels, over the flat (t, h, w) index. float32 [n, dim].
 
     Computed in float64. One-dimensional, so that the table of fewer frames is a prefix of the table of more.
     """
@@ -254,7 +254,7 @@ def sinusoid_table(n, dim):
 
 
 def random_split(keys, n, *sizes):
-    """Per-token random masking: disjoint random subsets of range(n), one tuple entry a size: int64 [B, size], sorted."""
+    """Per-token random masking: disjoint random subsets of range(n), one a size: int64 [B, size] each, ascending."""
     order, start, parts = permutation(keys, "mask", n), 0, []
     for size in sizes:
         parts.append(order[:, start : start + size].sort(dim=1).values)  # [B, size]
@@ -263,7 +263,7 @@ def random_split(keys, n, *sizes):
 
 
 def tube_split(keys, n_time, n_space, ratio):
-    """VideoMAE's tube masking: the same places dropped in every time step. -> visible, masked: int64 [B, K], [B, N - K].
+    """VideoMAE's tube masking: the same places dropped in all time steps. -> visible, masked: int64 [B, K], [B, N - K].
 
     int(ratio * n_space) places are masked, as upstream.
     """
@@ -416,7 +416,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(config_class, recipes, argv=None):
-    """The command line as a Config: a field a flag, defaults from the recipe. Wrong flags end the program (status 2)."""
+    """The command line as a Config: a field a flag, defaults from the recipe. Wrong flags exit with status 2."""
     parser = _Parser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     for field in dataclasses.fields(config_class):
@@ -510,7 +510,7 @@ def load_weights(model, weights, source):
 
 
 class Meter:
-    """Sums of per-clip values over a log interval, and what was not finite, on the device: nothing waits until read()."""
+    """Sums of per-clip values over a log interval, and what was not finite, kept on the device: only read() waits."""
 
     def __init__(self, device, *names):
         self.names, self.sums = names, torch.zeros(1 + len(names), dtype=torch.float64, device=device)
@@ -545,7 +545,7 @@ class Meter:
         return means, clips, steps
 
     def healthy(self, ctx):
-        """Whether the latest step was finite on all ranks (in fp16 its loss: there, gradients overflow as a routine)."""
+        """Whether the latest step was finite on all ranks (in fp16 its loss: gradients overflow there as a routine)."""
         finite = self.finite if ctx.precision == "fp16" else self.norm.isfinite()
         return not ctx.any(not finite)
 
@@ -574,7 +574,7 @@ class Run:
     """A run's folder: log.jsonl, last.pt, best.pt, pictures. The same command again continues it.
 
     resume() gives the checkpoint to continue from, or None; log() writes and shows a record; save() writes checkpoints.
-    Rank 0 writes. A first SIGTERM or SIGINT sets `stopped`, which the loop heeds between two steps; a second Ctrl-C kills.
+    Rank 0 writes. SIGTERM and SIGINT set `stopped`, which the loop heeds between two steps; a second Ctrl-C kills.
     """
 
     def __init__(self, cfg, ctx, name):
@@ -719,8 +719,9 @@ class Run:
             )
         if before + steps > self.cfg.max_skipped:
             raise UserError(
-                f"{before + steps} updates were skipped because the loss or gradient was not finite, more than --max-skipped "
-                f"{self.cfg.max_skipped}; the last good checkpoint is kept in {self.folder}. Lower --lr, or look at the clips"
+                f"{before + steps} updates were skipped because the loss or gradient was not finite, more than "
+                f"--max-skipped {self.cfg.max_skipped}; the last good checkpoint is kept in {self.folder}. "
+                "Lower --lr, or look at the clips"
             )
         return steps
 

@@ -52,9 +52,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
 # ----------------------------------------------------------------------------------------------------------------------
-# Why it is fast. CPU time of each step as a share of the step before: geometric means over 256p to 720p, H.264 by x264's
-# defaults with a keyframe in 60 to 150 frames, one thread of a shared 2-core EPYC. (a) 16 frames at stride 4, (b) 4 of
-# one second in 15, (c) 32 over the video, (d) 2 frames:                                  a     b     c     d
+# Why it is fast. CPU time of each step as a share of the step before: geometric means over 256p to 720p, H.264 by
+# x264's defaults with a keyframe in 60 to 150 frames, one thread of two busy x86-64 cores. (a) 16 frames at stride 4,
+# (b) 4 of one second in 15, (c) 32 over the video, (d) 2 frames:                          a     b     c     d
 #   decode all from the first frame, convert, crop, scale (Fig. 8a)                     1.00  1.00  1.00  1.00
 #   crop before scaling and colour conversion, in the decoder (Fig. 8b)    `_convert`    .80   .96   .95   .98
 #   scale to planar RGB: swscale is slow at interleaving, and we want it planar          .96   .99   .99  1.00
@@ -609,7 +609,7 @@ def centre_box(info):
 
 
 def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
-    """Inception's crop, drawn from a key before anything is decoded (AVION, Eqs. 1-2; ratio log-uniform as in practice).
+    """Inception's crop, drawn from a key before anything is decoded (AVION, Eqs. 1-2; ratio log-uniform, as usual).
 
     Sides and corner are even, so that the crop falls on whole chroma samples. After `tries` misses: the centre box.
     """
@@ -632,9 +632,10 @@ def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries
 class VideoList:
     """A list file in memory: one video a line, `path label` or `path,label`; labels all integers or class names.
 
-    Paths are kept as one block of bytes and labels as an array, so that millions of entries are shared with the loader's
-    workers instead of copied into each. `classes` (names, in order) checks a list against the training list's; without
-    it they are this list's own: sorted names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
+    Paths are kept as one block of bytes and labels as an array, so that millions of entries are shared with the
+    loader's workers instead of copied into each. `classes` (names, in order) checks a list against the training list's;
+    without it they are this list's own: sorted names, or 0 ... num_classes - 1. Mistakes raise UserError with file and
+    line.
     """
 
     def __init__(self, path, root="", num_classes=0, classes=None):
@@ -837,8 +838,8 @@ class Failures:
         self.lines |= new
         if len(self.lines) > self.limit:
             raise UserError(
-                f"{len(self.lines)} videos could not be read in epoch {epoch}, more than the {self.limit} that --max-bad "
-                f"allows: {'; '.join([*self.lines][:5])}"
+                f"{len(self.lines)} videos could not be read in epoch {epoch}, more than the {self.limit} that "
+                f"--max-bad allows: {'; '.join([*self.lines][:5])}"
             )
         return list(new)
 
@@ -863,14 +864,13 @@ def mix(clips, targets, step_key, mixup, cutmix):
     """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), one of them and one lambda a step, half the time each.
 
     clips [B, T, C, H, W] (any dtype) and soft targets float [B, classes] -> mixed clips (float32 in mixup), targets.
-    Clip 2i is mixed with 2i + 1 and the other way round, so that B must be even; step_key, (seed, step), is common to all
-    micro-batches and ranks. mixup and cutmix are the Beta distribution's parameters; 0 turns one off.
+    Clip 2i is mixed with 2i + 1 and the other way round, so that B must be even; step_key, (seed, step), is common to
+    all micro-batches and ranks. mixup and cutmix are the Beta distribution's parameters; 0 turns one off.
     """
     if not (mixup or cutmix):
         return clips, targets
-    rng = np.random.Generator(
-        np.random.Philox(key=make_key(*step_key, "mix").item() & 2**64 - 1)
-    )  # keyed: no state is kept
+    key = make_key(*step_key, "mix").item() & 2**64 - 1
+    rng = np.random.Generator(np.random.Philox(key=key))  # made anew from the step's key: no state is kept
     use_cutmix = rng.random() < (0.5 if mixup and cutmix else float(cutmix > 0))
     lam, cx, cy = rng.beta(*[cutmix if use_cutmix else mixup] * 2), rng.random(), rng.random()
     swap = lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # clip 2i <-> clip 2i + 1
@@ -901,8 +901,8 @@ def normalize(patches, mean, std):
 def write_panels(path, panels, fps, marked=None, columns=8):
     """Write a strip picture, path (.png), and beside it <name>_animated.png (APNG: any browser plays it).
 
-    panels: uint8 [B, T, C, H, W] each. The strip has a row for each clip and panel, clip by clip, and a column for each of
-    up to `columns` frames; the animation has the panels of a clip side by side. Panel `marked` gets a red frame.
+    panels: uint8 [B, T, C, H, W] each. The strip has a row for each clip and panel, clip by clip, and a column for each
+    of up to `columns` frames; the animation has the panels of a clip side by side. Panel `marked` gets a red frame.
     """
     path, T = Path(path), panels[0].shape[1]
     framed = [F.pad(panel, [2] * 4, value=255) for panel in panels]  # [B, T, C, H + 4, W + 4]

@@ -24,7 +24,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     CLS         VideoMAE has none. Here: learned, no position, not shown to the decoder (Sec. 3.2 counts N_i + N_r).
     target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
     embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan shows both.
-    lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, with Figure 3's batch of 16.
+    lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, at Figure 3's batch, 16.
     short       a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
 Missing: RandAug (9, 0.5) of Table 6 (crop, flip, mixup and cutmix are here); video-language training (Eq. 2) and
 long video (Sec. 4.3); published VideoMAE weights.
@@ -32,7 +32,7 @@ long video (Sec. 4.3); published VideoMAE weights.
     python turbo.py                     # toy videos, made on first use: 2 CPU cores, about 3 minutes
     torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --train-list train.csv --val-list val.csv --data-root UCF-101
 
-Shapes: B clips, T frames, C colours, N tokens, K kept (visible) tokens, R reconstructed tokens, D width, P pixel values.
+Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R reconstructed ones, D width, P pixel values.
 """
 
 import math
@@ -190,7 +190,7 @@ def turbo_loss(logits, labels, prediction, target):
     """Eq. 1, a clip at a time: L = lambda_CE CE + PMAE with lambda_CE = 1 / ln(classes). -> L, CE, PMAE, each [B].
 
     1 / ln(classes) makes a uniform guess cost 1, what predicting the mean of a normalised patch costs the other loss.
-    logits [B, classes]; labels soft, [B, classes]; prediction and target [B, R, P], R = 0 where nothing is reconstructed.
+    logits [B, classes]; labels soft, [B, classes]; prediction and target [B, R, P], R = 0 if nothing is reconstructed.
     """
     ce = -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
     pmae = (prediction.float() - target).square().mean((1, 2)) if target.shape[1] else torch.zeros_like(ce)  # [B]
@@ -224,7 +224,7 @@ class Decoder(nn.Module):
 
 
 class Turbo(nn.Module):
-    """ViT encoder on the visible tokens, classifier on its CLS, light decoder on visible + reconstructed tokens (Fig. 1).
+    """ViT encoder on the visible tokens, classifier on its CLS, light decoder on visible + reconstructed ones (Fig. 1).
 
     Module names follow VideoMAE's checkpoints.
     """
@@ -312,7 +312,7 @@ def eval_batches(videos, cfg, ctx, failures):
 
 @torch.no_grad()
 def evaluate(model, videos, cfg, ctx, picture=None):
-    """Top-1 and top-k (k = 5, or all classes if fewer) in % at --eval-mask-ratio, and PMAE on tokens masked as in training.
+    """Top-1 and top-k (k = 5, or all classes if fewer) in % at --eval-mask-ratio; PMAE with tokens masked as in training.
 
     Every readable video counts once, at any number of ranks; `unread` of them could not be. A centre clip a video.
     """
@@ -343,9 +343,10 @@ def evaluate(model, videos, cfg, ctx, picture=None):
 def write_recon(model, clips, keys, cfg, path):
     """Write path.png and the animated path_animated.png, a clip below the other, panels in this order (README):
 
-    original; what the encoder saw (dropped patches grey); the model's own reconstruction of every dropped patch (more than
-    it was trained on at a time where r < m). A normalised-target model can't know a dropped patch's mean and deviation: its own panel uses those of the clip's visible
-    pixels, and a fourth panel, framed red, borrows the true ones of each patch from the original.
+    original; what the encoder saw (dropped patches grey); the model's own reconstruction of every dropped patch (more
+    than it was trained on at a time where r < m). A normalised-target model can't know a dropped patch's mean and
+    deviation: its own panel uses those of the clip's visible pixels, and a fourth panel, framed red, borrows the true
+    ones of each patch from the original.
     """
     patches = patchify(clips, model.patch).float()  # [B, N, P]
     visible, masked = token_dropout(keys, model.num_tokens, cfg.mask_ratio, cfg.mask_ratio)  # [B, K], [B, N - K]
@@ -410,11 +411,13 @@ def print_plan(cfg):
     print(f"model     {cfg.model}: {sum(parameters.values()):.1f} M parameters, {decoder:.1f} M of them the decoder's")
     print(f"tokens    {visible} visible, {recon} reconstructed of {model.num_tokens} (m = {m}, r = {r})")
     print(
-        f"schedule  {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, lr {cfg.lr:g}"
+        f"schedule  {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, "
+        f"peak lr {cfg.lr:g}"
     )
     full, ours = saved_megabytes(model, 0.0, 0.0), saved_megabytes(model, m, r)
     print(
-        f"memory    blocks save {ours:.0f} MB a clip for backward in fp32, {full:.0f} MB without dropout ({full / ours:.2f}x)"
+        f"memory    blocks save {ours:.0f} MB a clip for backward in fp32, {full:.0f} MB without dropout "
+        f"({full / ours:.2f}x)"
     )
     print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds)')
     print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'cheaper':>8}")
@@ -425,7 +428,8 @@ def print_plan(cfg):
         paper = f"{TABLE_1[row]:.1f}" if is_paper and row in TABLE_1 else "-"
         mark = "  <- this run" if row == (m, r) else ""
         print(
-            f"{row[0]:5.2f} {row[1]:5.2f} {vis:8} {rec:6} {here:8.2f} {embedded:13.2f} {paper:>7} {base / here:7.2f}x{mark}"
+            f"{row[0]:5.2f} {row[1]:5.2f} {vis:8} {rec:6} {here:8.2f} {embedded:13.2f} {paper:>7} "
+            f"{base / here:7.2f}x{mark}"
         )
 
 
@@ -439,7 +443,8 @@ def check(cfg):
         raise UserError("--mask-ratio and --eval-mask-ratio must be in [0, 1): at 1 nothing is left to look at")
     if not 0 <= cfg.recon_ratio <= cfg.mask_ratio:
         raise UserError(
-            f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]: only dropped tokens are reconstructed"
+            f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]: only dropped tokens are "
+            "reconstructed"
         )
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
@@ -537,7 +542,7 @@ def predict(net, cfg, ctx, classes):
 
 @torch.no_grad()
 def write_features(net, videos, cfg, ctx):
-    """Write features.npy, float32 [videos, D]: CLS of each video's centre clip, in the list's order; NaN if unreadable."""
+    """Write features.npy, float32 [videos, D]: CLS of a video's centre clip, in the list's order; NaN if unreadable."""
     path = Path(cfg.out or f"runs/turbo-{cfg.recipe}") / "features.npy"
     if ctx.rank == 0:
         try:
@@ -639,8 +644,8 @@ def main(cfg):
                 with ctx.autocast():
                     logits, prediction, target = model(clips, batch.keys, cfg.mask_ratio, cfg.recon_ratio)
                     loss, ce, pmae = turbo_loss(logits, labels, prediction, target)  # [B] each
-                # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A loss that
-                # is not finite makes the gradient so too, and thereby skips the update.
+                # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A loss
+                # that is not finite makes the gradient so too, and thereby skips the update.
                 poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
                 scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
             meter.add(batch.index, loss, ce, pmae)

@@ -73,7 +73,8 @@ def bench_turbo(ctx, rounds, batch):
         spread = f"{min(log) / median:.2f}-{max(log) / median:.2f}"
         shown = f"{peak:.2f}" if cuda else "-"
         print(
-            f"| {m}, {r} {decoder} | {median:.4f} | {batch / median:.2f} | {medians[0] / median:.2f}x | {spread} | {shown} |"
+            f"| {m}, {r} {decoder} | {median:.4f} | {batch / median:.2f} | {medians[0] / median:.2f}x | {spread} "
+            f"| {shown} |"
         )
 
 

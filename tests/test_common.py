@@ -91,7 +91,7 @@ def many_keys(n, *parts):
 
 
 def test_mix_is_splitmix64():
-    """The first outputs of the published generator for seed 1234567 (Rosetta Code, Pseudo-random numbers/Splitmix64)."""
+    """The first outputs of the published generator for seed 1234567 (Rosetta Code, Splitmix64)."""
     states = [1234567 + i * 0x9E3779B97F4A7C15 for i in (1, 2, 3)]
     mixed = common._mix(torch.tensor([common._int64(s) for s in states]))
     assert [v & U64 for v in mixed.tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
@@ -244,7 +244,7 @@ def test_attention_and_its_gradient(kind, causal):
 
 
 def test_attention_auto_and_flash_without_flash_attn(monkeypatch):
-    """auto is exactly sdpa on the CPU, also in half precision and with flash-attn installed; flash is refused in a line."""
+    """auto is exactly sdpa on the CPU, also in half precision or with flash-attn there; flash is refused in a line."""
     monkeypatch.setattr(common, "flash_attn_func", lambda *a, **k: pytest.fail("flash-attn on the CPU"))
     x = randn(1, 4, 2, 8, dtype=torch.bfloat16)
     assert torch.equal(common.attention(x, x, x), common.attention(x, x, x, kind="sdpa"))

@@ -395,7 +395,7 @@ def test_wrong_arguments(videos):
 @pytest.mark.parametrize("box", [None, (10, 8, 60, 50), (11, 8, 60, 50), (10, 8, 61, 51), (0, 0, 2, 2), (95, 79, 1, 1)])
 @pytest.mark.parametrize("size", [32, (20, 44), (130, 100), (3, 2)])
 def test_box_and_size_against_decode_then_crop(tmp_path_factory, box, size):
-    """Not equal, since colours are converted before the scaling there, and after it here; but alike, and not shifted."""
+    """Not equal, since colours are converted before scaling there, and after it here; but alike, not shifted."""
     path = tmp_path_factory.getbasetemp() / "smooth.mp4"
     if not path.exists():
         make(path, smooth=True, n=4)

@@ -178,7 +178,7 @@ def test_decoder_places_tokens_and_ignores_the_rest():
 
 
 def test_decoder_is_a_plain_transformer_on_ordered_tokens():
-    """decode() on [visible; reconstructed] = the same blocks on tokens put back in their places (attention is a set)."""
+    """decode() on [visible; reconstructed] = the same blocks on tokens put back in place (attention is a set)."""
     model = small()
     visible, recon = turbo.token_dropout(KEYS, 8, 0.5, 0.5)
     tokens = torch.randn(4, 4, 128)
@@ -355,7 +355,7 @@ def test_borrowed_panel_is_marked(tmp_path):
 
 
 def test_own_reconstruction_borrows_nothing(tmp_path):
-    """The first three panels don't change with the dropped pixels' values (original aside): no leak of mean or deviation."""
+    """The first three panels don't change with the dropped pixels' values (original aside): no leak."""
     model, video = small(), clips(1)
     cfg = dataclasses.replace(config("--recipe", "ucf101"), frames=4, size=32)
     _, masked = turbo.token_dropout(KEYS[:1], 8, 0.5, 0.5)

@@ -362,10 +362,6 @@ class Context:
     def barrier(self):
         self.any(False)
 
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()
-
     def wrap(self, model):
         """DistributedDataParallel where there are several ranks: it averages gradients while backward still runs."""
         if self.world == 1:

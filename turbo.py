@@ -677,7 +677,6 @@ def main(cfg):
         f"{100 / classes:.1f} %), "
         f"best {at['best']:.1f} %. {run.folder}/recon.png: original, seen, reconstruction. --overwrite starts anew."
     )
-    ctx.close()
 
 
 if __name__ == "__main__":

@@ -18,16 +18,20 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import stat
+import time
+from array import array
 from bisect import bisect_right
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +68,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # What remains is 1.1 to 1.4 times the bare decoding of the packets that a clip needs.
 
 MAX_PIXELS = 1 << 26  # of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
+HOLD = 0.25  # seconds that a last frame stays on the screen: cuts are rounded to frames, and headers round too
 KEEP_BYTES = 256 << 20  # packets of a video stay in memory up to this size; those of a larger one are read again
 # Local files and containers of video only. Without this, a text that lists other files or addresses is a video too.
 OPEN = {
@@ -389,6 +394,23 @@ class Video:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
+    def at(self, seconds):
+        """Indices of the frames on the screen at `seconds` after the first frame, [T] floats -> [T] ints.
+
+        Times before the first frame and up to HOLD after the end show the first and the last. VideoError further out.
+        """
+        late = np.max(seconds, initial=0) - self.info.duration
+        if late > HOLD:
+            raise VideoError(
+                self.path, f"has no frame at {late + self.info.duration:.1f} s, it ends {late:.1f} s before"
+            )
+        # A thousandth of a second on: a time that means a frame's own must not fall before it by a rounding error.
+        return np.maximum(np.searchsorted(self.times, np.add(seconds, 1e-3), "right") - 1, 0).tolist()
+
+    def clamp(self, second):
+        """`second`, or the end of the video if that is earlier."""
+        return min(second, self.info.duration)
+
     def read(self, frames, size, box=None):
         """Frames of the video, cropped and scaled, in RGB.
 
@@ -577,41 +599,197 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
     return F.interpolate(clip[:, :, y : y + h, x : x + w], size, mode="bilinear", antialias=True)  # [T, 3, h, w]
 
 
+class Chunks:
+    """A long video in pieces, folder/<start second>.mp4 (AVION, Sec. 4.3), read as if it were one.
+
+    `info`, `at`, `clamp`, `read_views` as of `Video`, but frames are what `at` returns: (chunk, frame) pairs; and `info`
+    is that of one chunk. Only the chunks that a clip touches are opened. A clip across a boundary is one clip still,
+    with one box. Raises VideoError: no such folder, no chunk in it; a chunk that is missing, short or damaged.
+    """
+
+    def __init__(self, path):
+        self.path, self._chunks = os.fsdecode(path), {}
+        try:
+            found = [(int(name.partition(".")[0]), name) for name in os.listdir(self.path) if name[:1].isdecimal()]
+        except (OSError, ValueError) as error:
+            raise VideoError(self.path, f"not a folder of chunks, <start second>.mp4 ({error})") from error
+        if not found:
+            raise VideoError(self.path, "a folder with no chunk in it, <start second>.mp4")
+        self.starts, self.names = zip(*sorted(found), strict=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for chunk in self._chunks.values():
+            chunk.close()
+
+    def _chunk(self, k):
+        """Chunk k, opened once."""
+        if k not in self._chunks:
+            self._chunks[k] = Video(os.path.join(self.path, self.names[k]))
+        return self._chunks[k]
+
+    @property
+    def info(self):
+        """VideoInfo of a chunk: the frame's size is that of all; number of frames and duration are the chunk's."""
+        return self._chunk(next(iter(self._chunks), 0)).info
+
+    def clamp(self, second):
+        """`second`, or the end of the last chunk where that is earlier."""
+        last = len(self.names) - 1
+        return (
+            second if second <= self.starts[last] else min(second, self.starts[last] + self._chunk(last).info.duration)
+        )
+
+    def at(self, seconds):
+        """(chunk, frame) of what is on the screen at `seconds`, [T] floats -> [T]; VideoError where no chunk has it."""
+        places = []
+        for second in map(float, seconds):
+            k = bisect_right(self.starts, second + 1e-3) - 1
+            if k < 0 or second - self.starts[k] > self._chunk(k).info.duration + HOLD:
+                near = self.names[max(k, 0)]
+                raise VideoError(
+                    self.path, f"no chunk holds second {second:.2f}: one is missing, or {near} is too short"
+                )
+            places.append((k, self._chunk(k).at([second - self.starts[k]])[0]))
+        return places
+
+    def read_views(self, views):
+        """Views as `Video.read_views` takes them, with frames of `at` -> a list of uint8 [T, 3, h, w]."""
+        clips, parts = [None] * len(views), defaultdict(list)  # parts: {chunk: [(view, its places, frames)]}
+        for n, (places, _, _) in enumerate(views):
+            for k in sorted({k for k, _ in places}):
+                here = [t for t, place in enumerate(places) if place[0] == k]
+                parts[k].append((n, here, [places[t][1] for t in here]))
+        for k, part in parts.items():
+            read = self._chunk(k).read_views([(frames, *views[n][1:]) for n, _, frames in part])
+            for (n, here, _), piece in zip(part, read, strict=True):
+                if clips[n] is None:
+                    clips[n] = piece.new_empty(len(views[n][0]), *piece.shape[1:])  # [T, 3, h, w]
+                clips[n][here] = piece
+        return clips
+
+
+def open_video(path):
+    """A Video, or Chunks where path is a folder."""
+    return Chunks(path) if os.path.isdir(path) else Video(path)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Frame sampling
 # ----------------------------------------------------------------------------------------------------------------------
-# Pure functions: (VideoInfo, number of frames, ..., a uniform draw) -> presentation-order indices.
+# Pure functions -> frames in the order shown, for `read`. u in [0, 1) is the uniform draw that picks among what the
+# paper picks from at random, and 0.5 is the middle. n different frames, always, unless said otherwise; ValueError where
+# the video has fewer than n.
+
+
+def _check_length(info, n):
+    if info.num_frames < n:
+        raise ValueError(f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames")
 
 
 def fps_frames(info, n, fps, u):
-    """n frames at `fps`, from a start that u in [0, 1) picks (Turbo, Sec. 4.1: 16 frames at 5 fps, about 3.2 s).
+    """n frames at `fps` from a random start (Turbo, Sec. 4.1: 16 frames at 5 fps, about 3.2 s).
 
     Where the video is too short for that the frames are spread evenly over all of it, and a video slower than `fps`
-    gives consecutive frames: n different frames, always. ValueError where the video has fewer than n.
+    gives consecutive frames.
     """
-    if info.num_frames < n:
-        raise ValueError(f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames")
+    _check_length(info, n)
     stride = min(max(1.0, info.fps / fps), (info.num_frames - 1) / max(1, n - 1))
     start = u * (info.num_frames - 1 - (n - 1) * stride)
     return [int(start + i * stride + 1e-6) for i in range(n)]  # 1e-6: 3 * (1 / 3) must not round down to frame 0
 
 
+def stride_frames(info, n, stride, u):
+    """n frames, `stride` apart, from a random start (VideoMAE, pretraining; every start of n * stride frames alike).
+
+    A shorter video is spread evenly over the n frames, where VideoMAE repeats its last.
+    """
+    _check_length(info, n)
+    room = max(0, info.num_frames - n * stride)  # as VideoMAE, which leaves stride - 1 frames free behind the last
+    step = min(stride, (info.num_frames - 1) / max(1, n - 1))
+    start = min(int(u * (room + 1)), room)
+    return [start + int(i * step + 1e-6) for i in range(n)]
+
+
+def segment_frames(info, n, u):
+    """One frame of each of n equal segments (TSN, Wang et al. 2016; for SSv2): u, [n] or one for all, places it there.
+
+    Training draws u anew for each segment; test clip k of K, as VideoMAE interleaves them, is u = k / K.
+    """
+    _check_length(info, n)
+    edges = [i * info.num_frames // n for i in range(n + 1)]
+    places = np.broadcast_to(u, n).tolist()
+    return [a + int(p * (b - a)) for a, b, p in zip(edges[:-1], edges[1:], places, strict=True)]
+
+
+def between_frames(video, start, end, n, u=0.5):
+    """n frames between two times in seconds, one in each of n equal segments (AVION): u = 0.5, or [n] draws as jitter.
+
+    An end behind the video's is the video's. Frames repeat if there are fewer than n between the two. ValueError where
+    nothing is between them.
+    """
+    end = video.clamp(end)
+    if not 0 <= start < end:
+        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
+    return video.at(start + (np.arange(n) + np.asarray(u)) * (end - start) / n)
+
+
+def span_frames(info, n, u):
+    """n frames, evenly spread, from one in the first 20 % to one in the last 20 % (Turbo, long video); u: two draws."""
+    _check_length(info, n)
+    first, last = 0.2 * u[0] * (info.num_frames - 1), (1 - 0.2 * u[1]) * (info.num_frames - 1)
+    if last - first < n - 1:
+        first, last = 0, info.num_frames - 1
+    return [int(first + i * (last - first) / max(1, n - 1) + 1e-6) for i in range(n)]
+
+
+def view_frames(info, n, stride, k, views):
+    """Test clip k of `views`, evenly placed over the video, n frames `stride` apart (VideoMAE; with `crop_box`)."""
+    _check_length(info, n)
+    room = max(0, info.num_frames - n * stride)
+    start = stride_frames(info, n, stride, 0.0)
+    return [room * k // (views - 1) + i if views > 1 else room // 2 + i for i in start]
+
+
+def second_frames(video, second, n):
+    """n frames of the whole second that begins at `second`, for features at one a second (HTM-Align: 16)."""
+    return video.at(second + np.arange(n) / n)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Boxes: what decode-crop cuts out, (x, y, w, h) in pixels
+# Boxes: what decode-crop cuts out, (x, y, w, h) in pixels; even, so that they fall on whole chroma samples
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def crop_box(info, k=1, crops=3):
+    """Square k of `crops` along the long side, first and last at its ends: the largest that fits (multi-crop test)."""
+    side = min(info.width, info.height)
+    x, y = (room * k // (crops - 1) & ~1 if crops > 1 else room // 2 & ~1
+            for room in (info.width - side, info.height - side))  # fmt: skip
+    return x, y, side, side
 
 
 def centre_box(info):
     """The largest centred square."""
-    side = min(info.width, info.height)
-    x, y = ((room - side) // 2 & ~1 for room in (info.width, info.height))  # even: on a whole chroma sample
+    return crop_box(info, 1, 3)
+
+
+def random_box(info, key, share=1.0):
+    """A square anywhere, of `share` of the short side: simple random crop (AVION, Sec. 4.2; AlexNet, DeiT III).
+
+    Scaling the short side to 256 and cutting 224 (AVION, App. B) is share = 224 / 256.
+    """
+    side = min(max(2, round(share * min(info.width, info.height) / 2) * 2), min(info.width, info.height))
+    x, y = (2 * int(u * ((room - side) // 2 + 1)) for u, room in zip(uniform(key, "crop", 2).tolist(), info[:2]))
     return x, y, side, side
 
 
 def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
     """Inception's crop, drawn from a key before anything is decoded (AVION, Eqs. 1-2; ratio log-uniform, as usual).
 
-    Sides and corner are even, so that the crop falls on whole chroma samples. After `tries` misses: the centre box.
+    After `tries` misses: the centre box.
     """
     draws = uniform(key, "crop", 4 * tries).reshape(tries, 4).tolist()
     for area, shape, left, top in draws:
@@ -624,71 +802,106 @@ def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries
     return centre_box(info)
 
 
+def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
+    """TSN's multi-scale crop (VideoMAE pretraining; Turbo, Table 6): sides of the short side times two scales that are
+    at most one step apart, at one of 13 places: a 5 x 5 grid's corners, edge middles, centre and inner quarters."""
+    short, pick = min(info.width, info.height), uniform(key, "crop", 2).tolist()
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+    w, h = (int(short * scale) & ~1 for scale in pairs[int(pick[0] * len(pairs))])
+    places = [(i, j) for i in range(5) for j in range(5) if i % 2 == j % 2]  # quarters of the room, 9 + 4 of them
+    i, j = places[int(pick[1] * len(places))]
+    return (info.width - w) * i // 4 & ~1, (info.height - h) * j // 4 & ~1, w, h
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Lists
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class Strings:
+    """A list of strings, append-only, as one block of bytes and their ends: 8 bytes a string beside its own.
+
+    A Python list would take 60 more, and each worker process would end up with a copy: reading an object writes its
+    count of references, which copies its page. These arrays are only read, and all processes share them.
+    """
+
+    def __init__(self, items=()):
+        self._bytes, self._ends = bytearray(), array("q", [0])
+        for item in items:
+            self.append(item)
+
+    def append(self, text):
+        self._bytes += text.encode("utf-8", "surrogateescape")  # bytes of a path that are no UTF-8 pass through
+        self._ends.append(len(self._bytes))
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def __getitem__(self, i):
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+
+
 class VideoList:
     """A list file in memory: one video a line, `path label` or `path,label`; labels all integers or class names.
 
-    Paths are kept as one block of bytes and labels as an array, so that millions of entries are shared with the
-    loader's workers instead of copied into each. `classes` (names, in order) checks a list against the training list's;
-    without it they are this list's own: sorted names, or 0 ... num_classes - 1. Mistakes raise UserError with file and
-    line.
+    `classes` (names, in order) checks a list against the training list's; without it they are this list's own: sorted
+    names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
     """
 
     def __init__(self, path, root="", num_classes=0, classes=None):
-        self.path = str(path)
-        paths, labels, lines = [], [], []
+        self.path, self.root, self._paths = str(path), str(root), Strings()
+        numbers, seen = array("i"), {}  # seen: {label: (its number, the line that has it first)}
         try:
             with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        video, label = self._split(line.strip(), number)
-                        paths.append(video.encode("utf-8", "surrogateescape"))
-                        labels.append(label)
-                        lines.append(number)
+                for line_number, line in enumerate(file, 1):
+                    if not line.isspace():
+                        video, label = self._split(line, line_number)
+                        self._paths.append(video)
+                        numbers.append(seen.setdefault(label, (len(seen), line_number))[0])
         except OSError as error:
             raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-        if not paths:
+        if not seen:
             raise UserError(f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`")
-        if classes is None and all(re.fullmatch("-?[0-9]+", label) for label in labels):
-            largest = max((int(label) for label in labels if re.fullmatch("[0-9]{1,7}", label)), default=0)
+        if classes is None and all(re.fullmatch("-?[0-9]+", label) for label in seen):
+            largest = max((int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0)
             classes = [str(i) for i in range(num_classes or largest + 1)]
-        classes = classes or sorted(set(labels))
+        self.classes = classes = classes or sorted(seen)
         if num_classes not in (0, len(classes)):
             raise UserError(
                 f"{path}: its labels are {len(classes)} names ({classes[0]} ...), not --num-classes {num_classes}"
             )
-        names = {name: i for i, name in enumerate(classes)}
-        for number, label in zip(lines, labels, strict=True):
-            if label not in names:
-                known = f"0 ... {len(classes) - 1}" if classes[0] == "0" else ", ".join(classes[:8])
-                raise UserError(f"{path}:{number}: label {label!r} is not one of the {len(classes)} classes ({known})")
-        self._keep(paths, [names[label] for label in labels], classes, root)
+        known = {name: i for i, name in enumerate(classes)}
+        for label, (_, line_number) in seen.items():
+            if label not in known:
+                names = f"0 ... {len(classes) - 1}" if classes[0] == "0" else ", ".join(classes[:8])
+                raise UserError(
+                    f"{path}:{line_number}: label {label!r} is not one of the {len(classes)} classes ({names})"
+                )
+        self.labels = np.array([known[label] for label in seen], np.int32)[numbers]  # [entries]
 
     @classmethod
     def of(cls, paths):
         """A list of given paths, all labelled 0."""
         videos = cls.__new__(cls)
-        videos._keep([os.fsencode(path) for path in paths], [0] * len(paths), ["0"])
+        videos.root, videos.classes, videos.labels = "", ["0"], np.zeros(len(paths), np.int32)
+        videos._paths = Strings(map(os.fsdecode, paths))
         return videos
 
-    def _keep(self, paths, labels, classes, root=""):
-        self.root, self.classes, self.labels = str(root), classes, np.array(labels, np.int32)
-        self._ends, self._bytes = np.cumsum([len(p) for p in paths]), np.frombuffer(b"".join(paths), np.uint8)
-
-    def _split(self, line, number):
+    def _split(self, line, line_number):
+        if '"' not in line:  # nearly always, and csv takes five times as long
+            video, *label = line.split(",") if "," in line else line.split()
+            if len(label) == 1 and video and not video.isspace() and not label[0].isspace():
+                return video.strip(), label[0].strip()
         for separator in ", ":  # the quote character keeps a path together that holds the separator
             try:
-                fields = next(csv.reader([line], delimiter=separator, skipinitialspace=True))
+                fields = next(csv.reader([line.strip()], delimiter=separator, skipinitialspace=True))
             except csv.Error:
                 break
             if len(fields) == 2 and all(fields):
                 return fields[0].strip(), fields[1].strip()
         raise UserError(
-            f'{self.path}:{number}: not `path label` or `path,label`: {line[:80]!r} (quote a "path with spaces")'
+            f"{self.path}:{line_number}: not `path label` or `path,label`: {line.strip()[:80]!r} (quote a path that "
+            'holds the separator: "path with spaces" label)'
         )
 
     def __len__(self):
@@ -696,17 +909,57 @@ class VideoList:
 
     def video(self, index):
         """Path of entry `index`, joined to the root."""
-        start = self._ends[index - 1] if index else 0
-        return os.path.join(self.root, os.fsdecode(self._bytes[start : self._ends[index]].tobytes()))
+        return os.path.join(self.root, self._paths[index])
+
+
+class Captions:
+    """Captioned segments in memory, from rows (video, start second, end second, text or list of rephrasings).
+
+    Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], and `text(index, u)`. About 40
+    bytes an entry beside its text, so that Ego4D's 35 million narrations fit, once for all of a machine's workers.
+    """
+
+    def __init__(self, rows, root=""):
+        self.root, self._names, self._texts, numbers = str(root), Strings(), Strings(), {}
+        video_of, times, ends = array("i"), array("d"), array("q", [0])
+        for video, start, end, text in rows:
+            if video not in numbers:
+                numbers[video] = len(numbers)
+                self._names.append(video)
+            video_of.append(numbers[video])
+            times.extend((start, end))
+            for rephrasing in (text,) if isinstance(text, str) else text:
+                self._texts.append(rephrasing)
+            ends.append(len(self._texts))
+        self._video_of, self._ends = video_of, ends
+        self.start, self.end = np.frombuffer(times).reshape(-1, 2).T  # [entries] each
+        self.labels = np.broadcast_to(np.int32(0), len(video_of))  # none: the caption is the label
+
+    def __len__(self):
+        return len(self._video_of)
+
+    def video(self, index):
+        """Path of the video of entry `index`, joined to the root."""
+        return os.path.join(self.root, self._names[self._video_of[index]])
+
+    def text(self, index, u=0.0):
+        """Caption of entry `index`; of several rephrasings the one that u in [0, 1) picks."""
+        first, stop = self._ends[index], self._ends[index + 1]
+        return self._texts[first + int(u * (stop - first))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loader
 # ----------------------------------------------------------------------------------------------------------------------
 
+LOADER_PATIENCE = 300.0  # seconds that a loader process may spend on one video before the run stops and names it
+
 
 class Batch(NamedTuple):
-    """A micro-batch: what a step needs, and what could not be read on the way to it."""
+    """A micro-batch: what a step needs, and what could not be read on the way to it.
+
+    With several views a sample: view by view, so that clips 2i and 2i + 1, which `mix` mixes, are of different videos.
+    """
 
     clips: torch.Tensor  # uint8 [B, T, C, H, W]
     labels: torch.Tensor  # int64 [B]
@@ -721,47 +974,62 @@ class Batch(NamedTuple):
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Clips by (epoch, index): decoded by plan(info, key) -> (frames, box), at `size`.
+    """Clips of videos (VideoList or Captions), decoded at `size`.
 
+    plan(video, index, view, key) -> (frames, box) says what to read of an open Video or Chunks; ValueError if it is too
+    short. views: clips of a video that one decode serves (repeated sampling; test views), each with a key of its own.
     replace: an unreadable video's place is taken by another, drawn from the sample's own key (training). Otherwise the
     sample is left out of its batch (evaluation). Both are reported in Batch.failures; nothing is repeated or black.
     """
 
-    def __init__(self, videos, plan, size, seed, replace):
-        self.videos, self.plan, self.size, self.seed, self.replace = videos, plan, size, seed, replace
+    def __init__(self, videos, plan, size, seed, replace, views=1):
+        self.videos, self.plan, self.size, self.seed = videos, plan, size, seed
+        self.replace, self.views, self.watch = replace, views, None
 
     def __len__(self):
         return len(self.videos)
 
     def __getitem__(self, item):
-        """(epoch, index) -> (clip uint8 [T, C, H, W] or None, label, key, index, failures)."""
-        epoch, index = item
-        key, failures = make_key(self.seed, epoch, index, 0), []  # 0: the view
+        """(epoch, index) -> (clips uint8 [V, T, C, H, W] or None, label, keys int64 [V], index, failures)."""
+        sample = self._load(*item)
+        self._report(sample[3], math.inf)
+        return sample
+
+    def _report(self, index, since):
+        """Tell the trainer which video this loader process is at, and since when (inf: it is done)."""
+        if self.watch is not None:
+            self.watch[torch.utils.data.get_worker_info().id, 1:] = torch.tensor([index, since], dtype=torch.float64)
+
+    def _load(self, epoch, index):
+        keys, failures = make_key(self.seed, epoch, index, torch.arange(self.views)), []  # [V]
         for attempt in range(10 if self.replace else 1):
             if attempt:
-                index = int(uniform(key, f"replace.{attempt}") * len(self))
+                index = int(uniform(keys[0], f"replace.{attempt}") * len(self))
+            self._report(index, time.monotonic())
             path = self.videos.video(index)
             try:
-                with Video(path) as video:
+                with open_video(path) as video:
                     try:
-                        frames, box = self.plan(video.info, key)
+                        plans = [self.plan(video, index, view, key) for view, key in enumerate(keys)]
                     except ValueError as error:  # a clip that this video is too short for
                         raise VideoError(path, str(error)) from error
-                    clip = video.read(frames, self.size, box)
-                return clip, int(self.videos.labels[index]), key, index, failures
+                    clips = video.read_views([(frames, self.size, box) for frames, box in plans])
+                return torch.stack(clips), int(self.videos.labels[index]), keys, index, failures
             except VideoError as error:
                 failures.append(str(error))
-        return None, -1, key, index, failures
+        return None, -1, keys, index, failures
 
 
 def collate(samples):
-    """Samples of ClipDataset as a Batch; the unreadable ones are left out."""
+    """Samples of ClipDataset as a Batch, view by view; the unreadable ones are left out."""
     failures = [line for sample in samples for line in sample[4]]
     read = [sample for sample in samples if sample[0] is not None]
     if not read:
         return Batch(*(torch.empty(0, dtype=torch.int64),) * 4, failures)
     clips, labels, keys, index, _ = zip(*read, strict=True)
-    return Batch(torch.stack(clips), torch.tensor(labels), torch.stack(keys), torch.tensor(index), failures)
+    views = len(keys[0])
+    clips, keys = (torch.stack(x, dim=1).flatten(0, 1) for x in (clips, keys))  # [V S, T, C, H, W], [V S]
+    return Batch(clips, torch.tensor(labels).repeat(views), keys, torch.tensor(index).repeat(views), failures)
 
 
 class GlobalBatches:
@@ -796,24 +1064,81 @@ def every_sample(n, batch_size, rank=0, world=1):
     return [[(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def _outlive_first_signal(worker):
-    """A signal to the whole process group is for the trainer to heed; a loader process that died of it would end the
-    step that the trainer means to finish. A second signal is obeyed."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+def _start_worker(watch, number):
+    """Sign in; and leave a first signal, which goes to the whole process group, to the trainer: a loader process that
+    died of it would end the step that the trainer means to finish. A second one is obeyed."""
+    watch[number] = torch.tensor([os.getpid(), 0, math.inf])
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
 
 
 def make_loader(dataset, batches, workers, device):
-    """A DataLoader over `batches` whose processes live as long as its iterator: for training, the whole run."""
-    return torch.utils.data.DataLoader(
+    """Yields the micro-batches that the lists of (epoch, index) in `batches` ask for, on the device, in their order.
+
+    `workers` processes decode ahead, with one thread each; they live as long as this generator: in training, the run.
+    One that dies, or is at a video for more than LOADER_PATIENCE, ends the run with a UserError that names the video.
+    """
+    watch = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()  # a worker's process, index, since when
+    dataset.watch = watch if workers else None
+    loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_outlive_first_signal,
+        worker_init_fn=partial(_start_worker, watch),
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        timeout=min(5.0, LOADER_PATIENCE) if workers else 0,  # how often `_watched` looks after them
     )
+    # PyTorch's handler would raise in the middle of whatever the trainer does when a worker dies; `_watched` finds out.
+    handler = signal.getsignal(signal.SIGCHLD)
+    found = _watched(iter(loader), dataset)
+    signal.signal(signal.SIGCHLD, handler)
+    return _ahead(found, device) if device.type == "cuda" else (batch.to(device) for batch in found)
+
+
+def _watched(host, dataset):
+    """Yields the batches of a DataLoader's iterator while its workers are alive and at work."""
+    while True:
+        try:
+            batch = next(host, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            time.sleep(0.2)  # a process may be about to end whose connection has just ended
+            alive = {child.pid for child in multiprocessing.active_children()}
+            for pid, index, since in dataset.watch.tolist() if dataset.watch is not None else ():
+                if pid and (pid not in alive or time.monotonic() - since > LOADER_PATIENCE):
+                    for other in alive & set(dataset.watch[:, 0].int().tolist()):
+                        os.kill(other, signal.SIGKILL)  # one that hangs inside a system call hears nothing less
+                    doing = f"has been busy for {LOADER_PATIENCE:g} s with" if pid in alive else "died; it was at"
+                    raise UserError(
+                        f"a loader process {doing} {dataset.videos.video(int(index))}: take the video off the list, "
+                        "or look for a full memory or a disk that doesn't answer; the same command goes on from the "
+                        "last checkpoint"
+                    ) from None
+            if "timed out after" not in str(error):
+                raise
+        else:
+            if batch is None:
+                return
+            yield batch
+
+
+def _ahead(batches, device):
+    """Yields batches on a CUDA device, each copied, on a stream of its own, while the step before it computes."""
+    stream, ready = torch.cuda.Stream(device), None
+    for batch in chain(batches, [None]):
+        following = batch
+        if batch is not None:
+            with torch.cuda.stream(stream):
+                following = batch.to(device), stream.record_event()
+        if ready:
+            batch, copied = ready
+            copied.wait(torch.cuda.current_stream(device))
+            for tensor in batch[:3]:
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(device))  # its memory is in use there from now on
+            yield batch
+        ready = following
 
 
 class Failures:

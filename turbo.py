@@ -197,11 +197,12 @@ def turbo_loss(logits, labels, prediction, target):
     return ce / math.log(logits.shape[1]) + pmae, ce, pmae
 
 
-def sample_clip(cfg, train, info, key):
+def sample_clip(cfg, train, video, index, view, key):
     """(frames, box) of a clip: 16 frames at 5 fps (Sec. 4.1); a random start and crop in training, else the centre."""
     start = uniform(key, "start").item() if train else 0.5
-    frames = data.fps_frames(info, cfg.frames, cfg.fps, start)  # DECISION (short): spread over a short video
-    return frames, data.random_resized_box(info, key) if train and cfg.crop else data.centre_box(info)
+    frames = data.fps_frames(video.info, cfg.frames, cfg.fps, start)  # DECISION (short): spread over a short video
+    box = data.random_resized_box(video.info, key) if train and cfg.crop else data.centre_box(video.info)
+    return frames, box
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
@@ -307,12 +308,12 @@ def eval_batches(videos, cfg, ctx, failures):
     for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
         failures.new += batch.failures
         if len(batch.labels):
-            yield batch.to(ctx.device)
+            yield batch
 
 
 @torch.no_grad()
 def evaluate(model, videos, cfg, ctx, picture=None):
-    """Top-1 and top-k (k = 5, or all classes if fewer) in % at --eval-mask-ratio; PMAE with tokens masked as in training.
+    """Top-1 and top-k in % (k = 5, or all classes if fewer) at --eval-mask-ratio; PMAE, masked as in training.
 
     Every readable video counts once, at any number of ranks; `unread` of them could not be. A centre clip a video.
     """
@@ -606,7 +607,7 @@ def main(cfg):
 
     dataset = data.ClipDataset(videos, partial(sample_clip, cfg, True), cfg.size, cfg.seed, replace=True)
     schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, cfg.seed, at["step"], total, ctx.rank, ctx.world)
-    batches = iter(data.make_loader(dataset, schedule, cfg.workers, ctx.device))
+    batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
     failures = data.Failures(len(videos), cfg.max_bad)
 
     def save(*names):
@@ -635,7 +636,7 @@ def main(cfg):
             group["lr"] = lr * group["lr_scale"]
         for i in range(accumulation):
             with run.waiting():
-                batch = next(batches).to(ctx.device)
+                batch = next(batches)
             failures.add(batch, micro)
             clips = data.flip(batch.clips, batch.keys) if cfg.flip else batch.clips  # [B, T, C, H, W]
             labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, classes]

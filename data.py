@@ -1172,12 +1172,204 @@ class Failures:
 # ----------------------------------------------------------------------------------------------------------------------
 # Augmentation on the device: batched over clips, the same for all frames of a clip, keyed by clip
 # ----------------------------------------------------------------------------------------------------------------------
+# Nothing here makes the host wait for the GPU. What decides which kernels run (the operations of RandAugment, the box
+# to erase) is drawn on the host, from the keys as the loader gives them: on the CPU. So a clip pays only for what was
+# drawn for it, and gets the same bits in any micro-batch.
+# VideoMAE's order in fine-tuning: rand_augment, flip, erase, mix.
+# DECISION (crop first): it crops between the first two. Here the decoder crops, which is what makes it fast, so
+# rand_augment sees the crop: its pixels are counted (autocontrast, equalize, contrast), and grey comes in at its edges.
+
+
+def _to_device(values, device):
+    """A small tensor on the device. The host doesn't wait for it, as it does in torch.tensor(values, device=device)."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 def flip(clips, keys, p=0.5):
-    """Mirror a clip left-right with probability p: [B, T, C, H, W] -> the same."""
-    chosen = uniform(keys, "flip") < p  # [B]
+    """Mirror a clip left-right with probability p: [B, T, C, H, W] -> the same. keys: int64 [B], anywhere."""
+    chosen = _to_device(uniform(keys, "flip") < p, clips.device)  # [B]
     return torch.where(chosen[:, None, None, None, None], clips.flip(-1), clips)
+
+
+# PIL's operations, because the recipes' accuracies were reached with them: they round down after every one, and their
+# frame statistics are each frame's own. x: uint8 [..., T, C, H, W] -> the same, equal to PIL's result in every bit
+# (`_affine`: but for one level in a few pixels of a thousand). factor: a number, or float32 [B, 1, 1, 1, 1].
+
+
+def _blend(base, x, factor):
+    """x made more (factor > 1) or less (< 1) different from base."""
+    return x.float().sub_(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)  # in place: one copy in float
+
+
+def _grey(x):
+    """Luma (ITU-R 601) in fixed point, [..., T, 1, H, W]."""
+    r, g, b = x.int().split(1, -3)  # [..., T, 1, H, W] each
+    return (19595 * r + 38470 * g + 7471 * b + (1 << 15)) >> 16
+
+
+def _mean_grey(x):
+    """The mean luma of each frame, rounded, [..., T, 1, 1, 1]."""
+    n = x.shape[-2] * x.shape[-1]
+    return (2 * _grey(x).sum((-2, -1), keepdim=True) + n) // (2 * n)
+
+
+def _smooth(x):
+    """3x3 mean with a weight of 5 in the middle, of 13; the frame's border stays."""
+    total, out = x.short(), x.clone()
+    total = total[..., :-2] + total[..., 1:-1] + total[..., 2:]  # [..., T, C, H, W - 2]
+    total = total[..., :-2, :] + total[..., 1:-1, :] + total[..., 2:, :]  # [..., T, C, H - 2, W - 2]
+    out[..., 1:-1, 1:-1] = (total + 4 * x[..., 1:-1, 1:-1].short() + 6) // 13
+    return out
+
+
+def _autocontrast(x):
+    """Stretch each colour of each frame to 0 .. 255."""
+    low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)  # [..., T, C, 1]
+    low, high = low[..., None].double(), high[..., None].double()  # [..., T, C, 1, 1]
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / tensor would multiply by the inverse
+    return torch.where(high > low, (x * scale + -low * scale).clamp_(0, 255).to(torch.uint8), x)
+
+
+def _equalize(x):
+    """Spread each colour of each frame so that all levels occur about equally often."""
+    level = x.flatten(-2).long()  # [..., T, C, H W]
+    count = level.new_zeros(*level.shape[:-1], 256).scatter_add_(-1, level, level.new_ones(1).expand_as(level))
+    step = (count.sum(-1, keepdim=True) - count.gather(-1, level.amax(-1, keepdim=True))) // 255  # [..., T, C, 1]
+    table = ((step // 2 + count.cumsum(-1) - count) // step.clamp(min=1)).clamp(max=255)  # [..., T, C, 256]
+    return torch.where(step > 0, table.gather(-1, level), level).to(torch.uint8).view(x.shape)
+
+
+def _affine(x, a, b, c, d, e, f):
+    """Each pixel (x, y) from (a x + b y + c, d x + e y + f), bicubically; grey from outside the frame. x: [T, C, H, W].
+
+    An output pixel is a weighted sum of 16 input pixels, with the same weights for all its T C values: embedding_bag,
+    which takes half of grid_sample's time on a CPU. The weights are PIL's when it transforms, Keys' with a = -1; when
+    it resizes, a is -0.5. grid_sample has -0.75, which is up to 8 levels off on the tests' pictures.
+    """
+    H, W = x.shape[-2:]
+    columns, rows = (torch.arange(n, device=x.device, dtype=torch.float64) + 0.5 for n in (W, H))
+    at = a * columns + b * rows[:, None] + c, d * columns + e * rows[:, None] + f  # [H, W] each
+    inside = (at[0] >= 0) & (at[0] < W) & (at[1] >= 0) & (at[1] < H)  # [H, W]
+    taps, weights = [], []
+    for place, n in zip(at, (W, H), strict=True):
+        first = (place - 0.5).floor()  # [H, W]
+        t = place - 0.5 - first  # [H, W], in [0, 1)
+        near, far = (lambda t: t**3 - 2 * t**2 + 1), (lambda t: -(t**3) + 5 * t**2 - 8 * t + 4)
+        weights.append(torch.stack([far(1 + t), near(t), near(1 - t), far(2 - t)], -1).float())  # [H, W, 4]
+        taps.append(torch.stack([(first + k).clamp(0, n - 1) for k in (-1, 0, 1, 2)], -1).long())  # [H, W, 4]
+    index = (taps[1][..., None] * W + taps[0][..., None, :]).view(-1, 16)  # [H W, 16]
+    weight = (weights[1][..., None] * weights[0][..., None, :]).view(-1, 16)  # [H W, 16]
+    pixels = x.flatten(0, 1).flatten(1).T.float().contiguous()  # [H W, T C]
+    out = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)  # [H W, T C]
+    # 1e-3 makes good for what float32 lost, where the exact sum is a whole number and would be rounded down.
+    out = (out.T.reshape(x.shape) + 1e-3).clamp_(0, 255).to(torch.uint8)  # [T, C, H, W]
+    return torch.where(inside, out, 128)  # [T, C, H, W]
+
+
+def _rotate(x, degrees):
+    """Turn counter-clockwise about the frame's centre."""
+    H, W = x.shape[-2:]
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return _affine(x, c, -s, W / 2 - c * W / 2 + s * H / 2, s, c, H / 2 - s * W / 2 - c * H / 2)
+
+
+# timm's operations that grow with the magnitude ("inc1"). v: magnitude / 10, in 0 .. 1, with a random sign.
+# 0 bits left of a colour, at magnitude 10, are black, as with the PIL of VideoMAE's time; newer ones raise an error.
+RAND_AUGMENT = {
+    "AutoContrast": lambda x, v: _autocontrast(x),
+    "Equalize": lambda x, v: _equalize(x),
+    "Invert": lambda x, v: 255 - x,
+    "Rotate": lambda x, v: _rotate(x, 30 * v),
+    "Posterize": lambda x, v: x & (256 - (16 << int(4 * abs(v)))),
+    "Solarize": lambda x, v: torch.where(x.short() < 256 - int(256 * abs(v)), x, 255 - x),
+    "SolarizeAdd": lambda x, v: torch.where(x < 128, x + int(110 * abs(v)), x),
+    "Color": lambda x, v: _blend(_grey(x), x, 1 + 0.9 * v),
+    "Contrast": lambda x, v: _blend(_mean_grey(x), x, 1 + 0.9 * v),
+    "Brightness": lambda x, v: _blend(0, x, 1 + 0.9 * v),
+    "Sharpness": lambda x, v: _blend(_smooth(x), x, 1 + 0.9 * v),
+    "ShearX": lambda x, v: _affine(x, 1, 0.3 * v, 0, 0, 1, 0),
+    "ShearY": lambda x, v: _affine(x, 1, 0, 0, 0.3 * v, 1, 0),
+    "TranslateX": lambda x, v: _affine(x, 1, 0, 0.45 * v * x.shape[-1], 0, 1, 0),
+    "TranslateY": lambda x, v: _affine(x, 1, 0, 0, 0, 1, 0.45 * v * x.shape[-2]),
+}
+
+
+def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
+    """RandAugment (Cubuk et al. 2020) as timm's string rand-m7-n4-mstd0.5-inc1 has it, VideoMAE's fine-tuning.
+
+    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU (a GPU's would have to be waited for).
+    Returns: uint8 [B, T, 3, H, W].
+
+    `layers` times: one of RAND_AUGMENT, any as likely, is applied with probability 0.5, at a magnitude drawn from
+    N(magnitude, deviation) and kept in 0 .. 10.
+    DECISION (fill): grey, 128. timm fills with the mean colour where it is told it; VideoMAE's fine-tuning doesn't.
+    DECISION (Turbo): "RandAug (9, 0.5)" in its Table 6 is read as rand-m9-mstd0.5-inc1, MAE's and DeiT's string of that
+    short form, in which timm's default is 2 layers.
+    """
+    draws = uniform(keys, "rand_augment", 4 * layers).unflatten(-1, (layers, 4))  # [B, layers, 4]
+    levels = (magnitude + deviation * torch.special.ndtri(draws[..., 2])).clamp(0, 10) / 10  # [B, layers]
+    out, names = clips.clone(), list(RAND_AUGMENT)
+    for i, plan in enumerate(zip(draws.tolist(), levels.tolist(), strict=True)):
+        for (which, chance, _, sign), level in zip(*plan, strict=True):
+            if chance < 0.5:
+                out[i] = RAND_AUGMENT[names[int(which * len(names))]](out[i], level if sign < 0.5 else -level)
+    return out
+
+
+def _turn_hue(x, turns):
+    """Turn the hue of uint8 [B, T, 3, H, W] by `turns` of the colour circle, through HSV and back."""
+    rgb = x.float()
+    r, g, b = rgb.split(1, -3)  # [B, T, 1, H, W] each
+    top = rgb.amax(-3, keepdim=True)
+    chroma = top - rgb.amin(-3, keepdim=True)
+    hue = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    hue = hue / chroma.clamp(min=1) + 6 * turns  # [B, T, 1, H, W], in sixths of the circle
+    far = torch.cat([(hue + n) % 6 for n in (5, 3, 1)], -3)  # [B, T, 3, H, W]
+    return (top - chroma * torch.minimum(far, 4 - far).clamp_(0, 1) + 0.5).to(torch.uint8)
+
+
+def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0):
+    """torchvision's ColorJitter: factors uniform in [1 - x, 1 + x] (not below 0), turns of the hue in [-hue, hue].
+
+    uint8 [B, T, 3, H, W] -> the same; keys: int64 [B], anywhere. DECISION (order): always that of the arguments;
+    torchvision draws it. Every clip has every operation, so that they are done for the whole batch at once.
+    """
+    u = _to_device(uniform(keys, "colour_jitter", 4), clips.device)[..., None, None, None, None]  # [B, 4, 1, 1, 1, 1]
+    factor = lambda i, x: max(0, 1 - x) + (min(1, x) + x) * u[:, i]  # [B, 1, 1, 1, 1]
+    if brightness:
+        clips = _blend(0, clips, factor(0, brightness))
+    if contrast:
+        clips = _blend(_mean_grey(clips), clips, factor(1, contrast))
+    if saturation:
+        clips = _blend(_grey(clips), clips, factor(2, saturation))
+    return _turn_hue(clips, hue * (2 * u[:, 3] - 1)) if hue else clips
+
+
+def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Random erasing (Zhong et al. 2020), pixel mode, "cube": with probability p, noise in one box of all frames.
+
+    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU. Returns: uint8 [B, T, 3, H, W].
+
+    The box has 2 to 33 % of the frame's area and a height of 0.3 to 3.3 widths, log-uniform; ten tries to fit it in, as
+    in timm's RandomErasing (VideoMAE's `_erase_cube`, whose box it is, has 100: a miss is rarer than 1 in 10^20). Both
+    fill normalised pixels with N(0, 1). Ours are normalised later, so the noise is mapped back to pixels, mean + std
+    N(0, 1), and what falls outside 0 .. 255, 3 %, is cut off.
+    """
+    chosen = (uniform(keys, "erase") < p).tolist()
+    draws = uniform(keys, "erase.box", 40).unflatten(-1, (10, 4)).tolist()
+    mean, std = (_to_device(v, clips.device)[:, None, None] for v in (mean, std))  # [C, 1, 1]
+    (T, C, H, W), out = clips.shape[1:], clips.clone()
+    for i in range(len(out)):
+        for area, ratio, top, left in draws[i] if chosen[i] else ():
+            area, ratio = H * W * (0.02 + area * (1 / 3 - 0.02)), 0.3 ** (1 - 2 * ratio)
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h < H and w < W:
+                y, x = int(top * (H - h + 1)), int(left * (W - w + 1))
+                pixel_keys = make_key(keys[i], torch.arange(T * C * h * w, device=clips.device))  # [T C h w]
+                noise = torch.special.ndtri(uniform(pixel_keys, "erase.noise")).view(T, C, h, w)
+                out[i, ..., y : y + h, x : x + w] = (255 * (noise * std + mean) + 0.5).clamp_(0, 255)  # [T, C, h, w]
+                break
+    return out
 
 
 def soft_labels(labels, classes, smoothing):
@@ -1205,7 +1397,7 @@ def mix(clips, targets, step_key, mixup, cutmix):
         top, left = int(cy * H) - (h + 1) // 2, int(cx * W) - (w + 1) // 2
         y0, y1, x0, x1 = max(top, 0), min(top + h, H), max(left, 0), min(left + w, W)
         mixed = clips.clone()
-        mixed[..., y0:y1, x0:x1] = swap(clips)[..., y0:y1, x0:x1]
+        mixed[..., y0:y1, x0:x1] = swap(clips[..., y0:y1, x0:x1])
         clips, lam = mixed, 1 - (y1 - y0) * (x1 - x0) / (H * W)  # the area that was really replaced
     else:
         clips = clips.float().lerp(swap(clips).float(), 1 - lam)  # [B, T, C, H, W]
@@ -1214,7 +1406,7 @@ def mix(clips, targets, step_key, mixup, cutmix):
 
 def normalize(patches, mean, std):
     """0-255 pixels, colours last and fastest, to (x / 255 - mean) / std in float32: [..., P] -> [..., P]."""
-    mean, std = (torch.tensor(v, device=patches.device).repeat(patches.shape[-1] // 3) for v in (mean, std))  # [P]
+    mean, std = (_to_device(v, patches.device).repeat(patches.shape[-1] // 3) for v in (mean, std))  # [P]
     return (patches.float() / 255 - mean) / std
 
 

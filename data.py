@@ -602,8 +602,8 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
 class Chunks:
     """A long video in pieces, folder/<start second>.mp4 (AVION, Sec. 4.3), read as if it were one.
 
-    `info`, `at`, `clamp`, `read_views` as of `Video`, but frames are what `at` returns: (chunk, frame) pairs; and `info`
-    is that of one chunk. Only the chunks that a clip touches are opened. A clip across a boundary is one clip still,
+    `info`, `at`, `clamp`, `read_views` as of `Video`, but frames are what `at` returns, (chunk, frame) pairs, and `info`
+    is one chunk's. Only the chunks that a clip touches are opened. A clip across a boundary is one clip still,
     with one box. Raises VideoError: no such folder, no chunk in it; a chunk that is missing, short or damaged.
     """
 
@@ -964,13 +964,13 @@ class Batch(NamedTuple):
     clips: torch.Tensor  # uint8 [B, T, C, H, W]
     labels: torch.Tensor  # int64 [B]
     keys: torch.Tensor  # int64 [B], of (seed, epoch, index, view): all later draws for these clips hash from them
-    index: torch.Tensor  # int64 [B], place in the list (stays on the CPU)
+    index: torch.Tensor  # int64 [B], place in the list; it and the keys stay on the CPU
     failures: list  # one line a video that could not be read
 
     def to(self, device):
         """Copy to the device; from pinned memory the copy overlaps with what the GPU is doing."""
         move = lambda x: x.to(device, non_blocking=True)
-        return self._replace(clips=move(self.clips), labels=move(self.labels), keys=move(self.keys))
+        return self._replace(clips=move(self.clips), labels=move(self.labels))
 
 
 class ClipDataset(torch.utils.data.Dataset):
@@ -1134,7 +1134,7 @@ def _ahead(batches, device):
         if ready:
             batch, copied = ready
             copied.wait(torch.cuda.current_stream(device))
-            for tensor in batch[:3]:
+            for tensor in batch[:2]:  # clips, labels
                 if tensor.is_cuda:
                     tensor.record_stream(torch.cuda.current_stream(device))  # its memory is in use there from now on
             yield batch
@@ -1175,9 +1175,8 @@ class Failures:
 # Nothing here makes the host wait for the GPU. What decides which kernels run (the operations of RandAugment, the box
 # to erase) is drawn on the host, from the keys as the loader gives them: on the CPU. So a clip pays only for what was
 # drawn for it, and gets the same bits in any micro-batch.
-# VideoMAE's order in fine-tuning: rand_augment, flip, erase, mix.
-# DECISION (crop first): it crops between the first two. Here the decoder crops, which is what makes it fast, so
-# rand_augment sees the crop: its pixels are counted (autocontrast, equalize, contrast), and grey comes in at its edges.
+# In VideoMAE's fine-tuning the order is rand_augment, crop, flip, erase, mix. DECISION (crop first): here the decoder
+# crops, which is what makes it fast; so rand_augment counts the crop's pixels, and grey comes in at the crop's edges.
 
 
 def _to_device(values, device):

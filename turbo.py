@@ -26,8 +26,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan shows both.
     lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, at Figure 3's batch, 16.
     short       a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
-Missing: RandAug (9, 0.5) of Table 6 (crop, flip, mixup and cutmix are here); video-language training (Eq. 2) and
-long video (Sec. 4.3); published VideoMAE weights.
+    RandAug     "(9, 0.5)" is read as timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5.
+Missing: video-language training (Eq. 2) and long video (Sec. 4.3); published VideoMAE weights.
 
     python turbo.py                     # toy videos, made on first use: 2 CPU cores, about 3 minutes
     torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --train-list train.csv --val-list val.csv --data-root UCF-101
@@ -76,6 +76,7 @@ RECIPES = {
         "label_smoothing": 0.0,
         "mixup": 0.0,
         "cutmix": 0.0,
+        "rand_augment": 0.0,
         "crop": False,
         "flip": False,  # left is not right
         "workers": 2,
@@ -130,6 +131,7 @@ class Config:
     label_smoothing: float = opt(0.1, "share of a label spread over all classes (Table 6)")
     mixup: float = opt(0.8, "Beta parameter of mixup; 0: off (Table 6)")
     cutmix: float = opt(1.0, "Beta parameter of cutmix; 0: off (Table 6)")
+    rand_augment: float = opt(9.0, "magnitude of RandAugment; 0: off (Table 6)")  # DECISION (RandAug)
     crop: bool = opt(True, "random resized crops in training (VideoMAE); off: the centre square")
     flip: bool = opt(True, "random left-right flips in training (VideoMAE)")
 
@@ -308,7 +310,7 @@ def eval_batches(videos, cfg, ctx, failures):
     for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
         failures.new += batch.failures
         if len(batch.labels):
-            yield batch
+            yield batch._replace(keys=batch.keys.to(ctx.device))
 
 
 @torch.no_grad()
@@ -464,6 +466,8 @@ def check(cfg):
     for flag in ("epochs", "fps", "log_every", "eval_every"):
         if getattr(cfg, flag) <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be above 0")
+    if not 0 <= cfg.rand_augment <= 10:
+        raise UserError("--rand-augment must be in [0, 10]")
     for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad"):
         if getattr(cfg, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} must not be negative")
@@ -638,12 +642,17 @@ def main(cfg):
             with run.waiting():
                 batch = next(batches)
             failures.add(batch, micro)
-            clips = data.flip(batch.clips, batch.keys) if cfg.flip else batch.clips  # [B, T, C, H, W]
+            clips = batch.clips  # [B, T, C, H, W], uint8
+            if cfg.rand_augment:
+                clips = data.rand_augment(clips, batch.keys, cfg.rand_augment, layers=2)  # [B, T, C, H, W]
+            if cfg.flip:
+                clips = data.flip(clips, batch.keys)  # [B, T, C, H, W]
+            keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
             labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, classes]
             clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
             with ctx.sync(model, last=i == accumulation - 1):
                 with ctx.autocast():
-                    logits, prediction, target = model(clips, batch.keys, cfg.mask_ratio, cfg.recon_ratio)
+                    logits, prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
                     loss, ce, pmae = turbo_loss(logits, labels, prediction, target)  # [B] each
                 # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A loss
                 # that is not finite makes the gradient so too, and thereby skips the update.

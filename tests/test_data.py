@@ -178,7 +178,7 @@ def test_random_square_reaches_every_place():
 
 
 def test_multi_scale_is_tsns():
-    """Ten pairs of sides out of 1, 7/8, 3/4 and .66 of 240, one step apart at most; 13 places in quarters of the room."""
+    """Ten pairs of sides: 1, 7/8, 3/4 and .66 of 240, one step apart at most; 13 places in quarters of the room."""
     boxes = [data.multi_scale_box(info(1, 320, 240), make_key(n)) for n in range(6000)]
     sides = {box[2:] for box in boxes}
     assert {w for w, _ in sides} == {240, 210, 180, 158} and len(sides) == 10 and (240, 180) not in sides

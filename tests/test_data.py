@@ -1,5 +1,6 @@
 """Frame sampling, boxes, lists at scale, chunked videos, repeated views, and the loader's promises."""
 
+import contextlib
 import functools
 import os
 import random
@@ -412,6 +413,47 @@ def test_a_worker_that_dies_or_hangs_is_named(toy, name, monkeypatch):
     while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(pids) == 2 and not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+def test_workers_live_across_epochs(toy):
+    """The same two processes from the first batch to the last of three epochs, and none left afterwards."""
+    videos = data.VideoList(toy / "train.csv", toy)
+    dataset, pids = data.ClipDataset(videos, plain_plan, 32, seed=0, replace=True), set()
+    for _ in data.make_loader(dataset, data.GlobalBatches(16, 8, 8, 0, 0, 6), 2, CPU):
+        pids.add(tuple(dataset.watch[:, 0].tolist()))
+    both = {pid for row in pids for pid in row if pid}
+    assert len(both) == 2
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid:.0f}") for pid in both) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(os.path.exists(f"/proc/{pid:.0f}") for pid in both)
+
+
+def test_copies_run_one_batch_ahead(monkeypatch):
+    """On a fake device: every batch comes once, in order, its copy waited for, and the next copy already begun."""
+    events = []
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
+        def record_event(self):
+            number = sum(kind == "copy" for kind, _ in events)
+            return SimpleNamespace(wait=lambda stream: events.append(("wait", number)))
+
+    class Fake(data.Batch):
+        def to(self, device):
+            events.append(("copy", int(self.index)))
+            return self
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    batches = (Fake(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor(i), []) for i in (1, 2, 3))
+    for batch in data._ahead(batches, CPU):
+        events.append(("step", int(batch.index)))
+    order = "copy 1, copy 2, wait 1, step 1, copy 3, wait 2, step 2, wait 3, step 3"
+    assert ", ".join(f"{kind} {n}" for kind, n in events) == order
 
 
 def test_a_slow_step_or_idle_workers_are_no_hang(toy, monkeypatch):

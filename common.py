@@ -7,7 +7,8 @@
     5. Command line       a dataclass becomes the flags, a recipe changes its defaults
     6. A run              folder, log, checkpoints that can't be lost, signals
     7. Weights            published files (.pth, safetensors) read as tensors, their names made ours
-    8. Counting           multiply-adds and saved activations of a real model, for --plan
+    8. Contrastive step   InfoNCE over the whole global batch, at any number of ranks and micro-batches
+    9. Counting           multiply-adds and saved activations of a real model, for --plan
 
 Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads, P pixel values in a patch.
 """
@@ -359,6 +360,14 @@ class Context:
         if self.world > 1:
             dist.all_gather_object(values, value, group=self.side_group)
         return values
+
+    def gather_rows(self, tensor):
+        """Rows [b, ...] of every rank, b equal on all, rank after rank: [world * b, ...], without gradient."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
 
     def barrier(self):
         self.any(False)
@@ -815,7 +824,68 @@ def load_weights(model, weights, source):
     return f"{source}: " + ", ".join(f"{word} {len(k)}" + (f" ({k[0]} ...)" if k else "") for word, k in parts)
 
 
-# ---- 8. Counting, for --plan -----------------------------------------------------------------------------------------
+# ---- 8. The contrastive step -----------------------------------------------------------------------------------------
+# InfoNCE compares a clip with every text of the global batch, so it is no sum over micro-batches: to accumulate theirs
+# is to train an easier task. (AVION's --update-freq keeps the last one only, or fails.) But it sees nothing but the
+# features: its gradient at these is small, and the chain rule takes it on from there, a micro-batch at a time (Gao et
+# al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"), for one more forward pass.
+
+
+def contrastive_loss(video, text, scale, same=None):
+    """Symmetric InfoNCE (Turbo, Eq. 2; CLIP's), a pair at a time: half video -> text, half text -> video. -> [B].
+
+    video, text: features [B, D] of length 1, row i of one belongs to row i of the other; scale: 1 / temperature.
+    same: bool [B, B], True for pairs that show or say the same: they are no negatives of each other.
+    """
+    logits = scale * video.float() @ text.float().T  # [B, B]
+    if same is not None:
+        logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -math.inf)
+    labels = torch.arange(len(logits), device=logits.device)  # [B]
+    return 0.5 * sum(F.cross_entropy(x, labels, reduction="none") for x in (logits, logits.T))  # [B]
+
+
+def cached_step(ctx, model, encode, batches, loss_fn, scaler):
+    """Add to .grad the (scaled) gradient of mean(loss_fn) + mean(extra) over the global batch, exactly.
+
+    batches: this rank's micro-batches, all of one size. model: as ctx.wrap made it; `encode` calls it, once.
+    encode(batch, replay) -> outputs, extra. outputs: a tuple of features [b, ...]; integers [b], such as ids; 0-d
+    tensors that are the same in all micro-batches, such as the logit scale. extra: [b] or None, a loss that needs no
+    other clip (Turbo's PMAE). replay False is the first pass, without graph, where extra is not used. Draws must be
+    keyed, so that both passes are the same. Autocast is entered here, for `encode` alone: the loss is in float32.
+    loss_fn(*outputs of the global batch) -> a loss a clip, [B]. Whatever learns must come through `outputs`, from the
+    forward pass of `model`: DistributedDataParallel knows of no other. Returns losses and extras of this rank's clips.
+    """
+    batches = list(batches)
+    single = len(batches) == 1  # then its graph is kept, and nothing is computed twice
+
+    def forward(batch, replay):
+        with torch.set_grad_enabled(replay), ctx.autocast():
+            return encode(batch, replay)
+
+    first, outputs, extras = [forward(batch, single) for batch in batches], [], []
+    for parts in zip(*(features for features, _ in first), strict=True):
+        whole = ctx.gather_rows(torch.cat(parts).detach()) if parts[0].dim() else parts[0].detach()  # [B, ...] or []
+        outputs.append(whole.float().requires_grad_() if whole.is_floating_point() else whole)
+    losses = loss_fn(*outputs)  # [B]
+    gradients = torch.autograd.grad(losses.mean(), [x for x in outputs if x.requires_grad])
+    own = len(losses) // ctx.world
+    start, size = ctx.rank * own, own // len(batches)
+    for i, batch in enumerate(batches):
+        rows = slice(start + i * size, start + (i + 1) * size)  # the micro-batch's
+        with ctx.sync(model, last=i == len(batches) - 1):
+            features, extra = first[0] if single else forward(batch, True)
+            extras.append(torch.zeros_like(losses[rows]) if extra is None else extra.float())  # [b]
+            # Ranks' gradients are averaged, hence `world` where each has its own part. A scalar's is whole on each.
+            total = extras[-1].sum() * ctx.world / len(losses)
+            for x, gradient in zip((x for x in features if x.is_floating_point()), gradients, strict=True):
+                share = gradient[rows] * ctx.world if x.dim() else gradient / len(batches)
+                total = total + (x.float() * share).sum()  # has the chain rule's gradient
+            finite = losses.isfinite().all() & extras[-1].isfinite().all()  # else the update must be skipped
+            scaler.scale(total * torch.where(finite, 1.0, math.nan)).backward()
+    return losses[start : start + own].detach(), torch.cat(extras).detach()
+
+
+# ---- 9. Counting, for --plan -----------------------------------------------------------------------------------------
 
 
 def count_macs(function, *args):

@@ -480,8 +480,8 @@ def load_checkpoint(path):
     Never runs code from the file: tensors, plain data, and argparse.Namespace, which upstream's training files carry.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)  # a file: of a path it would heed the name
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:

@@ -109,6 +109,9 @@ def test_cut_or_missing_files(tmp_path):
         assert len(str(error.value).splitlines()) == 1
     path.write_bytes(whole)
     assert common.read_weights(path)["w"].tolist() == [0, 0]
+    (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>404: Not Found</html>")
+    with pytest.raises(UserError, match="page.safetensors: refused, it is not a file of tensors"):
+        common.read_weights(tmp_path / "page.safetensors")
     for missing in (tmp_path / "none.pth", tmp_path):
         with pytest.raises(UserError, match=f"{missing}.*no such checkpoint"):
             common.read_weights(missing)

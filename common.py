@@ -6,7 +6,9 @@
     4. Processes          one process or torchrun, the same code
     5. Command line       a dataclass becomes the flags, a recipe changes its defaults
     6. A run              folder, log, checkpoints that can't be lost, signals
-    7. Counting           multiply-adds and saved activations of a real model, for --plan
+    7. Weights            published files (.pth, safetensors) read as tensors, their names made ours
+    8. Contrastive step   InfoNCE over the whole global batch, at any number of ranks and micro-batches
+    9. Counting           multiply-adds and saved activations of a real model, for --plan
 
 Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads, P pixel values in a patch.
 """
@@ -359,6 +361,14 @@ class Context:
             dist.all_gather_object(values, value, group=self.side_group)
         return values
 
+    def gather_rows(self, tensor):
+        """Rows [b, ...] of every rank, b equal on all, rank after rank: [world * b, ...], without gradient."""
+        if self.world == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
     def barrier(self):
         self.any(False)
 
@@ -470,8 +480,8 @@ def load_checkpoint(path):
     Never runs code from the file: tensors, plain data, and argparse.Namespace, which upstream's training files carry.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)  # a file: of a path it would heed the name
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
@@ -481,28 +491,6 @@ def load_checkpoint(path):
     except Exception as error:  # a damaged file raises anything: EOFError, IndexError, struct.error, ...
         why = (str(error) or "it ends too early").splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint ({why})") from error
-
-
-def load_weights(model, weights, source):
-    """Copy a state dict into `model` by name; returns what was loaded, left at init, not used, as a line to print.
-
-    UserError where a shape differs or nothing matches.
-    """
-    own = model.state_dict()
-    for name in weights:
-        if name in own and weights[name].shape != own[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
-            raise UserError(f"{source}: {name} is {shapes}; are --model, --decoder and --num-classes the file's?")
-    lists = [
-        [k for k in own if k in weights],
-        [k for k in own if k not in weights],
-        [k for k in weights if k not in own],
-    ]
-    if not lists[0]:
-        raise UserError(f"{source}: no weight of this model is in it (it holds {', '.join(list(weights)[:3])} ...)")
-    model.load_state_dict(weights, strict=False)
-    parts = zip(("loaded", "left at init", "not used"), lists, strict=True)
-    return f"{source}: " + ", ".join(f"{word} {len(k)}" + (f" ({k[0]} ...)" if k else "") for word, k in parts)
 
 
 class Meter:
@@ -734,7 +722,170 @@ class Run:
             raise SystemExit(128 + (self.stopped or signal.SIGTERM))
 
 
-# ---- 7. Counting, for --plan -----------------------------------------------------------------------------------------
+# ---- 7. Weights ------------------------------------------------------------------------------------------------------
+
+_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+                "BOOL": torch.bool}  # fmt: skip
+
+# VideoMAE's names -> ours, replaced in this order: upstream's pretraining and fine-tuning files, then the hub's.
+_VIDEOMAE = (("module.", ""), ("backbone.", ""), ("videomae.", ""), ("encoder.layer.", "blocks."), ("encoder.", ""),
+             ("embeddings.patch_embeddings.projection.", "patch_embed."), ("patch_embed.proj.", "patch_embed."),
+             ("decoder.decoder_layers.", "decoder.blocks."), ("layernorm.", "norm."), ("layernorm_before.", "norm1."),
+             ("layernorm_after.", "norm2."), ("attention.attention.", "attn."), ("intermediate.dense.", "mlp.fc1."),
+             ("attention.output.dense.", "attn.proj."), ("output.dense.", "mlp.fc2."), ("classifier.", "head."),
+             )  # fmt: skip
+
+
+def read_safetensors(path):
+    """A .safetensors file as a dict of tensors; UserError where it is cut, inconsistent or of an unknown dtype.
+
+    The format (github.com/huggingface/safetensors): the header's length in 8 bytes, little-endian; the header, JSON
+    with each tensor's dtype, shape and [begin, end) in the data; the data, without gaps. There is no code in it.
+    """
+    try:
+        size = os.path.getsize(path)
+        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # mapped, not read
+        start = at = 8 + int.from_bytes(raw[:8].numpy(), "little")
+        header, tensors = json.loads(raw[8:start].numpy().tobytes()), {}
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, (begin, end) = _SAFETENSORS[entry["dtype"]], entry["data_offsets"]
+            if start + begin != at or end - begin != math.prod(entry["shape"]) * dtype.itemsize:
+                raise ValueError(f"the place or size of {name} is wrong")
+            at = start + end
+            tensors[name] = raw[start + begin : at].clone().view(dtype).reshape(entry["shape"])  # clone: aligned
+        if at != size:
+            raise ValueError(f"{size} bytes long, by its header {at}")
+        return tensors
+    except Exception as error:  # a damaged header raises anything: JSONDecodeError, KeyError, TypeError, ...
+        raise UserError(f"{path}: not a readable safetensors file ({type(error).__name__}: {error})") from error
+
+
+def read_weights(path):
+    """The tensors of a file of weights, by their names in it, on the CPU. Told apart by content; no code of it is run.
+
+    path: a file by torch.save with the weights at its top, under `model` (ours, VideoMAE's) or `module`; a .safetensors
+    file, or a hub folder with model.safetensors. UserError where it is none of these.
+    """
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(9)[8:] == b"{":  # where the JSON begins; torch's files have another byte there
+                return read_safetensors(path)
+    state = load_checkpoint(path)
+    for name in ("model", "module"):
+        state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
+    weights = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not weights:
+        raise UserError(f"{path}: no weights are in it, neither at its top nor under model or module")
+    return weights
+
+
+def videomae_weights(state):
+    """VideoMAE's weights by the names of our modules, whichever of its forms they are in; other names stay as they are.
+
+    Forms: upstream's pretraining and fine-tuning files (github.com/MCG-NJU/VideoMAE), the hub's pretraining and
+    classification models. Ours: upstream's pretraining names without `encoder.`; patch_embed's Conv3d kernel
+    [D, 3, 2, 16, 16] as a linear weight [D, P]; query, key and value as one qkv [3D, D]; a classifier's fc_norm and
+    head, which read the tokens' mean. (The hub's config has LayerNorm eps 1e-12, upstream trained with our 1e-6.)
+    """
+    ours = {}
+    for name, tensor in state.items():
+        for theirs, replacement in _VIDEOMAE:
+            name = name.replace(theirs, replacement)
+        ours[name] = conv_to_linear(tensor) if name == "patch_embed.weight" and tensor.dim() == 5 else tensor
+    for query in [name for name in ours if name.endswith("attn.query.weight")]:
+        parts = [query.replace("query", part) for part in ("query", "key", "value")]
+        if all(part in ours for part in parts):
+            ours[query.replace("query", "qkv")] = torch.cat([ours.pop(part) for part in parts])  # [3D, D]
+    return ours
+
+
+def load_weights(model, weights, source):
+    """Copy a state dict into `model` by name; returns what was loaded, left at init, not used, as a line to print.
+
+    UserError where a shape differs or nothing matches.
+    """
+    own = model.state_dict()
+    for name in weights:
+        if name in own and weights[name].shape != own[name].shape:
+            shapes = f"{tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
+            raise UserError(f"{source}: {name} is {shapes}; are --model, --decoder and --num-classes the file's?")
+    lists = [
+        [k for k in own if k in weights],
+        [k for k in own if k not in weights],
+        [k for k in weights if k not in own],
+    ]
+    if not lists[0]:
+        raise UserError(f"{source}: no weight of this model is in it (it holds {', '.join(list(weights)[:3])} ...)")
+    model.load_state_dict(weights, strict=False)
+    parts = zip(("loaded", "left at init", "not used"), lists, strict=True)
+    return f"{source}: " + ", ".join(f"{word} {len(k)}" + (f" ({k[0]} ...)" if k else "") for word, k in parts)
+
+
+# ---- 8. The contrastive step -----------------------------------------------------------------------------------------
+# InfoNCE compares a clip with every text of the global batch, so it is no sum over micro-batches: to accumulate theirs
+# is to train an easier task. (AVION's --update-freq keeps the last one only, or fails.) But it sees nothing but the
+# features: its gradient at these is small, and the chain rule takes it on from there, a micro-batch at a time (Gao et
+# al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"), for one more forward pass.
+
+
+def contrastive_loss(video, text, scale, same=None):
+    """Symmetric InfoNCE (Turbo, Eq. 2; CLIP's), a pair at a time: half video -> text, half text -> video. -> [B].
+
+    video, text: features [B, D] of length 1, row i of one belongs to row i of the other; scale: 1 / temperature.
+    same: bool [B, B], True for pairs that show or say the same: they are no negatives of each other.
+    """
+    logits = scale * video.float() @ text.float().T  # [B, B]
+    if same is not None:
+        logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -math.inf)
+    labels = torch.arange(len(logits), device=logits.device)  # [B]
+    return 0.5 * sum(F.cross_entropy(x, labels, reduction="none") for x in (logits, logits.T))  # [B]
+
+
+def cached_step(ctx, model, encode, batches, loss_fn, scaler):
+    """Add to .grad the (scaled) gradient of mean(loss_fn) + mean(extra) over the global batch, exactly.
+
+    batches: this rank's micro-batches, all of one size. model: as ctx.wrap made it; `encode` calls it, once.
+    encode(batch, replay) -> outputs, extra. outputs: a tuple of features [b, ...]; integers [b], such as ids; 0-d
+    tensors that are the same in all micro-batches, such as the logit scale. extra: [b] or None, a loss that needs no
+    other clip (Turbo's PMAE). replay False is the first pass, without graph, where extra is not used. Draws must be
+    keyed, so that both passes are the same. Autocast is entered here, for `encode` alone: the loss is in float32.
+    loss_fn(*outputs of the global batch) -> a loss a clip, [B]. Whatever learns must come through `outputs`, from the
+    forward pass of `model`: DistributedDataParallel knows of no other. Returns losses and extras of this rank's clips.
+    """
+    batches = list(batches)
+    single = len(batches) == 1  # then its graph is kept, and nothing is computed twice
+
+    def forward(batch, replay):
+        with torch.set_grad_enabled(replay), ctx.autocast():
+            return encode(batch, replay)
+
+    first, outputs, extras = [forward(batch, single) for batch in batches], [], []
+    for parts in zip(*(features for features, _ in first), strict=True):
+        whole = ctx.gather_rows(torch.cat(parts).detach()) if parts[0].dim() else parts[0].detach()  # [B, ...] or []
+        outputs.append(whole.float().requires_grad_() if whole.is_floating_point() else whole)
+    losses = loss_fn(*outputs)  # [B]
+    gradients = torch.autograd.grad(losses.mean(), [x for x in outputs if x.requires_grad])
+    own = len(losses) // ctx.world
+    start, size = ctx.rank * own, own // len(batches)
+    for i, batch in enumerate(batches):
+        rows = slice(start + i * size, start + (i + 1) * size)  # the micro-batch's
+        with ctx.sync(model, last=i == len(batches) - 1):
+            features, extra = first[0] if single else forward(batch, True)
+            extras.append(torch.zeros_like(losses[rows]) if extra is None else extra.float())  # [b]
+            # Ranks' gradients are averaged, hence `world` where each has its own part. A scalar's is whole on each.
+            total = extras[-1].sum() * ctx.world / len(losses)
+            for x, gradient in zip((x for x in features if x.is_floating_point()), gradients, strict=True):
+                share = gradient[rows] * ctx.world if x.dim() else gradient / len(batches)
+                total = total + (x.float() * share).sum()  # has the chain rule's gradient
+            finite = losses.isfinite().all() & extras[-1].isfinite().all()  # else the update must be skipped
+            scaler.scale(total * torch.where(finite, 1.0, math.nan)).backward()
+    return losses[start : start + own].detach(), torch.cat(extras).detach()
+
+
+# ---- 9. Counting, for --plan -----------------------------------------------------------------------------------------
 
 
 def count_macs(function, *args):

@@ -27,7 +27,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, at Figure 3's batch, 16.
     short       a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
     RandAug     "(9, 0.5)" is read as timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5.
-Missing: video-language training (Eq. 2) and long video (Sec. 4.3); published VideoMAE weights.
+Missing: video-language training (Eq. 2) and long video (Sec. 4.3).
 
     python turbo.py                     # toy videos, made on first use: 2 CPU cores, about 3 minutes
     torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --train-list train.csv --val-list val.csv --data-root UCF-101
@@ -99,7 +99,7 @@ class Config:
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/turbo-<recipe>", free=True)
-    init: str = opt("", "checkpoint to take weights from (eval, predict, features: the run's best.pt if empty)")
+    init: str = opt("", "weights to start from: ours, VideoMAE's .pth or hub folder (eval ...: ours; empty: best.pt)")
     resume: str = opt(
         "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
     )
@@ -496,11 +496,11 @@ def open_lists(cfg, ctx):
 
 
 def init_weights(path, classes):
-    """Model weights of a checkpoint of ours; a classifier of another number of classes is left out."""
-    state = common.load_checkpoint(path)
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{path}: not a checkpoint of turbo.py")
-    return {k: v for k, v in state["model"].items() if not k.startswith("head.") or len(v) == classes}
+    """Model weights of a checkpoint of ours or VideoMAE's; left out is a classifier of another number of classes, and
+    VideoMAE's, which reads a mean over tokens where ours reads CLS."""
+    weights = common.videomae_weights(common.read_weights(path))
+    keep = "fc_norm.weight" not in weights
+    return {k: v for k, v in weights.items() if not k.startswith("head.") or (keep and len(v) == classes)}
 
 
 def use(cfg, ctx):

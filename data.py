@@ -24,15 +24,16 @@ import re
 import shutil
 import signal
 import stat
+import sys
 import time
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
-from itertools import chain, dropwhile, islice
+from itertools import chain, dropwhile, groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1714,18 +1715,458 @@ def _toy_fill(folder, which, seed, counts, workers):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Lists from published annotations, checking, chunking
+# ----------------------------------------------------------------------------------------------------------------------
+
+VIDEO_FILE = re.compile(r"[^.].*\.(mp4|m4v|mov|avi|mkv|webm|mpe?g|ts|wmv|flv|3gp)", re.IGNORECASE | re.DOTALL)
+
+# Readers: a source, as published, to (place, entry) pairs; the place is for messages.
+
+
+def _lines(source, fold=None):
+    with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
+        yield from ((f"{source}:{n}", line.strip()) for n, line in enumerate(file, 1) if line.strip())
+
+
+def _entries(source, fold=None):
+    with open(source, encoding="utf-8-sig") as file:
+        entries = json.load(file)
+    if isinstance(entries, dict):  # COIN
+        entries = [{"id": name, **entry} for name, entry in entries["database"].items()]
+    yield from ((f"{source}, entry {n}", entry) for n, entry in enumerate(entries, 1))
+
+
+def _videos(source, fold=None):
+    for folder, folders, names in os.walk(source, followlinks=True):
+        folders.sort()
+        for name in filter(VIDEO_FILE.fullmatch, sorted(names)):
+            yield source, os.path.relpath(os.path.join(folder, name), source)
+
+
+def _split_files(source, fold):
+    end = f"_test_split{fold}.txt"
+    for path in sorted(Path(source).glob(f"*{end}")):
+        yield from ((place, (path.name.removesuffix(end), line)) for place, line in _lines(path))
+
+
+# Converters: an entry, and the published numbers of the classes, to (path, label), and where the source holds all
+# splits, whether the video is in the training list; None: in neither. What a bad entry raises, `list_videos` explains.
+
+
+def _ucf101(line, classes, fold):
+    path, *number = line.split()  # lists of test videos give no number
+    label = classes[path.split("/")[-2]]
+    if number and int(number[0]) != label + 1:
+        raise ValueError(f"classInd.txt gives its class number {label + 1}")
+    return path, label
+
+
+def _hmdb51(entry, classes, fold):
+    name, line = entry
+    video, use = line.split()
+    return f"{name}/{video}", name, {"1": True, "2": False, "0": None}[use]
+
+
+def _kinetics(line, classes, fold):
+    label, video, start, end, *_ = next(csv.reader([line]))
+    if (label, video) == ("label", "youtube_id"):  # the header
+        return video, label, None
+    return f"{label.replace(' ', '_')}/{video}_{int(float(start)):06d}_{int(float(end)):06d}.mp4", label
+
+
+def _ssv2(entry, classes, fold):
+    return f"{entry['id']}.webm", classes[entry["template"].replace("[", "").replace("]", "")]
+
+
+def _moments(line, classes, fold):
+    path, *_ = next(csv.reader([line]))
+    return path, classes[path.split("/")[-2]]
+
+
+def _coin(entry, classes, fold):
+    return f"{entry['id']}.mp4", int(entry["recipe_type"]), {"training": True, "testing": False}[entry["subset"]]
+
+
+def _breakfast(path, classes, fold):
+    person, activity, camera = re.fullmatch(r"P(\d\d)_([a-z]+)(_ch\d)?\.\w+", os.path.basename(path)).groups()
+    held_out = (int(person) - 3) // 13 + 1  # persons 3-15, 16-28, 29-41 and 42-54 are the four folds
+    # Of a stereo camera the first eye alone is used, which makes 1,712 videos.
+    return path, activity, None if camera == "_ch1" else held_out != fold
+
+
+def _folders(path, classes, fold):
+    label, _ = path.split(os.sep, 1)
+    return path, label
+
+
+SSV2 = '{"id": "78687", "template": "Holding [something]", ...}', "something-something-v2-labels.json"
+FORMATS = {  # name: (SOURCE, an entry of it, index of classes published beside it, splits in it, reader, converter)
+    "ucf101": ("trainlist01.txt", "Archery/v_Archery_g01_c01.avi 3", "classInd.txt", 0, _lines, _ucf101),
+    "hmdb51": ("the folder of *_test_split1.txt", "name.avi 1", None, 3, _split_files, _hmdb51),
+    "kinetics": ("train.csv", "testifying,---QUuC4vJs,84,94,train", None, 0, _lines, _kinetics),
+    "ssv2": ("something-something-v2-train.json", *SSV2, 0, _entries, _ssv2),
+    "something-else": ("train.json", *SSV2, 0, _entries, _ssv2),
+    "moments": ("trainingSet.csv", "clapping/abc.mp4,clapping,4,0", "moments_categories.txt", 0, _lines, _moments),
+    "coin": ("COIN.json", '"xZecGPPhbHE": {"subset": "training", "recipe_type": 131}', None, 1, _entries, _coin),
+    "breakfast": ("the folder of P03 ... P54", "P03/cam01/P03_coffee.avi", None, 4, _videos, _breakfast),
+    "folders": ("the folder of the classes", "<class>/<video>", None, 0, _videos, _folders),
+}
+
+
+def _class_numbers(path):
+    """{name: number from 0} in classInd.txt (`1 Archery`), moments_categories.txt (`clapping,4`) or SSv2's labels."""
+    if os.fspath(path).endswith(".json"):
+        return {name: int(number) for name, number in json.loads(Path(path).read_text("utf-8-sig")).items()}
+    rows = (re.fullmatch(r"(?:(\d+)\s+)?(.+?)(?:,\s*(\d+))?", line).groups() for _, line in _lines(path))
+    return {name: int(first) - 1 if first else int(last) for first, name, last in rows}
+
+
+def list_videos(form, source, split=None, fold=1, labels=None):
+    """(path, label) of each video in a published source that FORMATS names. UserError: a mistake, with its place.
+
+    Labels are the published numbers, from 0, where there are any; else names, and `VideoList` sorts the training
+    list's. So every list of a data set has the same classes. split: train, or val or test, which mean the same.
+    """
+    expected, example, index, splits, read, convert = FORMATS[form]
+    if bool(splits) != bool(split) or not 1 <= fold <= max(splits, 1) or (labels and not index):
+        known = f"--split train or val, and --fold 1 to {splits}" if splits else "no --split and --fold: SOURCE is one"
+        raise UserError(f"{form} takes {known}{'' if index else ', and no --labels'}")
+    names = labels or (index and os.path.join(os.path.dirname(source), index))
+    place, entry, classes, listed = names, "", {}, []
+    try:
+        if index:
+            classes = _class_numbers(names)
+        place = source
+        for place, entry in read(source, fold):
+            path, label, *training = convert(entry, classes, fold)
+            if not label and label != 0 or path != path.strip() or len(path.splitlines()) > 1:
+                raise ValueError("no label, or a name that a list can't hold")
+            if not training or training[0] == (split == "train"):
+                listed.append((path, label))
+    except OSError as error:
+        hint = f"; --labels names the file published as {index}" if place == names else ""
+        raise UserError(f"{place}: {error.strerror}{hint}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        why = f"{error} is missing, or not in {names}" if isinstance(error, KeyError) else error
+        raise UserError(f"{place}: not as published for {form}, `{example}`: {entry!r:.80} ({why})") from None
+    if not listed:
+        raise UserError(f"{source}: no such video in it; for {form} give {expected}, with entries as `{example}`")
+    return listed
+
+
+def _in_threads(work, jobs, workers, total, **bar):
+    """Calls work(job, tick) for all jobs, with a bar that tick(amount) moves. Returns their VideoErrors, sorted.
+
+    Threads suffice, as in `make_toy`: FFmpeg works outside Python's lock. One damaged video is one VideoError; any
+    other error, and Ctrl-C, stops the other threads at their next tick.
+    """
+    jobs, workers, failures, stop = iter(jobs), workers or os.cpu_count(), [], []  # threads share the iterator
+    with tqdm(total=total, disable=None, **bar) as progress, ThreadPoolExecutor(workers) as pool:
+
+        def tick(amount=0):
+            if stop:
+                raise InterruptedError
+            if amount:
+                progress.update(amount)
+
+        def run():
+            for job in jobs:
+                try:
+                    work(job, tick)
+                except VideoError as error:
+                    failures.append(error)
+
+        try:
+            for thread in as_completed([pool.submit(run) for _ in range(workers)]):
+                thread.result()
+        finally:
+            stop.append(True)
+    return sorted(failures, key=str)
+
+
+def _check(path, full=False):
+    """Read a few frames, the last among them, or all; returns the Video, closed. VideoError: not fit for training."""
+    with Video(path) as video:
+        n = video.info.num_frames
+        video.read(range(n) if full else sorted({0, n // 3, 2 * n // 3, n - 1}), 16)
+        return video
+
+
+def check_list(path, root="", full=False, workers=None, out=None, good=None):
+    """Check each video of a list; write those that can't be read, `path: reason`, to out (default: <path>.bad), and the
+    list without them to good. Returns (number of videos, [VideoError])."""
+    videos = VideoList(path, root)
+    names = list(dict.fromkeys(map(videos.video, range(len(videos)))))
+
+    def work(name, tick):
+        try:
+            _check(name, full)
+        finally:
+            tick(1)
+
+    failures = _in_threads(work, names, workers, len(names), desc="checking", unit="video")
+    Path(out or f"{path}.bad").write_text("".join(f"{error}\n" for error in failures), "utf-8")
+    if good:
+        lost, text = {error.path for error in failures}, {"encoding": "utf-8", "errors": "surrogateescape"}
+        with open(path, newline="", **text) as old, open(good, "w", newline="", **text) as new:
+            lines = (line for line in old if line.lstrip("\ufeff").strip())  # those that VideoList numbers
+            new.writelines(line for i, line in enumerate(lines) if videos.video(i) not in lost)
+    return len(names), failures
+
+
+# What a chunk costs to read, at the luma PSNR of x264's defaults (38.5 to 43.3 dB): CPU time of one thread for a clip
+# of 4 frames in a random second. `python tests/bench_chunk.py` on three videos of 15 s (animation, sports; short side
+# 256 to 288), geometric means, one run on two busy x86-64 cores. decode: of an open video; read: with opening it, and
+# scaling to 224. Encoding takes the same time in all of them.                         bytes  decode faster  read faster
+#   x264     the defaults: keyint=250, 3 B-frames, some of them referred to             1.00            1.0          1.0
+#            keyint=60: less to decode before a clip                                    1.07            1.6          1.5
+#            cabac=0: symbols that are parsed faster                                    1.15            1.5          1.4
+#            no-deblock                                                                 1.07            1.1          1.1
+#            flat: 7 B-frames that nothing refers to, so that `Video` leaves them out   1.13            1.9          1.7
+#            flat, keyint=60                                                            1.22            2.8          2.3
+#   fast     flat, cabac=0, keyint=120                                                  1.33            4.4          3.0
+#            flat, cabac=0, keyint=60                                                   1.38            4.8          3.2
+#   fastest  flat, cabac=0, keyint=60, no-deblock                                       1.46            5.6          3.6
+ENCODINGS = {  # name: libx264's options; crf has the quality of x264's default
+    "fast": {"crf": "21.5", "x264-params": "bframes=7:b-pyramid=none:b-adapt=0:cabac=0:keyint=120"},
+    "fastest": {"crf": "21.5", "x264-params": "bframes=7:b-pyramid=none:b-adapt=0:cabac=0:keyint=60:no-deblock=1"},
+    "x264": {"crf": "23"},
+}
+TAGS = "colorspace", "color_range", "color_primaries", "color_trc"
+
+
+def largest_chunk(batch_size, mbps, disk, step):
+    """Seconds of the longest chunk that a disk delivers in time (AVION, Eq. 3: B rho T <= S_r Delta), where a step of
+    `step` seconds reads batch_size chunks of mbps Mb/s from a disk of `disk` MB/s."""
+    return disk * 8 * step / (batch_size * mbps)
+
+
+def _in_order(video):
+    """Yields (index, frame) of every frame, once each, from one pass over the video."""
+    n = 0
+    with _errors(video.path, "can't be decoded"):
+        for i, frame in video._frames(range(video.info.num_frames)):
+            if i == n:  # else it began again, because its packets were not what they said
+                yield i, frame
+                n += 1
+    if n < video.info.num_frames:
+        raise VideoError(video.path, f"damaged: {n} of its {video.info.num_frames} frames come out in order")
+
+
+def _upright(frame, w, h, turn, scaler):
+    """A decoded frame turned, scaled to w x h and in yuv420p; colour matrix and range stay what they are, as tagged."""
+    transpose, flip_x, flip_y = turn
+    w, h = (h, w) if transpose else (w, h)
+    small = scaler.reformat(frame, w, h, "yuv420p", interpolation=Interpolation.BICUBIC, threads=1)
+    if not any(turn):
+        return small
+    planes = [plane.T if transpose else plane for plane in _planes(small)]
+    planes = [plane[:: -1 if flip_y else 1, :: -1 if flip_x else 1].copy() for plane in planes]
+    turned = av.VideoFrame.from_dlpack(planes, format="yuv420p")
+    for tag in TAGS:
+        setattr(turned, tag, getattr(small, tag))
+    return turned
+
+
+def _write_chunk(path, video, frames, pts, short_side, options, tick):
+    """Encode (index, frame) pairs of a video as one file; pts: of all its frames and of its end, in time-base units."""
+    width, height = video.info[:2]
+    short = min(short_side, width, height)
+    w, h = (max(2, min(2 * round(side * short / min(width, height) / 2), side // 2 * 2)) for side in (width, height))
+    unit, scaler, first = video._stream.time_base, VideoReformatter(), None
+    with av.open(f"file:{path}", "w", format="mp4") as out:
+        rate = Fraction(video.info.fps).limit_denominator(1001)
+        stream = out.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
+        stream.codec_context.time_base, stream.codec_context.thread_count = unit, 1
+        for i, frame in frames:
+            tick()
+            if (frame.width, frame.height) != video._size or frame.rotation != video._rotation:
+                raise VideoError(video.path, f"frame {i} has another size or rotation than its header says")
+            picture = _upright(frame, w, h, video._turn, scaler)
+            if first is None:
+                first = pts[i]
+                for tag in TAGS:
+                    setattr(stream.codec_context, tag, getattr(picture, tag))
+                if not picture.colorspace:  # RGB, which no YUV can be; swscale takes the matrix of BT.601
+                    stream.codec_context.colorspace = 6
+            picture.pict_type = 0  # the encoder's choice, not the source's
+            picture.pts, picture.duration, picture.time_base = pts[i] - first, pts[i + 1] - pts[i], unit
+            out.mux(stream.encode(picture))
+        out.mux(stream.encode())
+
+
+def _whole(path, n):
+    """True if a chunk has n frames, by its packets alone, and can be decoded."""
+    try:
+        video = _check(path)
+    except VideoError:
+        return False
+    return bool(video._fast) and video.info.num_frames == n
+
+
+def _chunk_video(job, tick, seconds, short_side, options):
+    """Cut one video, job = (path, folder of its chunks, bytes). The folder has another name until all are there."""
+    source, folder, size = job
+    part = folder.with_name(f".{folder.name}.part")
+    if folder.exists():
+        return tick(size)
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        with Video(source) as video:
+            n, unit = video.info.num_frames, video._stream.time_base
+            pts = np.rint(np.append(video.times, video.info.duration) / float(unit)).astype(np.int64) - range(n + 1)
+            pts = (np.maximum.accumulate(pts) + range(n + 1)).tolist()  # no two frames at the same time
+            starts = [int(t * unit // seconds) * seconds for t in pts[:n]]
+            for start, frames in groupby(_in_order(video), lambda item: starts[item[0]]):
+                path, count = part / f"{start}.mp4", starts.count(start)
+                temporary = path.with_name(f".{start}.mp4")
+                if _whole(path, count):  # from a run that was ended
+                    for _ in frames:
+                        tick()
+                else:
+                    _write_chunk(temporary, video, frames, pts, short_side, options, tick)
+                    if not _whole(temporary, count):
+                        raise VideoError(source, f"its chunk at {start} s does not read back as it was written")
+                    temporary.replace(path)
+                tick(size * count // n)
+    except (VideoError, av.FFmpegError) as error:
+        if isinstance(error, OSError):  # a full disk is not the video's fault
+            raise
+        shutil.rmtree(part)
+        raise error if isinstance(error, VideoError) else VideoError(source, f"can't be encoded: {error}") from error
+    part.rename(folder)
+
+
+def chunk_videos(source, target, seconds=15, short_side=288, encoding="fast", crf=None, workers=None):
+    """Cut the videos below a folder into chunks: source/a/b.avi -> target/a/b.mp4/<start second>.mp4 (AVION, Sec. 4.3).
+
+    A chunk holds the frames at start <= t < start + seconds, t from the first frame: upright, scaled down to
+    short_side, without sound, at their own times. A video's folder is there when all of its chunks are, read back. The
+    same call continues where a killed one was; one with other settings is a UserError. Returns (number of videos,
+    [VideoError]).
+    """
+    target, folders, jobs = Path(target), {}, []
+    if os.path.commonpath(map(os.path.realpath, (source, target))) == os.path.realpath(source):
+        raise UserError(f"{target} is in {source}: give a folder outside it, or the chunks would be cut next time")
+    for _, name in _videos(source):
+        path, folder = os.path.join(source, name), (target / name).with_suffix(".mp4")
+        if folder in folders:
+            raise UserError(f"{folders[folder]} and {path} would have the same chunks, {folder}: rename one")
+        folders[folder] = path
+        jobs.append((path, folder, os.path.getsize(path) if os.path.exists(path) else 0))
+    if not jobs:
+        raise UserError(f"{source}: no video in it (.mp4, .mkv, .webm, .avi ...)")
+    options = ENCODINGS[encoding] | ({"crf": f"{crf:g}"} if crf else {})
+    settings = {"seconds": seconds, "short-side": short_side, "encoding": encoding, "crf": options["crf"]}
+    target.mkdir(parents=True, exist_ok=True)
+    with _only_maker(target / ".lock"):
+        record, temporary = target / "chunks.json", target / ".chunks.json"
+        if record.exists():
+            made = json.loads(record.read_text())
+            if made != settings:
+                flags = " ".join(f"--{flag} {value}" for flag, value in made.items())
+                raise UserError(f"{target} holds chunks made with {flags}: use the same flags, or another folder")
+        elif set(os.listdir(target)) - {".lock", ".chunks.json"}:
+            raise UserError(f"{target} holds something else: use another folder")
+        else:
+            temporary.write_text(json.dumps(settings))
+            temporary.replace(record)
+        work = lambda job, tick: _chunk_video(job, tick, seconds, short_side, options)
+        total = sum(size for *_, size in jobs)
+        failures = _in_threads(work, jobs, workers, total, desc="chunking", unit="B", unit_scale=True)
+    return len(jobs), failures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def main():
+def _parser():
     parser = argparse.ArgumentParser(description="Tools around video data.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    toy = commands.add_parser("toy", help="make the toy videos: actions/, long/ and narrated/ under DIR")
-    toy.add_argument("root", metavar="DIR")
+
+    def command(name, text, more=""):
+        described = {"help": text, "description": f"{text}\n\n{more}", "allow_abbrev": False}
+        return commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **described).add_argument
+
+    add = command("toy", "make the toy videos: actions/, long/ and narrated/ under DIR")
+    add("root", metavar="DIR")
+
+    rows = [f"  {name:15} {source:35} {example}" for name, (source, example, *_) in FORMATS.items()]
+    add = command("list", "print the list of a data set as published", "\n".join(["FORMAT, SOURCE, an entry:", *rows]))
+    add("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
+    add("source", metavar="SOURCE")
+    add("--split", choices=("train", "val", "test"), help="of hmdb51, coin and breakfast; val and test are the same")
+    add("--fold", type=int, default=1, help="which of hmdb51's 3 and breakfast's 4 splits (default: 1)")
+    add("--labels", metavar="FILE", help="index of classes, where it is not beside SOURCE under its published name")
+
+    usage = (
+        "Exit status 1 when some are bad. To go on with the others:\n  data.py check LIST --good GOOD, train on GOOD"
+    )
+    add = command("check", "open every video of LIST and decode some frames", usage)
+    add("list", metavar="LIST")
+    add("--data-root", default="", metavar="DIR", help="folder that the paths of LIST are relative to")
+    add("--full", action="store_true", help="decode every frame")
+    add("--out", metavar="FILE", help="where to write the bad ones, `path: reason` (default: LIST.bad)")
+    add("--good", metavar="FILE", help="where to write LIST without them")
+    add("--workers", type=int, help="threads (default: as many as the machine has)")
+
+    usage = "The same command again goes on where it stopped. Exit status 1 when some could not be cut."
+    add = command("chunk", "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4", usage)
+    add("source", metavar="SRC", nargs="?")
+    add("target", metavar="DST", nargs="?")
+    add("--seconds", type=int, default=15, help="length of a chunk (default: %(default)s)")
+    add("--short-side", type=int, default=288, help="pixels, at most (default: %(default)s)")
+    add("--encoding", choices=ENCODINGS, default="fast", help="trades bytes for decoding time (default: %(default)s)")
+    add("--crf", type=float, help="lower is better and larger (default: the quality of x264's 23)")
+    add("--workers", type=int, help="threads, a video each (default: as many as the machine has)")
+    add("--plan", action="store_true", help="print the longest chunk that the disk allows (AVION, Eq. 3), from:")
+    add("--batch-size", type=int, default=1024, help="clips a step (default: %(default)s)")
+    add("--mbps", type=float, default=1, help="Mb a second of video (default: %(default)s)")
+    add("--disk", type=float, default=500, help="MB a second that it reads (default: %(default)s, a SATA SSD)")
+    add("--step-seconds", type=float, default=4, help="time of a training step (default: %(default)s)")
+    return parser
+
+
+def main():
+    parser = _parser()
     args = parser.parse_args()
-    for which in TOY_SETS:
-        print(make_toy(args.root, which))
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    try:
+        if args.command == "toy":
+            for which in TOY_SETS:
+                print(make_toy(args.root, which))
+        elif args.command == "list":
+            if hasattr(signal, "SIGPIPE"):
+                signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+            listed = list_videos(args.format, args.source, args.split, args.fold, args.labels)
+            csv.writer(sys.stdout, lineterminator="\n").writerows(listed)
+        elif args.command == "check":
+            args.out = args.out or f"{args.list}.bad"
+            n, bad = check_list(args.list, args.data_root, args.full, args.workers, args.out, args.good)
+            print(f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {args.out}", *bad[:1], sep="\n")
+            sys.exit(bool(bad))
+        elif args.plan:
+            values = args.batch_size, args.mbps, args.disk, args.step_seconds
+            print("AVION, Eq. 3, {} clips of {} Mb/s from {} MB/s in {} s:".format(*values), end=" ")
+            print(f"chunks of up to {largest_chunk(*values):.1f} s")
+        elif not (args.source and args.target):
+            parser.error("chunk needs SRC and DST, or --plan")
+        else:
+            keys = "source", "target", "seconds", "short_side", "encoding", "crf", "workers"
+            n, bad = chunk_videos(**{key: getattr(args, key) for key in keys})
+            print(*bad, f"{n - len(bad)} of {n} videos are in {args.target}", sep="\n")
+            sys.exit(bool(bad))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        raise UserError(f"{error.filename or args.command}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ Shapes: T frames, C = 3 colours (R, G, B), H rows, W columns.
 
 import argparse
 import csv
+import hashlib
 import json
 import math
 import multiprocessing
@@ -737,6 +738,25 @@ def between_frames(video, start, end, n, u=0.5):
     return video.at(start + (np.arange(n) + np.asarray(u)) * (end - start) / n)
 
 
+def moment_frames(video, start, end, n, fps, u=0.5):
+    """n frames at `fps` somewhere between two times in seconds, u says where; around their middle if that is shorter.
+
+    Turbo's video-language clips (u drawn; HTM-AA). The clip stays within the video; if that is shorter, it is spread
+    over it, and frames may repeat. ValueError where nothing is between the times.
+    """
+    if not (0 <= start < end and video.clamp(end) > start):
+        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
+    room = end - start - n / fps
+    stop = video.clamp(max(0, start + room * (u if room > 0 else 0.5)) + n / fps)
+    begin = max(0, stop - n / fps)
+    return video.at(begin + (np.arange(n) + 0.5) * (stop - begin) / n)
+
+
+def second_frames(video, second, n, fps=0):
+    """n frames around the middle of a whole second, at `fps` or n a second, for features at one a second (HTM-Align)."""
+    return moment_frames(video, second, second + 1, n, fps or n)
+
+
 def span_frames(info, n, u):
     """n frames, evenly spread, from one in the first 20 % to one in the last 20 % (Turbo, long video); u: two draws."""
     _check_length(info, n)
@@ -752,11 +772,6 @@ def view_frames(info, n, stride, k, views):
     room = max(0, info.num_frames - n * stride)
     start = stride_frames(info, n, stride, 0.0)
     return [room * k // (views - 1) + i if views > 1 else room // 2 + i for i in start]
-
-
-def second_frames(video, second, n):
-    """n frames of the whole second that begins at `second`, for features at one a second (HTM-Align: 16)."""
-    return video.at(second + np.arange(n) / n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -838,6 +853,10 @@ class Strings:
     def __len__(self):
         return len(self._ends) - 1
 
+    def digest(self):
+        """What tells this list from any other: a SHA-256, in hexadecimal."""
+        return hashlib.sha256(hashlib.sha256(self._bytes).digest() + self._ends).hexdigest()
+
     def __getitem__(self, i):
         return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
 
@@ -916,37 +935,38 @@ class VideoList:
 class Captions:
     """Captioned segments in memory, from rows (video, start second, end second, text or list of rephrasings).
 
-    Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], and `text(index, u)`. About 40
-    bytes an entry beside its text, so that Ego4D's 35 million narrations fit, once for all of a machine's workers.
+    Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], `text(index, u)`, and `video_of`,
+    int32 [entries], the number of its video among `names`. About 40 bytes an entry beside its text, so that Ego4D's 35
+    million narrations fit, once for all of a machine's workers.
     """
 
     def __init__(self, rows, root=""):
-        self.root, self._names, self._texts, numbers = str(root), Strings(), Strings(), {}
+        self.root, self.names, self.texts, numbers = str(root), Strings(), Strings(), {}
         video_of, times, ends = array("i"), array("d"), array("q", [0])
         for video, start, end, text in rows:
             if video not in numbers:
                 numbers[video] = len(numbers)
-                self._names.append(video)
+                self.names.append(video)
             video_of.append(numbers[video])
             times.extend((start, end))
             for rephrasing in (text,) if isinstance(text, str) else text:
-                self._texts.append(rephrasing)
-            ends.append(len(self._texts))
-        self._video_of, self._ends = video_of, ends
+                self.texts.append(rephrasing)
+            ends.append(len(self.texts))
+        self._ends, self.video_of = ends, np.frombuffer(video_of, np.int32)  # [entries]
         self.start, self.end = np.frombuffer(times).reshape(-1, 2).T  # [entries] each
         self.labels = np.broadcast_to(np.int32(0), len(video_of))  # none: the caption is the label
 
     def __len__(self):
-        return len(self._video_of)
+        return len(self.video_of)
 
     def video(self, index):
         """Path of the video of entry `index`, joined to the root."""
-        return os.path.join(self.root, self._names[self._video_of[index]])
+        return os.path.join(self.root, self.names[self.video_of[index]])
 
     def text(self, index, u=0.0):
         """Caption of entry `index`; of several rephrasings the one that u in [0, 1) picks."""
         first, stop = self._ends[index], self._ends[index + 1]
-        return self._texts[first + int(u * (stop - first))]
+        return self.texts[first + int(u * (stop - first))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def test_between_frames_are_avions():
 def test_second_frames_and_times():
     """16 frames of each second, at any frame rate; a frame's own time shows it, a moment before the one before."""
     assert data.second_frames(fake_video(48, 16.0), 2, 16) == list(range(32, 48))
-    assert data.second_frames(fake_video(90, 30.0), 1, 3) == [30, 40, 50]
+    assert data.second_frames(fake_video(90, 30.0), 1, 3) == [35, 45, 55]
     video = fake_video()
     for i in range(300):
         assert video.at([i / 30]) == [i] and video.at([i / 30 + 0.03]) == [i]
@@ -147,6 +147,22 @@ def test_second_frames_and_times():
     assert video.at([10.0, 10.2]) == [299, 299]
     with pytest.raises(data.VideoError, match="11.0 s"):
         video.at([0.0, 11.0])
+
+
+def test_moment_frames():
+    """A clip of n / fps seconds anywhere in the segment, around a shorter one, inside the video."""
+    video = fake_video()  # 10 s at 30 frames a second
+    starts = [data.moment_frames(video, 2.0, 6.0, 16, 5.0, u)[0] for u in (0.0, 0.5, 0.99)]
+    assert starts == [63, 75, 86]  # the first of 16 fifths of a second, from 2.0, 2.4, 2.8
+    assert np.diff(data.moment_frames(video, 2.0, 6.0, 16, 5.0, 0.0)).tolist() == [6] * 15
+    assert data.moment_frames(video, 4.0, 5.0, 16, 5.0, 0.9) == data.moment_frames(video, 4.0, 5.0, 16, 5.0, 0.1)
+    assert data.moment_frames(video, 4.0, 5.0, 15, 5.0)[7] == 135  # its middle
+    assert data.moment_frames(video, 0.0, 1.0, 15, 5.0) == list(range(3, 93, 6))
+    assert data.moment_frames(video, 9.5, 12.0, 15, 5.0) == list(range(213, 300, 6))
+    assert data.moment_frames(video, 3.0, 4.0, 150, 5.0)[::149] == [1, 299]  # spread over all of it
+    for start, end in ((5, 5), (6, 5), (10, 12), (-1, 2), (float("nan"), 2)):
+        with pytest.raises(ValueError, match="nothing from second"):
+            data.moment_frames(video, start, end, 16, 5.0)
 
 
 # ---- Boxes -----------------------------------------------------------------------------------------------------------

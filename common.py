@@ -441,10 +441,11 @@ def parse(config_class, recipes, argv=None):
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
 
 
-def micro_batches(cfg, ctx, pairs=False):
+def micro_batches(cfg, ctx, repeated=1, pairs=False):
     """(micro-batch, accumulation steps) of a rank, from the global --batch-size; UserError where it doesn't divide.
 
-    pairs: mixup takes clip 2i's partner to be clip 2i+1, so that micro-batches must hold whole pairs.
+    repeated: clips of a video, which stay together. pairs: mixup takes clip 2i's partner to be clip 2i+1, of another
+    video, so that micro-batches must hold whole pairs of videos.
     """
     per_rank, rest = divmod(cfg.batch_size, ctx.world)
     micro = cfg.micro_batch or per_rank
@@ -453,9 +454,12 @@ def micro_batches(cfg, ctx, pairs=False):
             f"--batch-size {cfg.batch_size} is not divisible by {ctx.world} ranks x --micro-batch {micro}; "
             "the batch is global: batch = ranks x micro-batch x accumulation steps"
         )
-    if pairs and micro % 2:
+    if micro % repeated:
+        raise UserError(f"--micro-batch {micro} (default: batch / ranks) is not a multiple of --repeated {repeated}")
+    if pairs and micro // repeated % 2:
+        unit = f"a multiple of {2 * repeated} (two videos x --repeated)" if repeated > 1 else "even"
         raise UserError(
-            f"mixup and cutmix pair clips, so --micro-batch must be even, not {micro}; or --mixup 0 --cutmix 0"
+            f"mixup and cutmix pair clips, so --micro-batch must be {unit}, not {micro}; or --mixup 0 --cutmix 0"
         )
     return micro, per_rank // micro
 

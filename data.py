@@ -604,8 +604,8 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
 class Chunks:
     """A long video in pieces, folder/<start second>.mp4 (AVION, Sec. 4.3), read as if it were one.
 
-    `info`, `at`, `clamp`, `read_views` as of `Video`, but frames are what `at` returns, (chunk, frame) pairs, and `info`
-    is one chunk's. Only the chunks that a clip touches are opened. A clip across a boundary is one clip still,
+    `info`, `at`, `clamp`, `read_views` as of `Video`; but a frame is what `at` returns, (chunk, frame), and `info` is
+    one chunk's. Only the chunks that a clip touches are opened. A clip across a boundary is one clip still,
     with one box. Raises VideoError: no such folder, no chunk in it; a chunk that is missing, short or damaged.
     """
 
@@ -753,7 +753,7 @@ def moment_frames(video, start, end, n, fps, u=0.5):
 
 
 def second_frames(video, second, n, fps=0):
-    """n frames around the middle of a whole second, at `fps` or n a second, for features at one a second (HTM-Align)."""
+    """n frames around the middle of a second, at `fps` or n a second: for features at one a second (HTM-Align)."""
     return moment_frames(video, second, second + 1, n, fps or n)
 
 
@@ -852,6 +852,11 @@ class Strings:
 
     def __len__(self):
         return len(self._ends) - 1
+
+    def ids(self):
+        """int64 [strings], equal for equal strings."""
+        numbers = {}
+        return np.array([numbers.setdefault(self[i], len(numbers)) for i in range(len(self))], np.int64)
 
     def digest(self):
         """What tells this list from any other: a SHA-256, in hexadecimal."""

@@ -1,9 +1,10 @@
-"""Turbo Training with Token Dropout (Han, Xie, Zisserman, BMVC 2022): action classification, in one file.
+"""Turbo Training with Token Dropout (Han, Xie, Zisserman, BMVC 2022), in one file.
 
 Video is redundant, so a ViT can be trained on a random few of a clip's tokens. Each step drops the share m of the
-tokens before anything is computed for them, classifies the clip from the rest, and beside it reconstructs the share
-r <= m of the tokens that were dropped: a partial masked autoencoder, whose light decoder keeps the encoder honest about
-what it did not see. At m = 0.75, r = 0.25 a step costs a quarter of the usual one; at test nothing is dropped.
+tokens before anything is computed for them, does its task from the rest, and beside it reconstructs the share r <= m of
+the tokens that were dropped: a partial masked autoencoder, whose light decoder keeps the encoder honest about what it
+did not see. At m = 0.75, r = 0.25 a step costs a quarter of the usual one; at test nothing is dropped. The tasks:
+action classification, video-language training, and long video, which then fits end to end.
 
     paper                                   here
     Sec. 3.2, operations (1), (2), (3)      token_dropout
@@ -11,9 +12,15 @@ what it did not see. At m = 0.75, r = 0.25 a step costs a quarter of the usual o
     Sec. 3.2, Partial Masked Autoencoder    Turbo.decode
     the MAE target (VideoMAE's)             pixel_target
     Eq. 1                                   turbo_loss
+    Eq. 2                                   nce_loss
+    Sec. 3.2, language model, frozen        encode_sentences (--task encode_text)
     Sec. 4.1, 16 frames at 5 fps            sample_clip
-    Table 1 left, GFLOPs                    TABLE_1, count_gmacs (--plan)
-    Table 1 right, m at inference           evaluate (--eval-mask-ratio)
+    Sec. 4.2, clip and sentence             sample_pair, Pairs
+    Sec. 4.3, first and last 20 %           sample_clip (--sampling span)
+    Sec. 4.3, ten samplings at test         evaluate (--test-clips)
+    Sec. 5.2, R@1 on HTM-Align              recall_at_1, evaluate_alignment
+    Table 1 left, GFLOPs; Figure 2          TABLE_1, count_gmacs, print_plan (--plan)
+    Table 1 right, m at inference           evaluate (--eval-mask-ratios)
     Table 6                                 Config (defaults), RECIPES
 
 Faithful: m, r, losses and their weights, encoder, optimiser, schedule, sampling, as the paper states them.
@@ -22,27 +29,47 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 8 x 512 misses by up to 117 %, and would not save memory at m = 0.5). Default: 4 x 384; --decoder 8x512.
     mask        per-token random: with tubes Table 1's last rows miss by 1-2 %.
     CLS         VideoMAE has none. Here: learned, no position, not shown to the decoder (Sec. 3.2 counts N_i + N_r).
-    target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
+    target      normalised per patch and channel, as VideoMAE; the toy recipes predict raw pixels (--target).
     embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan shows both.
-    lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, at Figure 3's batch, 16.
+    lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, at the paper's batches.
     short       a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
     RandAug     "(9, 0.5)" is read as timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5.
-Missing: video-language training (Eq. 2) and long video (Sec. 4.3).
+    repeat      repeated sampling: one decode gives 4 clips, each with its own frames, crop and, in video-language
+                training, sentence. "Batch size of 16 videos" (Sec. 4.3) is read as 16 x 4 clips; an epoch has each
+                video once. Batch sizes count clips.
+    cosine      Eq. 2 is written with bare products. Here: unit vectors and temperature 0.07, as in the authors' TAN.
+    MLP         "2-layer MLP": width -> width -> 256 with GELU, for video and for text.
+    sentence    the language model's first output token, as Sec. 3.2 says; the model is microsoft/mpnet-base.
+    same        pairs with the same sentence are not each other's negatives.
+    when        a sentence of HTM-AA has one time: its 3.2 s clip begins in the 3.2 s before that, as in TAN.
+What carries over between tasks (--init): encoder and decoder, by name; heads only where they are the same size.
+Missing: nothing of the paper's tables but CLIP's, MIL-NCE's and TAN's rows. Data: UCF101, HMDB51, HTM-AA and HTM-Align
+(robots.ox.ac.uk/~htd/tan), Breakfast and COIN are published by their authors; `python data.py list` makes the lists.
 
     python turbo.py                     # toy videos, made on first use: 2 CPU cores, about 3 minutes
+    python turbo.py --recipe toy_vl     # video-language; --recipe toy_long: 32 frames of long video
     torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --train-list train.csv --val-list val.csv --data-root UCF-101
 
-Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R reconstructed ones, D width, P pixel values.
+Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R reconstructed ones, D width, P pixel values,
+E width of the joint space of video and text, S seconds or sentences.
 """
 
+import csv
+import itertools
+import json
 import math
+import os
+import re
+import zlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 import common
 import data
@@ -56,46 +83,100 @@ MODELS = {
     "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "4x512"},
 }
 
-# A recipe replaces defaults of Config, which are Table 6's column "Act. Classification".
+# A recipe replaces defaults of Config, which are Table 6's column "Act. Classification" on UCF101.
+TOY = {
+    "train_list": "toy/actions/train.csv",
+    "val_list": "toy/actions/val.csv",
+    "data_root": "toy/actions",
+    "train_clips": 1600,
+    "num_classes": 8,
+    "model": "vit_toy",
+    "size": 64,
+    "recon_ratio": 0.25,
+    "target": "pixels",  # a small model needs long to learn the normalised one
+    "epochs": 15,
+    "warmup_epochs": 1.0,
+    "eval_every": 5,
+    "lr": 1e-3,
+    "drop_path": 0.0,
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "rand_augment": 0.0,
+    "crop": "centre",
+    "flip": False,  # left is not right
+    "workers": 2,
+    "log_every": 50,
+}
+LONG = {"sampling": "span", "test_clips": 10, "frames": 32, "mask_ratio": 0.75, "recon_ratio": 0.25, "batch_size": 64,
+        "repeated": 4, "lr": 3e-4 * 64 / 256}  # fmt: skip  # DECISION (lr), (repeat); Table 5 C
 RECIPES = {
-    "toy": {
-        "train_list": "toy/actions/train.csv",
-        "val_list": "toy/actions/val.csv",
-        "data_root": "toy/actions",
-        "train_clips": 1600,
-        "num_classes": 8,
-        "model": "vit_toy",
-        "size": 64,
-        "recon_ratio": 0.25,
-        "target": "pixels",  # a small model needs long to learn the normalised one
-        "epochs": 15,
-        "warmup_epochs": 1.0,
-        "eval_every": 5,
-        "lr": 1e-3,
-        "drop_path": 0.0,
-        "label_smoothing": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "rand_augment": 0.0,
-        "crop": False,
-        "flip": False,  # left is not right
-        "workers": 2,
-        "log_every": 50,
+    "toy": TOY,
+    "toy_vl": TOY
+    | {
+        "objective": "align",
+        "train_list": "toy/narrated/train.jsonl",
+        "val_list": "toy/narrated/val.jsonl",
+        "data_root": "toy/narrated/videos",
+        "train_clips": 240,
+        "num_classes": 0,
+        "text_model": "hashing",
+        "frames": 8,
+        "fps": 3.0,
+        "eval_fps": 3.0,
+        "batch_size": 64,
+        "repeated": 4,
+        "epochs": 120,
+        "warmup_epochs": 4.0,
+        "eval_every": 30,
+    },
+    "toy_long": TOY
+    | {
+        "sampling": "span",
+        "train_list": "toy/long/train.csv",
+        "val_list": "toy/long/val.csv",
+        "data_root": "toy/long",
+        "train_clips": 480,
+        "frames": 32,
+        "epochs": 50,
+        "warmup_epochs": 2.0,
+        "eval_every": 10,
+        "test_clips": 3,
     },
     "ucf101": {
         "train_clips": 9537,  # split 1
         "num_classes": 101,
         "lr": 1e-3 * 16 / 256,  # DECISION (lr): Table 6's base rate by VideoMAE's rule
     },
+    "hmdb51": {"train_clips": 3570, "num_classes": 51, "lr": 1e-3 * 16 / 256},  # split 1
+    "htm_aa": {  # Table 6, "V-L Training"; Table 4
+        "objective": "align",
+        "train_clips": 250_000,
+        "mask_ratio": 0.75,
+        "recon_ratio": 0.25,
+        "batch_size": 32,
+        "repeated": 4,
+        "epochs": 5,
+        "warmup_epochs": 0.5,
+        "lr": 1e-4 * 32 / 256,
+        "drop_path": 0.0,
+        "rand_augment": 0.0,
+        "crop": "multi-scale",
+        "flip": False,
+        "eval_fps": 16.0,
+        "save_minutes": 30.0,
+    },
+    "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # three of the four folds of 1,712
+    "coin": LONG | {"train_clips": 9030, "num_classes": 180, "epochs": 50, "warmup_epochs": 5.0},
 }
 
 
 @dataclass
 class Config:
     recipe: str = opt("toy", "a column of the paper's table of hyper-parameters: see RECIPES")
-    task: str = opt("train", "what to do with it", choices=["train", "eval", "predict", "features"], free=True)
-    train_list: str = opt("", "list of training videos: `path label` or `path,label` a line", free=True)
-    val_list: str = opt("", "list of validation videos", free=True)
+    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "encode_text"], free=True)
+    train_list: str = opt("", "training videos: `path label` or `path,label` a line; or captions (README)", free=True)
+    val_list: str = opt("", "validation videos, or captions", free=True)
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/turbo-<recipe>", free=True)
@@ -111,13 +192,23 @@ class Config:
     frames: int = opt(16, "frames a clip (Sec. 4.1)")
     fps: float = opt(5.0, "frames a second of a clip (Sec. 4.1)")
     size: int = opt(224, "height and width of a clip, in pixels (Sec. 4.1)")
+    objective: str = opt("classify", "classify: Eq. 1; align: video and text, Eq. 2", ["classify", "align"])
+    sampling: str = opt("clip", "clip: at --fps; span: --frames over the whole video (Sec. 4.3)", ["clip", "span"])
+    repeated: int = opt(1, "clips of a video in a batch, from one decode (Table 6: repeated sampling)")
+    test_clips: int = opt(1, "clips of a video at test, whose probabilities are averaged (Sec. 4.3: 10)")
+    test_crops: int = opt(1, "crops of each of them, along the long side (1 or 3)")
     num_classes: int = opt(0, "number of classes; 0: as many as the training list has")
     mask_ratio: float = opt(0.5, "m, the share of tokens dropped in training (Sec. 3.2)")
     recon_ratio: float = opt(0.5, "r <= m, the share of tokens reconstructed; 0: no decoder (Sec. 3.2)")
-    eval_mask_ratio: float = opt(0.0, "m at test (Table 1 right; 0 is best, Sec. 5.1.1)")
+    eval_mask_ratios: str = opt("0", "m at test, one or several: 0,0.5,0.9 (Table 1 right; the first is decisive)")
     target: str = opt("normalized", "what is predicted of a patch", ["normalized", "pixels"])  # DECISION (target)
 
-    train_clips: int = opt(0, "size of the training set, for --plan", free=True)
+    text_model: str = opt("microsoft/mpnet-base", "language model: a hub name or folder; hashing: of words (Sec. 4.2)")
+    text_features: str = opt("", "folder of the sentences' features (--task encode_text); empty: run folder", free=True)
+    temperature: float = opt(0.07, "divides the products of Eq. 2")  # DECISION (cosine)
+    eval_fps: float = opt(0.0, "frames a second of a clip at test, if not --fps (Sec. 5.2: 16)")
+
+    train_clips: int = opt(0, "videos in the training set, for --plan", free=True)
     epochs: int = opt(100, "passes over the training list (Table 6)")
     max_steps: int = opt(0, "number of optimizer steps instead of --epochs; 0: by epochs")
     batch_size: int = opt(16, "clips per optimizer step over all ranks (Figure 3)")
@@ -132,7 +223,7 @@ class Config:
     mixup: float = opt(0.8, "Beta parameter of mixup; 0: off (Table 6)")
     cutmix: float = opt(1.0, "Beta parameter of cutmix; 0: off (Table 6)")
     rand_augment: float = opt(9.0, "magnitude of RandAugment; 0: off (Table 6)")  # DECISION (RandAug)
-    crop: bool = opt(True, "random resized crops in training (VideoMAE); off: the centre square")
+    crop: str = opt("resized", "random crop in training (VideoMAE; Table 6)", ["resized", "multi-scale", "centre"])
     flip: bool = opt(True, "random left-right flips in training (VideoMAE)")
 
     workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
@@ -188,6 +279,11 @@ def pixel_target(patches, kind, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD):
     return ((x - x.mean(dim=2, keepdim=True)) / (deviation + 1e-6)).flatten(2)  # [B, R, P]
 
 
+def partial_mae(prediction, target):
+    """L_PMAE of each clip: the mean squared error over its reconstructed tokens. [B, R, P] each -> [B]; 0 if R = 0."""
+    return (prediction.float() - target).square().mean((1, 2)) if target.shape[1] else target.new_zeros(len(target))
+
+
 def turbo_loss(logits, labels, prediction, target):
     """Eq. 1, a clip at a time: L = lambda_CE CE + PMAE with lambda_CE = 1 / ln(classes). -> L, CE, PMAE, each [B].
 
@@ -195,16 +291,202 @@ def turbo_loss(logits, labels, prediction, target):
     logits [B, classes]; labels soft, [B, classes]; prediction and target [B, R, P], R = 0 if nothing is reconstructed.
     """
     ce = -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
-    pmae = (prediction.float() - target).square().mean((1, 2)) if target.shape[1] else torch.zeros_like(ce)  # [B]
+    pmae = partial_mae(prediction, target)  # [B]
     return ce / math.log(logits.shape[1]) + pmae, ce, pmae
 
 
+def nce_loss(video, text, sentence, temperature):
+    """lambda_NCE L_NCE of Eq. 2, a pair at a time, [B]; lambda_NCE = 1 / ln(batch), so that a uniform guess costs 1.
+
+    video, text: unit vectors [B, E] of the global batch; sentence: int64 [B], equal for equal sentences.
+    """
+    same = sentence[:, None] == sentence  # [B, B]  # DECISION (same)
+    return common.contrastive_loss(video, text, 1 / temperature, same) / math.log(len(video))
+
+
+def random_box(cfg, info, key):
+    """The crop of a training clip."""
+    if cfg.crop == "centre":
+        return data.centre_box(info)
+    return (data.multi_scale_box if cfg.crop == "multi-scale" else data.random_resized_box)(info, key)
+
+
 def sample_clip(cfg, train, video, index, view, key):
-    """(frames, box) of a clip: 16 frames at 5 fps (Sec. 4.1); a random start and crop in training, else the centre."""
-    start = uniform(key, "start").item() if train else 0.5
-    frames = data.fps_frames(video.info, cfg.frames, cfg.fps, start)  # DECISION (short): spread over a short video
-    box = data.random_resized_box(video.info, key) if train and cfg.crop else data.centre_box(video.info)
-    return frames, box
+    """(frames, box) of a clip: 16 frames at 5 fps (Sec. 4.1), or a few over the whole video (Sec. 4.3).
+
+    In training start and crop are random. At test the clips of a video are evenly spaced, or drawn again (Sec. 4.3).
+    """
+    if train:
+        box = random_box(cfg, video.info, key)
+    else:
+        view, crop = divmod(view, cfg.test_crops)
+        box = data.crop_box(video.info, crop, cfg.test_crops)
+    if cfg.sampling == "span":
+        u = uniform(key, "span", 2).tolist() if train or cfg.test_clips > 1 else (0.5, 0.5)
+        return data.span_frames(video.info, cfg.frames, u), box
+    u = uniform(key, "start").item() if train else view / (cfg.test_clips - 1) if cfg.test_clips > 1 else 0.5
+    return data.fps_frames(video.info, cfg.frames, cfg.fps, u), box  # DECISION (short): spread over a short video
+
+
+class Pairs:
+    """Captions as training takes them: an entry is a video, and a clip of it draws one of its sentences by its key."""
+
+    def __init__(self, captions):
+        self.captions, self.path = captions, captions.path
+        self._order = np.argsort(captions.video_of, kind="stable").astype(np.int32)  # [sentences], video by video
+        self._first = np.searchsorted(
+            captions.video_of[self._order], np.arange(len(captions.names) + 1)
+        )  # [videos + 1]
+        self.labels = np.broadcast_to(np.int32(0), len(captions.names))  # none
+
+    def __len__(self):
+        return len(self.labels)
+
+    def video(self, index):
+        return self.captions.video(self._order[self._first[index]])
+
+    def sentence(self, index, keys):
+        """Which caption a clip shows: videos [...] and keys int64 [...] -> [...]."""
+        first, count = self._first[index], self._first[np.add(index, 1)] - self._first[index]
+        return self._order[first + (uniform(keys, "sentence").numpy() * count).astype(np.int64)]
+
+
+def sample_pair(cfg, pairs, video, index, view, key):
+    """(frames, box) of a training clip around the time of its sentence (Sec. 4.2)."""
+    i, u = pairs.sentence(index, key), uniform(key, "start").item()
+    frames = data.moment_frames(video, pairs.captions.start[i], pairs.captions.end[i], cfg.frames, cfg.fps, u)
+    return frames, random_box(cfg, video.info, key)
+
+
+def recall_at_1(similarity, start, end):
+    """Hits of the sentences of one video, bool [S]: is the second that fits best within the sentence's time?
+
+    similarity [S, seconds]; start, end [S] in seconds. HTM-Align's rule: floor(start) <= argmax <= ceil(end).
+    """
+    best = similarity.argmax(1)  # [S]
+    return (np.floor(start) <= best) & (best <= np.ceil(end))
+
+
+# ---- Captions and the frozen language model --------------------------------------------------------------------------
+
+
+def read_captions(path, cfg):
+    """Sentences that can be seen in their videos, as data.Captions; UserError names file and row of a mistake.
+
+    Files as published: HTM-AA's csv (vid, timestamp, text), HTM-Align's json ({vid: [[alignable, start, end, text]]});
+    and .jsonl of {video, start, end, text, visible}. A video is <id>.mp4 below --data-root, or its folder of chunks.
+    """
+    reach, place = cfg.frames / cfg.fps, str(path)
+
+    def rows(file):
+        if path.endswith(".csv"):
+            for n, row in enumerate(csv.DictReader(file), 2):
+                at = float(row["timestamp"])
+                yield f"{path}:{n}", row["vid"], max(0.0, at - reach), at + reach, row["text"], True  # DECISION (when)
+        elif path.endswith(".json"):
+            for video, sentences in json.load(file).items():
+                for n, (seen, start, end, text) in enumerate(sentences):
+                    yield f"{path}, {video}, sentence {n}", video, start, end, text, seen
+        else:
+            for n, line in enumerate(file, 1):
+                row = json.loads(line)
+                yield f"{path}:{n}", row["video"], row["start"], row["end"], row["text"], row.get("visible", True)
+
+    def checked(file):
+        nonlocal place
+        for place, video, start, end, text, seen in rows(file):
+            if seen and not 0 <= float(start) < float(end) < math.inf:
+                raise ValueError(f"its time is {start} to {end} s: the start must be before the end")
+            if seen and not re.search(r"\w", text):
+                raise ValueError(f"its sentence has no word: {text!r}")
+            if seen:
+                yield f"{video}.mp4", float(start), float(end), text
+
+    try:
+        with open(path, encoding="utf-8", newline="" if path.endswith(".csv") else None) as file:
+            captions = data.Captions(checked(file), cfg.data_root)
+    except OSError as error:
+        raise UserError(f"{path}: can't read the captions ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        raise UserError(f"{place}: not as HTM-AA, HTM-Align or a .jsonl of captions have it ({error})") from None
+    if not len(captions):
+        raise UserError(f"{path}: no sentence in it that can be seen in its video")
+    captions.path = path
+    return captions
+
+
+def hash_words(text, width=256):
+    """A sentence as a unit vector, float32 [width], without a model: words and pairs of neighbours, each at a place and
+    with a sign that its hash gives (Weinberger et al. 2009). Enough to tell toy sentences apart."""
+    words, vector = re.findall(r"\w+", text.lower()), np.zeros(width, np.float32)
+    for term in [*words, *map(" ".join, itertools.pairwise(words))]:
+        code = zlib.crc32(term.encode())
+        vector[code % width] += 1 if code >> 31 else -1
+    return vector / max(np.linalg.norm(vector), 1e-6)
+
+
+def encode_sentences(texts, model, device):
+    """Yields float32 [b, width] of consecutive sentences, by any Hugging Face text model: its first token's output."""
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise UserError(
+            f"--text-model {model} needs `pip install transformers`; --text-model hashing doesn't"
+        ) from None
+    try:
+        tokenizer, net = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--text-model {model}: {str(error).splitlines()[0]}") from None
+    for start in range(0, len(texts), 256):
+        batch = [texts[i] for i in range(start, min(start + 256, len(texts)))]
+        tokens = tokenizer(batch, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
+        with torch.no_grad():
+            yield net(**tokens).last_hidden_state[:, 0].float().cpu().numpy()  # DECISION (sentence)
+
+
+def text_file(cfg, path):
+    """Where the features of a list's sentences are kept."""
+    return Path(cfg.text_features or cfg.out or f"runs/turbo-{cfg.recipe}") / f"{Path(path).stem}.text.npy"
+
+
+def write_text(cfg, ctx):
+    """--task encode_text: encode each sentence of both lists once, as the language model is frozen (Sec. 4.2)."""
+    for path in filter(None, (cfg.train_list, cfg.val_list)):
+        captions, out, done = read_captions(path, cfg), text_file(cfg, path), 0
+        temporary, rows = out.with_suffix(".tmp"), None
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with tqdm(total=len(captions), desc=f"encoding {path}", unit="sentence", disable=None) as bar:
+                for part in encode_sentences(captions.texts, cfg.text_model, ctx.device):
+                    if rows is None:
+                        shape = (len(captions), part.shape[1])
+                        rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)  # [sentences, width]
+                    rows[done : done + len(part)], done = part, done + len(part)
+                    bar.update(len(part))
+            rows.flush()
+            os.replace(temporary, out)
+            about = {"model": cfg.text_model, "sentences": captions.texts.digest()}
+            out.with_suffix(".json").write_text(json.dumps(about))
+        except OSError as error:
+            raise UserError(f"{out}: can't write the sentences' features ({error.strerror})") from None
+        print(f"{out}: {rows.shape[0]} sentences x {rows.shape[1]}")
+
+
+def open_text(cfg, captions):
+    """The sentences' features, [sentences, width], memory-mapped; of --text-model hashing made on the spot."""
+    if cfg.text_model == "hashing":
+        return np.stack([hash_words(captions.texts[i]) for i in range(len(captions))])
+    path = text_file(cfg, captions.path)
+    again = f"run --task encode_text --text-model {cfg.text_model} with the same lists"
+    try:
+        about, rows = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no features of the sentences of {captions.path} ({error}); {again}") from None
+    if about.get("model") != cfg.text_model:
+        raise UserError(f"{path}: of the model {about.get('model')}, not {cfg.text_model}; {again}")
+    if about.get("sentences") != captions.texts.digest() or len(rows) != len(captions):
+        raise UserError(f"{path}: of other sentences than those of {captions.path}; {again}")
+    return rows
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
@@ -235,7 +517,8 @@ class Turbo(nn.Module):
     patch = (2, 16, 16)  # frames, height, width of a token (App. A)
 
     def __init__(self, num_classes, model="vit_b", decoder="", frames=16, size=224, recon=True, target="normalized",
-                 drop_path=0.1, attention="auto", grad_checkpoint=False):  # fmt: skip
+                 drop_path=0.1, attention="auto", grad_checkpoint=False, text_width=0):  # fmt: skip
+        """num_classes: of the classifier; 0: none. text_width: of the sentences' features, for Eq. 2; 0: none."""
         super().__init__()
         spec = MODELS[model]
         self.width, self.target, self.grad_checkpoint = spec["width"], target, grad_checkpoint
@@ -248,7 +531,13 @@ class Turbo(nn.Module):
             Block(self.width, spec["heads"], drop_path=rate, kind=attention, index=i) for i, rate in enumerate(rates)
         )
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
-        self.head = nn.Linear(self.width, num_classes)  # App. A: CLS into one linear layer
+        if num_classes:
+            self.head = nn.Linear(self.width, num_classes)  # App. A: CLS into one linear layer
+        if text_width:
+            self.video_head, self.text_head = (
+                nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 256))  # DECISION (MLP)
+                for width in (self.width, text_width)
+            )
         self.register_buffer("positions", common.sinusoid_table(self.num_tokens, self.width)[None], persistent=False)
         if recon:
             layers, width = map(int, (decoder or spec["decoder"]).split("x"))
@@ -259,7 +548,8 @@ class Turbo(nn.Module):
             self.register_buffer("decoder_positions", table, persistent=False)
         self.apply(common.init_linear)
         self.patch_embed.reset_parameters()  # PyTorch's default, as VideoMAE's convolution: positions must stand out
-        nn.init.normal_(self.head.weight, std=0.01)
+        if num_classes:
+            nn.init.normal_(self.head.weight, std=0.01)
 
     def encode(self, patches, visible, keys=None):
         """Final-layer tokens [B, 1 + K, D], CLS first, of the visible ones of 0-255 patches [B, N, P]; visible [B, K].
@@ -281,32 +571,57 @@ class Turbo(nn.Module):
             torch.cat([x, masked.to(x.dtype)], dim=1), recon.shape[1], self.grad_checkpoint
         )  # [B, R, P]
 
-    def forward(self, clips, keys, m, r):
-        """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes], prediction and target [B, R, P]."""
+    def forward(self, clips, keys, m, r, text=None):
+        """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes], prediction and target [B, R, P].
+
+        Without a classifier: unit vectors of the videos [B, E] instead of logits; with text, features [B, text width],
+        a tuple of those and the texts' [B, E].
+        """
         patches = patchify(clips, self.patch)  # [B, N, P]
         visible, recon = token_dropout(keys, self.num_tokens, m, r)  # [B, K], [B, R]
         tokens = self.encode(patches, visible, keys if self.training else None)  # [B, 1 + K, D]
-        logits = self.head(tokens[:, 0])  # [B, classes]
+        if hasattr(self, "head"):
+            output = self.head(tokens[:, 0])  # [B, classes]
+        else:
+            output = F.normalize(self.video_head(tokens[:, 0]).float(), dim=-1)  # [B, E]  # DECISION (cosine)
+        if text is not None:
+            output = output, self.embed_text(text)  # [B, E] each
         if recon.shape[1] == 0:
-            return logits, *[torch.zeros(len(clips), 0, patches.shape[-1], device=clips.device)] * 2
+            return output, *[torch.zeros(len(clips), 0, patches.shape[-1], device=clips.device)] * 2
         target = pixel_target(gather_tokens(patches, recon), self.target)  # [B, R, P]
-        return logits, self.decode(tokens[:, 1:], visible, recon), target
+        return output, self.decode(tokens[:, 1:], visible, recon), target
+
+    def embed_text(self, text):
+        """Sentences' features [S, text width] -> unit vectors [S, E]."""
+        return F.normalize(self.text_head(text).float(), dim=-1)  # [S, E]
 
 
-def build(cfg, num_classes):
+def build(cfg, num_classes, text_width=0):
     """The model that a Config describes."""
     return Turbo(num_classes, cfg.model, cfg.decoder, cfg.frames, cfg.size, cfg.recon_ratio > 0, cfg.target,
-                 cfg.drop_path, cfg.attention, cfg.grad_checkpoint)  # fmt: skip
+                 cfg.drop_path, cfg.attention, cfg.grad_checkpoint, text_width)  # fmt: skip
 
 
 # ---- Evaluation and pictures -----------------------------------------------------------------------------------------
 
 
-def eval_batches(videos, cfg, ctx, failures):
-    """Batches of centre clips, on the device, that hold each readable video once over all ranks."""
-    dataset = data.ClipDataset(videos, partial(sample_clip, cfg, False), cfg.size, cfg.seed, replace=False)
-    size = cfg.micro_batch or max(1, cfg.batch_size // ctx.world)
-    batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
+def eval_ratios(cfg):
+    """The mask ratios at test."""
+    return [float(m) for m in cfg.eval_mask_ratios.split(",")]
+
+
+def eval_batches(videos, cfg, ctx, failures, plan=None, views=0, entries=None):
+    """Batches, on the device, of the clips of each readable video, over all ranks once (of `entries` on this one).
+
+    By default cfg.test_clips x cfg.test_crops clips of a video, view by view.
+    """
+    plan, views = plan or partial(sample_clip, cfg, False), views or cfg.test_clips * cfg.test_crops
+    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=views)
+    size = max(1, (cfg.micro_batch or cfg.batch_size // ctx.world) // views)
+    if entries is None:
+        batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
+    else:
+        batches = [[(0, i) for i in entries[start : start + size]] for start in range(0, len(entries), size)]
     for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
         failures.new += batch.failures
         if len(batch.labels):
@@ -315,32 +630,98 @@ def eval_batches(videos, cfg, ctx, failures):
 
 @torch.no_grad()
 def evaluate(model, videos, cfg, ctx, picture=None):
-    """Top-1 and top-k in % (k = 5, or all classes if fewer) at --eval-mask-ratio; PMAE, masked as in training.
+    """Top-1 and top-k in % (k = 5, or all classes if fewer) at each of --eval-mask-ratios, in one pass over the videos;
+    a video's probabilities are the mean over its clips. PMAE with tokens masked as in training.
 
-    Every readable video counts once, at any number of ranks; `unread` of them could not be. A centre clip a video.
+    Every readable video counts once, at any number of ranks; `unread` of them could not be.
     """
     model.eval()
-    failures, k = data.Failures(len(videos), cfg.max_bad), min(5, len(videos.classes))
-    sums = torch.zeros(4, dtype=torch.float64, device=ctx.device)  # clips, top-1, top-k, PMAE
+    failures, k, ratios = data.Failures(len(videos), cfg.max_bad), min(5, len(videos.classes)), eval_ratios(cfg)
+    sums = torch.zeros(2 + 2 * len(ratios), dtype=torch.float64, device=ctx.device)  # videos, PMAE, top-1, top-k, ...
+    views = cfg.test_clips * cfg.test_crops
     for batch in eval_batches(videos, cfg, ctx, failures):
+        size = len(batch.labels) // views  # view by view: the first `size` clips are the first of each video
+        labels, pmae, hits = batch.labels[:size], torch.zeros(size, device=ctx.device), []  # [B] each
         with ctx.autocast():
-            logits, _, _ = model(batch.clips, batch.keys, cfg.eval_mask_ratio, 0.0)  # r = 0: only the classifier runs
-            pmae = torch.zeros(len(logits), device=ctx.device)  # [B]
+            for m in ratios:
+                logits, _, _ = model(batch.clips, batch.keys, m, 0.0)  # r = 0: only the classifier runs
+                shares = logits.float().softmax(-1).unflatten(0, (views, size)).mean(0)  # [B, classes]
+                hit = shares.topk(k).indices == labels[:, None]  # [B, k]
+                hits += [hit[:, 0], hit.any(1)]
             if cfg.recon_ratio > 0:
-                _, prediction, target = model(batch.clips, batch.keys, cfg.mask_ratio, cfg.recon_ratio)
-                pmae = (prediction.float() - target).square().mean((1, 2))  # [B]
-        hits = logits.topk(k).indices == batch.labels[:, None]  # [B, k]
-        sums += torch.stack([torch.ones_like(pmae), hits[:, 0], hits.any(1), pmae]).double().sum(1)  # [4]
+                _, prediction, target = model(batch.clips[:size], batch.keys[:size], cfg.mask_ratio, cfg.recon_ratio)
+                pmae = partial_mae(prediction, target)  # [B]
+        sums += torch.stack([torch.ones_like(pmae), pmae, *hits]).double().sum(1)
         if picture and ctx.rank == 0 and cfg.recon_ratio > 0:
-            write_recon(model, batch.clips[:4], batch.keys[:4], cfg, picture)
+            write_recon(model, batch.clips[:size][:4], batch.keys[:size][:4], cfg, picture)
             picture = None
     unread = failures.collect(ctx, 0)
-    n, top1, topk, pmae = ctx.sum(sums).tolist()
+    n, pmae, *hits = ctx.sum(sums).tolist()
     model.train()
     if not n:
         raise UserError(f"{videos.path}: no video could be read: {'; '.join(unread[:3])}")
-    result = {"val_top1": 100 * top1 / n, f"val_top{k}": 100 * topk / n, "val_clips": int(n), "val_unread": len(unread)}
+    result = {}
+    for i, m in enumerate(ratios):
+        at = f"@{m:g}" if i else ""
+        result |= {f"val_top1{at}": 100 * hits[2 * i] / n, f"val_top{k}{at}": 100 * hits[2 * i + 1] / n}
+    result |= {"val_clips": int(n), "val_unread": len(unread)}
     return result | ({"val_mae": pmae / n} if cfg.recon_ratio > 0 else {})
+
+
+@torch.no_grad()
+def second_features(model, captions, cfg, ctx, failures, picture=None):
+    """{video: unit vectors [seconds, E]} of this rank's share of the videos, one a second (Sec. 5.2)."""
+    blocks, features, views = [], {}, 8  # a block: 8 seconds, of one decode
+    for video in range(ctx.rank, len(captions.names), ctx.world):
+        path = os.path.join(captions.root, captions.names[video])
+        try:
+            with data.open_video(path) as opened:
+                seconds = max(1, int(opened.clamp(math.inf)))
+            features[video] = torch.full((seconds, 256), math.nan)  # [seconds, E]
+            blocks += [(path, video, first, seconds) for first in range(0, seconds, views)]
+        except data.VideoError as error:
+            failures.new.append(str(error))
+
+    def plan(video, index, view, key):
+        _, _, first, seconds = blocks[index]
+        second = min(first + view, seconds - 1)
+        return data.second_frames(video, second, cfg.frames, cfg.eval_fps or cfg.fps), data.centre_box(video.info)
+
+    listed = data.VideoList.of([path for path, *_ in blocks])
+    for batch in eval_batches(listed, cfg, ctx, failures, plan, views, range(len(blocks))):
+        with ctx.autocast():
+            vectors, _, _ = model(batch.clips, batch.keys, eval_ratios(cfg)[0], 0.0)  # [views B, E]
+        for i, vector in zip(batch.index.tolist(), vectors.unflatten(0, (views, -1)).unbind(1), strict=False):
+            _, video, first, seconds = blocks[i]
+            features[video][first : first + views] = vector[: seconds - first].cpu()  # [<= 8, E]
+        if picture and ctx.rank == 0 and cfg.recon_ratio > 0:
+            write_recon(model, batch.clips[:4], batch.keys[:4], cfg, picture)
+            picture = None
+    return {video: rows for video, rows in features.items() if rows.isfinite().all()}
+
+
+@torch.no_grad()
+def evaluate_alignment(model, captions, text, cfg, ctx, picture=None):
+    """R@1 in % of the sentences, in which second of their video they are shown, as HTM-Align counts it (Sec. 5.2).
+
+    text: [sentences, width]. `chance` is the R@1 of a random second. Sentences of unreadable videos don't count.
+    """
+    model.eval()
+    failures, sums = data.Failures(len(captions.names), cfg.max_bad), torch.zeros(3, dtype=torch.float64)
+    for video, rows in second_features(model, captions, cfg, ctx, failures, picture).items():
+        i = np.flatnonzero(captions.video_of == video)  # [S]
+        sentences = model.embed_text(torch.from_numpy(text[i]).float().to(ctx.device)).cpu()  # [S, E]
+        start, end = captions.start[i], captions.end[i]
+        hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
+        chance = (np.minimum(np.ceil(end), len(rows) - 1) - np.floor(start) + 1).clip(0) / len(rows)  # [S]
+        sums += torch.tensor([len(i), hits.sum(), chance.sum()])
+    unread = failures.collect(ctx, 0)
+    n, hits, chance = ctx.sum(sums.to(ctx.device)).tolist()
+    model.train()
+    if not n:
+        raise UserError(f"{captions.path}: no video could be read: {'; '.join(unread[:3])}")
+    result = {"val_recall1": 100 * hits / n, "val_chance": 100 * chance / n, "val_clips": int(n)}
+    return result | {"val_unread": len(unread)}
 
 
 def write_recon(model, clips, keys, cfg, path):
@@ -403,6 +784,11 @@ def saved_megabytes(model, m, r):
     return total / 1e6
 
 
+def largest_batch(gigabytes, parameters, saved):
+    """Clips that a GPU holds: its memory less 16 bytes a parameter (weight, gradient, AdamW), by `saved` MB a clip."""
+    return max(0, int((gigabytes * 1e3 - 16 * parameters) / saved))
+
+
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     classes, m, r = cfg.num_classes or 2, cfg.mask_ratio, cfg.recon_ratio
@@ -410,18 +796,25 @@ def print_plan(cfg):
     parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
     decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
     visible, recon = num_kept(model.num_tokens, m, r)
-    steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
+    steps = cfg.max_steps or cfg.train_clips * cfg.repeated // cfg.batch_size * cfg.epochs
     print(f"model     {cfg.model}: {sum(parameters.values()):.1f} M parameters, {decoder:.1f} M of them the decoder's")
     print(f"tokens    {visible} visible, {recon} reconstructed of {model.num_tokens} (m = {m}, r = {r})")
     print(
-        f"schedule  {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, "
+        f"schedule  {cfg.epochs} epochs of {cfg.train_clips} videos x {cfg.repeated} at batch {cfg.batch_size}: "
+        f"{steps} steps, "
         f"peak lr {cfg.lr:g}"
     )
-    full, ours = saved_megabytes(model, 0.0, 0.0), saved_megabytes(model, m, r)
     print(
-        f"memory    blocks save {ours:.0f} MB a clip for backward in fp32, {full:.0f} MB without dropout "
-        f"({full / ours:.2f}x)"
+        "\nMB that the blocks save for backward, a clip in fp32, and the largest batch in 11, 24 and 80 GB (Figure 2):"
     )
+    print(f"{'frames':>6} {'m = 0':>9} {'batch':>13} {f'm = {m:g}, r = {r:g}':>17} {'batch':>13} {'less':>6}")
+    for frames in sorted({16, 32, 64, cfg.frames}):
+        sized, row = build(replace(cfg, frames=frames, attention="sdpa", grad_checkpoint=False), classes), []
+        for ratios in ((0.0, 0.0), (m, r)):
+            row.append(saved_megabytes(sized, *ratios))
+            batches = "/".join(str(largest_batch(size, sum(parameters.values()), row[-1])) for size in (11, 24, 80))
+            row.append(batches)
+        print(f"{frames:6} {row[0]:9.0f} {row[1]:>13} {row[2]:17.0f} {row[3]:>13} {row[0] / row[2]:5.2f}x")
     print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds)')
     print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'cheaper':>8}")
     is_paper = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes) == ("vit_b", "4x384", 16, 224, 101)
@@ -442,8 +835,10 @@ def print_plan(cfg):
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
     t, h, _ = Turbo.patch
-    if not 0 <= cfg.mask_ratio < 1 or not 0 <= cfg.eval_mask_ratio < 1:
-        raise UserError("--mask-ratio and --eval-mask-ratio must be in [0, 1): at 1 nothing is left to look at")
+    if not re.fullmatch(r"[0-9.]+(,[0-9.]+)*", cfg.eval_mask_ratios) or cfg.eval_mask_ratios.count("..") > 0:
+        raise UserError(f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9")
+    if not all(0 <= m < 1 for m in (cfg.mask_ratio, *eval_ratios(cfg))):
+        raise UserError("--mask-ratio and --eval-mask-ratios must be in [0, 1): at 1 nothing is left to look at")
     if not 0 <= cfg.recon_ratio <= cfg.mask_ratio:
         raise UserError(
             f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]: only dropped tokens are "
@@ -454,8 +849,8 @@ def check(cfg):
     if cfg.size < h or cfg.size % h:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
-    if not all(num_kept(tokens, m, 0)[0] for m in (cfg.mask_ratio, cfg.eval_mask_ratio)):
-        raise UserError(f"of {tokens} tokens --mask-ratio and --eval-mask-ratio must leave at least one")
+    if not all(num_kept(tokens, m, 0)[0] for m in (cfg.mask_ratio, *eval_ratios(cfg))):
+        raise UserError(f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one")
     if cfg.recon_ratio and not num_kept(tokens, cfg.mask_ratio, cfg.recon_ratio)[1]:
         raise UserError(
             f"--recon-ratio {cfg.recon_ratio} reconstructs none of {tokens} tokens; 0 turns the decoder off"
@@ -463,12 +858,19 @@ def check(cfg):
     layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
     if not (layers.isdecimal() and width.isdecimal() and int(width) and (int(width) < 64 or int(width) % 64 == 0)):
         raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 8x512, in heads of 64")
-    for flag in ("epochs", "fps", "log_every", "eval_every"):
+    if cfg.objective == "align":
+        if cfg.batch_size < 2:
+            raise UserError("--batch-size 1 leaves InfoNCE nothing to tell apart (and 1 / ln 1 infinite): at least 2")
+        if cfg.mixup or cfg.cutmix or cfg.label_smoothing:
+            raise UserError("--objective align has no labels to mix: --mixup 0 --cutmix 0 --label-smoothing 0")
+    for flag in ("epochs", "fps", "log_every", "eval_every", "repeated", "test_clips", "test_crops", "temperature"):
         if getattr(cfg, flag) <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be above 0")
     if not 0 <= cfg.rand_augment <= 10:
         raise UserError("--rand-augment must be in [0, 10]")
-    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad"):
+    if cfg.test_crops not in (1, 3):
+        raise UserError("--test-crops must be 1 or 3")
+    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "eval_fps"):
         if getattr(cfg, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} must not be negative")
     if not (0 <= cfg.drop_path < 1 and 0 <= cfg.label_smoothing < 1):
@@ -476,23 +878,32 @@ def check(cfg):
 
 
 def open_lists(cfg, ctx):
-    """(training, validation) VideoLists; toy videos are made where the toy recipe's own lists are asked for."""
-    if cfg.train_list == RECIPES["toy"]["train_list"]:
+    """(training, validation) VideoLists, or Pairs and Captions; toy videos are made where a toy recipe's lists are
+    asked for."""
+    toy = next((Path(r["data_root"]) for r in RECIPES.values() if r.get("train_list", "-") == cfg.train_list), None)
+    if toy:
         if ctx.rank == 0:
             try:
-                data.make_toy("toy", "actions")
+                data.make_toy("toy", toy.parts[1])
             except OSError as error:
                 raise UserError(f"can't make the toy videos: {error}") from None
         ctx.barrier()
     for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
         if not path:
-            raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`")
-    videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
-    if len(videos.classes) < 2:
-        raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
-    if len(videos) < cfg.batch_size:
-        raise UserError(f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}")
-    return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+            raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`; or captions")
+    if cfg.objective == "align":
+        videos, val_videos = Pairs(read_captions(cfg.train_list, cfg)), read_captions(cfg.val_list, cfg)
+    else:
+        videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
+        if len(videos.classes) < 2:
+            raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
+        val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+    if len(videos) * cfg.repeated < cfg.batch_size:
+        raise UserError(
+            f"{cfg.train_list}: {len(videos)} videos x --repeated {cfg.repeated} are less than one --batch-size of "
+            f"{cfg.batch_size}"
+        )
+    return videos, val_videos
 
 
 def init_weights(path, classes):
@@ -509,23 +920,25 @@ def use(cfg, ctx):
     state = common.load_checkpoint(source)
     if not isinstance(state, dict) or not {"model", "config", "classes"} <= set(state):
         raise UserError(f"{source}: not a checkpoint of turbo.py")
-    shape = ("model", "decoder", "frames", "fps", "size", "mask_ratio", "recon_ratio", "target", "seed")
+    shape = ("model", "decoder", "frames", "fps", "size", "mask_ratio", "recon_ratio", "target", "seed", "objective",
+             "sampling", "text_model", "eval_fps")  # fmt: skip
     cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
-    net = build(cfg, len(classes)).to(ctx.device).eval()
+    net = build(cfg, len(classes), state["text_width"]).to(ctx.device).eval()
     net.load_state_dict(state["model"])
     if cfg.task == "predict":
         return predict(net, cfg, ctx, classes)
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
-    videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     if cfg.task == "features":
-        return write_features(net, videos, cfg, ctx)
-    result = evaluate(net, videos, cfg, ctx)
+        return write_features(net, data.VideoList(cfg.val_list, cfg.data_root, classes=classes or None), cfg, ctx)
+    if cfg.objective == "align":
+        captions = read_captions(cfg.val_list, cfg)
+        result = evaluate_alignment(net, captions, open_text(cfg, captions), cfg, ctx)
+    else:
+        result = evaluate(net, data.VideoList(cfg.val_list, cfg.data_root, classes=classes), cfg, ctx)
     if ctx.rank == 0:
-        print(
-            f"{source} on {cfg.val_list}, m = {cfg.eval_mask_ratio}: "
-            + "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-        )
+        numbers = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+        print(f"{source} on {cfg.val_list}, m = {cfg.eval_mask_ratios}: {numbers}")
 
 
 @torch.no_grad()
@@ -533,12 +946,15 @@ def predict(net, cfg, ctx, classes):
     """Print the five likeliest classes of each --input video."""
     if not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
+    if not classes:
+        raise UserError("--task predict needs a classifier; of a video-language model take --task features")
     videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
     for batch in eval_batches(videos, cfg, ctx, failures):
         with ctx.autocast():
-            logits, _, _ = net(batch.clips, batch.keys, cfg.eval_mask_ratio, 0.0)  # [B, classes]
-        shares, order = logits.float().softmax(-1).sort(-1, descending=True)
-        for i, share, best in zip(batch.index.tolist(), shares.tolist(), order.tolist(), strict=True):
+            logits, _, _ = net(batch.clips, batch.keys, eval_ratios(cfg)[0], 0.0)  # [views B, classes]
+        shares = logits.float().softmax(-1).unflatten(0, (cfg.test_clips * cfg.test_crops, -1)).mean(0)  # [B, classes]
+        shares, order = shares.sort(-1, descending=True)
+        for i, share, best in zip(batch.index.tolist(), shares.tolist(), order.tolist(), strict=False):
             words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
             print(f"{videos.video(i)}: {', '.join(words)}")
     if failures.new:
@@ -547,27 +963,34 @@ def predict(net, cfg, ctx, classes):
 
 @torch.no_grad()
 def write_features(net, videos, cfg, ctx):
-    """Write features.npy, float32 [videos, D]: CLS of a video's centre clip, in the list's order; NaN if unreadable."""
+    """Write features.npy, float32 [videos, D]: CLS, mean over a video's clips, in the list's order; NaN if unreadable.
+
+    Of a video-language model its vectors in the joint space, [videos, E].
+    """
+    width = net.width if hasattr(net, "head") else 256
     path = Path(cfg.out or f"runs/turbo-{cfg.recipe}") / "features.npy"
     if ctx.rank == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
+            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), width))[:] = np.nan
         except OSError as error:
             raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
     ctx.barrier()
     rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
+    views = cfg.test_clips * cfg.test_crops
     for batch in eval_batches(videos, cfg, ctx, failures):
         with ctx.autocast():
-            visible, _ = token_dropout(batch.keys, net.num_tokens, cfg.eval_mask_ratio, 0.0)  # [B, K]
-            tokens = net.encode(patchify(batch.clips, net.patch), visible)  # [B, 1 + K, D]
-        rows[batch.index.numpy()] = tokens[:, 0].float().cpu().numpy()
+            if hasattr(net, "head"):
+                visible, _ = token_dropout(batch.keys, net.num_tokens, eval_ratios(cfg)[0], 0.0)  # [views B, K]
+                vectors = net.encode(patchify(batch.clips, net.patch), visible)[:, 0]  # [views B, D]
+            else:
+                vectors, _, _ = net(batch.clips, batch.keys, eval_ratios(cfg)[0], 0.0)  # [views B, E]
+        vectors = vectors.float().unflatten(0, (views, -1)).mean(0)  # [B, D] or [B, E]
+        rows[batch.index[: len(vectors)].numpy()] = vectors.cpu().numpy()
     rows.flush()
     unread = failures.collect(ctx, 0)
     if ctx.rank == 0:
-        print(
-            f"{path}: {len(videos)} x {net.width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else "")
-        )
+        print(f"{path}: {len(videos)} x {width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""))
 
 
 def main(cfg):
@@ -575,21 +998,28 @@ def main(cfg):
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
+    if cfg.task == "encode_text":
+        return write_text(cfg, ctx) if ctx.rank == 0 else None
     if cfg.task != "train":
         return use(cfg, ctx)
-    micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
+    micro, accumulation = common.micro_batches(cfg, ctx, cfg.repeated, pairs=bool(cfg.mixup or cfg.cutmix))
     videos, val_videos = open_lists(cfg, ctx)
-    classes = len(videos.classes)
+    align = cfg.objective == "align"
+    names = [] if align else videos.classes
+    classes, text_width, metric = len(names), 0, "val_recall1" if align else "val_top1"
+    if align:
+        text, val_text = open_text(cfg, videos.captions), open_text(cfg, val_videos)  # [sentences, text width] each
+        text_width, sentence_ids = text.shape[1], videos.captions.texts.ids()  # int64 [sentences]
     run = common.Run(cfg, ctx, "turbo")
     state = run.resume()
 
-    epoch_steps = len(videos) // cfg.batch_size
+    epoch_steps = len(videos) * cfg.repeated // cfg.batch_size
     total = cfg.max_steps or cfg.epochs * epoch_steps
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
-    net = build(cfg, classes).to(ctx.device)
+    net = build(cfg, classes, text_width).to(ctx.device)
     optimizer = torch.optim.AdamW(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
-    meter = common.Meter(ctx.device, "loss", "ce", "mae")
+    meter = common.Meter(ctx.device, "loss", "nce" if align else "ce", "mae")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
     at = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0, "last": {}}
     if state:
@@ -604,33 +1034,40 @@ def main(cfg):
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
     run.say(
-        f"{len(videos)} training and {len(val_videos)} validation videos, {classes} classes; batch {cfg.batch_size} = "
+        f"{len(videos)} training videos, {len(val_videos)} {'sentences' if align else 'videos'} to validate, "
+        f"{classes or 'no'} classes; "
+        f"batch {cfg.batch_size} = "
         f"{ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; "
         f"steps {at['step']} to {total}"
     )
 
-    dataset = data.ClipDataset(videos, partial(sample_clip, cfg, True), cfg.size, cfg.seed, replace=True)
-    schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, cfg.seed, at["step"], total, ctx.rank, ctx.world)
+    plan = partial(sample_pair, cfg, videos) if align else partial(sample_clip, cfg, True)
+    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True, views=cfg.repeated)
+    sizes = cfg.batch_size // cfg.repeated, micro // cfg.repeated  # in videos  # DECISION (repeat)
+    schedule = data.GlobalBatches(len(videos), *sizes, cfg.seed, at["step"], total, ctx.rank, ctx.world)
     batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
     failures = data.Failures(len(videos), cfg.max_bad)
 
-    def save(*names):
+    def save(*files):
         if at["step"] < total and not meter.healthy(ctx):
             return False  # the last good checkpoint stays
         state = {
             name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
         }
-        run.save(state | {"at": at, "sums": meter.state(ctx), "classes": videos.classes}, *names)
+        run.save(state | {"at": at, "sums": meter.state(ctx), "classes": names, "text_width": text_width}, *files)
         return True
 
     while True:
         # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
         step = at["step"]
         if step > at["evaluated"] and (step == total or step % (cfg.eval_every * epoch_steps) == 0):
-            result = evaluate(net, val_videos, cfg, ctx, run.folder / "recon.png")
+            if align:
+                result = evaluate_alignment(net, val_videos, val_text, cfg, ctx, run.folder / "recon.png")
+            else:
+                result = evaluate(net, val_videos, cfg, ctx, run.folder / "recon.png")
             run.log(result | {"clips": step * cfg.batch_size}, step, total)
-            better = result["val_top1"] > at["best"] and meter.healthy(ctx)
-            at |= {"evaluated": step, "best": result["val_top1"] if better else at["best"], "last": result}
+            better = result[metric] > at["best"] and meter.healthy(ctx)
+            at |= {"evaluated": step, "best": result[metric] if better else at["best"], "last": result}
             save(*["best.pt"] * better, "last.pt")
         if step == total:
             break
@@ -638,7 +1075,8 @@ def main(cfg):
         lr = common.cosine(step, total, cfg.warmup_epochs * epoch_steps, cfg.lr, cfg.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        for i in range(accumulation):
+        ready = []  # this rank's micro-batches
+        for _ in range(accumulation):
             with run.waiting():
                 batch = next(batches)
             failures.add(batch, micro)
@@ -647,18 +1085,35 @@ def main(cfg):
                 clips = data.rand_augment(clips, batch.keys, cfg.rand_augment, layers=2)  # [B, T, C, H, W]
             if cfg.flip:
                 clips = data.flip(clips, batch.keys)  # [B, T, C, H, W]
-            keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
-            labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, classes]
-            clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
-            with ctx.sync(model, last=i == accumulation - 1):
-                with ctx.autocast():
-                    logits, prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
-                    loss, ce, pmae = turbo_loss(logits, labels, prediction, target)  # [B] each
-                # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A loss
-                # that is not finite makes the gradient so too, and thereby skips the update.
-                poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
-                scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
-            meter.add(batch.index, loss, ce, pmae)
+            ready.append((batch, clips, batch.keys.to(ctx.device, non_blocking=True)))
+
+        if align:  # Eq. 2: over the whole global batch, however it is cut (common.cached_step)
+
+            def encode(item, replay):
+                batch, clips, keys = item
+                i = videos.sentence(batch.index.numpy(), batch.keys)  # [B]
+                words = torch.from_numpy(text[i]).float().to(ctx.device, non_blocking=True)  # [B, text width]
+                ids = torch.from_numpy(sentence_ids[i]).to(ctx.device, non_blocking=True)  # [B]
+                (z_v, z_t), prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words)
+                return (z_v, z_t, ids), partial_mae(prediction, target)  # [B, E], [B, E], [B]; [B]
+
+            nce, pmae = common.cached_step(
+                ctx, model, encode, ready, partial(nce_loss, temperature=cfg.temperature), scaler
+            )
+            meter.add(torch.cat([batch.index for batch, _, _ in ready]), nce + pmae, nce, pmae)
+        else:  # Eq. 1: a sum over clips, so gradients of micro-batches add up
+            for i, (batch, clips, keys) in enumerate(ready):
+                labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, classes]
+                clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
+                with ctx.sync(model, last=i == accumulation - 1):
+                    with ctx.autocast():
+                        logits, prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
+                        loss, ce, pmae = turbo_loss(logits, labels, prediction, target)  # [B] each
+                    # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A
+                    # loss that is not finite makes the gradient so too, and thereby skips the update.
+                    poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
+                    scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
+                meter.add(batch.index, loss, ce, pmae)
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in net.parameters()])
         if cfg.clip_grad:
@@ -682,10 +1137,12 @@ def main(cfg):
         if (run.save_due() or epoch_ends) and save("last.pt"):
             run.leave(step)
 
+    last, name = at["last"], "R@1" if align else "top-1"
+    chance = last["val_chance"] if align else 100 / classes
     run.say(
-        f"complete: top-1 {at['last']['val_top1']:.1f} % of {at['last']['val_clips']} validation clips (chance "
-        f"{100 / classes:.1f} %), "
-        f"best {at['best']:.1f} %. {run.folder}/recon.png: original, seen, reconstruction. --overwrite starts anew."
+        f"complete: {name} {last[metric]:.1f} % of {last['val_clips']} {'sentences' if align else 'videos'} (chance "
+        f"{chance:.1f} %), best {at['best']:.1f} %. {run.folder}/recon.png: original, seen, reconstruction. "
+        "--overwrite starts anew."
     )
 
 

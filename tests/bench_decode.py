@@ -1,6 +1,6 @@
 """Clips from videos: this project against other libraries, and against decoding alone.
 
-    pip install -r tests/requirements-bench.txt           # after requirements.txt
+    pip install -r tests/requirements.txt -r tests/requirements-bench.txt
     python tests/bench_decode.py                          # makes its videos; about five minutes on two idle cores
     python tests/bench_decode.py --videos a.mp4 b.mp4     # your own
 

@@ -7,6 +7,8 @@ their first call, in a process that they have for themselves.
 import contextlib
 import functools
 import os
+import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -134,6 +136,7 @@ OWN, PEERS = list(WAYS)[:3], list(WAYS)[3:]
 def timed(read, options, path, frames, box, keep):
     """(CPU ms, the clip as an array if it is to be kept), or a text: why it failed. Runs in the process of a way."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # some libraries would print their stack when the process is ended
     try:
         start = time.process_time()
         clip = read(path, frames, box, *options)
@@ -142,7 +145,8 @@ def timed(read, options, path, frames, box, keep):
         return spent, clip.numpy() if keep and clip is not None else None
     except BaseException as error:  # noqa: BLE001, a panic of Rust is no Exception
         what = "not measured" if isinstance(error, ImportError | OSError) else "failed"
-        return f"{what}: {type(error).__name__}: {' '.join(str(error).replace('|', ' ').split())[:80]}"
+        reason = re.sub(r"\S*/|\|", "", " ".join(str(error).split()))  # without paths
+        return f"{what}: {type(error).__name__}: {reason[:80]}"
 
 
 def library_path(folder):

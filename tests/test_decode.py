@@ -521,6 +521,19 @@ def test_colours_against_float64(tmp_path, name):
                 assert left > centre + 1 or not (name == "601.mp4" and box is None), "a whole frame has its own siting"
 
 
+@pytest.mark.skipif(not CLIPS, reason="no real clips")
+@pytest.mark.parametrize("path", CLIPS, ids=lambda p: p.name)
+def test_colours_of_real_clips_against_float64(path):
+    with data.Video(path) as video:
+        i, (w, h) = video.info.num_frames // 2, video.info[:2]
+        even, odd = (w // 8 & ~1, h // 8 & ~1, w // 2 & ~1, h // 2 & ~1), (w // 8 | 1, 1, w // 2 | 1, h // 2 | 1)
+        got = [clip[0] for clip in video.read_views([([i], 224, even), ([i], 224, odd)])]
+    frame = sequential(path)[i]
+    matrix, full = "709" if frame.colorspace == 1 else "601", frame.color_range == 2
+    for picture, box, least in zip(got, (even, odd), (44, 41), strict=True):
+        assert max(psnr(picture, ideal(frame, box, (224, 224), matrix, full, left)) for left in (True, False)) >= least
+
+
 def test_the_last_columns_are_written(tmp_path):
     """swscale leaves columns of gbrp unwritten when it converts without scaling, unless they are a multiple of 16."""
     for w in range(66, 82, 2):
@@ -704,6 +717,7 @@ def read_damaged(folder, count, seed):
         path = make(Path(folder) / name, **({"n": 30, "w": 64, "h": 48} | FILES[name][1]))
         sources[name] = path.read_bytes(), [(frame.pts, yuv(frame)) for frame in sequential(path)]
     resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
     for n in range(count):
         name = names[n % len(names)]
         (content, clean), (other, _) = sources[name], sources[r.choice(names)]
@@ -737,6 +751,7 @@ def read_damaged(folder, count, seed):
         whole = all(i < len(clean) and got[i][1] == clean[i][1] for i in got)
         right = all(pair in clean or pair in found for pair in got.values())
         print("whole" if whole else "right" if right else "wrong", flush=True)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
 def test_damaged_files(tmp_path):
@@ -755,6 +770,73 @@ def test_damaged_files(tmp_path):
     assert fates.count("wrong") <= 4, [line for line in lines if "wrong" in line]
     assert fates.count("error") > 150 and fates.count("whole") > 100
     assert not re.search("libav|h264|hevc|mov,|matroska", done.stderr), "FFmpeg's messages are silenced"
+
+
+def in_child(function, *args, seconds=30):
+    """What function(*args) returns in a process of its own, and by how many kB its peak memory grew there."""
+
+    def run():
+        signal.alarm(seconds)  # ends the process
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of a forked process: what it has now
+        result = function(*args)
+        queue.put((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=run)
+    child.start()
+    child.join(seconds + 5)
+    assert child.exitcode == 0
+    return queue.get(timeout=5)
+
+
+def eight_k(path, keep):
+    """One black picture of 7680x4320, true in all headers; of its packet only this share is kept, the rest is zeros."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=30, options={"preset": "ultrafast", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 7680, 4320, "yuv420p"
+        file.mux(stream.encode(av.VideoFrame(7680, 4320, "yuv420p")))
+        file.mux(stream.encode(None))
+    with av.open(str(path)) as file:
+        packet = next(file.demux(video=0))
+    content, at, end = path.read_bytes(), packet.pos + 4 + int(keep * packet.size), packet.pos + packet.size
+    path.write_bytes(content[:at] + bytes(end - at) + content[end:])
+
+
+MOST = (2**31 - 1).to_bytes(4, "big")
+CLAIMS = {  # name: what its boxes claim, at which offset behind their name
+    "samples.mp4": [(b"stsz", 8, MOST)],  # two thousand million frames
+    "packet.mp4": [(b"stsz", 12, MOST)],  # a first packet of 2 GB
+    "duration.mp4": [(b"stts", 8, MOST)],
+    "offsets.mp4": [(b"ctts", 4, MOST)],
+    "chunks.mp4": [(b"stco", 4, MOST)],
+    "wide.mp4": [(b"stsd", 40, b"\x1e\x00\x10\xe0")],  # 7680x4320 in the container alone, with all data
+    "8k.mp4": 0,
+    "8k.mkv": 0,
+    "8k_part.mp4": 0.3,
+    "8k_part.mkv": 0.3,
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_time_and_memory_for_what_headers_claim(videos, tmp_path, name):
+    def read():
+        try:
+            return data.read_clip(path, frames, 32).numpy()
+        except data.VideoError as error:
+            return str(error)
+
+    path, frames = tmp_path / name, [0, 30] if isinstance(CLAIMS[name], list) else [0]
+    if isinstance(CLAIMS[name], list):
+        patched(videos("faststart.mp4"), path, *CLAIMS[name])
+    else:
+        in_child(eight_k, path, CLAIMS[name])
+    result, grown = in_child(read, seconds=10)
+    assert grown < 250_000  # a picture of 7680x4320 takes 50,000
+    if isinstance(result, str):
+        assert result.startswith(f"{path}: ") and "\n" not in result
+    else:
+        assert not name.startswith("8k") and np.array_equal(result, data.read_clip(videos("faststart.mp4"), frames, 32))
 
 
 # -- where it runs -----------------------------------------------------------------------------------------------------

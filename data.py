@@ -1016,7 +1016,7 @@ class ClipDataset(torch.utils.data.Dataset):
         return len(self.videos)
 
     def __getitem__(self, item):
-        """(epoch, index) -> (clips uint8 [V, T, C, H, W] or None, label, keys int64 [V], index, failures)."""
+        """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys int64 [V], index, failures)."""
         sample = self._load(*item)
         self._report(sample[3], math.inf)
         return sample
@@ -1040,7 +1040,7 @@ class ClipDataset(torch.utils.data.Dataset):
                     except ValueError as error:  # a clip that this video is too short for
                         raise VideoError(path, str(error)) from error
                     clips = video.read_views([(frames, self.size, box) for frames, box in plans])
-                return torch.stack(clips), int(self.videos.labels[index]), keys, index, failures
+                return clips, int(self.videos.labels[index]), keys, index, failures
             except VideoError as error:
                 failures.append(str(error))
         return None, -1, keys, index, failures
@@ -1053,8 +1053,8 @@ def collate(samples):
     if not read:
         return Batch(*(torch.empty(0, dtype=torch.int64),) * 4, failures)
     clips, labels, keys, index, _ = zip(*read, strict=True)
-    views = len(keys[0])
-    clips, keys = (torch.stack(x, dim=1).flatten(0, 1) for x in (clips, keys))  # [V S, T, C, H, W], [V S]
+    clips = torch.stack(list(chain(*zip(*clips, strict=True))))  # [V S, T, C, H, W]
+    keys, views = torch.stack(keys, dim=1).flatten(), len(keys[0])  # [V S]
     return Batch(clips, torch.tensor(labels).repeat(views), keys, torch.tensor(index).repeat(views), failures)
 
 

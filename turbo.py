@@ -160,6 +160,9 @@ RECIPES = {
         "warmup_epochs": 0.5,
         "lr": 1e-4 * 32 / 256,
         "drop_path": 0.0,
+        "label_smoothing": 0.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
         "rand_augment": 0.0,
         "crop": "multi-scale",
         "flip": False,
@@ -892,18 +895,19 @@ def open_lists(cfg, ctx):
         if not path:
             raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`; or captions")
     if cfg.objective == "align":
-        videos, val_videos = Pairs(read_captions(cfg.train_list, cfg)), read_captions(cfg.val_list, cfg)
+        videos = Pairs(read_captions(cfg.train_list, cfg))
     else:
         videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
         if len(videos.classes) < 2:
             raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
-        val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
     if len(videos) * cfg.repeated < cfg.batch_size:
         raise UserError(
             f"{cfg.train_list}: {len(videos)} videos x --repeated {cfg.repeated} are less than one --batch-size of "
             f"{cfg.batch_size}"
         )
-    return videos, val_videos
+    if cfg.objective == "align":
+        return videos, read_captions(cfg.val_list, cfg)
+    return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
 
 
 def init_weights(path, classes):

@@ -214,7 +214,7 @@ def two_processes(clips, rounds, seconds):
 def loader(clips, rounds, folder, count):
     """CPU and wall time of a batch from the loader with one worker, without its start, as times a plain loop."""
     (folder / "list.csv").write_text(f'"{Path(clips[0][0]).resolve()}",0\n')
-    plan = lambda info, key: clips[key.item() % len(clips)][1:]
+    plan = lambda video, index, view, key: clips[key.item() % len(clips)][1:]
     dataset = data.ClipDataset(data.VideoList(folder / "list.csv"), plan, SIZE, seed=0, replace=False)
     batches = [[(epoch, 0) for epoch in range(n, n + 8)] for n in range(0, 8 * count, 8)]
     usage = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -223,7 +223,7 @@ def loader(clips, rounds, folder, count):
         cpu, wall = usage(), time.perf_counter()
         if way == "loop":
             for item in (item for batch in batches[:n] for item in batch):
-                frames, box = plan(None, common.make_key(0, *item, 0))
+                frames, box = plan(None, 0, 0, common.make_key(0, *item, 0))
                 data.read_clip(clips[0][0], frames, SIZE, box)
         else:
             for batch in data.make_loader(dataset, batches[:n], 1, torch.device("cpu")):

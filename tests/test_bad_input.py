@@ -36,7 +36,7 @@ def refused(*argv):
         (["--recon-ratio", "0.6"], ["--recon-ratio", "--mask-ratio"]),
         (["--mask-ratio", "1"], ["--mask-ratio", "[0, 1)"]),
         (["--mask-ratio", "-0.1"], ["--mask-ratio"]),
-        (["--eval-mask-ratio", "1.5"], ["--eval-mask-ratio"]),
+        (["--eval-mask-ratios", "0,1.5"], ["--eval-mask-ratios"]),
         (["--mask-ratio", "0.9999"], ["--mask-ratio", "at least one"]),
         (["--frames", "15"], ["--frames 15"]),
         (["--frames", "0"], ["--frames 0"]),

@@ -67,7 +67,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 #   read headers and list packets instead of decoding to see what is there `_index`     1.00  1.01   .99  1.01
 #   start at the keyframe before a wanted frame, as the list shows         `_runs`       .77   .41   .76   .79
 #   leave out frames that nothing refers to and nobody wants               `_droppable`  .76   .77   .69   .73
-# What remains is 1.1 to 1.4 times the bare decoding of the packets that a clip needs.
+# What remains is 1.05 to 1.3 times the bare decoding of the packets that a clip needs (tests/bench_decode.py).
 
 MAX_PIXELS = 1 << 26  # of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
 HOLD = 0.25  # seconds that a last frame stays on the screen: cuts are rounded to frames, and headers round too

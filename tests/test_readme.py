@@ -10,6 +10,7 @@ SMALL = "--max-steps 2 --batch-size 4 --workers 0 --log-every 1"
 MORE = {  # what makes a command small; a flag given twice takes its last value
     "python turbo.py": SMALL,
     "python turbo.py --task": "--workers 0",
+    "python data.py": "",
     "torchrun": f"{SMALL} --model vit_toy --size 64 --num-classes 8",
 }
 
@@ -29,6 +30,9 @@ def folder(tmp_path_factory):
         (work / name).write_text(source.replace('{"train": 1600, "val": 320}', '{"train": 16, "val": 8}'))
     (work / "tests").symlink_to(ROOT / "tests")
     (work / "UCF-101").symlink_to(work / "toy/actions")
+    for label in ("left", "right"):  # a folder per class
+        (work / "videos" / label).mkdir(parents=True)
+        (work / "videos" / label / "a.mp4").symlink_to(work / "toy/actions/videos/val_00000.mp4")
     for split in ("train", "val"):
         (work / f"{split}.csv").symlink_to(work / f"toy/actions/{split}.csv")
     return work
@@ -46,10 +50,15 @@ def test_commands_run_in_order(folder):
         elif "--help" not in line and "--plan" not in line:
             more = MORE[next(key for key in sorted(MORE, key=len, reverse=True) if line.startswith(key))]
             line = f"{line} {more}".replace("nproc_per_node=8", "nproc_per_node=2 --standalone")
+        line, _, target = line.partition(" > ")
         process = command(*shlex.split(line)[1:], cwd=folder) if line.startswith("python") else torchrun(line, folder)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, f"{line}\n{out}{err}"
+        if target:
+            (folder / target.strip()).write_text(out)
     assert (folder / "runs/turbo-toy/recon.png").exists() and (folder / "runs/turbo-ucf101/last.pt").exists()
+    assert (folder / "list.csv").read_text() == "left/a.mp4,left\nright/a.mp4,right\n"
+    assert (folder / "list.csv.bad").read_text() == "" and (folder / "chunks/left/a.mp4/0.mp4").exists()
 
 
 def torchrun(line, folder):

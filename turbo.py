@@ -54,6 +54,7 @@ Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R reconstru
 E width of the joint space of video and text, S seconds or sentences.
 """
 
+import copy
 import csv
 import itertools
 import json
@@ -382,32 +383,36 @@ def read_captions(path, cfg):
     reach, place = cfg.frames / cfg.fps, str(path)
 
     def rows(file):
+        nonlocal place
         if path.endswith(".csv"):
             for n, row in enumerate(csv.DictReader(file), 2):
+                place = f"{path}:{n}"
                 at = float(row["timestamp"])
-                yield f"{path}:{n}", row["vid"], max(0.0, at - reach), at + reach, row["text"], True  # DECISION (when)
+                yield row["vid"], max(0.0, at - reach), at + reach, row["text"], True  # DECISION (when)
         elif path.endswith(".json"):
             for video, sentences in json.load(file).items():
-                for n, (seen, start, end, text) in enumerate(sentences):
-                    yield f"{path}, {video}, sentence {n}", video, start, end, text, seen
+                for n, sentence in enumerate(sentences):
+                    place = f"{path}, {video}, sentence {n}"
+                    visible, start, end, text = sentence
+                    yield video, start, end, text, visible
         else:
             for n, line in enumerate(file, 1):
+                place = f"{path}:{n}"
                 row = json.loads(line)
-                yield f"{path}:{n}", row["video"], row["start"], row["end"], row["text"], row.get("visible", True)
+                yield row["video"], row["start"], row["end"], row["text"], row.get("visible", True)
 
-    def checked(file):
-        nonlocal place
-        for place, video, start, end, text, seen in rows(file):
-            if seen and not 0 <= float(start) < float(end) < math.inf:
+    def seen(file):
+        for video, start, end, text, visible in rows(file):
+            if visible and not 0 <= float(start) < float(end) < math.inf:
                 raise ValueError(f"its time is {start} to {end} s: the start must be before the end")
-            if seen and not re.search(r"\w", text):
+            if visible and not re.search(r"\w", text):
                 raise ValueError(f"its sentence has no word: {text!r}")
-            if seen:
+            if visible:
                 yield f"{video}.mp4", float(start), float(end), text
 
     try:
         with open(path, encoding="utf-8", newline="" if path.endswith(".csv") else None) as file:
-            captions = data.Captions(checked(file), cfg.data_root)
+            captions = data.Captions(seen(file), cfg.data_root)
     except OSError as error:
         raise UserError(f"{path}: can't read the captions ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
@@ -777,13 +782,16 @@ def count_gmacs(cfg, classes, m, r):
     return here, here + dropped * math.prod(model.patch) * 3 * model.width / 1e9
 
 
-def saved_megabytes(model, m, r):
-    """MB that all blocks store for the backward pass of one clip in fp32, from one real block each on the CPU."""
-    visible, recon = num_kept(model.num_tokens, m, r)
-    total = len(model.blocks) * common.saved_bytes(model.blocks[0], torch.randn(1, visible + 1, model.width))
+def saved_megabytes(model, tokens, m, r):
+    """MB that all blocks store for the backward pass of one clip of `tokens` in fp32, from one real block each on the
+    CPU; the model itself may be on the meta device."""
+    (visible, recon), total = num_kept(tokens, m, r), 0
+    parts = [(model.blocks, visible + 1, model.width)]  # 1: CLS
     if r > 0:
-        block, width = model.decoder.blocks[0], model.decoder.norm.weight.numel()
-        total += len(model.decoder.blocks) * common.saved_bytes(block, torch.randn(1, visible + recon, width))
+        parts.append((model.decoder.blocks, visible + recon, model.decoder.norm.weight.numel()))
+    for blocks, n, width in parts:
+        block = copy.deepcopy(blocks[0]).to_empty(device="cpu")
+        total += len(blocks) * common.saved_bytes(block, torch.zeros(1, n, width))
     return total / 1e6
 
 
@@ -795,7 +803,8 @@ def largest_batch(gigabytes, parameters, saved):
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     classes, m, r = cfg.num_classes or 2, cfg.mask_ratio, cfg.recon_ratio
-    model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
+    with torch.device("meta"):
+        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
     parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
     decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
     visible, recon = num_kept(model.num_tokens, m, r)
@@ -812,12 +821,12 @@ def print_plan(cfg):
     )
     print(f"{'frames':>6} {'m = 0':>9} {'batch':>13} {f'm = {m:g}, r = {r:g}':>17} {'batch':>13} {'less':>6}")
     for frames in sorted({16, 32, 64, cfg.frames}):
-        sized, row = build(replace(cfg, frames=frames, attention="sdpa", grad_checkpoint=False), classes), []
+        cells = []
         for ratios in ((0.0, 0.0), (m, r)):
-            row.append(saved_megabytes(sized, *ratios))
-            batches = "/".join(str(largest_batch(size, sum(parameters.values()), row[-1])) for size in (11, 24, 80))
-            row.append(batches)
-        print(f"{frames:6} {row[0]:9.0f} {row[1]:>13} {row[2]:17.0f} {row[3]:>13} {row[0] / row[2]:5.2f}x")
+            saved = saved_megabytes(model, model.num_tokens // cfg.frames * frames, *ratios)
+            batches = [largest_batch(size, sum(parameters.values()), saved) for size in (11, 24, 80)]
+            cells += [saved, "/".join(map(str, batches))]
+        print(f"{frames:6} {cells[0]:9.0f} {cells[1]:>13} {cells[2]:17.0f} {cells[3]:>13} {cells[0] / cells[2]:5.2f}x")
     print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds)')
     print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'cheaper':>8}")
     is_paper = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes) == ("vit_b", "4x384", 16, 224, 101)

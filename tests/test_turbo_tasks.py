@@ -1,0 +1,379 @@
+"""turbo.py beyond short clips: video-language training, its evaluation and text features; long video; test views."""
+
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+
+import common
+import data
+import turbo
+from common import UserError, make_key
+
+
+def config(*argv):
+    return common.parse(turbo.Config, turbo.RECIPES, list(map(str, argv)))
+
+
+@pytest.fixture(scope="session")
+def narrated(tmp_path_factory):
+    return data.make_toy(tmp_path_factory.mktemp("toy_vl"), "narrated", counts={"train": 4, "val": 2})
+
+
+@pytest.fixture
+def vl(narrated, tmp_path):
+    """Flags of a tiny video-language run."""
+    lists = ["--train-list", narrated / "train.jsonl", "--val-list", narrated / "val.jsonl"]
+    return ["--recipe", "toy_vl", *lists, "--data-root", narrated / "videos", *TINY, "--out", tmp_path / "vl",
+            "--repeated", 2]  # fmt: skip
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
+
+
+# ---- Ideas -----------------------------------------------------------------------------------------------------------
+
+
+def test_nce_loss_by_hand():
+    """Eq. 2 with loops: a negative with the same sentence is left out; a uniform guess costs 1."""
+    torch.manual_seed(0)
+    video, text = (torch.nn.functional.normalize(torch.randn(6, 5, dtype=torch.float64), dim=1) for _ in range(2))
+    sentence = torch.tensor([0, 1, 0, 2, 3, 3])
+    expected = []
+    for i in range(6):
+        others = [j for j in range(6) if j == i or sentence[j] != sentence[i]]
+        term = lambda a, b: a @ b / 0.07
+        to_text = term(video[i], text[i]) - torch.logsumexp(torch.stack([term(video[i], text[j]) for j in others]), 0)
+        to_video = term(video[i], text[i]) - torch.logsumexp(torch.stack([term(video[j], text[i]) for j in others]), 0)
+        expected.append(-(to_text + to_video) / 2 / math.log(6))
+    loss = turbo.nce_loss(video, text, sentence, 0.07)
+    assert torch.allclose(loss.double(), torch.stack(expected), rtol=1e-5)
+    same = torch.ones(8, 4) / 2
+    assert torch.allclose(turbo.nce_loss(same, same, torch.arange(8), 0.07), torch.ones(8))
+
+
+def test_recall_at_1_is_htm_aligns():
+    """floor(start) <= argmax <= ceil(end), sentence by sentence."""
+    rng = np.random.default_rng(0)
+    start = rng.uniform(0, 40, 200)
+    end, similarity = start + rng.uniform(0.1, 9, 200), rng.normal(size=(200, 50))
+    expected = []
+    for row, a, b in zip(similarity, start, end, strict=True):
+        best = max(range(50), key=lambda second: row[second])
+        expected.append(math.floor(a) <= best <= math.ceil(b))
+    assert turbo.recall_at_1(similarity, start, end).tolist() == expected and 0 < sum(expected) < 200
+    exact = np.eye(10)[[3, 3, 3, 3]]
+    assert turbo.recall_at_1(exact, np.array([3.9, 4, 1, 0]), np.array([5, 5, 2.1, 2])).tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("frames", "m"), [(16, 0.5), (32, 0.75), (64, 0.875)])
+def test_long_video_settings_keep_784_tokens(frames, m):
+    """Table 5, B to D: as many visible and reconstructed tokens at any length (Sec. 5.3)."""
+    tokens = frames // 2 * 14 * 14
+    assert turbo.num_kept(tokens, m, 1 - m) == (784, 784)
+    visible, recon = turbo.token_dropout(make_key(torch.arange(2)), tokens, m, 1 - m)
+    assert visible.shape == recon.shape == (2, 784)
+
+
+def test_hashed_words_tell_order_and_word():
+    a, b, c = map(turbo.hash_words, ("a red square moves left", "a red square moves right", "Moves left a red SQUARE!"))
+    assert np.isclose(np.linalg.norm(a), 1) and a.dtype == np.float32
+    assert 0.4 < a @ b < 0.95 and 0.4 < a @ c < 0.999 and np.allclose(a, turbo.hash_words("A red square moves LEFT."))
+
+
+def test_clips_of_long_video_and_of_test_views():
+    """span: first and last fifth, drawn anew for each of the test clips; clip: evenly placed; crops along the long side."""
+    info = data.VideoInfo(320, 240, 30.0, 3000, 100.0, 0, "h264")
+    video = type("V", (), {"info": info})
+    cfg = config("--recipe", "toy_long")
+    clips = [turbo.sample_clip(cfg, False, video, 0, v, make_key(v))[0] for v in range(10)]
+    assert len({tuple(c) for c in clips}) == 10 and all(c[0] < 600 and c[-1] >= 2399 and len(c) == 32 for c in clips)
+    cfg = config("--test-clips", 5, "--test-crops", 3)
+    views = [turbo.sample_clip(cfg, False, video, 0, v, make_key(v)) for v in range(15)]
+    assert [f[0] for f, _ in views[::3]] == [0, 727, 1454, 2181, 2909] and views[14][0][-1] == 2999
+    assert [box for _, box in views[:3]] == [data.crop_box(info, k) for k in range(3)]
+
+
+# ---- Captions and text features --------------------------------------------------------------------------------------
+
+
+def test_published_captions_are_read(tmp_path):
+    """HTM-AA's csv around its times, HTM-Align's json where alignable, and .jsonl where visible."""
+    cfg = config("--recipe", "htm_aa", "--data-root", "htm")
+    with open(tmp_path / "htm_aa_v1.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["vid", "timestamp", "text"], ["abc", "12", 'add "salt", stir'], ["xyz", "1", "go on"]]
+        )
+    read = turbo.read_captions(str(tmp_path / "htm_aa_v1.csv"), cfg)
+    assert [read.video(i) for i in (0, 1)] == ["htm/abc.mp4", "htm/xyz.mp4"] and read.text(0) == 'add "salt", stir'
+    assert np.allclose([read.start, read.end], [[8.8, 0], [15.2, 4.2]])  # a clip of 3.2 s begins in the 3.2 s before
+    align = {"v1": [[1, 3.5, 8.25, "cut it"], [0, 0, 0, ""], [1, 9, 10, "fry"]], "v2": [[1, 0.0, 2.0, "serve"]]}
+    (tmp_path / "htm_align.json").write_text(json.dumps(align))
+    read = turbo.read_captions(str(tmp_path / "htm_align.json"), cfg)
+    assert [read.text(i) for i in range(3)] == ["cut it", "fry", "serve"] and read.video_of.tolist() == [0, 0, 1]
+    rows = [
+        {"video": "a", "start": 1, "end": 2, "text": "x"},
+        {"video": "a", "start": 1, "end": 2, "text": "y", "visible": False},
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(turbo.read_captions(str(tmp_path / "c.jsonl"), cfg)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "vid,timestamp,text\nv,x,hello\n", "a.csv:2"),
+        ("a.csv", "vid,time,text\nv,1,hello\n", "timestamp"),
+        ("a.csv", "vid,timestamp,text\n", "no sentence"),
+        ("a.csv", "vid,timestamp,text\nv,5,...\n", "has no word"),
+        ("a.json", '{"v": [[1, 5, 4, "hello"]]}', "v, sentence 0.*start must be before the end"),
+        ("a.json", '{"v": [[1, -5, 4, "hello"]]}', "start must be before"),
+        ("a.json", '{"v": [[1, 5, 6]]}', "a.json"),
+        ("a.json", "{", "a.json"),
+        ("a.jsonl", '{"video": "v", "start": 1, "end": 2, "text": 7}\n', "a.jsonl:1"),
+        ("a.jsonl", '{"video": "v", "start": 1, "end": 2, "text": "x"}\nnot json\n', "a.jsonl"),
+        ("a.jsonl", '{"video": "v", "start": 1, "end": 2, "text": ""}\n', "has no word"),
+    ],
+)
+def test_bad_captions_are_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        turbo.read_captions(str(tmp_path / name), config("--recipe", "toy_vl"))
+    assert "\n" not in str(error.value)
+
+
+def test_pairs_draw_a_sentence_of_the_clips_video():
+    captions = data.Captions([(f"v{i % 3}", i, i + 1, f"s{i}") for i in range(11)])
+    captions.path = "list"
+    pairs = turbo.Pairs(captions)
+    assert len(pairs) == 3 and [pairs.video(i) for i in range(3)] == ["v0", "v1", "v2"]
+    keys = make_key(torch.arange(3000))
+    for video in range(3):
+        drawn = pairs.sentence(np.full(3000, video), keys)
+        counts = np.bincount(drawn, minlength=11)
+        assert set(np.flatnonzero(counts)) == {i for i in range(11) if i % 3 == video} and counts.max() < 1.4 * 3000 / 3
+        assert all(
+            pairs.sentence(video, keys[n]) == drawn[n] for n in range(20)
+        )  # the worker's view of it, and the loop's
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A small random MPNet with a word tokenizer, as a local folder."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("mpnet")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(mark + c for mark in ("", "##") for c in "abcdefghijklmnopqrstuvwxyz")]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    ends = [("<s>", 0), ("</s>", 2)]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": len(words) + 4,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    transformers.MPNetModel(transformers.MPNetConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_encode_text_then_train(vl, language_model, tmp_path, cli, fails, narrated):
+    """Each sentence's first token by the frozen model, in the list's order; checked when training opens it."""
+    flags = ["turbo.py", *vl, "--text-model", language_model]
+    fails([*flags], "no features of the sentences", "--task encode_text")
+    code, out, err = cli(*flags, "--task", "encode_text")
+    assert code == 0 and "32 sentences x 24" in out, out + err
+    cfg = config(*flags[1:])
+    captions = turbo.read_captions(cfg.train_list, cfg)
+    rows = turbo.open_text(cfg, captions)
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
+    model = transformers.AutoModel.from_pretrained(language_model).eval()
+    for i in (0, 7, 31):
+        with torch.no_grad():
+            expected = model(**tokenizer(captions.text(i), return_tensors="pt")).last_hidden_state[0, 0].numpy()
+        assert np.abs(rows[i] - expected).max() < 2e-3  # float16
+    code, out, err = cli(*flags, "--max-steps", 1)
+    assert code == 0 and "complete: R@1" in out, out + err
+    # of another model, another sentence set
+    other = config(*flags[1:], "--text-model", "other/model")
+    with pytest.raises(UserError, match="of the model .*encode_text"):
+        turbo.open_text(other, captions)
+    lines = (narrated / "train.jsonl").read_text().splitlines()
+    seen = [line for line in lines if '"visible": true' in line]
+    (tmp_path / "train.jsonl").write_text("\n".join(seen[:-1]))
+    fails([*flags, "--train-list", tmp_path / "train.jsonl", "--overwrite"], "other sentences", "encode_text")
+    fails([*flags, "--text-model", tmp_path / "nowhere", "--task", "encode_text"], "--text-model")
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_video_language_run_resumes_and_is_used(vl, tmp_path, cli, narrated):
+    """The loss falls; a run that stopped half-way continues to the same log; eval, features; and its weights start a
+    classifier, which says what carries over."""
+    flags = ["turbo.py", *vl, "--max-steps", 6, "--repeated", 2]
+    code, out, err = cli(*flags)
+    assert code == 0, out + err
+    whole = records(tmp_path / "vl")
+    assert [r["step"] for r in whole if "loss" in r] == [1, 2, 3, 4, 5, 6] and {"nce", "mae"} <= whole[0].keys()
+    last = max((r for r in whole if "val_recall1" in r), key=lambda r: r["val_recall1"])  # best.pt
+    assert last["val_clips"] == 16 and 5 < last["val_chance"] < 30 and 0 <= last["val_recall1"] <= 100
+    assert whole[0]["nce"] == pytest.approx(1, abs=0.5)
+    code, out, err = cli("turbo.py", *vl, "--task", "eval", "--eval-mask-ratios", 0.0)
+    assert code == 0 and f"val_recall1 {last['val_recall1']:.4g}" in out, out + err
+    (tmp_path / "videos.csv").write_text("val_00000.mp4 0\nval_00001.mp4 0\n")
+    code, out, err = cli("turbo.py", *vl, "--task", "features", "--val-list", tmp_path / "videos.csv")
+    vectors = np.load(tmp_path / "vl/features.npy")
+    assert code == 0 and vectors.shape == (2, 256) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4), err
+    code, _, err = cli("turbo.py", *vl, "--task", "predict", "--input", narrated / "videos/val_00000.mp4")
+    assert code == 1 and "--task features" in err
+
+
+def test_micro_batches_of_pairs_change_nothing(vl, tmp_path):
+    """Eq. 2 over the global batch: the same weights from one micro-batch and from two (common.cached_step)."""
+    weights = []
+    for micro in (4, 2):
+        out = ["--out", tmp_path / f"micro{micro}", "--micro-batch", micro, "--drop-path", 0.2]
+        turbo.main(config(*vl, "--max-steps", 2, *out))
+        weights.append(torch.load(tmp_path / f"micro{micro}/last.pt", weights_only=True)["model"])
+    for name, a in weights[0].items():
+        assert torch.allclose(a, weights[1][name], rtol=1e-4, atol=2e-6), name
+
+
+def test_another_tasks_checkpoint_starts_a_run(vl, toy_args, tmp_path, cli):
+    """Table 2's last row and Table 5 B-D: encoder and decoder of the video-language run, a new classifier."""
+    turbo.main(config(*vl, "--max-steps", 1, "--frames", 16))
+    code, out, err = cli(
+        "turbo.py", *toy_args, "--max-steps", 1, "--init", tmp_path / "vl/last.pt", "--out", tmp_path / "b"
+    )
+    assert code == 0 and re.search(r"loaded \d+ .*left at init 2 \(head.weight.*not used 8 \(video_head", out), (
+        out + err
+    )
+    before = torch.load(tmp_path / "vl/last.pt", weights_only=True)["model"]
+    after = torch.load(tmp_path / "b/last.pt", weights_only=True)["model"]
+    assert (before["blocks.0.attn.qkv.weight"] - after["blocks.0.attn.qkv.weight"]).abs().max() < 2e-3  # one step away
+
+
+def test_repeated_long_clips_and_test_views(toy_args, tmp_path, cli):
+    """Repeated sampling with mixup over different videos; the mean probability over re-samplings and crops."""
+    flags = ["turbo.py", *toy_args, "--sampling", "span", "--batch-size", 8, "--repeated", 2, "--mixup", 0.8]
+    flags += ["--cutmix", 1.0, "--test-clips", 2, "--test-crops", 3, "--eval-mask-ratios", "0,0.5", "--out", tmp_path]
+    code, out, err = cli(*flags, "--max-steps", 2)
+    assert code == 0, out + err
+    last = records(tmp_path)[-1]
+    assert last["val_clips"] == 8 and {"val_top1", "val_top5", "val_top1@0.5", "val_top5@0.5"} <= last.keys()
+
+
+@torch.no_grad()
+def test_probabilities_are_averaged_over_views(toy, toy_args):
+    """evaluate() against a loop over videos and clips."""
+    cfg = config(*toy_args, "--test-clips", 3, "--test-crops", 3, "--eval-mask-ratios", "0.5,0")
+    ctx, videos = common.launch(), data.VideoList(toy / "val.csv", toy)
+    torch.manual_seed(0)
+    model = turbo.build(cfg, 8).eval()
+    torch.nn.init.normal_(model.head.weight, std=3.0)
+    hits = {0.5: 0, 0.0: 0}
+    for i in range(len(videos)):
+        shares = dict.fromkeys(hits, 0)
+        for view in range(9):
+            key = make_key(cfg.seed, 0, i, view)
+            with data.Video(videos.video(i)) as video:
+                frames, box = turbo.sample_clip(cfg, False, video, i, view, key)
+                clip = video.read(frames, cfg.size, box)[None]
+            for m in hits:
+                shares[m] = shares[m] + model(clip, key[None], m, 0.0)[0].softmax(-1)[0]
+        for m in hits:
+            hits[m] += int(shares[m].argmax() == videos.labels[i])
+    result = turbo.evaluate(model, videos, cfg, ctx)
+    assert result["val_top1"] == 100 * hits[0.5] / 8 and result["val_top1@0"] == 100 * hits[0.0] / 8
+
+
+def test_missing_videos_of_captions_are_counted(vl, narrated, tmp_path, cli):
+    """In training replaced and named; in evaluation left out; too many stop the run with the flag to raise."""
+    lines = (narrated / "val.jsonl").read_text().splitlines()
+    (tmp_path / "val.jsonl").write_text(
+        "\n".join([*lines, json.dumps({"video": "gone", "start": 1, "end": 2, "text": "x"})])
+    )
+    args = ["turbo.py", *vl, "--max-steps", 1, "--val-list", tmp_path / "val.jsonl"]
+    code, out, err = cli(*args)
+    assert code == 0 and records(tmp_path / "vl")[-1]["val_unread"] == 1, out + err
+    more = [{"video": f"gone{i}", "start": 1, "end": 2, "text": "x"} for i in range(3)]
+    (tmp_path / "val.jsonl").write_text("\n".join([*lines, *map(json.dumps, more)]))
+    code, _, err = cli(*args, "--overwrite")
+    assert code == 1 and "gone0.mp4" in err and "--max-bad" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-size", 1, "--repeated", 1], "--batch-size 1"),
+        (["--mixup", 0.8], "--mixup 0"),
+        (["--repeated", 3], "not a multiple of --repeated 3"),
+        (["--test-crops", 2], "--test-crops"),
+        (["--temperature", 0], "--temperature"),
+        (["--eval-mask-ratios", "0,x"], "--eval-mask-ratios"),
+        (["--eval-mask-ratios", "0,1"], "--eval-mask-ratios"),
+        (["--train-list", "gone.csv"], "gone.csv"),
+        (["--batch-size", 64], "4 videos x --repeated 2"),
+    ],
+)
+def test_impossible_flags(vl, fails, flags, words):
+    fails(["turbo.py", *vl, *flags], words)
+
+
+# ---- recipes.md P1: every row of the paper's tables ------------------------------------------------------------------
+
+ROWS = {
+    "Table 1": [["--recipe", "ucf101", "--mask-ratio", m, "--recon-ratio", r] for m, r in turbo.TABLE_1],
+    "Table 1 right": [
+        ["--recipe", "ucf101", "--mask-ratio", m, "--recon-ratio", r, "--eval-mask-ratios", at]
+        for m, r, at in ((0.9, 0.1, "0.9,0.5,0"), (0.75, 0.25, "0.75,0.5,0"))
+    ],
+    "Table 2": [
+        ["--recipe", recipe, "--init", init] for recipe in ("ucf101", "hmdb51") for init in ("a.pth", "vl/last.pt")
+    ],
+    "Table 4 and progress": [
+        ["--recipe", "htm_aa", "--mask-ratio", m, "--recon-ratio", r] for m, r in ((0, 0), (0.5, 0.5), (0.75, 0.25))
+    ],
+    "Table 5": [
+        ["--recipe", recipe, "--frames", frames, "--mask-ratio", m, "--recon-ratio", 1 - m]
+        for recipe in ("breakfast", "coin")
+        for frames, m in ((16, 0.5), (32, 0.75), (64, 0.875))
+    ],
+    "Table 6's decoder": [["--recipe", "ucf101", "--decoder", "8x512"]],
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_paper_has_a_plan(name, capsys, monkeypatch):
+    monkeypatch.setattr(turbo, "saved_megabytes", lambda *args: 100.0)  # the costly parts, which have their own tests
+    monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
+    for flags in ROWS[name]:
+        turbo.main(config("--plan", *flags))
+        out = capsys.readouterr().out
+        assert re.search(r"visible, \d+ reconstructed", out) and re.search(r": [1-9]\d* steps", out)
+
+
+def test_plan_memory_falls_with_dropout_and_grows_with_frames():
+    """numbers.md, section 2, on real CPU tensors (SDPA): linear in frames; ordered by what is dropped."""
+    with torch.device("meta"):
+        model = turbo.Turbo(2, "vit_s")
+    saved = lambda frames, m, r: turbo.saved_megabytes(model, frames // 2 * 196, m, r)
+    rows = [saved(16, *mr) for mr in ((0, 0), (0.5, 0.5), (0.75, 0.75), (0.75, 0.25), (0.9, 0.1))]
+    assert rows == sorted(rows, reverse=True) and rows[0] / rows[3] > 2.5
+    for mr in ((0.0, 0.0), (0.75, 0.25)):
+        assert 1.95 < saved(32, *mr) / saved(16, *mr) < 2.05
+    assert turbo.largest_batch(11, 100.0, 1000.0) == 9 and turbo.largest_batch(1, 100.0, 1000.0) == 0

@@ -240,7 +240,8 @@ def machine():
     for name in ("av", "torch", "decord2", "video-reader-rs", "spdl-io", "torchcodec"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {', '.join(versions)}"
+    where = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    return f"{where}; {', '.join(versions)}"
 
 
 def main(argv=None):

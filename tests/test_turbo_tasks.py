@@ -88,7 +88,7 @@ def test_hashed_words_tell_order_and_word():
 
 
 def test_clips_of_long_video_and_of_test_views():
-    """span: first and last fifth, drawn anew for each of the test clips; clip: evenly placed; crops along the long side."""
+    """span: first and last fifth, drawn anew for each test clip; clip: evenly placed; crops along the long side."""
     info = data.VideoInfo(320, 240, 30.0, 3000, 100.0, 0, "h264")
     video = type("V", (), {"info": info})
     cfg = config("--recipe", "toy_long")

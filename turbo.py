@@ -127,9 +127,9 @@ RECIPES = {
         "eval_fps": 3.0,
         "batch_size": 64,
         "repeated": 4,
-        "epochs": 120,
+        "epochs": 60,
         "warmup_epochs": 4.0,
-        "eval_every": 30,
+        "eval_every": 20,
     },
     "toy_long": TOY
     | {

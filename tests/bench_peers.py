@@ -56,7 +56,7 @@ def needed(path, frames):
 
 
 def floor(path, frames, box):
-    """Decoding only: packets in memory, from the keyframe before a wanted frame, without unwanted non-reference ones."""
+    """Decoding only: packets in memory, from the keyframe before a wanted frame; what nobody needs is left out."""
     name, extra, runs = needed(path, tuple(frames))  # listed in the first call, which is not timed
     decoder = av.CodecContext.create(name, "r")
     decoder.extradata, decoder.thread_count, decoder.thread_type = extra, 1, "NONE"

@@ -14,6 +14,7 @@ Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads,
 """
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -398,6 +399,7 @@ def launch(precision="auto"):
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+            atexit.register(dist.destroy_process_group)  # else gloo's threads may abort the process at its very end
         ctx.side_group = dist.new_group(backend="gloo")
     return ctx
 

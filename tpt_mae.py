@@ -708,75 +708,70 @@ def schedule(cfg, n):
 
 def split(cfg, stage, ctx):
     """(videos of a micro-batch, accumulation steps) of a stage on this rank."""
-    videos = replace(cfg, batch_size=stage.batch // stage.repeats, micro_batch=cfg.micro_batch // stage.repeats)
-    if cfg.micro_batch % stage.repeats:
+    micro = min(cfg.micro_batch, stage.batch // ctx.world)
+    if micro % stage.repeats:
         raise UserError(f"--micro-batch {cfg.micro_batch} is not divisible by --repeats {stage.repeats}")
+    videos = replace(cfg, batch_size=stage.batch // stage.repeats, micro_batch=micro // stage.repeats)
     return common.micro_batches(videos, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
 
 
 def count_gmacs(cfg, classes, frames):
-    """(GMACs of a clip of `frames` frames' forward pass counted here, the same with all patches embedded, as VideoMAE
-    does). The difference is added explicitly: masked tokens x pixels x width."""
-    frames = -(-frames // MODELS[cfg.model]["patch"][0]) * MODELS[cfg.model]["patch"][0]  # 1 frame fills a tubelet
+    """(GMACs of a clip's forward pass counted here, the same with all patches embedded, as VideoMAE does).
+
+    The difference is added explicitly: masked tokens x pixels x width.
+    """
     with torch.device("meta"):
         model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
-        clips = torch.empty(1, frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
+        steps = -(-frames // model.patch[0])  # 1 frame fills a tubelet
+        clips = torch.empty(1, steps * model.patch[0], 3, cfg.size, cfg.size, dtype=torch.uint8)
         ratio = [cfg.mask_ratio] * bool(cfg.stages)
         here = common.count_macs(model, clips, torch.zeros(1, dtype=torch.int64), *ratio)
-    masked = frames // model.patch[0] * int(cfg.mask_ratio * model.places) if cfg.stages else 0
+    masked = steps * int(cfg.mask_ratio * model.places) if cfg.stages else 0
     return here, here + masked * model.patch_embed.weight.numel() / 1e9
 
 
-def saved_megabytes(model, frames, ratio):
+def saved_megabytes(model, cfg, steps, kept):
     """MB that all blocks store for the backward pass of one clip in fp32, from one real block each on the CPU."""
-    steps = -(-frames // model.patch[0])
-    kept = model.places - int(ratio * model.places) if isinstance(model, VideoMAE) else model.places
-    x, extra = torch.randn(1, steps * kept, model.width), [] if model.joint else [None, steps]  # [1, K, D]
-    total = len(model.blocks) * common.saved_bytes(model.blocks[0], x, *extra)
-    if isinstance(model, VideoMAE):
-        block, width = model.decoder.blocks[0], model.decoder.norm.weight.numel()
-        total += len(model.decoder.blocks) * common.saved_bytes(block, torch.randn(1, steps * model.places, width))
+    block, extra = BLOCKS[cfg.backbone](model.width, MODELS[cfg.model]["heads"]), [] if model.joint else [None, steps]
+    total = len(model.blocks) * common.saved_bytes(block, torch.randn(1, steps * kept, model.width), *extra)
+    if cfg.stages:
+        width = model.decoder.norm.weight.numel()
+        block, x = Block(width, model.decoder.blocks[0].attn.heads), torch.randn(1, steps * model.places, width)
+        total += len(model.decoder.blocks) * common.saved_bytes(block, x)
     return total / 1e6
 
 
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     stages, segments = schedule(cfg, cfg.train_clips)
-    classes, full, ratio = cfg.num_classes or 2, longest(cfg), cfg.mask_ratio if cfg.stages else 0.0
-    model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
+    classes, full, rate = cfg.num_classes or 2, longest(cfg), cfg.clips_per_second
+    with torch.device("meta"):
+        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
     parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
     decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
+    kept = model.places - int(cfg.mask_ratio * model.places) if cfg.stages else model.places
+    memory = saved_megabytes(model, cfg, model.grid[0], kept)
     cycles = len({segment.cycle for segment in segments})
-    print(f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M parameters, {decoder:.1f} M "
-          "of them the decoder's")  # fmt: skip
-    print(f"schedule  {cfg.cycle} cycle, {cfg.order}, {len(segments)} segments, {cycles} learning-rate cycles, {cfg.decay}"
-          f"; {cfg.train_clips} videos" + (f"; views {cfg.test_views} at the end" if not cfg.stages else ""))  # fmt: skip
-    print(
-        f"memory    blocks save {saved_megabytes(model, full, ratio):.0f} MB a clip of {full} frames for backward in fp32"
-    )
-    print(f"\n{'frames':>6} {'percent':>8} {'epochs':>7} {'steps':>8} {'batch':>6} {'lr':>9} {'repeats':>7} {'tokens':>6} "
-          f"{'of':>5} {'GMACs':>8} {'all embedded':>12} {'PMACs':>9} {'hours':>7}")  # fmt: skip
-    costs, base = [], count_gmacs(cfg, classes, full)
-    for stage in stages:
-        here, embedded = count_gmacs(cfg, classes, stage.frames)
-        steps = -(-stage.frames // model.patch[0])
-        costs.append((here, embedded, stage.steps * stage.batch))
-        hours = costs[-1][2] * here / base[0] / cfg.clips_per_second / 3600 if cfg.clips_per_second else math.nan
-        print(f"{stage.frames:6} {stage.percent:8.2f} {stage.epochs:7} {stage.steps:8} {stage.batch:6} {stage.lr:9.3g} "
-              f"{stage.repeats:7} {steps * (model.places - int(ratio * model.places)):6} {steps * model.places:5} "
-              f"{here:8.3f} {embedded:12.3f} {here * costs[-1][2] / 1e6:9.3f} {hours:7.1f}")  # fmt: skip
-    total = sum(here * clips for here, _, clips in costs)
-    frames = sum(stage.frames * clips for stage, (_, _, clips) in zip(stages, costs, strict=True))
-    hours = f", {total / base[0] / cfg.clips_per_second / 3600:.1f} hours" if cfg.clips_per_second else ""
-    print(f"total     {sum(stage.steps for stage in stages)} steps, {total / 1e6:.3f} PMACs forward{hours}; GMACs are "
-          "multiply-adds of a clip, forward; a training step has about 3 times as many")  # fmt: skip
-    if cfg.stages:
-        whole = [sum(cost[i] * cost[2] for cost in costs) / base[i] / frames * full for i in (0, 1)]
-        print(f"against   {full} frames only, equal frames: {100 - 100 * whole[0]:.1f} % fewer multiply-adds, twice the "
-              f"frames: {100 - 50 * whole[0]:.1f} % fewer (all patches embedded: {100 - 100 * whole[1]:.1f} %, "
-              f"{100 - 50 * whole[1]:.1f} %)")  # fmt: skip
-    if not cfg.clips_per_second:
-        print("hours     --clips-per-second, as measured at the longest stage, gives them")
+    print(f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M parameters, "
+          f"{decoder:.1f} M of them the decoder's")  # fmt: skip
+    print(f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} learning-rate cycles "
+          f"({cfg.decay}); {cfg.train_clips} videos")  # fmt: skip
+    print(f"memory    blocks save {memory:.0f} MB for backward in fp32, a clip of {full} frames\n")
+    print("frames percent  epochs    steps  batch       lr repeats visible tokens    GMACs embedded    PMACs   hours")
+    macs = {stage.frames: count_gmacs(cfg, classes, stage.frames) for stage in stages}
+    total, frames = [0.0, 0.0], 0
+    for f, percent, epochs, batch, lr, repeats, _, steps in stages:
+        clips, n = steps * batch, -(-f // model.patch[0])
+        total, frames = [a + clips * b for a, b in zip(total, macs[f], strict=True)], frames + clips * f
+        hours = f"{clips * macs[f][0] / macs[full][0] / rate / 3600:.1f}" if rate else "-"
+        print(f"{f:6} {percent:7.2f} {epochs:7} {steps:8} {batch:6} {lr:8.3g} {repeats:7} {n * kept:7} "
+              f"{n * model.places:6} {macs[f][0]:8.3f} {macs[f][1]:8.3f} {clips * macs[f][0] / 1e6:8.3f} {hours:>7}")  # fmt: skip
+    hours = f"{total[0] / macs[full][0] / rate / 3600:.1f} hours" if rate else "hours by --clips-per-second"
+    print(f"total     {segments[-1].stop} steps, {total[0] / 1e6:.3f} PMACs, {hours}. GMACs: multiply-adds of a clip, "
+          "forward (a training step: 3 times that); embedded: with all patches embedded")  # fmt: skip
+    for times, name in ((1, "equal frames"), (2, "twice the frames, the paper's comparison")) if cfg.stages else ():
+        less = [100 - 100 * a / (times * frames / full * b) for a, b in zip(total, macs[full], strict=True)]
+        print(f"against   {full} frames only at {name}: {less[0]:.1f} % fewer multiply-adds, embedded {less[1]:.1f} %")
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -811,11 +806,11 @@ def check(cfg):
     for flag in ("drop_path", "head_dropout", "label_smoothing", "erase"):
         if not 0 <= getattr(cfg, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be in [0, 1)")
-    test_views(cfg)
+    parse_views(cfg)
     staged(cfg)
 
 
-def test_views(cfg):
+def parse_views(cfg):
     """--test-views as (clips, crops)."""
     clips, _, crops = cfg.test_views.partition("x")
     if not (clips.isdecimal() and crops.isdecimal() and int(clips) and int(crops)):
@@ -895,8 +890,7 @@ def use(cfg, ctx):
     videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     if cfg.task == "features":
         return write_features(net, videos, cfg, ctx)
-    views = test_views(cfg)
-    result = evaluate(net, videos, cfg, ctx, (1, 1) if cfg.stages else views)
+    result = evaluate(net, videos, cfg, ctx, (1, 1) if cfg.stages else parse_views(cfg))
     if ctx.rank == 0:
         print(
             f"{source} on {cfg.val_list}, views {cfg.test_views}: "
@@ -964,41 +958,40 @@ def following(cfg, folder):
     return replace(new, **same)
 
 
-def search_schedule(cfg):
+def search_schedule(cfg, ctx):
     """Sec. 3.2.2: train each schedule of search_space at this --budget, fine-tune it by --then, rank them.
 
     Each has its folder, so that the same command goes on where it was stopped. The winner is printed as a flag.
     """
-    if not cfg.then:
-        raise UserError("--task search_schedule ranks by fine-tuned accuracy: --then says which recipe fine-tunes")
-    folder, ranking = Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}-search"), []
     try:
-        frames = tuple(int(part) for part in cfg.search_frames.split(","))
+        space = search_space([int(part) for part in cfg.search_frames.split(",")], cfg.search_stages)
     except ValueError:
         raise UserError(f"--search-frames {cfg.search_frames} is not a list such as 2,4,8,12,16") from None
-    for text in search_space(frames, cfg.search_stages):
-        try:
-            plan_stages(text, cfg.budget, cfg.budget_frames, MODELS[cfg.model]["patch"][0])
-        except ValueError as error:
-            print(f"{text}: left out, {error}")
-            continue
-        result = main(replace(cfg, task="train", stages=text, out=str(folder / text.replace(":", "-"))))
-        ranking.append((result["val_top1"], text))
-    if not ranking:
-        raise UserError("no schedule is left to search; raise --budget")
+    runs = [replace(cfg, task="train", stages=text) for text in space]
+    for run in runs:
+        check(run)
+    if cfg.plan:
+        return print("\n".join(["schedules to search, as --stages:", *space]))
+    if not cfg.then:
+        raise UserError("--task search_schedule ranks by fine-tuned accuracy: --then says which recipe fine-tunes")
+    folder, ranking = cfg.out or f"runs/tpt_mae-{cfg.recipe}-search", []
+    for run in runs:
+        result = main(replace(run, out=f"{folder}/{run.stages.replace(':', '-')}"))
+        ranking.append((result["val_top1"], run.stages))
     ranking.sort(key=lambda row: -row[0])
-    print("\n".join(f"{top1:6.2f} % top-1  --stages {text}" for top1, text in ranking))
-    print(f"best of {len(ranking)}, at a budget of {cfg.budget:g} epochs: --stages {ranking[0][1]}")
+    if ctx.rank == 0:
+        print("\n".join(f"{top1:6.2f} % top-1  --stages {text}" for top1, text in ranking))
+        print(f"best of {len(ranking)}, at a budget of {cfg.budget:g} epochs: --stages {ranking[0][1]}")
     return ranking
 
 
 def main(cfg):
     check(cfg)
+    ctx = common.launch(cfg.precision)
+    if cfg.task == "search_schedule":
+        return search_schedule(cfg, ctx)
     if cfg.plan:
         return print_plan(cfg)
-    if cfg.task == "search_schedule":
-        return search_schedule(cfg)
-    ctx = common.launch(cfg.precision)
     if cfg.task != "train":
         return use(cfg, ctx)
     videos, val_videos = open_lists(cfg, ctx)
@@ -1073,7 +1066,7 @@ def main(cfg):
                 result = evaluate(net, val_videos, cfg, ctx, picture=run.folder / "recon.png")
                 score = -result["val_mae"] if cfg.stages else result["val_top1"]
                 if step == total and cfg.test_views != "1x1" and not cfg.stages:
-                    test = evaluate(net, val_videos, cfg, ctx, test_views(cfg))
+                    test = evaluate(net, val_videos, cfg, ctx, parse_views(cfg))
                     result |= {name.replace("val", "test"): value for name, value in test.items()}
                 run.log(result | {"clips": at["clips"], "frames": at["frames"]}, step, total)
                 better = score > at["best"] and meter.healthy(ctx)

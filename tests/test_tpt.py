@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 import signal
 
@@ -485,3 +484,523 @@ def test_damaged_npz(tmp_path):
     path.write_bytes(broken)
     with pytest.raises(UserError, match="w.npz"):
         common.read_weights(path)
+
+
+# ---- the papers' numbers ---------------------------------------------------------------------------------------------
+
+GMACS = {  # forward, all patches embedded; encoder and decoder of VideoMAE, 90 % tube mask, 224 x 224
+    ("vit_b", "4x384"): {2: 3.552, 4: 7.355, 8: 15.714, 12: 25.075, 16: 35.440},
+    ("vit_l", "4x512"): {2: 9.140, 4: 18.635, 8: 38.685, 12: 60.152, 16: 83.035},
+}
+
+
+@pytest.mark.parametrize(("model", "decoder"), GMACS)
+def test_gmacs(model, decoder):
+    """Counted on the real model; ours are lower by the masked patches, which are not embedded."""
+    cfg = config("--recipe", "ssv2", "--model", model, "--decoder", decoder)
+    for frames, expected in GMACS[model, decoder].items():
+        here, embedded = tpt_mae.count_gmacs(cfg, 174, frames)
+        assert embedded == pytest.approx(expected, rel=2e-3)
+        width = tpt_mae.MODELS[model]["width"]
+        assert embedded - here == pytest.approx(frames // 2 * 176 * 1536 * width / 1e9)
+    assert tpt_mae.count_gmacs(cfg, 174, 1) == tpt_mae.count_gmacs(cfg, 174, 2)
+
+
+def test_inference_cost_and_size_of_table_1():
+    """598 and 1193 GMACs, 304 M and 632 M parameters, ViT-L and -H fine-tuned on K400: the paper's, within 0.2 %."""
+    for model, gmacs, parameters in (("vit_l", 598, 304), ("vit_h", 1193, 632)):
+        cfg = config("--recipe", "k400_ft", "--model", model)
+        assert tpt_mae.count_gmacs(cfg, 400, 16)[0] == pytest.approx(gmacs, rel=2e-3)
+        with torch.device("meta"):
+            net = tpt_mae.build(cfg, 400)
+        assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(parameters, rel=2e-3)
+
+
+def plan(capsys, *argv):
+    tpt_mae.main(config("--plan", *argv))
+    return capsys.readouterr().out
+
+
+def test_plan_of_the_headline(capsys):
+    """Half the frame budget on ViT-L (decoder 4 x 512): 54 % fewer multiply-adds (Sec. 5.1), 7.5 % at equal frames."""
+    out = plan(capsys, "--recipe", "k400", "--model", "vit_l", "--decoder", "4x512", "--clips-per-second", "500")
+    equal, half = (list(map(float, re.findall(r"([\d.]+) %", line))) for line in out.splitlines()[-2:])
+    assert all(53 <= x <= 55 for x in half) and all(7 <= x <= 8 for x in equal)
+    rows = [line.split() for line in out.splitlines() if re.match(r" +\d+ +25.00", line)]
+    assert [row[0] for row in rows] == ["2", "4", "8", "16"]
+    assert [row[2] for row in rows] == ["3200", "1600", "800", "400"]
+    for row in rows:
+        assert float(row[10]) == pytest.approx(GMACS["vit_l", "4x512"][int(row[0])], rel=2e-3)
+    clips = 400 * (241258 // 1024) * 1024
+    assert float(rows[3][12]) == pytest.approx(clips / 500 / 3600, abs=0.06)  # hours at the measured rate
+    hours = float(re.search(r"([\d.]+) hours", out)[1])
+    assert hours == pytest.approx(sum(float(row[12]) for row in rows), abs=0.3)
+    assert "hours by --clips-per-second" in plan(capsys, "--recipe", "toy")
+
+
+UNIFORM = "2:25,4:25,8:25,16:25"
+EIGHT = ["--budget-frames", 8, "--stages", "2,4,8"]
+ROWS = {  # each system, table or figure of the paper, as flags
+    "T1 pretrain L": ["k400", "--model", "vit_l"],
+    "T1 pretrain H": ["k400", "--model", "vit_h"],
+    "T1 K400 L": ["k400_ft", "--model", "vit_l", "--epochs", 35],
+    "T1 K400 H": ["k400_ft", "--model", "vit_h", "--epochs", 50, "--head-dropout", 0.5, "--drop-path", 0.2],
+    "T1 SSv2 L": ["ssv2_ft", "--model", "vit_l", "--init", "runs/tpt_mae-k400/last.pt"],
+    "T1 SSv2 H": ["ssv2_ft", "--model", "vit_h", "--init", "runs/tpt_mae-k400/last.pt"],
+    "T2": ["ssv2", "--then", "ssv2_ft"],
+    "T3 joint sup": ["ssv2_sup", "--init", "B_16.npz"],
+    "T3 joint VideoMAE": ["ssv2", "--stages", "16:100"],
+    "T3 joint TPT": ["ssv2"],
+    "T3 divided sup": ["ssv2_sup", "--backbone", "divided", "--frames", 8],
+    "T3 divided VideoMAE": ["ssv2", "--backbone", "divided", "--budget-frames", 8, "--stages", "8:100"],
+    "T3 divided TPT": ["ssv2", "--backbone", "divided", *EIGHT],
+    "T3 trajectory sup": ["ssv2_sup", "--backbone", "trajectory", "--frames", 8],
+    "T3 trajectory VideoMAE": ["ssv2", "--backbone", "trajectory", "--budget-frames", 8, "--stages", "8:100"],
+    "T3 trajectory TPT": ["ssv2", "--backbone", "trajectory", *EIGHT],
+    **{f"T4 {frames}": ["ssv2", "--stages", frames]
+       for frames in ("16", "2,16", "2,4,16", "2,8,16", "4,8,16", "2,4,8,16", "2,4,8,12,16")},
+    **{f"T5 {cycle} {order}": ["ssv2", "--cycle", cycle, "--order", order]
+       for cycle in ("long", "short") for order in ("progressive", "random")},
+    **{f"T6 {cycles} {decay}": ["ssv2", "--lr-cycles", cycles, "--decay", decay]
+       for cycles, decay in ((1, "cosine"), (2, "cosine"), (4, "cosine"), (4, "step"))},
+    **{f"T7 {early}": ["ssv2", "--stage-batch", ",".join([str(64 * early)] * 3 + ["1024"])] for early in (8, 16, 32, 64)},
+    **{f"F2 {epochs}": ["k400", "--budget", epochs] for epochs in (400, 800, 1600)},
+    "F2 VideoMAE S": ["videomae_k400", "--model", "vit_s"],
+    **{f"F3 {first}": ["k400", "--budget", 400, "--stages", f"2:{first},16:{100 - first}"] for first in (6.25, 12.5, 25, 50)},
+    "F3 budget 2f": ["k400", "--budget", 400, "--stages", "2:100", "--budget-frames", 16],
+    "AVION Sec. 5.5": ["videomae_k400"],
+    "single frame": ["ssv2", "--stages", "1:25,4:25,16:50"],
+    "search": ["ssv2", "--task", "search_schedule", "--then", "ssv2_ft"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """count_gmacs, once for each model and length that the rows share."""
+    known, count = {}, tpt_mae.count_gmacs
+
+    def look_up(cfg, classes, frames):
+        key = cfg.model, cfg.decoder, cfg.backbone, classes, frames, bool(cfg.stages) and tpt_mae.longest(cfg)
+        if key not in known:
+            known[key] = count(cfg, classes, frames)
+        return known[key]
+
+    return look_up
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_paper_has_a_plan(name, capsys, counted, monkeypatch):
+    monkeypatch.setattr(tpt_mae, "count_gmacs", counted)
+    out = plan(capsys, "--recipe", *ROWS[name])
+    if name == "search":
+        assert UNIFORM in out.splitlines() and len(out.splitlines()) == 76
+        return
+    assert "nan" not in out and float(re.search(r"([\d.]+) PMACs,", out)[1]) > 50
+    assert int(re.search(r"total +(\d+) steps", out)[1]) > 5000
+
+
+# ---- header, flags, recipes ------------------------------------------------------------------------------------------
+
+
+def test_header_map_names_exist():
+    """The second column of the header's table: every symbol is in the file."""
+    table = tpt_mae.__doc__.split("paper  ")[1].split("\n\n")[0]
+    cells = [re.split(r"\s{2,}", line.strip())[-1] for line in table.splitlines()[1:]]
+    names = [name for cell in cells for name in re.sub(r" \(.*?\)", "", cell).split(", ")]
+    assert len(names) >= 15
+    for name in names:
+        owner = tpt_mae
+        for part in name.split("."):
+            owner = getattr(owner, part)
+
+
+def test_decisions_of_the_header_are_tagged_where_they_are_made():
+    """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
+    listed = re.findall(r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
+    tagged = re.findall(r"DECISION \((\w+)\)", (ROOT / "tpt_mae.py").read_text())
+    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 13
+
+
+def test_every_flag_is_read():
+    """Each field of Config is read as cfg.<field>, in the script or in the parts of common.py that take the config."""
+    source = (ROOT / "tpt_mae.py").read_text() + (ROOT / "common.py").read_text()
+    for field in dataclasses.fields(tpt_mae.Config):
+        assert re.search(rf"\bcfg\.{field.name}\b", source), field.name
+
+
+def test_recipes_only_set_known_fields_of_the_right_type():
+    types = {field.name: field.type for field in dataclasses.fields(tpt_mae.Config)}
+    for name, recipe in tpt_mae.RECIPES.items():
+        for key, value in recipe.items():
+            assert isinstance(value, (int, float) if types[key] is float else types[key]), (name, key)
+        tpt_mae.check(config("--recipe", name))
+    assert all(tpt_mae.RECIPES[name]["stages"] == "" for name in tpt_mae.RECIPES if name.endswith(("_ft", "_sup")))
+
+
+@pytest.fixture
+def lists(toy):
+    return ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0,
+            "--batch-size", 4, "--log-every", 1]  # fmt: skip
+
+
+PRETRAIN = ["--recipe", "toy", "--stages", "8:100", "--then", ""]
+FINETUNE = ["--recipe", "toy_ft"]
+FREE = ("task", "then", "model", "positions")  # tested elsewhere, or too large for a test
+CHOICES = [
+    [*PRETRAIN, f"--{field.name.replace('_', '-')}", choice]
+    for field in dataclasses.fields(tpt_mae.Config)
+    for choice in field.metadata["choices"] or ()
+    if field.name not in FREE and choice != "flash"
+]
+PATHS = [
+    *CHOICES,
+    [*FINETUNE, "--backbone", "divided", "--grad-checkpoint"],
+    [*FINETUNE, "--backbone", "trajectory", "--attention", "plain"],
+    [*FINETUNE, "--mixup", 0.8, "--cutmix", 1, "--label-smoothing", 0.1, "--rand-augment", 7, "--erase", 0.5, "--flip"],
+    [*FINETUNE, "--repeats", 2, "--drop-path", 0.3, "--head-dropout", 0.5, "--clip-grad", 1, "--sampling", "segments"],
+    [*FINETUNE, "--positions", "learned", "--no-crop"],
+    [*FINETUNE, "--test-views", "2x3", "--precision", "bf16"],
+    [*PRETRAIN, "--decoder", "1x128", "--no-crop", "--micro-batch", 2],
+    [*PRETRAIN, "--repeats", 4, "--micro-batch", 4],
+    [*PRETRAIN, "--stages", "1:12.5,8:87.5"],
+    [*PRETRAIN, "--stages", "2:50,8:50", "--stage-batch", "8,4", "--stage-lr", "1e-3,5e-4", "--repeats", "2,1"],
+    [*PRETRAIN, "--stages", "4:50,8:50", "--cycle", "short", "--order", "random", "--lr-cycles", 2],
+    [*PRETRAIN, "--backbone", "divided", "--grad-checkpoint"],
+]
+
+
+@pytest.mark.parametrize("flags", PATHS, ids=lambda flags: " ".join(map(str, flags[1:])))
+def test_every_path_trains_two_steps(flags, lists, tmp_path):
+    tpt_mae.main(config(*lists, "--max-steps", 2, "--out", tmp_path, *flags))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert records[-1]["val_clips"] == 8 and records[-1]["clips"] in (8, 12)
+    assert ("test_top1" in records[-1]) == ("2x3" in flags)
+    stages = [r["stage"] for r in records if "loss" in r]
+    assert len(set(stages)) == (2 if any("," in str(flag) for flag in flags) else 1)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
+    """Top-1 and top-5 of 2 x 3 views = argmax of the mean softmax over a video's views, done here one by one; two
+    videos of one file name are two. A video that fails in one view is counted, once, and left out."""
+    good = [f"{toy}/{line}" for line in (toy / "val.csv").read_text().splitlines()]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "val_00000.mp4").write_bytes((toy / "videos" / "val_00001.mp4").read_bytes())
+    # A video whose head decodes; its last packets are zeros.
+    with av.open(str(tmp_path / "cut.mp4"), "w", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream("libx264", rate=10, options={"g": "8", "bf": "0"})
+        stream.width = stream.height = 64
+        noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
+        for image in noise:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+    whole = (tmp_path / "cut.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 3 // 4] + bytes(len(whole) - len(whole) * 3 // 4))
+    (tmp_path / "val.csv").write_text("\n".join([*good, f"{tmp_path}/a/val_00000.mp4,left", "cut.mp4,left"]))
+    cfg = config(*lists, *FINETUNE, "--val-list", tmp_path / "val.csv", "--data-root", tmp_path, "--stride", "2")
+    videos, ctx = data.VideoList(cfg.val_list, cfg.data_root), common.launch()
+    net = randomise(tpt_mae.build(cfg, 8))
+    plan = lambda v, views, key: tpt_mae.sample_clip(cfg, 8, False, views, v, 0, key, None)
+    path = tmp_path / "cut.mp4"
+    with data.Video(path) as video:
+        starts = [plan(video, (5, 3), view)[0] for view in range(15)]
+        assert data.read_clip(path, starts[0], 32).shape[0] == 8  # the first clip is whole
+        with pytest.raises(data.VideoError):
+            data.read_clip(path, starts[-1], 32)
+    for views in ((1, 1), (2, 3), (5, 3)):
+        result = tpt_mae.evaluate(net, videos, cfg, ctx, views)
+        net.eval()
+        top1 = top5 = 0
+        for i in range(len(videos) - 1):
+            with data.Video(videos.video(i)) as video, torch.no_grad():
+                shares = 0
+                for view in range(math.prod(views)):
+                    frames, box = plan(video, views, view)
+                    shares = shares + net(video.read(frames, 32, box)[None], KEYS[:1]).softmax(-1)[0]
+            order = shares.argsort(descending=True).tolist()
+            top1, top5 = top1 + (order[0] == videos.labels[i]), top5 + (videos.labels[i] in order[:5])
+        bad = views != (1, 1)  # the centre clip of the cut video may be whole
+        assert not bad or (result["val_clips"], result["val_unread"]) == (9, 1)
+        if bad:
+            assert result["val_top1"] == pytest.approx(100 * top1 / 9) and result["val_top5"] == pytest.approx(
+                100 * top5 / 9
+            )
+
+
+def test_fewer_than_five_classes(lists, toy, tmp_path):
+    """Top-k over all there are, named so."""
+    lines = [line for line in (toy / "train.csv").read_text().splitlines() if line.endswith((",left", ",up", ",grow"))]
+    (tmp_path / "three.csv").write_text("\n".join(lines))
+    few = ["--train-list", tmp_path / "three.csv", "--val-list", tmp_path / "three.csv", "--num-classes", 0]
+    result = tpt_mae.main(config(*lists, *FINETUNE, *few, "--max-steps", 1, "--out", tmp_path / "run"))
+    assert result["val_top3"] == 100 and "val_top5" not in result and result["val_clips"] == 6
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stages", "2:50,8:40"], ["--stages", "sum to 100"]),
+        (["--stages", "8:50,2:50"], ["must rise", "--order"]),
+        (["--stages", "3:50,8:50"], ["3 frames", "token's 2"]),
+        (["--stages", "2:99,8:1"], ["no epoch of 8 frames"]),
+        (["--stages", "8:50,80:50", "--budget", 80], ["has 40 frames, a clip needs 80"]),
+        (["--stages", "2:50,8:50", "--frames", 8], ["--stages", "--frames"]),
+        (["--epochs", 3], ["--stages", "--epochs"]),
+        (["--stages", ""], ["--epochs 0", "--frames 0"]),
+        (["--stages", "", "--epochs", 3, "--frames", 7], ["--frames 7"]),
+        (["--stage-batch", "4,4"], ["--stage-batch 4,4", "each of 3 stages"]),
+        (["--stage-batch", "4,0,4"], ["--stage-batch 4,0,4"]),
+        (["--stage-lr", "fast"], ["--stage-lr fast"]),
+        (["--repeats", "3"], ["--repeats 3", "4 clips"]),
+        (["--repeats", "4", "--micro-batch", "2"], ["--micro-batch 2", "--repeats 4"]),
+        (["--batch-size", 32], ["train.csv", "16 videos", "32 clips"]),
+        (["--max-steps", 2], ["--max-steps 2", "3 stages"]),
+        (["--mask-ratio", "0.001"], ["--mask-ratio 0.001", "64 places"]),
+        (["--mask-ratio", "1"], ["--mask-ratio"]),
+        (["--size", 30], ["--size 30"]),
+        (["--decoder", "big"], ["--decoder big"]),
+        (["--budget", 0], ["--budget must be above 0"]),
+        (["--positions", "learned"], ["--positions learned"]),
+        (["--test-views", "5by3"], ["--test-views 5by3"]),
+        (["--erase", "1.5"], ["--erase"]),
+        (["--train-list", ""], ["--train-list"]),
+        (["--val-list", "gone.csv"], ["gone.csv"]),
+        (["--task", "predict", "--init", "none.pt"], ["none.pt", "no such checkpoint"]),
+        (["--task", "search_schedule", "--search-frames", "2;4", "--then", "toy_ft"], ["--search-frames 2;4"]),
+        (["--task", "search_schedule", "--then", ""], ["--then"]),
+        (["--task", "search_schedule", "--budget", "1", "--then", "toy_ft"], ["no epoch", "--budget 1"]),
+    ],
+)
+def test_impossible_flags(flags, words, lists, tmp_path):
+    with pytest.raises(UserError) as error:
+        tpt_mae.main(config(*lists, "--out", tmp_path / "run", "--search-frames", "2,4,8", *flags))
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
+
+
+# ---- the real command line -------------------------------------------------------------------------------------------
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
+
+
+def weights(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """`python tpt_mae.py`, small: pretrained in stages, then fine-tuned, by one command. -> folder, what it printed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    process = command("tpt_mae.py", "--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy,
+                      "--workers", 0, "--batch-size", 4, "--log-every", 1, "--budget", 6, "--eval-every", 4, "--out", out)  # fmt: skip
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return out, stdout
+
+
+def test_pretraining_then_fine_tuning(trained):
+    """The loss falls in each phase; every stage is there, at its share of the frames; the weights move on."""
+    out, stdout = trained
+    pretrained, tuned = records_of(out), records_of(out.with_name("run_ft"))
+    losses = [r["loss"] for r in pretrained if "loss" in r]
+    assert len(losses) == 48 and np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
+    ends = {r["stage"]: (r["step"], r["frames"]) for r in pretrained if "loss" in r}
+    assert ends == {0: (24, 192), 1: (36, 384), 2: (48, 768)}  # 25, 25 and 50 % of 6 epochs of 16 x 8 frames
+    assert [r["step"] for r in pretrained if "val_mae" in r] == [16, 24, 36, 48]
+    assert [r["step"] for r in tuned if "val_top1" in r] == [1, 2, 3]  # batches of 16, one a pass
+    assert next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.2 and tuned[-1]["val_clips"] == 8
+    assert "left at init 4" in stdout and "not used 0" in stdout and "run_ft" in stdout
+    assert stdout.count("complete: ") == 2 and "clips of 2 frames" in stdout
+
+
+def test_weights_come_out_in_videomaes_format(trained, tmp_path):
+    out, _ = trained
+    state = torch.load(out / "videomae.pth", weights_only=True)["model"]
+    assert {"encoder.patch_embed.proj.weight", "encoder.norm.bias", "decoder.head.weight", "mask_token"} <= state.keys()
+    net = tpt_mae.VideoMAE("vit_toy", frames=8, size=32, target="pixels")
+    again = tpt_mae.init_weights(out / "videomae.pth", net)
+    assert equal(again, weights(out))
+
+
+def test_pictures(trained):
+    """recon.png: original, seen, reconstruction of 4 clips; the same places are grey in all frames of a tubelet."""
+    out, _ = trained
+    with av.open(str(out / "recon.png")) as file:
+        strip = next(file.decode(video=0)).to_ndarray(format="rgb24")
+    assert strip.shape == (4 * 3 * 36, 8 * 36, 3)
+    original, seen, recon = (
+        strip[i * 36 : (i + 1) * 36].reshape(36, 8, 36, 3)[2:34, :, 2:34].astype(int) for i in range(3)
+    )
+    grey = (seen == 128).all(-1)  # [32, 8, 32]
+    assert 0.74 < grey.mean() < 0.77
+    tubes = grey.all(1)  # grey by mask is grey in all frames
+    assert 0.74 < tubes.mean() < 0.77
+    assert (seen == original).all(-1)[~grey].all() and (recon == original).all(-1)[~grey].all()
+    assert (recon != original).any(-1)[grey].mean() > 0.9
+    with av.open(str(out / "recon_animated.png")) as file:
+        assert len(list(file.decode(video=0))) == 8
+
+
+def test_borrowed_panel(tmp_path):
+    """A normalised target has a fourth panel, framed red; the model's own panel doesn't change with hidden pixels."""
+    net, video = randomise(tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=32)), clips(1, FRAMES, 32)
+    cfg = dataclasses.replace(config("--recipe", "ssv2"), mask_ratio=0.75)
+    patches = common.patchify(video, net.patch)
+    _, masked = common.tube_split(KEYS[:1], 2, 4, 0.75)
+    hidden = torch.zeros(1, 8, dtype=torch.bool).scatter(1, masked, True)[..., None]
+    pictures = []
+    for x in (patches, torch.where(hidden, patches // 3, patches)):
+        tpt_mae.write_recon(net, common.unpatchify(x, net.patch, net.grid), KEYS[:1], cfg, tmp_path / "r.png")
+        with av.open(str(tmp_path / "r.png")) as file:
+            pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, 4, 36, 3))
+    assert (pictures[0][3, 0] == [255, 0, 0]).all() and (pictures[0][:3, 0] == 255).all()
+    assert (pictures[0][1:3] == pictures[1][1:3]).all()  # seen, own
+    assert (pictures[0][0] != pictures[1][0]).any() and (pictures[0][3] != pictures[1][3]).any()  # original, borrowed
+
+
+def test_eval_predict_features(trained, toy, tmp_path, capsys):
+    """Of both phases, their shapes read from the checkpoints."""
+    out, _ = trained
+    tuned = out.with_name("run_ft")
+    rest = ["--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0]
+    run = lambda *argv: (tpt_mae.main(config(*rest, *argv)), capsys.readouterr().out)[1]
+    best = max(r["val_top1"] for r in records_of(tuned) if "val_top1" in r)
+    assert f"val_top1 {best:.4g}" in run("--task", "eval", "--init", tuned / "best.pt")
+    assert "val_clips 8" in run("--task", "eval", "--out", tuned, "--test-views", "2x3")
+    error = min(r["val_mae"] for r in records_of(out) if "val_mae" in r)
+    assert f"val_mae {error:.4g}" in run("--task", "eval", "--out", out)
+    videos = sorted((toy / "videos").glob("val_*.mp4"))[:2]
+    lines = run("--task", "predict", "--out", tuned, "--input", *videos).splitlines()
+    for video, line in zip(videos, lines, strict=True):
+        shares = [float(x) for x in re.findall(r"([\d.]+) %", line)]
+        assert line.startswith(f"{video}: ") and len(shares) == 5 and shares == sorted(shares, reverse=True)
+    run("--task", "predict", "--init", out / "best.pt", "--out", tmp_path, "--input", *videos)
+    assert (tmp_path / "predict_0.png").exists()
+    for source in (out, tuned):
+        run("--task", "features", "--init", source / "last.pt", "--out", tmp_path)
+        features = np.load(tmp_path / "features.npy")
+        assert features.shape == (8, 128) and np.isfinite(features).all() and features.std(0).min() > 0
+    (tmp_path / "val.csv").write_text("none.mp4,left\n" + (toy / "val.csv").read_text())
+    text = run("--task", "features", "--init", tuned / "last.pt", "--out", tmp_path, "--val-list", tmp_path / "val.csv")
+    rows = np.load(tmp_path / "features.npy")
+    assert "none.mp4" in text and np.isnan(rows[0]).all() and np.allclose(rows[1:], features, atol=1e-5)
+
+
+def test_another_schedule_is_refused(trained, lists):
+    with pytest.raises(UserError, match=r"holds another run \(--stages 2:25,4:25,8:50 -> 4:50,8:50"):
+        tpt_mae.main(config(*lists, "--budget", 6, "--eval-every", 4, "--out", trained[0], "--stages", "4:50,8:50"))
+
+
+def test_search_ranks_and_resumes(lists, tmp_path, capsys):
+    """Every schedule is trained, fine-tuned and ranked; the same command again only reads."""
+    argv = [*lists, "--task", "search_schedule", "--search-frames", "4,8", "--budget", 2, "--out", tmp_path / "s"]
+    ranking = tpt_mae.main(config(*argv, "--then", "toy_ft"))
+    out = capsys.readouterr().out
+    assert {text for _, text in ranking} == {"8:100", "4:50,8:50"} and ranking[0][0] >= ranking[1][0]
+    assert out.splitlines()[-1].endswith(f"--stages {ranking[0][1]}")
+    for _, text in ranking:
+        folder = tmp_path / "s" / (text.replace(":", "-") + "_ft")
+        assert {"val_top1"} <= records_of(folder)[-1].keys()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("best.pt")}
+    assert tpt_mae.main(config(*argv, "--then", "toy_ft")) == ranking and len(before) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("best.pt")}
+
+
+def test_copying_three_files_runs(cli, lists, tmp_path):
+    """tpt_mae.py + common.py + data.py in an empty folder are enough."""
+    for name in ("tpt_mae.py", "common.py", "data.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    code, _, err = cli("tpt_mae.py", *lists, *PRETRAIN, "--max-steps", 1, cwd=tmp_path)
+    assert code == 0 and (tmp_path / "runs/tpt_mae-toy/videomae.pth").exists(), err
+
+
+# ---- a run's life ----------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, common, tpt_mae
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+{patch}
+tpt_mae.main(common.parse(tpt_mae.Config, tpt_mae.RECIPES))
+"""
+DIE = """
+save = common.Run.save
+def save_and_die(self, state, *names):
+    save(self, state, *names)
+    if (self.folder.name.endswith("_ft"), state["at"]["step"]) == {when}:
+        die()
+common.Run.save = save_and_die
+"""
+SAVE_GRADIENTS = """
+def dump(gradients):
+    if common.os.environ["RANK"] == "0":
+        torch.save(gradients, sys.argv[sys.argv.index("--out") + 1] + "/gradients.pt")
+    sys.exit()
+torch.nn.utils.get_total_norm = dump
+"""
+
+
+def drive(folder, *args, patch="", ranks=1):
+    script = folder / f"driver_{abs(hash(patch))}.py"
+    script.write_text(DRIVER.format(root=str(ROOT), patch=patch))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    process = command(*torchrun, script, *args)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out + err
+
+
+@pytest.mark.parametrize("cycle", ["long", "short"])
+def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
+    """Killed at the end of the second stage and in fine-tuning, or amid a short cycle: the same weights and logged
+    losses, bit for bit, as never killed; with repeats, another batch a stage, log intervals across epochs."""
+    args = [*lists, "--log-every", 3, "--cycle", cycle, "--budget", 4, "--save-minutes", 0, "--eval-every", 1,
+            "--stage-batch", "8,4,4", "--repeats", "2,1,1"]  # fmt: skip
+    tpt_mae.main(config(*args, "--out", tmp_path / "whole"))
+    kills = [(False, 12), (True, 1)] if cycle == "long" else [(False, 9)]
+    for when in kills:
+        code, text = drive(tmp_path, *args, "--out", tmp_path / "cut", patch=DIE.format(when=when))
+        assert code == -signal.SIGKILL, text
+        folder = tmp_path / ("cut_ft" if when[0] else "cut")
+        assert torch.load(folder / "last.pt", weights_only=True)["at"]["step"] == when[1]
+    tpt_mae.main(config(*args, "--out", tmp_path / "cut"))
+    for name in ("", "_ft"):
+        a, b = tmp_path / f"whole{name}", tmp_path / f"cut{name}"
+        assert equal(weights(a), weights(b)) and equal(weights(a, "best.pt"), weights(b, "best.pt"))
+        timing = {"seconds", "clips_per_second", "data_wait"}
+        a, b = ([{k: r[k] for k in r.keys() - timing} for r in records_of(folder)] for folder in (a, b))
+        assert a == b
+    stages = {r["stage"] for r in records_of(tmp_path / "cut") if "loss" in r}
+    assert stages == {0, 1, 2}
+
+
+@pytest.mark.parametrize("flags", [PRETRAIN, [*FINETUNE, "--drop-path", 0.3, "--mixup", 0.8, "--head-dropout", 0.5]])
+def test_ranks_and_micro_batches_give_the_same_gradient(flags, lists, tmp_path, monkeypatch):
+    """1 process = 2 processes x 2 micro-batches, with two clips of each decode: 1e-6 overall."""
+    args = [*lists, *flags, "--batch-size", 16, "--repeats", 2, "--out", tmp_path]
+    code, text = drive(tmp_path, *args, "--micro-batch", 4, patch=SAVE_GRADIENTS, ranks=2)
+    assert code == 0, text
+
+    def keep(gradients):
+        torch.save(gradients, tmp_path / "alone.pt")
+        raise SystemExit
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", keep)
+    with pytest.raises(SystemExit):
+        tpt_mae.main(config(*args, "--overwrite"))
+    alone, four = (torch.load(tmp_path / name, weights_only=True) for name in ("alone.pt", "gradients.pt"))
+    norm = lambda tensors: sum(t.double().square().sum() for t in tensors).sqrt().item()
+    assert norm([a - b for a, b in zip(alone, four, strict=True)]) <= 1e-6 * norm(alone) and len(alone) > 50

@@ -699,7 +699,7 @@ def test_views_are_merged_by_video(lists, toy, tmp_path):
         file.mux(stream.encode())
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) * 3 // 4] + bytes(len(whole) - len(whole) * 3 // 4))
-    cfg, ctx = config(*lists, *FINETUNE, "--stride", 2), common.launch()
+    cfg, ctx = config(*lists, *FINETUNE, "--stride", 2, "--micro-batch", 60), common.launch()
     plan = lambda video, views, view: tpt_mae.sample_clip(cfg, 8, False, views, video, 0, view, None)
     with data.Video(cut) as video:
         first, last = (plan(video, (5, 3), view)[0] for view in (0, 14))

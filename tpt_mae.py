@@ -1,4 +1,4 @@
-"""Efficient VideoMAE via Temporal Progressive Training (TPT-MAE): self-supervised pretraining of video ViTs, in one file.
+"""Efficient VideoMAE via Temporal Progressive Training (TPT-MAE): self-supervised video pretraining, in one file.
 
 VideoMAE hides 90 % of a clip's places in all of its frames and learns to paint them. Most of what it learns is spatial,
 and 2 frames teach that for an eighth of the price of 16: so TPT spends its budget of frames in stages, on clips of 2,
@@ -33,8 +33,9 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     search      a schedule ends at the full length, which is the task; shares are powers of two that sum to 100 %.
     blocks      all backbones: tubelets, no CLS, fixed positions and mean pooling, as VideoMAE; ImageNet's start learns
                 positions, because its own are.
+    decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out with 4 x 512 for L.
     target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
-Missing: the other methods' rows of Tables 1 and 2; AVION's flips and Lion in its VideoMAE (its Sec. 5.5).
+Missing: the other methods' rows of Tables 1 and 2; Lion, which AVION's code has for its VideoMAE (its Sec. 5.5).
 
     python tpt_mae.py                   # toy videos: pretrains on 2, 4, 8 frames, then fine-tunes; 2 CPU cores
     torchrun --nproc_per_node=8 tpt_mae.py --recipe ssv2 --then ssv2_ft --train-list train.csv --val-list val.csv
@@ -63,7 +64,7 @@ MODELS = {
     "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4)},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192", "patch": (2, 16, 16)},
     "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384", "patch": (2, 16, 16)},
-    "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "12x512", "patch": (2, 16, 16)},
+    "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "12x512", "patch": (2, 16, 16)},  # DECISION (decoder)
     "vit_h": {"width": 1280, "depth": 32, "heads": 16, "decoder": "12x640", "patch": (2, 16, 16)},
 }
 
@@ -81,7 +82,7 @@ TOY = {
     "workers": 2,
     "log_every": 50,
 }
-# VideoMAE's fine-tuning, which Sec. 4 follows. Its batch and rate count videos, of which each gives 2 clips.
+# VideoMAE's fine-tuning, which Sec. 4 follows: 384 videos a step, which its rule for the rate counts, of 2 clips each.
 FINETUNE = {
     "stages": "",
     "frames": 16,
@@ -584,8 +585,8 @@ def eval_batches(videos, cfg, ctx, failures, views=(1, 1)):
 def evaluate(model, videos, cfg, ctx, views=(1, 1), picture=None):
     """Fine-tuned: top-1 and top-k in % (k = 5, or all classes if fewer). Pretrained: masked error at full length.
 
-    Every readable video counts once, at any number of ranks; `unread` of them could not be, in one view or more. Several
-    views of a video are merged by the mean of their softmax (Sec. 4); they lie in one batch, so no name is looked up.
+    Every readable video counts once, at any number of ranks; `unread` of them could not be, in one view or more. A
+    video's views are merged by the mean of their softmax (Sec. 4); they lie in one batch, so no name is looked up.
     """
     model.eval()
     failures, k = data.Failures(len(videos), cfg.max_bad), min(5, len(videos.classes))
@@ -764,8 +765,9 @@ def print_plan(cfg):
         clips, n = steps * batch, -(-f // model.patch[0])
         total, frames = [a + clips * b for a, b in zip(total, macs[f], strict=True)], frames + clips * f
         hours = f"{clips * macs[f][0] / macs[full][0] / rate / 3600:.1f}" if rate else "-"
+        cost = f"{macs[f][0]:8.3f} {macs[f][1]:8.3f} {clips * macs[f][0] / 1e6:8.3f} {hours:>7}"
         print(f"{f:6} {percent:7.2f} {epochs:7} {steps:8} {batch:6} {lr:8.3g} {repeats:7} {n * kept:7} "
-              f"{n * model.places:6} {macs[f][0]:8.3f} {macs[f][1]:8.3f} {clips * macs[f][0] / 1e6:8.3f} {hours:>7}")  # fmt: skip
+              f"{n * model.places:6} {cost}")  # fmt: skip
     hours = f"{total[0] / macs[full][0] / rate / 3600:.1f} hours" if rate else "hours by --clips-per-second"
     print(f"total     {segments[-1].stop} steps, {total[0] / 1e6:.3f} PMACs, {hours}. GMACs: multiply-adds of a clip, "
           "forward (a training step: 3 times that); embedded: with all patches embedded")  # fmt: skip
@@ -878,8 +880,8 @@ def use(cfg, ctx):
     state = common.load_checkpoint(source)
     if not isinstance(state, dict) or not {"model", "config", "classes"} <= set(state):
         raise UserError(f"{source}: not a checkpoint of tpt_mae.py")
-    shape = ("model", "backbone", "decoder", "positions", "stages", "budget", "budget_frames", "order", "frames", "size",
-             "sampling", "stride", "mask_ratio", "target", "seed")  # fmt: skip
+    shape = ("model", "backbone", "decoder", "positions", "stages", "budget", "budget_frames", "order", "frames",
+             "size", "sampling", "stride", "mask_ratio", "target", "seed")  # fmt: skip
     cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
     net = build(cfg, len(classes)).to(ctx.device).eval()
     net.load_state_dict(state["model"])
@@ -900,7 +902,7 @@ def use(cfg, ctx):
 
 @torch.no_grad()
 def predict(net, cfg, ctx, classes):
-    """Print the five likeliest classes of each --input video; a pretrained model's reconstructions are drawn instead."""
+    """Print the five likeliest classes of each --input video; a pretrained model's reconstructions are drawn."""
     if not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
     videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
@@ -1006,9 +1008,8 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, classes).to(ctx.device)
     groups = common.param_groups(net, cfg.weight_decay, cfg.layer_decay, net.layer_of, len(net.blocks))
-    optimizer = torch.optim.AdamW(
-        groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True
-    )  # DECISION (carry): one for all
+    # DECISION (carry): one optimizer for all stages
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
     meter = common.Meter(ctx.device, "loss")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
@@ -1047,16 +1048,14 @@ def main(cfg):
         seed = common.make_key(cfg.seed, "stage", segment.stage).item()
         plan = partial(sample_clip, cfg, stage.frames, True, (1, 1))
         dataset = data.ClipDataset(videos, plan, cfg.size, seed, replace=True, views=stage.repeats)
-        order = data.GlobalBatches(
-            len(videos), micro * accumulation * ctx.world, micro, seed, start + local, segment.stop + local, ctx.rank,
-            ctx.world,
-        )  # fmt: skip
+        span = start + local, segment.stop + local
+        order = data.GlobalBatches(len(videos), stage.batch // stage.repeats, micro, seed, *span, ctx.rank, ctx.world)
         batches = data.make_loader(dataset, order, cfg.workers, ctx.device)
         failures, run.batch_size = data.Failures(len(videos), cfg.max_bad), stage.batch
         if start < segment.stop:
             run.say(
-                f"steps {start} to {segment.stop}: clips of {stage.frames} frames; batch {stage.batch} = {ctx.world} ranks "
-                f"x {micro * stage.repeats} clips x {accumulation}; peak lr {stage.lr:g}"
+                f"steps {start} to {segment.stop}: clips of {stage.frames} frames; batch {stage.batch} = {ctx.world} "
+                f"ranks x {micro * stage.repeats} clips x {accumulation}; peak lr {stage.lr:g}"
             )
         while True:
             # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.

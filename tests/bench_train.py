@@ -104,11 +104,12 @@ def hub_videomae(model):
     return VideoMAEForPreTraining(VideoMAEConfig(
         hidden_size=spec["width"], num_hidden_layers=spec["depth"], num_attention_heads=spec["heads"],
         intermediate_size=4 * spec["width"], decoder_num_hidden_layers=layers, decoder_hidden_size=width,
-        decoder_num_attention_heads=max(1, width // 64), decoder_intermediate_size=4 * width, use_mean_pooling=False))  # fmt: skip
+        decoder_num_attention_heads=max(1, width // 64), decoder_intermediate_size=4 * width,
+        use_mean_pooling=False))  # fmt: skip
 
 
 def tpt_step(ctx, net, frames, batch):
-    """A function that runs one pretraining step at 90 % masked. transformers' gets normalised pixels and masks ready."""
+    """A function that runs one pretraining step, 90 % masked. transformers' gets normalised pixels and masks ready."""
     net = net.to(ctx.device).train()
     optimizer = torch.optim.AdamW(common.param_groups(net, 0.05), lr=1e-5, fused=True)
     scaler = common.loss_scaler(ctx)

@@ -108,9 +108,8 @@ def tpt_evidence(seeds, out):
                 gmacs = sum(s.steps * s.batch * cost[kind][s.frames] for s in plan)
                 rows.append((budget, seed, kind, last["val_mae"], tpt_mean_error(cfg), gmacs, last["seconds"]))
                 sources[budget, seed, kind] = folder / "last.pt"
-    print(
-        "\n| budget | seed | pretraining | masked error | per-position mean | GMACs | seconds |\n|---|---|---|---|---|---|---|"
-    )
+    print("\n| budget | seed | pretraining | masked error | per-position mean | GMACs | seconds |")
+    print("|---|---|---|---|---|---|---|")
     for budget, seed, kind, error, mean, gmacs, seconds in rows:
         print(f"| {budget} | {seed} | {kind} | {error:.4f} | {mean:.4f} | {gmacs:.0f} | {seconds:.0f} |")
 

@@ -564,7 +564,8 @@ ROWS = {  # each system, table or figure of the paper, as flags
        for cycle in ("long", "short") for order in ("progressive", "random")},
     **{f"T6 {cycles} {decay}": ["ssv2", "--lr-cycles", cycles, "--decay", decay]
        for cycles, decay in ((1, "cosine"), (2, "cosine"), (4, "cosine"), (4, "step"))},
-    **{f"T7 {early}": ["ssv2", "--stage-batch", ",".join([str(64 * early)] * 3 + ["1024"])] for early in (8, 16, 32, 64)},
+    **{f"T7 {early}": ["ssv2", "--stage-batch", ",".join([str(64 * early)] * 3 + ["1024"])]
+       for early in (8, 16, 32, 64)},
     **{f"F2 {epochs}": ["k400", "--budget", epochs] for epochs in (400, 800, 1600)},
     "F2 VideoMAE S": ["videomae_k400", "--model", "vit_s"],
     **{f"F3 {first}": ["k400", "--budget", 400, "--stages", f"2:{first},16:{100 - first}"] for first in (6.25, 12.5, 25, 50)},
@@ -619,7 +620,7 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
     listed = re.findall(r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
     tagged = re.findall(r"DECISION \((\w+)\)", (ROOT / "tpt_mae.py").read_text())
-    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 13
+    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 14
 
 
 def test_every_flag_is_read():

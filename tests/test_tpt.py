@@ -568,7 +568,8 @@ ROWS = {  # each system, table or figure of the paper, as flags
        for early in (8, 16, 32, 64)},
     **{f"F2 {epochs}": ["k400", "--budget", epochs] for epochs in (400, 800, 1600)},
     "F2 VideoMAE S": ["videomae_k400", "--model", "vit_s"],
-    **{f"F3 {first}": ["k400", "--budget", 400, "--stages", f"2:{first},16:{100 - first}"] for first in (6.25, 12.5, 25, 50)},
+    **{f"F3 {first}": ["k400", "--budget", 400, "--stages", f"2:{first},16:{100 - first}"]
+       for first in (6.25, 12.5, 25, 50)},
     "F3 budget 2f": ["k400", "--budget", 400, "--stages", "2:100", "--budget-frames", 16],
     "AVION Sec. 5.5": ["videomae_k400"],
     "single frame": ["ssv2", "--stages", "1:25,4:25,16:50"],
@@ -687,8 +688,8 @@ def test_every_path_trains_two_steps(flags, lists, tmp_path):
 
 
 def test_views_are_merged_by_video(lists, toy, tmp_path):
-    """The classes of the mean softmax over a video's views, taken here one by one, are top-1 of 100 %. Two videos of one
-    file name are two. A video that fails in one of its views is counted, once, and left out."""
+    """The classes of the mean softmax over a video's views, taken here one by one, are top-1 of 100 %. Two videos of
+    one file name are two. A video that fails in one of its views is counted, once, and left out."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "val_00000.mp4").write_bytes((toy / "videos" / "val_00001.mp4").read_bytes())
     cut = tmp_path / "cut.mp4"  # its head decodes; its last packets are zeros
@@ -805,8 +806,9 @@ def equal(a, b):
 def trained(toy, tmp_path_factory):
     """`python tpt_mae.py`, small: pretrained in stages, then fine-tuned, by one command. -> folder, what it printed."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    process = command("tpt_mae.py", "--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy,
-                      "--workers", 0, "--batch-size", 4, "--log-every", 1, "--budget", 6, "--eval-every", 4, "--out", out)  # fmt: skip
+    lists = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0]
+    flags = ["--batch-size", 4, "--log-every", 1, "--budget", 6, "--eval-every", 4, "--out", out]
+    process = command("tpt_mae.py", *lists, *flags)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     return out, stdout
@@ -956,7 +958,8 @@ SAVE_GRADIENTS = """
 def dump(gradients):
     if common.os.environ["RANK"] == "0":
         torch.save(gradients, sys.argv[sys.argv.index("--out") + 1] + "/gradients.pt")
-    sys.exit()
+    torch.distributed.barrier()  # no rank leaves while another still talks to it
+    os._exit(0)
 torch.nn.utils.get_total_norm = dump
 """
 

@@ -780,16 +780,15 @@ def read_weights(path):
     path: a file by torch.save with the weights at its top, under `model` (ours, VideoMAE's) or `module`; a .safetensors
     file, or a hub folder with model.safetensors; numpy's .npz (Google's ViTs). UserError where it is none of these.
     """
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    path, names = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path), []
     if path.is_file():
         with path.open("rb") as file:
             if file.read(9)[8:] == b"{":  # where the JSON begins; torch's files have another byte there
                 return read_safetensors(path)
-        if zipfile.is_zipfile(path):  # torch's files are zip archives too
-            with zipfile.ZipFile(path) as file:
-                arrays = all(name.endswith(".npy") for name in file.namelist())
-            if arrays:
-                return read_npz(path)
+        with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:  # torch's files are zip archives too
+            names = file.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return read_npz(path)
     state = load_checkpoint(path)
     for name in ("model", "module"):
         state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state

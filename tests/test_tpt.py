@@ -485,6 +485,17 @@ def test_damaged_npz(tmp_path):
     path.write_bytes(broken)
     with pytest.raises(UserError, match="w.npz"):
         common.read_weights(path)
+    torch.save({"model": {"a": torch.zeros(100)}}, path)  # a zip archive too, of another kind
+    whole = path.read_bytes()
+    assert common.read_weights(path)["a"].shape == (100,)
+    refused = 0
+    for place in range(-120, -8, 4):  # in its directory, not all of which torch heeds
+        path.write_bytes(whole[:place] + b"\xff" * 8 + whole[place + 8 :])
+        try:
+            assert common.read_weights(path)["a"].shape == (100,)
+        except UserError as error:
+            refused += str(path) in str(error)
+    assert refused > 10
 
 
 # ---- the papers' numbers ---------------------------------------------------------------------------------------------

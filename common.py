@@ -27,9 +27,11 @@ import re
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -571,6 +573,7 @@ class Run:
         self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.out or f"runs/{name}-{cfg.recipe}")
         self.started = self.saved = self.logged = self.advanced = time.time()
         self.stopped, self.waited, self.step, self.bar, self.board = 0, 0.0, 0, None, None
+        self.batch_size = cfg.batch_size  # clips a step, for the log's rate; a trainer in stages sets each one's
         self.leaving, self.logged_records = False, 0
         if ctx.rank == 0:
             try:
@@ -663,7 +666,7 @@ class Run:
         )
         if "loss" in record:
             rate = (step - self.step) / (now - self.logged)
-            record["clips_per_second"] = round(rate * self.cfg.batch_size, 2)
+            record["clips_per_second"] = round(rate * self.batch_size, 2)
             record["data_wait"] = round(self.waited / (now - self.logged), 4)
             left = tqdm.format_interval((total - step) / rate)
             text += f"  clips/s {record['clips_per_second']:.4g}  data_wait {record['data_wait']:.1%}  left {left}"
@@ -768,17 +771,30 @@ def read_safetensors(path):
         raise UserError(f"{path}: not a readable safetensors file ({type(error).__name__}: {error})") from error
 
 
+def read_npz(path):
+    """A numpy .npz file as a dict of tensors, without pickled objects; UserError where it is damaged or holds them."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in file.files}
+    except Exception as error:  # a damaged archive raises anything: BadZipFile, EOFError, ValueError, zlib.error, ...
+        raise UserError(f"{path}: not a readable .npz file of arrays ({str(error).splitlines()[0]})") from error
+
+
 def read_weights(path):
     """The tensors of a file of weights, by their names in it, on the CPU. Told apart by content; no code of it is run.
 
     path: a file by torch.save with the weights at its top, under `model` (ours, VideoMAE's) or `module`; a .safetensors
-    file, or a hub folder with model.safetensors. UserError where it is none of these.
+    file, or a hub folder with model.safetensors; numpy's .npz (Google's ViTs). UserError where it is none of these.
     """
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    path, names = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path), []
     if path.is_file():
         with path.open("rb") as file:
             if file.read(9)[8:] == b"{":  # where the JSON begins; torch's files have another byte there
                 return read_safetensors(path)
+        with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:  # torch's files are zip archives too
+            names = file.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return read_npz(path)
     state = load_checkpoint(path)
     for name in ("model", "module"):
         state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
@@ -805,6 +821,44 @@ def videomae_weights(state):
         parts = [query.replace("query", part) for part in ("query", "key", "value")]
         if all(part in ours for part in parts):
             ours[query.replace("query", "qkv")] = torch.cat([ours.pop(part) for part in parts])  # [3D, D]
+    return ours
+
+
+_VIT = {"LayerNorm_0": "norm1", "LayerNorm_2": "norm2", "MultiHeadDotProductAttention_1/out": "attn.proj",
+        "MlpBlock_3/Dense_0": "mlp.fc1", "MlpBlock_3/Dense_1": "mlp.fc2"}  # fmt: skip
+
+
+def vit_weights(state):
+    """An image ViT's weights by the names of our modules; {} where `state` is no image ViT's.
+
+    Forms: Google's .npz (ImageNet-21k, AugReg), the hub's ViT. Ours: patch_embed as a linear weight [D, P] of one
+    frame, c fastest; cls_token [1, 1, D]; pos_embed [1, 1 + N, D], CLS first; blocks; norm. Inputs are in [-1, 1]. Key
+    biases, which softmax cancels, classifiers and pre_logits are left out.
+    """
+    if "embedding/kernel" in state:
+        ours = {"cls_token": state["cls"], "pos_embed": state["Transformer/posembed_input/pos_embedding"]}
+        ours["patch_embed.weight"] = state["embedding/kernel"].permute(3, 0, 1, 2).flatten(1)  # [D, P]
+        ours["patch_embed.bias"] = state["embedding/bias"]
+        ours["norm.weight"], ours["norm.bias"] = (state[f"Transformer/encoder_norm/{x}"] for x in ("scale", "bias"))
+        for i in range(len({name.split("/")[1] for name in state if "/encoderblock_" in name})):
+            block = f"Transformer/encoderblock_{i}"
+            for theirs, name in _VIT.items():
+                kernel = state.get(f"{block}/{theirs}/kernel", state.get(f"{block}/{theirs}/scale"))  # [..., D]
+                ours[f"blocks.{i}.{name}.weight"] = kernel.flatten(0, -2).T if kernel.dim() > 1 else kernel
+                ours[f"blocks.{i}.{name}.bias"] = state[f"{block}/{theirs}/bias"]
+            part = lambda x, end, block=block: state[f"{block}/MultiHeadDotProductAttention_1/{x}/{end}"]
+            qkv = [part(x, "kernel").flatten(1).T for x in ("query", "key", "value")]  # [D, D] each
+            ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat(qkv)  # [3D, D]
+            ours |= {f"blocks.{i}.attn.{x[0]}_bias": part(x, "bias").flatten() for x in ("query", "value")}
+        return {name: tensor.contiguous() for name, tensor in ours.items()}
+    if not any(name.endswith("embeddings.position_embeddings") for name in state):
+        return {}
+    ours = videomae_weights({name.removeprefix("vit."): tensor for name, tensor in state.items()})
+    ours = {name.replace("embeddings.position_embeddings", "pos_embed").replace("embeddings.", "")
+            .replace("attn.query.bias", "attn.q_bias").replace("attn.value.bias", "attn.v_bias"): tensor
+            for name, tensor in ours.items() if not name.endswith("attn.key.bias")
+            and not name.startswith(("head.", "pooler."))}  # fmt: skip
+    ours["patch_embed.weight"] = ours["patch_embed.weight"].permute(0, 2, 3, 1).flatten(1)  # [D, P]
     return ours
 
 

@@ -5,6 +5,7 @@ Runs the script's own command line (a run that is already complete is only read)
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -15,8 +16,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import avion
 import common
 import data
+import sfa_vivit
+import tpt_mae
 import turbo
 
 
@@ -141,11 +145,195 @@ def turbo_vl(seeds, out):
         )
 
 
+@torch.no_grad()
+def tpt_mean_error(cfg):
+    """The masked error that tpt_mae.evaluate scores, of the best constant: each pixel position's training mean."""
+    model = tpt_mae.build(cfg, cfg.num_classes)
+    target = lambda batch: tpt_mae.pixel_target(tpt_mae.patchify(batch.clips, model.patch), cfg.target)  # [B, N, P]
+    ctx = common.launch()
+
+    def loader(path):
+        videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
+        return tpt_mae.eval_batches(videos, cfg, ctx, data.Failures(len(videos), 0.0))
+
+    total, count = 0, 0
+    for batch in loader(cfg.train_list):
+        total, count = total + target(batch).sum(0).double(), count + len(batch.labels)
+    mean, errors = (total / count).float(), []  # [N, P]
+    for batch in loader(cfg.val_list):
+        _, masked = common.tube_split(batch.keys, model.grid[0], model.places, cfg.mask_ratio)  # [B, R]
+        errors += (common.gather_tokens(target(batch), masked) - mean[masked]).square().mean((1, 2)).tolist()
+    return sum(errors) / len(errors)
+
+
+def tpt_evidence(seeds, out):
+    """Progressive against full length only at equal frames: masked error; then top-1 after fine-tuning on few labels.
+
+    Two budgets, the second the toy recipe's own and four times the first. The fine-tuning curves, at 1/3, 2/3 and all
+    of 162 steps, are beside those from scratch: where pretraining pays is what they show.
+    """
+    budgets, kinds = (2, 8), {"progressive": "2:25,4:25,8:50", "full length only": "8:100"}
+    flags = lambda *argv: common.parse(tpt_mae.Config, tpt_mae.RECIPES, list(map(str, argv)))
+    cost, rows, sources = {}, [], {}
+    for budget in budgets:
+        for seed in seeds:
+            for kind, stages in kinds.items():
+                folder = out / f"tpt-{seed}-{budget}-{kind.split()[0]}"
+                argv = ["--stages", stages, "--budget", budget, "--seed", seed, "--eval-every", 1000]
+                last = [r for r in run("tpt_mae", folder, *argv, "--then", "") if "val_mae" in r][-1]
+                cfg = flags(*argv, "--workers", 2)
+                plan, _ = tpt_mae.schedule(cfg, cfg.train_clips)
+                if kind not in cost:
+                    cost[kind] = {s.frames: tpt_mae.count_gmacs(cfg, 8, s.frames)[0] for s in plan}
+                gmacs = sum(s.steps * s.batch * cost[kind][s.frames] for s in plan)
+                rows.append((budget, seed, kind, last["val_mae"], tpt_mean_error(cfg), gmacs, last["seconds"]))
+                sources[budget, seed, kind] = folder / "last.pt"
+    print("\n| budget | seed | pretraining | masked error | per-position mean | GMACs | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for budget, seed, kind, error, mean, gmacs, seconds in rows:
+        print(f"| {budget} | {seed} | {kind} | {error:.4f} | {mean:.4f} | {gmacs:.0f} | {seconds:.0f} |")
+
+    print("\n| labelled clips | budget | start | top-1 at 1/3, mean (seeds) | 2/3 | all |\n|---|---|---|---|---|---|")
+    lines = Path("toy/actions/train.csv").read_text().splitlines()
+    for labels in (100, 300):
+        few = out / f"tpt-{labels}.csv"
+        few.write_text("\n".join(lines[:labels]))
+        steps = labels // 16  # of a pass; 162 steps in all
+        for budget, kind in [("-", "scratch"), *((b, k) for b in budgets for k in kinds)]:
+            curves = []
+            for seed in seeds:
+                start = ["--init", sources[budget, seed, kind]] if kind != "scratch" else []
+                folder = out / f"tpt-ft-{labels}-{seed}-{budget}-{kind.split()[0]}"
+                records = run("tpt_mae", folder, "--recipe", "toy_ft", "--seed", seed, "--train-list", few, *start,
+                              "--epochs", 162 // steps, "--eval-every", 54 // steps)  # fmt: skip
+                curves.append([r["val_top1"] for r in records if "val_top1" in r])
+            cells = [
+                f"{statistics.mean(c):.1f} ({', '.join(f'{x:.0f}' for x in c)})" for c in zip(*curves, strict=True)
+            ]
+            print(f"| {labels} | {budget} | {kind} | {' | '.join(cells)} |")
+
+
+def sfa_images(seed, path, steps=600, batch=64):
+    """Train sfa_vivit's toy spatial transformer on single frames to tell colour and shape, 24 classes, and write it to
+    path: the toy's stand-in for image weights. Returns its accuracy on validation frames."""
+    cfg = common.parse(sfa_vivit.Config, sfa_vivit.RECIPES, ["--seed", str(seed)])
+    actors = {}
+    for split in ("train", "val"):
+        count = data.TOY_SETS["long"]["counts"][split]
+        pairs = [data._toy_script("long", 0, split, i)[1][0][1] for i in range(count)]
+        actors[split] = [data.TOY_ACTORS.index(pair) for pair in pairs]
+    frames = {}
+    for split, number in (("train", 16), ("val", 4)):
+        videos = data.VideoList(f"{cfg.data_root}/{split}.csv", cfg.data_root, cfg.num_classes)
+        frames[split] = []
+        for i in range(len(videos)):
+            with data.Video(videos.video(i)) as video:
+                picked = torch.linspace(0, video.info.num_frames - 1, number).long().tolist()
+                frames[split].append(video.read(picked, cfg.size))
+        frames[split] = torch.stack(frames[split])  # [videos, number, C, H, W]
+    torch.manual_seed(seed)
+    net = sfa_vivit.ViViT(len(data.TOY_ACTORS), cfg.model, 2, cfg.size)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
+    still = lambda images: images[:, None].expand(-1, 2, -1, -1, -1)  # [B, 2, C, H, W]
+    logits = lambda images: net.head(net.frames(still(images))[:, 0])  # [B, classes]
+    labels = {split: torch.tensor(actors[split]) for split in actors}
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = common.cosine(step, steps, steps // 10, 1e-3)
+        video = torch.randint(len(labels["train"]), (batch,))
+        images = frames["train"][video, torch.randint(16, (batch,))]  # [B, C, H, W]
+        torch.nn.functional.cross_entropy(logits(images), labels["train"][video]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        hits = logits(frames["val"].flatten(0, 1)).argmax(1) == labels["val"].repeat_interleave(4)
+    weights = {k: v for k, v in net.state_dict().items() if k.startswith(("patch_embed.", "spatial."))}
+    torch.save({"model": weights}, path)
+    return 100 * hits.float().mean().item()
+
+
+def sfa_evidence(seeds, out):
+    """Rows of Table 1 on the toy long videos: top-1 of the last step, wall-clock. V is `python sfa_vivit.py`; full
+    training has the epochs of V's second stage, and those of both; I and III start from sfa_images."""
+    (few, first), (many, second) = (part.split(":") for part in sfa_vivit.RECIPES["toy"]["stages"].split(","))
+    alone, both = f"{many}:{second}", f"{many}:{int(first) + int(second)}"
+    out.mkdir(parents=True, exist_ok=True)
+    data.make_toy("toy", "long")
+    rows = []
+    for seed in seeds:
+        image = out / f"sfa-image-{seed}.pt"
+        told = sfa_images(seed, image) if not image.exists() else float("nan")
+        frozen = ["--stages", alone, "--freeze", "spatial", "--init"]
+        flags = {
+            "full, stage 2's steps": ["--stages", alone],
+            "full, both stages' steps": ["--stages", both],
+            "I": [*frozen, image, "--no-adapter"],
+            "III": [*frozen, image],
+            "V": [],
+            "random, frozen": [*frozen, "random"],
+        }
+        for name, extra in flags.items():
+            folder = out / f"sfa-{name.replace(' ', '-').replace(',', '')}-{seed}"
+            evaluations = [r for r in run("sfa_vivit", folder, "--seed", seed, *extra) if "near_peak_epoch" in r]
+            rows.append((name, seed, told, evaluations))
+    print(f"\n| row | seed | top-1 % | clips | its stage 1 at {few} frames % | near-peak epoch | seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for name, seed, _, evaluations in rows:
+        last = evaluations[-1]
+        stage_1 = f"{evaluations[0]['val_top1']:.1f}" if len(evaluations) > 1 else "-"
+        print(
+            f"| {name} | {seed} | {last['val_top1']:.1f} | {last['val_clips']} | {stage_1} | "
+            f"{last['near_peak_epoch']:g} | {last['seconds']:.0f} |"
+        )
+    print("frozen image transformers: colour and shape of validation frames", {seed: told for _, seed, told, _ in rows})
+
+
+def sfa_g_evidence(seeds, out):
+    """One stage-2 step of ViViT-g, batch 1, 16 frames, fp32 on the CPU, and the process's largest memory."""
+    cfg = common.parse(sfa_vivit.Config, sfa_vivit.RECIPES, ["--recipe", "k400", "--model", "vivit_g"])
+    stage = sfa_vivit.Stage(1, 16, 0, 1, ("spatial",), True)
+    net = sfa_vivit.ViViT(400, cfg.model, stage.frames, temporal_depth=4, spatial_chunk=2)
+    net.enter(stage)
+    optimizer = torch.optim.SGD(common.param_groups(net, 0.0), lr=1e-4, momentum=0.9, fused=True)
+    clips, keys = torch.randint(0, 256, (1, 16, 3, 224, 224), dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    before = [p.detach().clone() for p in net.temporal.parameters()]
+    for _ in range(2):  # the head starts at zero: what is before it moves in the second step
+        loss = sfa_vivit.vivit_loss(net(clips, keys), sfa_vivit.soft_targets(keys, (400,), 0.0), (400,)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = sum((a - b).abs().sum().item() for a, b in zip(before, net.temporal.parameters(), strict=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"loss {loss.item():.4f}, temporal weights moved by {moved:.3g}; largest memory of the process {peak:.2f} GB")
+    if not moved or peak > 16:
+        raise SystemExit("the step did not train, or took more than 16 GB")
+
+
+def avion_evidence(seeds, out, clips=16_384, batches=(16, 32, 64, 128)):
+    """`python avion.py`, last step: retrieval and zero-shot motion; then the global batch at equal clips seen, in
+    micro-batches of 16 through the cached-gradient step (Fig. 6 at toy size)."""
+    last = lambda name, *flags: [r for r in run("avion", out / f"avion-{name}", *flags) if "val_map" in r][-1]
+    keys = "val_r1_t2v", "val_r1_v2t", "val_verb", "val_map", "shuffled_map", "val_ndcg", "shuffled_ndcg", "seconds"
+    print(f"\n| seed | {' | '.join(keys)} |\n|{'---|' * (1 + len(keys))}")
+    for seed in seeds:
+        result = last(seed, "--seed", seed)
+        print(f"| {seed} | {' | '.join(f'{result[key]:.1f}' for key in keys)} |")
+    print("\n| global batch | steps | R@1 text to video | video to text | motion |\n|---|---|---|---|---|")
+    for batch in batches:
+        flags = ["--batch-size", batch, "--micro-batch", 16, "--max-steps", clips // batch]
+        results = [last(f"batch{batch}-{seed}", "--seed", seed, *flags) for seed in seeds]
+        cells = [", ".join(f"{result[key]:.1f}" for result in results) for key in keys[:3]]
+        print(f"| {batch} | {clips // batch} | {' | '.join(cells)} |")
+
+
 EVIDENCE = {
     "turbo": turbo_evidence,
     "turbo_tradeoff": turbo_tradeoff,
     "turbo_long": turbo_long,
     "turbo_vl": turbo_vl,
+    "avion": avion_evidence,
+    "tpt": tpt_evidence,
+    "sfa": sfa_evidence,
+    "sfa_g": sfa_g_evidence,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,1027 @@
+"""tpt_mae.py: each idea against a slow version, VideoMAE's own numbers, the schedules of every table, a run's life."""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import signal
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, command
+from test_weights import hub_model, relative, upstream_names
+
+import common
+import data
+import tpt_mae
+from common import UserError, make_key
+
+KEYS = make_key(torch.arange(2))
+FRAMES, SIZE = 4, 64  # of the hub's models in test_weights
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """On tensors this small threads only wait for each other. And a tiny model with VideoMAE's patches."""
+    monkeypatch.setitem(tpt_mae.MODELS, "vit_16", tpt_mae.MODELS["vit_toy"] | {"patch": (2, 16, 16)})
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(*argv):
+    return common.parse(tpt_mae.Config, tpt_mae.RECIPES, list(map(str, argv)))
+
+
+def randomise(model):
+    """No zeros and ones in biases, norms or zero-initialised layers, which would hide a mistake."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def clips(n=2, frames=FRAMES, size=SIZE, seed=0):
+    return torch.randint(
+        0, 256, (n, frames, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+# ---- the schedule ----------------------------------------------------------------------------------------------------
+
+
+def test_budget_arithmetic_of_the_paper():
+    """Uniform at 400 epochs; Sec. 3.2.1's "25 % at 2 frames -> 1600 epochs" needs 800; frames alone share evenly."""
+    uniform = tpt_mae.plan_stages("2:25,4:25,8:25,16:25", 400)
+    assert uniform == [(2, 25.0, 800), (4, 25.0, 400), (8, 25.0, 200), (16, 25.0, 100)]
+    assert sum(frames * epochs for frames, _, epochs in uniform) == 400 * 16
+    assert tpt_mae.plan_stages("2:25,16:75", 800)[0] == (2, 25.0, 1600)
+    assert tpt_mae.plan_stages("16:100", 800) == [(16, 100.0, 800)]
+    assert tpt_mae.plan_stages("2,4,16", 300) == [(2, 100 / 3, 800), (4, 100 / 3, 400), (16, 100 / 3, 100)]
+    assert tpt_mae.plan_stages("2:33.33,8:33.33,16:33.33", 3) == [(2, 33.33, 8), (8, 33.33, 2), (16, 33.33, 1)]
+    assert tpt_mae.plan_stages("1:50,8:50", 4, full=8) == [(1, 50.0, 16), (8, 50.0, 2)]
+    assert [row[2] for row in tpt_mae.plan_stages("12:20,16:80", 400)] == [107, 320]  # 106.67 is rounded
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("2:25,4:25,8:25,16:20", "sum to 100, not 95"),
+        ("2:0,16:100", "above 0"),
+        ("2:-20,16:120", "above 0"),
+        ("3:50,16:50", "3 frames are not a multiple of the token's 2"),
+        ("0:50,16:50", "0 frames"),
+        ("4:50,2:50", "must rise"),
+        ("16:50,16:50", "must rise"),
+        ("2:99.9,16:0.1", "no epoch of 16 frames"),
+        ("2;25", "frames:percent"),
+        ("2:nan,16:50", "sum to 100"),
+        ("2:25,", "frames:percent"),
+    ],
+)
+def test_impossible_stages(text, words):
+    """In the pure function a ValueError; on the command line one line with the flag."""
+    with pytest.raises(ValueError, match=words):
+        tpt_mae.plan_stages(text, 400)
+    with pytest.raises(UserError, match=rf"^error: --stages {re.escape(text)}: .*{words}") as error:
+        tpt_mae.check(config("--recipe", "ssv2", "--stages", text))
+    assert "\n" not in str(error.value)
+
+
+def walk(segments, steps):
+    """What a run does, step by step: (stage, that stage's own step count); asserts that nothing is lost or repeated."""
+    seen, own = [], [0] * len(steps)
+    for i, segment in enumerate(segments):
+        assert segment.start == (segments[i - 1].stop if i else 0) and segment.offset == own[segment.stage]
+        for _ in range(segment.start, segment.stop):
+            seen.append(segment.stage)
+            own[segment.stage] += 1
+    assert own == steps
+    return seen
+
+
+def test_long_and_short_cycles():
+    assert walk(tpt_mae.lay_out([4, 2, 1]), [4, 2, 1]) == [0, 0, 0, 0, 1, 1, 2]
+    assert walk(tpt_mae.lay_out([8, 4, 2], rounds=2), [8, 4, 2]) == [0, 0, 0, 0, 1, 1, 2] * 2
+    assert walk(tpt_mae.lay_out([3, 2], rounds=2), [3, 2]) == [0, 1, 0, 0, 1]  # what doesn't divide comes later
+    walk(tpt_mae.lay_out([7, 5, 3], rounds=11, order="random"), [7, 5, 3])
+
+
+def test_random_order():
+    """Never the progressive order of a long cycle; another one for another seed; short rounds differ."""
+    orders = {tuple(s.stage for s in tpt_mae.lay_out([1] * 4, order="random", seed=seed)) for seed in range(200)}
+    assert (0, 1, 2, 3) not in orders and len(orders) == 23 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    rounds = tpt_mae.lay_out([6] * 4, rounds=6, order="random")
+    assert len({tuple(s.stage for s in rounds[i : i + 4]) for i in range(0, 24, 4)}) > 2
+
+
+def test_learning_rate_cycles():
+    """Table 6: 1, 2, 4 cycles over 4 stages, each with its own warm-up; a step a third of a cycle long."""
+    bounds = lambda n: [s.cycle for s in tpt_mae.lay_out([8, 4, 2, 1], cycles=n)]
+    assert bounds(1) == [(0, 15)] * 4 and bounds(4) == [(0, 8), (8, 12), (12, 14), (14, 15)]
+    assert bounds(2) == [(0, 12), (0, 12), (12, 15), (12, 15)]
+    rate = lambda step, **kind: tpt_mae.learning_rate(step, (100, 200), 1.0, 0.1, 0.1, **kind)
+    assert [rate(100 + i) for i in (0, 5, 10)] == pytest.approx([0, 0.5, 1.0])
+    for i in (10, 30, 55, 99):
+        assert rate(100 + i) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * (i - 10) / 90)))
+    steps = [rate(100 + i, decay="step") for i in (5, 10, 33, 34, 66, 67, 99)]
+    assert steps == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_schedule_of_a_config():
+    """Table 7's batches: rates follow VideoMAE's rule unless given; a pass with repeats shows that many clips."""
+    stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--stage-batch", "512,512,512,1024"), 168913)
+    assert [s.batch for s in stages] == [512, 512, 512, 1024]
+    assert [s.lr for s in stages] == pytest.approx([3e-4, 3e-4, 3e-4, 6e-4])
+    assert [s.steps for s in stages] == [800 * 329, 400 * 329, 200 * 329, 100 * 164] and len(segments) == 4
+    stages, _ = tpt_mae.schedule(config("--recipe", "ssv2", "--repeats", "4,2,1,1", "--stage-lr", "1e-3"), 168913)
+    assert [s.lr for s in stages] == [1e-3] * 4 and [s.repeats for s in stages] == [4, 2, 1, 1]
+    assert [s.epoch_steps for s in stages] == [659, 329, 164, 164]
+    assert [s.steps for s in stages] == [800 * 659 // 4, 400 * 329 // 2, 200 * 164, 100 * 164]
+    stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--cycle", "short"), 168913)
+    assert len(segments) == 400 and len({s.cycle for s in segments}) == 1  # 100 rounds of 8, 4, 2, 1 epochs
+    assert [s.stop - s.start for s in segments[:4]] == [8 * 164, 4 * 164, 2 * 164, 164]
+    (stage,), _ = tpt_mae.schedule(config("--recipe", "k400_ft"), 241258)
+    assert (stage.frames, stage.epochs, stage.steps) == (16, 75, 75 * (241258 // 384))
+    stages, _ = tpt_mae.schedule(config("--recipe", "ssv2", "--max-steps", 150), 168913)
+    assert [s.steps for s in stages] == [80, 40, 20, 10]
+
+
+def test_search_space_by_brute_force():
+    """All subsets and portions, filtered afterwards, as Sec. 3.2.1 puts it."""
+    expected = set()
+    for n in range(1, 5):
+        for frames in itertools.product((2, 4, 8, 12, 16), repeat=n):
+            for shares in itertools.product((0, 6.25, 12.5, 25, 50, 100), repeat=n):
+                if sorted(set(frames)) == list(frames) and frames[-1] == 16 and sum(shares) == 100 and min(shares):
+                    expected.add(",".join(f"{f}:{p:g}" for f, p in zip(frames, shares, strict=True)))
+    space = tpt_mae.search_space()
+    assert set(space) == expected and len(space) == len(expected) == 75
+    assert [text.count(",") for text in space] == sorted(text.count(",") for text in space)  # from few to many
+    assert "2:25,4:25,8:25,16:25" in space
+    assert tpt_mae.search_space((8, 2), 1) == ["8:100"] and tpt_mae.search_space((8, 2)) == ["8:100", "2:50,8:50"]
+    for text in space:
+        tpt_mae.plan_stages(text, 400)
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Film:
+    info: data.VideoInfo
+
+
+FILM = Film(data.VideoInfo(320, 240, 30.0, 100, 100 / 30, 0, "h264"))
+
+
+def test_sampling_of_both_data_sets():
+    key = make_key(5)
+    k400, ssv2 = config("--recipe", "k400"), config("--recipe", "ssv2")
+    for frames in (2, 4, 8, 16):
+        chosen, box = tpt_mae.sample_clip(k400, frames, True, (1, 1), FILM, 0, 0, key)
+        assert np.diff(chosen).tolist() == [4] * (frames - 1)  # the same stride at every length
+        assert box == data.multi_scale_box(FILM.info, key)
+        chosen, _ = tpt_mae.sample_clip(ssv2, frames, True, (1, 1), FILM, 0, 0, key)
+        assert all(i * 100 // frames <= f < (i + 1) * 100 // frames for i, f in enumerate(chosen))  # one a segment
+    first, second = (tpt_mae.sample_clip(ssv2, 4, True, (1, 1), FILM, 0, 0, make_key(i))[0] for i in (1, 2))
+    assert first != second
+    chosen, _ = tpt_mae.sample_clip(k400, 1, True, (1, 1), FILM, 0, 0, key)
+    assert chosen == data.stride_frames(FILM.info, 1, 4, common.uniform(key, "start").item()) * 2  # fills the tubelet
+    assert chosen[0] > 0
+    box = tpt_mae.sample_clip(config("--recipe", "k400_ft"), 16, True, (1, 1), FILM, 0, 0, key)[1]
+    assert box == data.random_resized_box(FILM.info, key)
+
+
+def test_test_views():
+    """5 x 3: five starts, three squares; 2 x 3: VideoMAE's two interleaved clips of segments; a centre clip else."""
+    cfg = config("--recipe", "k400_ft")
+    views = [tpt_mae.sample_clip(cfg, 16, False, (5, 3), FILM, 0, v, None) for v in range(15)]
+    assert [v[0][0] for v in views[::3]] == [0, 9, 18, 27, 36] and [v[1][0] for v in views[:3]] == [0, 40, 80]
+    assert all(a[0] == b[0] for a, b in zip(views[::3], views[2::3], strict=True))
+    cfg = config("--recipe", "ssv2_ft")
+    views = [tpt_mae.sample_clip(cfg, 4, False, (2, 3), FILM, 0, v, None)[0] for v in (0, 3)]
+    assert views == [[0, 25, 50, 75], [12, 37, 62, 87]]
+    assert tpt_mae.sample_clip(cfg, 4, False, (1, 1), FILM, 0, 0, None) == ([12, 37, 62, 87], (40, 0, 240, 240))
+    with pytest.raises(UserError, match="--test-views 5"):
+        tpt_mae.parse_views(config("--test-views", "5"))
+
+
+# ---- VideoMAE --------------------------------------------------------------------------------------------------------
+
+
+def test_positions_of_a_short_clip_are_a_prefix():
+    """The table of f frames is a prefix of the 16-frame one, and a 4-frame clip in the model of 16 frames gives what
+    it gives in a model of 4: nothing is interpolated between stages."""
+    long = randomise(tpt_mae.VideoMAE("vit_16", frames=16, size=SIZE))
+    for frames in (2, 4, 8, 12):
+        short = tpt_mae.VideoMAE("vit_16", frames=frames, size=SIZE).eval()
+        n = frames // 2 * 16
+        assert torch.equal(short.positions, long.positions[:, :n])
+        assert torch.equal(short.decoder_positions, long.decoder_positions[:, :n])
+    short = tpt_mae.VideoMAE("vit_16", frames=4, size=SIZE).eval()
+    short.load_state_dict(long.state_dict())
+    for a, b in zip(short(clips(), KEYS, 0.75), long(clips(), KEYS, 0.75), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_mask_is_a_tube_and_hidden_pixels_do_not_leak():
+    model, video = randomise(tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE)), clips()
+    visible, masked = common.tube_split(KEYS, 2, 16, 0.75)
+    assert visible.shape == (2, 8) and torch.equal(visible[:, :4] + 16, visible[:, 4:])
+    patches = common.patchify(video, model.patch)
+    prediction, target = model(video, KEYS, 0.75)
+    assert torch.equal(target, tpt_mae.pixel_target(common.gather_tokens(patches, masked), "normalized"))
+    hidden = torch.zeros(2, 32, dtype=torch.bool).scatter(1, masked, True)[..., None]
+    swap = lambda where: common.unpatchify(torch.where(where, 255 - patches, patches), model.patch, model.grid)
+    assert torch.equal(model(swap(hidden), KEYS, 0.75)[0], prediction)
+    assert not torch.allclose(model(swap(~hidden), KEYS, 0.75)[0], prediction, atol=1e-3)
+
+
+def test_normalised_target_and_loss_by_loops():
+    patches = torch.randint(0, 256, (2, 3, 24), dtype=torch.uint8)
+    target = tpt_mae.pixel_target(patches, "normalized")
+    for b, n, c in itertools.product(range(2), range(3), range(3)):
+        x = patches[b, n, c::3].double() / 255  # colours are fastest
+        assert torch.allclose(target[b, n, c::3].double(), (x - x.mean()) / (x.std() + 1e-6), atol=1e-5)
+    mean, std = torch.tensor(data.IMAGENET_MEAN), torch.tensor(data.IMAGENET_STD)
+    expected = (patches / 255).unflatten(-1, (-1, 3)).sub(mean).div(std).flatten(-2)
+    assert torch.allclose(tpt_mae.pixel_target(patches, "pixels"), expected, atol=1e-6)
+    guess = torch.randn(2, 3, 24)
+    assert torch.allclose(tpt_mae.mae_loss(guess, target), ((guess - target) ** 2).flatten(1).mean(1))
+
+
+def hub_gradients(model, loss, folder):
+    """The gradients by our names: saved as if they were weights, which the hub's own code then names."""
+    loss.backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad
+    model.save_pretrained(folder)
+    return common.videomae_weights(common.read_weights(folder))
+
+
+def hub_pixels(video):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    return (video / 255 - mean) / std
+
+
+def same_gradients(net, expected):
+    for name, parameter in net.named_parameters():
+        assert relative(parameter.grad, expected[name]) < 1e-5, name
+        assert expected[name].norm() > 0
+
+
+@pytest.mark.parametrize("ratio", [0.75, 0.5])
+def test_loss_and_gradients_are_videomaes(ratio, tmp_path):
+    """Same weights, tube mask and clip as transformers' VideoMAE: loss and every gradient to 1e-5."""
+    hub = hub_model(tmp_path, use_mean_pooling=False)
+    net = tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE)
+    message = common.load_weights(net, tpt_mae.init_weights(tmp_path, net), tmp_path)
+    assert "loaded 88 " in message and "left at init 0, not used 0" in message
+    loss = tpt_mae.mae_loss(*net(clips(), KEYS, ratio)).mean()
+    loss.backward()
+    _, masked = common.tube_split(KEYS, 2, 16, ratio)
+    expected = hub(hub_pixels(clips()), torch.zeros(2, 32, dtype=torch.bool).scatter(1, masked, True)).loss
+    assert abs(loss / expected - 1) < 1e-5 and loss > 0.5
+    same_gradients(net, hub_gradients(hub, expected, tmp_path / "gradients"))
+
+
+def test_classifier_is_videomaes(tmp_path):
+    """Mean pooling, fc_norm, head: logits and gradients of transformers' classification model to 1e-5."""
+    hub = hub_model(tmp_path, "VideoMAEForVideoClassification", num_labels=5)
+    net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, drop_path=0.0)
+    message = common.load_weights(net, tpt_mae.init_weights(tmp_path, net), tmp_path)
+    assert "left at init 0, not used 0" in message
+    labels = torch.tensor([3, 0])
+    output = hub(hub_pixels(clips()), labels=labels)
+    logits = net(clips(), KEYS)
+    assert relative(logits, output.logits) < 1e-5
+    F.cross_entropy(logits, labels).backward()
+    same_gradients(net, hub_gradients(hub, output.loss, tmp_path / "gradients"))
+
+
+def test_saved_in_videomaes_format(tmp_path):
+    """Names and shapes of upstream's files, values that come back, for pretraining and fine-tuning."""
+    hub = hub_model(tmp_path, use_mean_pooling=False)
+    net = tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE)
+    common.load_weights(net, tpt_mae.init_weights(tmp_path, net), tmp_path)
+    ours, expected = tpt_mae.videomae_state(net), upstream_names(common.read_weights(tmp_path))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[k], expected[k]) for k in ours)
+    torch.save({"model": ours}, tmp_path / "videomae.pth")
+    again = tpt_mae.init_weights(tmp_path / "videomae.pth", net)
+    assert all(torch.equal(again[k], v) for k, v in net.state_dict().items())
+    tuned = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE)
+    state = tpt_mae.videomae_state(tuned)
+    assert state["patch_embed.proj.weight"].shape == (128, 3, 2, 16, 16)
+    assert {"blocks.3.attn.q_bias", "fc_norm.weight", "head.bias"} <= state.keys() and len(state) == 2 + 13 * 4 + 4
+    assert hub is not None
+
+
+def test_fine_tuning_takes_the_encoder_only(tmp_path):
+    """From pretraining weights: blocks and embedding; not the final norm, the decoder, or another task's classifier."""
+    pretrained = randomise(tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE))
+    torch.save({"model": pretrained.state_dict()}, tmp_path / "p.pt")
+    net = tpt_mae.Classifier(5, "vit_16", 2 * FRAMES, SIZE)
+    weights = tpt_mae.init_weights(tmp_path / "p.pt", net)
+    assert weights.keys() == net.state_dict().keys() - {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert torch.equal(weights["blocks.0.attn.qkv.weight"], pretrained.blocks[0].attn.qkv.weight)
+    torch.save({"model": tpt_mae.Classifier(7, "vit_16", FRAMES, SIZE).state_dict()}, tmp_path / "seven.pt")
+    assert "head.weight" not in tpt_mae.init_weights(tmp_path / "seven.pt", net)
+    torch.save({"model": net.state_dict()}, tmp_path / "five.pt")
+    assert "head.weight" in tpt_mae.init_weights(tmp_path / "five.pt", net)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    for a, b in itertools.permutations(tpt_mae.BLOCKS, 2):
+        path = tmp_path / f"{a}.pt"
+        torch.save({"model": tpt_mae.VideoMAE("vit_16", "", FRAMES, SIZE, backbone=a).state_dict()}, path)
+        with pytest.raises(UserError, match=f"^error: {path}: weights of another backbone than this --backbone"):
+            tpt_mae.init_weights(path, tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, b))
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+
+S, K, H = 3, 5, 2  # time steps, kept places, heads
+
+
+def heads_of(attn, x):
+    """(q, k, v), each [N, H, d], of one clip's tokens [N, D]."""
+    bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    return F.linear(x, attn.qkv.weight, bias).reshape(len(x), 3, H, -1).unbind(1)
+
+
+def attend(q, k, v):
+    """Plain attention of one query [d] over keys and values [n, d]."""
+    return (k @ q / len(q) ** 0.5).softmax(0) @ v
+
+
+def test_divided_attention_by_loops():
+    block = randomise(tpt_mae.DividedBlock(32, H))
+    x = torch.randn(1, S * K, 32)
+    y = x[0].clone()
+    q, k, v = heads_of(block.temporal_attn, block.temporal_norm(y))
+    out = torch.zeros_like(y)
+    for i in range(S * K):  # the same place in every step
+        same = [j for j in range(S * K) if j % K == i % K]
+        out[i] = torch.cat([attend(q[i, h], k[same, h], v[same, h]) for h in range(H)])
+    y = y + block.temporal_fc(block.temporal_attn.proj(out))
+    q, k, v = heads_of(block.attn, block.norm1(y))
+    for i in range(S * K):  # all places of the same step
+        same = [j for j in range(S * K) if j // K == i // K]
+        out[i] = torch.cat([attend(q[i, h], k[same, h], v[same, h]) for h in range(H)])
+    y = y + block.attn.proj(out)
+    y = y + block.mlp(block.norm2(y))
+    assert torch.allclose(block(x, steps=S)[0], y, atol=1e-5)
+
+
+def test_trajectory_attention_by_loops():
+    attn = randomise(tpt_mae.TrajectoryAttention(32, H))
+    x = torch.randn(1, S * K, 32)
+    q, k, v = heads_of(attn, x[0])
+    out = torch.zeros(S * K, 32)
+    for i in range(S * K):
+        steps = [[j for j in range(S * K) if j // K == t] for t in range(S)]
+        y = torch.stack([torch.cat([attend(q[i, h], k[t, h], v[t, h]) for h in range(H)]) for t in steps])  # [S, D]
+        query = attn.trajectory_q(y[i // K]).reshape(H, -1)
+        keys, values = attn.trajectory_kv(y).reshape(S, 2, H, -1).unbind(1)
+        out[i] = torch.cat([attend(query[h], keys[:, h], values[:, h]) for h in range(H)])
+    assert torch.allclose(attn(x, S)[0], attn.proj(out), atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["joint", "divided", "trajectory"])
+def test_backbones_depend_on_visible_tokens_only(backbone):
+    """Each works on the visible tokens of any number of frames, and mixes clips with nothing."""
+    model = randomise(tpt_mae.VideoMAE("vit_16", "", 8, SIZE, backbone=backbone))
+    for frames in (2, 4, 8):
+        prediction, target = model(clips(2, frames), KEYS, 0.75)
+        assert prediction.shape == target.shape == (2, frames // 2 * 12, 1536)
+        alone, _ = model(clips(2, frames)[1:], KEYS[1:], 0.75)
+        assert torch.allclose(alone, prediction[1:], atol=1e-5)
+    assert not torch.allclose(prediction[0], prediction[1], atol=1e-2)
+    assert not torch.allclose(prediction[:, :12], prediction[:, 12:24], atol=1e-2)  # time is seen
+
+
+def image_vit(folder):
+    """transformers' image ViT of vit_16's size, all parameters random, in the hub's layout; and Google's .npz of it."""
+    transformers = pytest.importorskip("transformers")
+    options = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 512}
+    model = transformers.ViTModel(
+        transformers.ViTConfig(image_size=SIZE, layer_norm_eps=1e-6, **options), add_pooling_layer=False
+    )
+    randomise(model).save_pretrained(folder)
+    hub = common.read_weights(folder)
+    hub = {name.removeprefix("vit."): tensor for name, tensor in hub.items()}
+    npz = {"cls": hub["embeddings.cls_token"], "embedding/bias": hub["embeddings.patch_embeddings.projection.bias"],
+           "embedding/kernel": hub["embeddings.patch_embeddings.projection.weight"].permute(2, 3, 1, 0),
+           "Transformer/posembed_input/pos_embedding": hub["embeddings.position_embeddings"],
+           "Transformer/encoder_norm/scale": hub["layernorm.weight"],
+           "Transformer/encoder_norm/bias": hub["layernorm.bias"], "head/kernel": torch.zeros(128, 3),
+           "pre_logits/kernel": torch.zeros(128, 128)}  # fmt: skip
+    for i in range(4):
+        theirs, ours = f"encoder.layer.{i}", f"Transformer/encoderblock_{i}"
+        for a, b in (("layernorm_before", "LayerNorm_0"), ("layernorm_after", "LayerNorm_2")):
+            npz[f"{ours}/{b}/scale"], npz[f"{ours}/{b}/bias"] = hub[f"{theirs}.{a}.weight"], hub[f"{theirs}.{a}.bias"]
+        for a, b in (("intermediate.dense", "MlpBlock_3/Dense_0"), ("output.dense", "MlpBlock_3/Dense_1")):
+            npz[f"{ours}/{b}/kernel"] = hub[f"{theirs}.{a}.weight"].T
+            npz[f"{ours}/{b}/bias"] = hub[f"{theirs}.{a}.bias"]
+        attention = f"{ours}/MultiHeadDotProductAttention_1"
+        for part in ("query", "key", "value"):
+            npz[f"{attention}/{part}/kernel"] = hub[f"{theirs}.attention.attention.{part}.weight"].T.reshape(128, 2, 64)
+            npz[f"{attention}/{part}/bias"] = hub[f"{theirs}.attention.attention.{part}.bias"].reshape(2, 64)
+        npz[f"{attention}/out/kernel"] = hub[f"{theirs}.attention.output.dense.weight"].T.reshape(2, 64, 128)
+        npz[f"{attention}/out/bias"] = hub[f"{theirs}.attention.output.dense.bias"]
+    np.savez(folder / "vit.npz", **{name: tensor.contiguous().numpy() for name, tensor in npz.items()})
+    return model
+
+
+def test_image_weights_start_all_backbones(tmp_path):
+    """Hub and .npz give the same; a clip of one repeated image is embedded as the image ViT embeds it; and the divided
+    model's space, and the joint model of a single step, do with it what the image ViT without CLS does."""
+    vit = image_vit(tmp_path)
+    hub, npz = (common.vit_weights(common.read_weights(path)) for path in (tmp_path, tmp_path / "vit.npz"))
+    assert hub.keys() == npz.keys() and all(torch.equal(hub[k], npz[k]) for k in hub) and len(hub) == 6 + 13 * 4
+    image = clips(2, 1)
+    video = image.repeat(1, FRAMES, 1, 1, 1)
+    embedded = vit.embeddings(image[:, 0].float() / 127.5 - 1)[:, 1:]  # [2, 16, D], without CLS
+    expected = embedded
+    layers = vit.encoder.layer if hasattr(vit, "encoder") else vit.layers
+    for layer in layers:
+        expected = layer(expected)
+        expected = expected[0] if isinstance(expected, tuple) else expected
+    for backbone in tpt_mae.BLOCKS:
+        net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, backbone, positions="learned", drop_path=0.0).eval()
+        message = common.load_weights(net, tpt_mae.init_weights(tmp_path / "vit.npz", net), "vit")
+        assert "left at init 4 " in message if backbone == "joint" else "loaded" in message
+        normalised = data.normalize(common.patchify(video, net.patch), data.IMAGENET_MEAN, data.IMAGENET_STD)
+        x = net.patch_embed(normalised) + net.positions
+        assert torch.allclose(x, embedded.repeat(1, 2, 1), atol=1e-4)
+        if backbone == "divided":  # temporal_fc is zero at first: each step by itself
+            assert torch.equal(net.blocks[0].temporal_attn.qkv.weight, net.blocks[0].attn.qkv.weight)
+            assert relative(net.encode(common.patchify(video, net.patch)), expected.repeat(1, 2, 1)) < 1e-4
+        if backbone == "joint":
+            assert relative(net.encode(common.patchify(video[:, :2], net.patch)), expected) < 1e-4
+    with pytest.raises(UserError, match="--positions learned"):
+        tpt_mae.init_weights(tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE))
+    with pytest.raises(UserError, match="16 places, --size makes 4"):
+        tpt_mae.init_weights(tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", FRAMES, 32, positions="learned"))
+
+
+def test_damaged_npz(tmp_path):
+    """Cut, or with a pickled object: one line with the name, nothing is run."""
+    path = tmp_path / "w.npz"
+    np.savez(path, a=np.arange(400.0), b=np.array([{}], dtype=object))
+    with pytest.raises(UserError, match="w.npz: not a readable .npz file"):
+        common.read_weights(path)
+    np.savez(path, a=np.arange(400.0))
+    assert common.read_weights(path)["a"].tolist() == list(range(400))
+    broken = bytearray(path.read_bytes())
+    broken[300:400] = bytes(100)
+    path.write_bytes(broken)
+    with pytest.raises(UserError, match="w.npz"):
+        common.read_weights(path)
+    torch.save({"model": {"a": torch.zeros(100)}}, path)  # a zip archive too, of another kind
+    whole = path.read_bytes()
+    assert common.read_weights(path)["a"].shape == (100,)
+    refused = 0
+    for place in range(-120, -8, 4):  # in its directory, not all of which torch heeds
+        path.write_bytes(whole[:place] + b"\xff" * 8 + whole[place + 8 :])
+        try:
+            assert common.read_weights(path)["a"].shape == (100,)
+        except UserError as error:
+            refused += str(path) in str(error)
+    assert refused > 10
+
+
+# ---- the papers' numbers ---------------------------------------------------------------------------------------------
+
+GMACS = {  # forward, all patches embedded; encoder and decoder of VideoMAE, 90 % tube mask, 224 x 224
+    ("vit_b", "4x384"): {2: 3.552, 4: 7.355, 8: 15.714, 12: 25.075, 16: 35.440},
+    ("vit_l", "4x512"): {2: 9.140, 4: 18.635, 8: 38.685, 12: 60.152, 16: 83.035},
+}
+
+
+@pytest.mark.parametrize(("model", "decoder"), GMACS)
+def test_gmacs(model, decoder):
+    """Counted on the real model; ours are lower by the masked patches, which are not embedded."""
+    cfg = config("--recipe", "ssv2", "--model", model, "--decoder", decoder)
+    for frames, expected in GMACS[model, decoder].items():
+        here, embedded = tpt_mae.count_gmacs(cfg, 174, frames)
+        assert embedded == pytest.approx(expected, rel=2e-3)
+        width = tpt_mae.MODELS[model]["width"]
+        assert embedded - here == pytest.approx(frames // 2 * 176 * 1536 * width / 1e9)
+    assert tpt_mae.count_gmacs(cfg, 174, 1) == tpt_mae.count_gmacs(cfg, 174, 2)
+
+
+def test_inference_cost_and_size_of_table_1():
+    """598 and 1193 GMACs, 304 M and 632 M parameters, ViT-L and -H fine-tuned on K400: the paper's, within 0.2 %."""
+    for model, gmacs, parameters in (("vit_l", 598, 304), ("vit_h", 1193, 632)):
+        cfg = config("--recipe", "k400_ft", "--model", model)
+        assert tpt_mae.count_gmacs(cfg, 400, 16)[0] == pytest.approx(gmacs, rel=2e-3)
+        with torch.device("meta"):
+            net = tpt_mae.build(cfg, 400)
+        assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(parameters, rel=2e-3)
+
+
+def plan(capsys, *argv):
+    tpt_mae.main(config("--plan", *argv))
+    return capsys.readouterr().out
+
+
+def test_plan_of_the_headline(capsys):
+    """Half the frame budget on ViT-L (decoder 4 x 512): 54 % fewer multiply-adds (Sec. 5.1), 7.5 % at equal frames."""
+    out = plan(capsys, "--recipe", "k400", "--model", "vit_l", "--decoder", "4x512", "--clips-per-second", "500")
+    equal, half = (list(map(float, re.findall(r"([\d.]+) %", line))) for line in out.splitlines()[-2:])
+    assert all(53 <= x <= 55 for x in half) and all(7 <= x <= 8 for x in equal)
+    rows = [line.split() for line in out.splitlines() if re.match(r" +\d+ +25.00", line)]
+    assert [row[0] for row in rows] == ["2", "4", "8", "16"]
+    assert [row[2] for row in rows] == ["3200", "1600", "800", "400"]
+    for row in rows:
+        assert float(row[10]) == pytest.approx(GMACS["vit_l", "4x512"][int(row[0])], rel=2e-3)
+    clips = 400 * (241258 // 1024) * 1024
+    assert float(rows[3][12]) == pytest.approx(clips / 500 / 3600, abs=0.06)  # hours at the measured rate
+    hours = float(re.search(r"([\d.]+) hours", out)[1])
+    assert hours == pytest.approx(sum(float(row[12]) for row in rows), abs=0.3)
+    assert "hours by --clips-per-second" in plan(capsys, "--recipe", "toy")
+
+
+UNIFORM = "2:25,4:25,8:25,16:25"
+EIGHT = ["--budget-frames", 8, "--stages", "2,4,8"]
+ROWS = {  # each system, table or figure of the paper, as flags
+    "T1 pretrain L": ["k400", "--model", "vit_l"],
+    "T1 pretrain H": ["k400", "--model", "vit_h"],
+    "T1 K400 L": ["k400_ft", "--model", "vit_l", "--epochs", 35],
+    "T1 K400 H": ["k400_ft", "--model", "vit_h", "--epochs", 50, "--head-dropout", 0.5, "--drop-path", 0.2],
+    "T1 SSv2 L": ["ssv2_ft", "--model", "vit_l", "--init", "runs/tpt_mae-k400/last.pt"],
+    "T1 SSv2 H": ["ssv2_ft", "--model", "vit_h", "--init", "runs/tpt_mae-k400/last.pt"],
+    "T2": ["ssv2", "--then", "ssv2_ft"],
+    "T3 joint sup": ["ssv2_sup", "--init", "B_16.npz"],
+    "T3 joint VideoMAE": ["ssv2", "--stages", "16:100"],
+    "T3 joint TPT": ["ssv2"],
+    "T3 divided sup": ["ssv2_sup", "--backbone", "divided", "--frames", 8],
+    "T3 divided VideoMAE": ["ssv2", "--backbone", "divided", "--budget-frames", 8, "--stages", "8:100"],
+    "T3 divided TPT": ["ssv2", "--backbone", "divided", *EIGHT],
+    "T3 trajectory sup": ["ssv2_sup", "--backbone", "trajectory", "--frames", 8],
+    "T3 trajectory VideoMAE": ["ssv2", "--backbone", "trajectory", "--budget-frames", 8, "--stages", "8:100"],
+    "T3 trajectory TPT": ["ssv2", "--backbone", "trajectory", *EIGHT],
+    **{f"T4 {frames}": ["ssv2", "--stages", frames]
+       for frames in ("16", "2,16", "2,4,16", "2,8,16", "4,8,16", "2,4,8,16", "2,4,8,12,16")},
+    **{f"T5 {cycle} {order}": ["ssv2", "--cycle", cycle, "--order", order]
+       for cycle in ("long", "short") for order in ("progressive", "random")},
+    **{f"T6 {cycles} {decay}": ["ssv2", "--lr-cycles", cycles, "--decay", decay]
+       for cycles, decay in ((1, "cosine"), (2, "cosine"), (4, "cosine"), (4, "step"))},
+    **{f"T7 {early}": ["ssv2", "--stage-batch", ",".join([str(64 * early)] * 3 + ["1024"])]
+       for early in (8, 16, 32, 64)},
+    **{f"F2 {epochs}": ["k400", "--budget", epochs] for epochs in (400, 800, 1600)},
+    "F2 VideoMAE S": ["videomae_k400", "--model", "vit_s"],
+    **{f"F3 {first}": ["k400", "--budget", 400, "--stages", f"2:{first},16:{100 - first}"]
+       for first in (6.25, 12.5, 25, 50)},
+    "F3 budget 2f": ["k400", "--budget", 400, "--stages", "2:100", "--budget-frames", 16],
+    "AVION Sec. 5.5": ["videomae_k400"],
+    "single frame": ["ssv2", "--stages", "1:25,4:25,16:50"],
+    "search": ["ssv2", "--task", "search_schedule", "--then", "ssv2_ft"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """count_gmacs, once for each model and length that the rows share."""
+    known, count = {}, tpt_mae.count_gmacs
+
+    def look_up(cfg, classes, frames):
+        key = cfg.model, cfg.decoder, cfg.backbone, classes, frames, bool(cfg.stages) and tpt_mae.longest(cfg)
+        if key not in known:
+            known[key] = count(cfg, classes, frames)
+        return known[key]
+
+    return look_up
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_paper_has_a_plan(name, capsys, counted, monkeypatch):
+    monkeypatch.setattr(tpt_mae, "count_gmacs", counted)
+    out = plan(capsys, "--recipe", *ROWS[name])
+    if name == "search":
+        assert UNIFORM in out.splitlines() and len(out.splitlines()) == 76
+        return
+    assert "nan" not in out and float(re.search(r"([\d.]+) PMACs,", out)[1]) > 50
+    assert int(re.search(r"total +(\d+) steps", out)[1]) > 5000
+
+
+# ---- header, flags, recipes ------------------------------------------------------------------------------------------
+
+
+def test_header_map_names_exist():
+    """The second column of the header's table: every symbol is in the file."""
+    table = tpt_mae.__doc__.split("paper  ")[1].split("\n\n")[0]
+    cells = [re.split(r"\s{2,}", line.strip())[-1] for line in table.splitlines()[1:]]
+    names = [name for cell in cells for name in re.sub(r" \(.*?\)", "", cell).split(", ")]
+    assert len(names) >= 15
+    for name in names:
+        owner = tpt_mae
+        for part in name.split("."):
+            owner = getattr(owner, part)
+
+
+def test_decisions_of_the_header_are_tagged_where_they_are_made():
+    """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
+    listed = re.findall(r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
+    tagged = re.findall(r"DECISION \((\w+)\)", (ROOT / "tpt_mae.py").read_text())
+    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 14
+
+
+def test_every_flag_is_read():
+    """Each field of Config is read as cfg.<field>, in the script or in the parts of common.py that take the config."""
+    source = (ROOT / "tpt_mae.py").read_text() + (ROOT / "common.py").read_text()
+    for field in dataclasses.fields(tpt_mae.Config):
+        assert re.search(rf"\bcfg\.{field.name}\b", source), field.name
+
+
+def test_recipes_only_set_known_fields_of_the_right_type():
+    types = {field.name: field.type for field in dataclasses.fields(tpt_mae.Config)}
+    for name, recipe in tpt_mae.RECIPES.items():
+        for key, value in recipe.items():
+            assert isinstance(value, (int, float) if types[key] is float else types[key]), (name, key)
+        tpt_mae.check(config("--recipe", name))
+    assert all(tpt_mae.RECIPES[name]["stages"] == "" for name in tpt_mae.RECIPES if name.endswith(("_ft", "_sup")))
+
+
+@pytest.fixture
+def lists(toy):
+    return ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0,
+            "--batch-size", 4, "--log-every", 1]  # fmt: skip
+
+
+PRETRAIN = ["--recipe", "toy", "--stages", "8:100", "--then", ""]
+FINETUNE = ["--recipe", "toy_ft"]
+FREE = ("task", "then", "model", "positions")  # tested elsewhere, or too large for a test
+CHOICES = [
+    [*PRETRAIN, f"--{field.name.replace('_', '-')}", choice]
+    for field in dataclasses.fields(tpt_mae.Config)
+    for choice in field.metadata["choices"] or ()
+    if field.name not in FREE and choice != "flash"
+]
+PATHS = [
+    *CHOICES,
+    [*FINETUNE, "--backbone", "divided", "--grad-checkpoint"],
+    [*FINETUNE, "--backbone", "trajectory", "--attention", "plain"],
+    [*FINETUNE, "--mixup", 0.8, "--cutmix", 1, "--label-smoothing", 0.1, "--rand-augment", 7, "--erase", 0.5, "--flip"],
+    [*FINETUNE, "--repeats", 2, "--drop-path", 0.3, "--head-dropout", 0.5, "--clip-grad", 1, "--sampling", "segments"],
+    [*FINETUNE, "--positions", "learned", "--no-crop"],
+    [*FINETUNE, "--test-views", "2x3", "--precision", "bf16"],
+    [*PRETRAIN, "--decoder", "1x128", "--no-crop", "--micro-batch", 2],
+    [*PRETRAIN, "--repeats", 4, "--micro-batch", 4],
+    [*PRETRAIN, "--stages", "1:12.5,8:87.5"],
+    [*PRETRAIN, "--stages", "2:50,8:50", "--stage-batch", "8,4", "--stage-lr", "1e-3,5e-4", "--repeats", "2,1"],
+    [*PRETRAIN, "--stages", "4:50,8:50", "--cycle", "short", "--order", "random", "--lr-cycles", 2],
+    [*PRETRAIN, "--backbone", "divided", "--grad-checkpoint"],
+]
+
+
+@pytest.mark.parametrize("flags", PATHS, ids=lambda flags: " ".join(map(str, flags[1:])))
+def test_every_path_trains_two_steps(flags, lists, tmp_path):
+    tpt_mae.main(config(*lists, "--max-steps", 2, "--out", tmp_path, *flags))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert records[-1]["val_clips"] == 8 and records[-1]["clips"] in (8, 12)
+    assert ("test_top1" in records[-1]) == ("2x3" in flags)
+    stages = [r["stage"] for r in records if "loss" in r]
+    assert len(set(stages)) == (2 if any("," in str(flag) for flag in flags) else 1)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_views_are_merged_by_video(lists, toy, tmp_path):
+    """The classes of the mean softmax over a video's views, taken here one by one, are top-1 of 100 %. Two videos of
+    one file name are two. A video that fails in one of its views is counted, once, and left out."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "val_00000.mp4").write_bytes((toy / "videos" / "val_00001.mp4").read_bytes())
+    cut = tmp_path / "cut.mp4"  # its head decodes; its last packets are zeros
+    with av.open(str(cut), "w", options={"movflags": "+faststart"}) as file:
+        stream = file.add_stream("libx264", rate=10, options={"g": "8", "bf": "0"})
+        stream.width = stream.height = 64
+        for image in np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode())
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) * 3 // 4] + bytes(len(whole) - len(whole) * 3 // 4))
+    cfg, ctx = config(*lists, *FINETUNE, "--stride", 2, "--micro-batch", 60), common.launch()
+    plan = lambda video, views, view: tpt_mae.sample_clip(cfg, 8, False, views, video, 0, view, None)
+    with data.Video(cut) as video:
+        first, last = (plan(video, (5, 3), view)[0] for view in (0, 14))
+    assert data.read_clip(cut, first, 32).shape[0] == 8
+    with pytest.raises(data.VideoError):
+        data.read_clip(cut, last, 32)
+
+    torch.manual_seed(0)
+    net = tpt_mae.build(cfg, 8).eval()
+    good = [*sorted((toy / "videos").glob("val_*.mp4")), tmp_path / "a" / "val_00000.mp4"]
+    with torch.no_grad():  # a head that tells these videos apart
+        centre = torch.stack([data.read_clip(path, range(8), 32) for path in good])
+        net.head.weight.normal_(std=30.0)
+        net.head.bias.copy_(-net.head.weight @ net.features(centre).mean(0))
+    for views in ((2, 3), (5, 3)):
+        found = []
+        for path in good:
+            with data.Video(path) as video, torch.no_grad():
+                plans = [plan(video, views, view) for view in range(math.prod(views))]
+                shares = [net(video.read(frames, 32, box)[None], KEYS[:1]).softmax(-1)[0] for frames, box in plans]
+            found.append(sum(shares).argmax().item())
+        assert len(set(found)) > 2
+        rows = [f"{path} {label}" for path, label in zip(good, found, strict=True)]
+        for labels, top1 in ((rows, 100), ([*rows[1:], f"{good[0]} {(found[0] + 1) % 8}"], 100 * 8 / 9)):
+            (tmp_path / "val.csv").write_text("\n".join([*labels, f"{cut} 0"]))
+            videos = data.VideoList(tmp_path / "val.csv", num_classes=8)
+            result = tpt_mae.evaluate(net, videos, cfg, ctx, views)
+            assert (result["val_clips"], result["val_unread"]) == (9, 1)
+            assert result["val_top1"] == pytest.approx(top1) and result["val_top5"] >= top1
+
+
+def test_fewer_than_five_classes(lists, toy, tmp_path):
+    """Top-k over all there are, named so."""
+    lines = [line for line in (toy / "train.csv").read_text().splitlines() if line.endswith((",left", ",up", ",grow"))]
+    (tmp_path / "three.csv").write_text("\n".join(lines))
+    few = ["--train-list", tmp_path / "three.csv", "--val-list", tmp_path / "three.csv", "--num-classes", 0]
+    result = tpt_mae.main(config(*lists, *FINETUNE, *few, "--max-steps", 1, "--out", tmp_path / "run"))
+    assert result["val_top3"] == 100 and "val_top5" not in result and result["val_clips"] == 6
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stages", "2:50,8:40"], ["--stages", "sum to 100"]),
+        (["--stages", "8:50,2:50"], ["must rise", "--order"]),
+        (["--stages", "3:50,8:50"], ["3 frames", "token's 2"]),
+        (["--stages", "2:99,8:1"], ["no epoch of 8 frames"]),
+        (["--stages", "8:50,80:50", "--budget", 80], ["has 40 frames, a clip needs 80"]),
+        (["--stages", "2:50,8:50", "--frames", 8], ["--stages", "--frames"]),
+        (["--epochs", 3], ["--stages", "--epochs"]),
+        (["--stages", ""], ["--epochs 0", "--frames 0"]),
+        (["--stages", "", "--epochs", 3, "--frames", 7], ["--frames 7"]),
+        (["--stage-batch", "4,4"], ["--stage-batch 4,4", "each of 3 stages"]),
+        (["--stage-batch", "4,0,4"], ["--stage-batch 4,0,4"]),
+        (["--stage-lr", "fast"], ["--stage-lr fast"]),
+        (["--repeats", "3"], ["--repeats 3", "4 clips"]),
+        (["--repeats", "4", "--micro-batch", "2"], ["--micro-batch 2", "--repeats 4"]),
+        (["--batch-size", 32], ["train.csv", "16 videos", "32 clips"]),
+        (["--max-steps", 2], ["--max-steps 2", "3 stages"]),
+        (["--mask-ratio", "0.001"], ["--mask-ratio 0.001", "64 places"]),
+        (["--mask-ratio", "1"], ["--mask-ratio"]),
+        (["--size", 30], ["--size 30"]),
+        (["--decoder", "big"], ["--decoder big"]),
+        (["--budget", 0], ["--budget must be above 0"]),
+        (["--positions", "learned"], ["--positions learned"]),
+        (["--test-views", "5by3"], ["--test-views 5by3"]),
+        (["--erase", "1.5"], ["--erase"]),
+        (["--train-list", ""], ["--train-list"]),
+        (["--val-list", "gone.csv"], ["gone.csv"]),
+        (["--task", "predict", "--init", "none.pt"], ["none.pt", "no such checkpoint"]),
+        (["--task", "search_schedule", "--search-frames", "2;4", "--then", "toy_ft"], ["--search-frames 2;4"]),
+        (["--task", "search_schedule", "--then", ""], ["--then"]),
+        (["--task", "search_schedule", "--budget", "1", "--then", "toy_ft"], ["no epoch", "--budget 1"]),
+    ],
+)
+def test_impossible_flags(flags, words, lists, tmp_path):
+    with pytest.raises(UserError) as error:
+        tpt_mae.main(config(*lists, "--out", tmp_path / "run", "--search-frames", "2,4,8", *flags))
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
+
+
+# ---- the real command line -------------------------------------------------------------------------------------------
+
+
+def records_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
+
+
+def weights(folder, name="last.pt"):
+    return torch.load(folder / name, weights_only=True)["model"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """`python tpt_mae.py`, small: pretrained in stages, then fine-tuned, by one command. -> folder, what it printed."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    lists = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0]
+    flags = ["--batch-size", 4, "--log-every", 1, "--budget", 6, "--eval-every", 4, "--out", out]
+    process = command("tpt_mae.py", *lists, *flags)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    return out, stdout
+
+
+def test_pretraining_then_fine_tuning(trained):
+    """The loss falls in each phase; every stage is there, at its share of the frames; the weights move on."""
+    out, stdout = trained
+    pretrained, tuned = records_of(out), records_of(out.with_name("run_ft"))
+    losses = [r["loss"] for r in pretrained if "loss" in r]
+    assert len(losses) == 48 and np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
+    ends = {r["stage"]: (r["step"], r["frames"]) for r in pretrained if "loss" in r}
+    assert ends == {0: (24, 192), 1: (36, 384), 2: (48, 768)}  # 25, 25 and 50 % of 6 epochs of 16 x 8 frames
+    assert [r["step"] for r in pretrained if "val_mae" in r] == [16, 24, 36, 48]
+    assert [r["step"] for r in tuned if "val_top1" in r] == [1, 2, 3]  # batches of 16, one a pass
+    assert next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.2 and tuned[-1]["val_clips"] == 8
+    assert "left at init 4" in stdout and "not used 0" in stdout and "run_ft" in stdout
+    assert stdout.count("complete: ") == 2 and "clips of 2 frames" in stdout
+
+
+def test_weights_come_out_in_videomaes_format(trained, tmp_path):
+    out, _ = trained
+    state = torch.load(out / "videomae.pth", weights_only=True)["model"]
+    assert {"encoder.patch_embed.proj.weight", "encoder.norm.bias", "decoder.head.weight", "mask_token"} <= state.keys()
+    net = tpt_mae.VideoMAE("vit_toy", frames=8, size=32, target="pixels")
+    again = tpt_mae.init_weights(out / "videomae.pth", net)
+    assert equal(again, weights(out))
+
+
+def test_pictures(trained):
+    """recon.png: original, seen, reconstruction of 4 clips; the same places are grey in all frames of a tubelet."""
+    out, _ = trained
+    with av.open(str(out / "recon.png")) as file:
+        strip = next(file.decode(video=0)).to_ndarray(format="rgb24")
+    assert strip.shape == (4 * 3 * 36, 8 * 36, 3)
+    original, seen, recon = (
+        strip[i * 36 : (i + 1) * 36].reshape(36, 8, 36, 3)[2:34, :, 2:34].astype(int) for i in range(3)
+    )
+    grey = (seen == 128).all(-1)  # [32, 8, 32]
+    assert 0.74 < grey.mean() < 0.77
+    tubes = grey.all(1)  # grey by mask is grey in all frames
+    assert 0.74 < tubes.mean() < 0.77
+    assert (seen == original).all(-1)[~grey].all() and (recon == original).all(-1)[~grey].all()
+    assert (recon != original).any(-1)[grey].mean() > 0.9
+    with av.open(str(out / "recon_animated.png")) as file:
+        assert len(list(file.decode(video=0))) == 8
+
+
+def test_borrowed_panel(tmp_path):
+    """A normalised target has a fourth panel, framed red; the model's own panel doesn't change with hidden pixels."""
+    net, video = randomise(tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=32)), clips(1, FRAMES, 32)
+    cfg = dataclasses.replace(config("--recipe", "ssv2"), mask_ratio=0.75)
+    patches = common.patchify(video, net.patch)
+    _, masked = common.tube_split(KEYS[:1], 2, 4, 0.75)
+    hidden = torch.zeros(1, 8, dtype=torch.bool).scatter(1, masked, True)[..., None]
+    pictures = []
+    for x in (patches, torch.where(hidden, patches // 3, patches)):
+        tpt_mae.write_recon(net, common.unpatchify(x, net.patch, net.grid), KEYS[:1], cfg, tmp_path / "r.png")
+        with av.open(str(tmp_path / "r.png")) as file:
+            pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, 4, 36, 3))
+    assert (pictures[0][3, 0] == [255, 0, 0]).all() and (pictures[0][:3, 0] == 255).all()
+    assert (pictures[0][1:3] == pictures[1][1:3]).all()  # seen, own
+    assert (pictures[0][0] != pictures[1][0]).any() and (pictures[0][3] != pictures[1][3]).any()  # original, borrowed
+
+
+def test_eval_predict_features(trained, toy, tmp_path, capsys):
+    """Of both phases, their shapes read from the checkpoints."""
+    out, _ = trained
+    tuned = out.with_name("run_ft")
+    rest = ["--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0]
+    run = lambda *argv: (tpt_mae.main(config(*rest, *argv)), capsys.readouterr().out)[1]
+    best = max(r["val_top1"] for r in records_of(tuned) if "val_top1" in r)
+    assert f"val_top1 {best:.4g}" in run("--task", "eval", "--init", tuned / "best.pt")
+    assert "val_clips 8" in run("--task", "eval", "--out", tuned, "--test-views", "2x3")
+    error = min(r["val_mae"] for r in records_of(out) if "val_mae" in r)
+    assert f"val_mae {error:.4g}" in run("--task", "eval", "--out", out)
+    videos = sorted((toy / "videos").glob("val_*.mp4"))[:2]
+    lines = run("--task", "predict", "--out", tuned, "--input", *videos).splitlines()
+    for video, line in zip(videos, lines, strict=True):
+        shares = [float(x) for x in re.findall(r"([\d.]+) %", line)]
+        assert line.startswith(f"{video}: ") and len(shares) == 5 and shares == sorted(shares, reverse=True)
+    run("--task", "predict", "--init", out / "best.pt", "--out", tmp_path, "--input", *videos)
+    assert (tmp_path / "predict_0.png").exists()
+    for source in (out, tuned):
+        run("--task", "features", "--init", source / "last.pt", "--out", tmp_path)
+        features = np.load(tmp_path / "features.npy")
+        assert features.shape == (8, 128) and np.isfinite(features).all() and features.std(0).min() > 0
+    (tmp_path / "val.csv").write_text("none.mp4,left\n" + (toy / "val.csv").read_text())
+    text = run("--task", "features", "--init", tuned / "last.pt", "--out", tmp_path, "--val-list", tmp_path / "val.csv")
+    rows = np.load(tmp_path / "features.npy")
+    assert "none.mp4" in text and np.isnan(rows[0]).all() and np.allclose(rows[1:], features, atol=1e-5)
+
+
+def test_another_schedule_is_refused(trained, lists):
+    with pytest.raises(UserError, match=r"holds another run \(--stages 2:25,4:25,8:50 -> 4:50,8:50"):
+        tpt_mae.main(config(*lists, "--budget", 6, "--eval-every", 4, "--out", trained[0], "--stages", "4:50,8:50"))
+
+
+def test_search_ranks_and_resumes(lists, tmp_path, capsys, monkeypatch):
+    """Every schedule is trained, fine-tuned and ranked; the same command again only reads."""
+    argv = [*lists, "--task", "search_schedule", "--search-frames", "4,8", "--budget", 2, "--out", tmp_path / "s"]
+    ranking = tpt_mae.main(config(*argv, "--then", "toy_ft"))
+    out = capsys.readouterr().out
+    assert {text for _, text in ranking} == {"8:100", "4:50,8:50"} and ranking[0][0] >= ranking[1][0]
+    assert out.splitlines()[-1].endswith(f"--stages {ranking[0][1]}")
+    for _, text in ranking:
+        folder = tmp_path / "s" / (text.replace(":", "-") + "_ft")
+        assert {"val_top1"} <= records_of(folder)[-1].keys()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("best.pt")}
+    assert tpt_mae.main(config(*argv, "--then", "toy_ft")) == ranking and len(before) == 4
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("best.pt")}
+    monkeypatch.setattr(
+        tpt_mae, "main", lambda cfg: {"val_top1": {"8:100": 1.0, "2:50,8:50": 3.0}.get(cfg.stages, 2.0)}
+    )
+    ranking = tpt_mae.search_schedule(config(*argv, "--search-frames", "2,4,8", "--then", "toy_ft"), common.launch())
+    assert [text for _, text in ranking[:1] + ranking[-1:]] == ["2:50,8:50", "8:100"] and len(ranking) == 6
+    assert capsys.readouterr().out.splitlines()[-1].endswith("--stages 2:50,8:50")
+
+
+def test_copying_three_files_runs(cli, lists, tmp_path):
+    """tpt_mae.py + common.py + data.py in an empty folder are enough."""
+    for name in ("tpt_mae.py", "common.py", "data.py"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    code, _, err = cli("tpt_mae.py", *lists, *PRETRAIN, "--max-steps", 1, cwd=tmp_path)
+    assert code == 0 and (tmp_path / "runs/tpt_mae-toy/videomae.pth").exists(), err
+
+
+# ---- a run's life ----------------------------------------------------------------------------------------------------
+
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch, common, tpt_mae
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+{patch}
+tpt_mae.main(common.parse(tpt_mae.Config, tpt_mae.RECIPES))
+"""
+DIE = """
+save = common.Run.save
+def save_and_die(self, state, *names):
+    save(self, state, *names)
+    if (self.folder.name.endswith("_ft"), state["at"]["step"]) == {when}:
+        die()
+common.Run.save = save_and_die
+"""
+SAVE_GRADIENTS = """
+def dump(gradients):
+    if common.os.environ["RANK"] == "0":
+        torch.save(gradients, sys.argv[sys.argv.index("--out") + 1] + "/gradients.pt")
+    torch.distributed.barrier()  # no rank leaves while another still talks to it
+    os._exit(0)
+torch.nn.utils.get_total_norm = dump
+"""
+
+
+def drive(folder, *args, patch="", ranks=1):
+    script = folder / f"driver_{abs(hash(patch))}.py"
+    script.write_text(DRIVER.format(root=str(ROOT), patch=patch))
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    process = command(*torchrun, script, *args)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out + err
+
+
+@pytest.mark.parametrize("cycle", ["long", "short"])
+def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
+    """Killed at the end of the second stage and in fine-tuning, or amid a short cycle: the same weights and logged
+    losses, bit for bit, as never killed; with repeats, another batch a stage, log intervals across epochs."""
+    args = [*lists, "--log-every", 3, "--cycle", cycle, "--budget", 4, "--save-minutes", 0, "--eval-every", 1,
+            "--stage-batch", "8,4,4", "--repeats", "2,1,1"]  # fmt: skip
+    tpt_mae.main(config(*args, "--out", tmp_path / "whole"))
+    kills = [(False, 12), (True, 1)] if cycle == "long" else [(False, 9)]
+    for when in kills:
+        code, text = drive(tmp_path, *args, "--out", tmp_path / "cut", patch=DIE.format(when=when))
+        assert code == -signal.SIGKILL, text
+        folder = tmp_path / ("cut_ft" if when[0] else "cut")
+        assert torch.load(folder / "last.pt", weights_only=True)["at"]["step"] == when[1]
+    tpt_mae.main(config(*args, "--out", tmp_path / "cut"))
+    for name in ("", "_ft"):
+        a, b = tmp_path / f"whole{name}", tmp_path / f"cut{name}"
+        assert equal(weights(a), weights(b)) and equal(weights(a, "best.pt"), weights(b, "best.pt"))
+        timing = {"seconds", "clips_per_second", "data_wait"}
+        a, b = ([{k: r[k] for k in r.keys() - timing} for r in records_of(folder)] for folder in (a, b))
+        assert a == b
+    stages = {r["stage"] for r in records_of(tmp_path / "cut") if "loss" in r}
+    assert stages == {0, 1, 2}
+
+
+@pytest.mark.parametrize("flags", [PRETRAIN, [*FINETUNE, "--drop-path", 0.3, "--mixup", 0.8, "--head-dropout", 0.5]])
+def test_ranks_and_micro_batches_give_the_same_gradient(flags, lists, tmp_path, monkeypatch):
+    """1 process = 2 processes x 2 micro-batches, with two clips of each decode: 1e-6 overall."""
+    args = [*lists, *flags, "--batch-size", 16, "--repeats", 2, "--out", tmp_path]
+    code, text = drive(tmp_path, *args, "--micro-batch", 4, patch=SAVE_GRADIENTS, ranks=2)
+    assert code == 0, text
+
+    def keep(gradients):
+        torch.save(gradients, tmp_path / "alone.pt")
+        raise SystemExit
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", keep)
+    with pytest.raises(SystemExit):
+        tpt_mae.main(config(*args, "--overwrite"))
+    alone, four = (torch.load(tmp_path / name, weights_only=True) for name in ("alone.pt", "gradients.pt"))
+    norm = lambda tensors: sum(t.double().square().sum() for t in tensors).sqrt().item()
+    assert norm([a - b for a, b in zip(alone, four, strict=True)]) <= 1e-6 * norm(alone) and len(alone) > 50

@@ -1,0 +1,1140 @@
+"""Efficient VideoMAE via Temporal Progressive Training (TPT-MAE): self-supervised video pretraining, in one file.
+
+VideoMAE hides 90 % of a clip's places in all of its frames and learns to paint them. Most of what it learns is spatial,
+and 2 frames teach that for an eighth of the price of 16: so TPT spends its budget of frames in stages, on clips of 2,
+then 4, 8 and 16 frames, each from the weights of the one before. Then the encoder is fine-tuned to classify.
+
+    paper                                   here
+    Sec. 3.1, the tube mask                 VideoMAE.forward, common.tube_split
+    Sec. 3.1, encoder, decoder, MSE         Encoder, VideoMAE, pixel_target, mae_loss
+    Sec. 3.2, C = {f_i, p_i, R_i}           plan_stages, schedule (--stages, --stage-batch, --stage-lr)
+    Sec. 3.2.1, long and short cycle        lay_out (--cycle, --order; Table 5)
+    Sec. 3.2.2, the search                  search_space, search_schedule (--task search_schedule)
+    Sec. 4, sampling and views              sample_clip, evaluate (--test-views)
+    Table 3, backbones                      DividedBlock, TrajectoryBlock (--backbone)
+    Table 6, learning rate cycles           learning_rate (--lr-cycles, --decay)
+    Table 7, batch a stage                  RECIPES, Config (--stage-batch)
+    Sec. 5.4, reuse of decoded frames       sample_clip (--repeats)
+    fine-tuning                             Classifier (recipes *_ft, --then)
+
+Faithful: stages, budget arithmetic, optimiser, masks, target, sampling, as the paper or the VideoMAE it builds on says.
+DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
+    budget      "25 % at 2 frames -> 1600 epochs" holds at a budget of 800 epochs of 16 frames, not at Sec. 4's 400:
+                epochs = share x budget x 16 / frames, rounded to whole epochs.
+    carry       weights and AdamW's moments go on through all stages; beta2 = 0.95 forgets the old ones in warm-up.
+    warmup      40 epochs are 10 % of Sec. 4's budget of 400: each learning-rate cycle has that share of its own.
+    lr          Sec. 4 says 1.5e-4, Sec. 3.2's example 0.01. Here 1.5e-4 x batch / 256, VideoMAE's rule, at each stage.
+    step        Table 6's "step": a tenth after each third of a cycle.
+    rounds      a short cycle's round holds one epoch of the stage that has the fewest, and its like of the others.
+    random      all stages are shuffled, the longest too; a short cycle shuffles each round anew.
+    single      a 1-frame stage ("single frame", Secs. 3.2.1 and 6) repeats the frame to fill the tubelet.
+    stride      K400's stride stays 4 at all lengths, so a short clip is a short time; SSv2's segments span the video.
+    views       "3 views", "5 views" are read as VideoMAE's tests, 2 x 3 and 5 x 3 clips x crops.
+    search      a schedule ends at the full length, which is the task; shares are powers of two that sum to 100 %.
+    blocks      all backbones: tubelets, no CLS, fixed positions and mean pooling, as VideoMAE; ImageNet's start learns
+                positions, because its own are.
+    decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out with 4 x 512 for L.
+    target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
+Missing: the other methods' rows of Tables 1 and 2; Lion, which AVION's code has for its VideoMAE (its Sec. 5.5).
+
+    python tpt_mae.py                   # toy videos: pretrains on 2, 4, 8 frames, then fine-tunes; 2 CPU cores
+    torchrun --nproc_per_node=8 tpt_mae.py --recipe ssv2 --then ssv2_ft --train-list train.csv --val-list val.csv
+
+Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R masked ones, S time steps, D width, H heads,
+d = D / H, P pixel values of a patch.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, combinations, pairwise, product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import common
+import data
+from common import Attention, Block, UserError, attention, gather_tokens, opt, parse, patchify, uniform, unpatchify
+
+# Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); frames, height, width of a token.
+MODELS = {
+    "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4)},
+    "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192", "patch": (2, 16, 16)},
+    "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384", "patch": (2, 16, 16)},
+    "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "12x512", "patch": (2, 16, 16)},  # DECISION (decoder)
+    "vit_h": {"width": 1280, "depth": 32, "heads": 16, "decoder": "12x640", "patch": (2, 16, 16)},
+}
+
+TOY = {
+    "train_list": "toy/actions/train.csv",
+    "val_list": "toy/actions/val.csv",
+    "data_root": "toy/actions",
+    "train_clips": 1600,
+    "num_classes": 8,
+    "model": "vit_toy",
+    "size": 32,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "min_lr": 1e-6,
+    "workers": 2,
+    "log_every": 50,
+}
+# VideoMAE's fine-tuning, which Sec. 4 follows: 384 videos a step, which its rule for the rate counts, of 2 clips each.
+FINETUNE = {
+    "stages": "",
+    "frames": 16,
+    "batch_size": 768,
+    "repeats": "2",
+    "lr": 5e-4 * 384 / 256,
+    "min_lr": 1e-6 * 384 / 256,
+    "warmup_epochs": 5.0,
+    "beta2": 0.999,
+    "layer_decay": 0.75,
+    "drop_path": 0.1,
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "rand_augment": 7.0,
+    "erase": 0.25,
+}
+SSV2 = {"train_clips": 168913, "num_classes": 174, "sampling": "segments"}  # Sec. 4
+K400 = {"train_clips": 241258, "num_classes": 400, "sampling": "stride"}
+
+# A recipe replaces defaults of Config, which are Sec. 4's pretraining. A recipe without stages fine-tunes.
+RECIPES = {
+    "toy": TOY
+    | {
+        "sampling": "stride",
+        "stages": "2:25,4:25,8:50",
+        "budget": 8,
+        "budget_frames": 8,
+        "warmup_epochs": 0.4,
+        "mask_ratio": 0.75,
+        "target": "pixels",  # a small model needs long to learn the normalised one
+        "eval_every": 4,
+        "then": "toy_ft",
+    },
+    "toy_ft": TOY
+    | {
+        "sampling": "stride",
+        "stages": "",
+        "frames": 8,
+        "epochs": 3,
+        "warmup_epochs": 0.3,
+        "beta2": 0.999,
+        "layer_decay": 0.75,
+    },
+    "ssv2": SSV2,
+    "k400": K400 | {"budget": 1600},  # Table 1
+    "videomae_k400": K400  # VideoMAE itself: one stage; with this loader, AVION's Sec. 5.5
+    | {"stages": "16:100", "budget": 800, "batch_size": 2048, "lr": 1.5e-4 * 2048 / 256, "min_lr": 1e-5 * 2048 / 256},
+    "ssv2_ft": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3"},  # Sec. 5.3
+    "ssv2_sup": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3", "positions": "learned"},  # Table 3, ImageNet-21k
+    "k400_ft": K400 | FINETUNE | {"epochs": 75, "test_views": "5x3", "flip": True},
+}
+
+
+@dataclass
+class Config:
+    recipe: str = opt("toy", "settings of one of the paper's trainings: see RECIPES")
+    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "search_schedule"], True)
+    train_list: str = opt("", "list of training videos: `path label` or `path,label` a line", free=True)
+    val_list: str = opt("", "list of validation videos", free=True)
+    data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
+    input: tuple = opt((), "videos for --task predict", free=True)
+    out: str = opt("", "run folder; empty: runs/tpt_mae-<recipe>", free=True)
+    init: str = opt(
+        "", "weights to start from: ours, VideoMAE's .pth or hub folder, a ViT's .npz (eval ...: ours; empty: best.pt)"
+    )
+    resume: str = opt(
+        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
+    )
+    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
+    plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+    then: str = opt("", "recipe to go on with from these weights, in <out>_ft", ["", "toy_ft", "ssv2_ft", "k400_ft"])
+
+    model: str = opt("vit_b", "encoder size", choices=list(MODELS))
+    backbone: str = opt("joint", "attention over space and time (Table 3)", ["joint", "divided", "trajectory"])
+    decoder: str = opt("", "layers x width of the decoder, such as 4x512; empty: the model's own")
+    positions: str = opt("sinusoid", "learned: for a start from an image ViT's weights", ["sinusoid", "learned"])
+    stages: str = opt("2:25,4:25,8:25,16:25", "pretraining, frames:percent of the budget each; empty: fine-tuning")
+    budget: float = opt(400.0, "frames to pretrain on, in epochs of --budget-frames (Sec. 4)")
+    budget_frames: int = opt(16, "frames a clip in which the budget is counted (Sec. 3.2.1)")
+    cycle: str = opt("long", "each stage once, or all of them in many short rounds (Table 5)", ["long", "short"])
+    order: str = opt("progressive", "order of the stages (Table 5)", ["progressive", "random"])
+    lr_cycles: int = opt(0, "cycles of the learning rate; 0: one a stage, or one for a short cycle (Table 6)")
+    decay: str = opt("cosine", "how a cycle's learning rate falls (Table 6)", ["cosine", "step"])
+    stage_batch: str = opt("", "batch size of each stage, such as 512,512,512,1024; empty: --batch-size (Table 7)")
+    stage_lr: str = opt("", "peak learning rate of each stage; empty: --lr x its batch / --batch-size")
+    repeats: str = opt("1", "clips of a video that one decode gives, for all stages or each: 4,2,1,1 (Sec. 5.4)")
+    search_frames: str = opt("2,4,8,12,16", "frames that --task search_schedule tries (Sec. 3.2.1)")
+    search_stages: int = opt(4, "largest number of stages that it tries (Sec. 3.2.1)")
+    frames: int = opt(0, "frames a clip in fine-tuning")
+    size: int = opt(224, "height and width of a clip, in pixels (Sec. 4)")
+    sampling: str = opt("segments", "frames --stride apart, or one of each segment (Sec. 4)", ["stride", "segments"])
+    stride: int = opt(4, "frames from one of a clip to the next (VideoMAE)")
+    num_classes: int = opt(0, "number of classes; 0: as many as the training list has")
+    mask_ratio: float = opt(0.9, "share of a frame's places that are masked, in all frames (Sec. 3.1)")
+    target: str = opt("normalized", "what is predicted of a patch", ["normalized", "pixels"])  # DECISION (target)
+
+    train_clips: int = opt(0, "size of the training set, for --plan", free=True)
+    clips_per_second: float = opt(0.0, "measured at the longest stage (log.jsonl), for the hours of --plan", free=True)
+    epochs: int = opt(0, "passes over the training list in fine-tuning")
+    max_steps: int = opt(0, "number of optimizer steps instead of --epochs or --budget; 0: by these")
+    batch_size: int = opt(1024, "clips per optimizer step over all ranks, repeats included (Sec. 4)")
+    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True)
+    lr: float = opt(1.5e-4 * 1024 / 256, "peak learning rate at this batch, as used")  # DECISION (lr): VideoMAE's rule
+    min_lr: float = opt(1e-5 * 1024 / 256, "learning rate at the end of the cosine (VideoMAE)")
+    warmup_epochs: float = opt(40.0, "epochs of the whole budget, or of fine-tuning, that warm up (Sec. 4)")
+    weight_decay: float = opt(0.05, "AdamW's weight decay (Sec. 4)")
+    beta2: float = opt(0.95, "AdamW's second beta (VideoMAE)")
+    layer_decay: float = opt(1.0, "factor on the learning rate from each layer to the one below (VideoMAE)")
+    clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped (VideoMAE)")
+    drop_path: float = opt(0.0, "stochastic depth of the last block in fine-tuning, rising linearly (VideoMAE)")
+    head_dropout: float = opt(0.0, "dropout before the classifier (VideoMAE: 0.5 for H)")
+    label_smoothing: float = opt(0.0, "share of a label spread over all classes (VideoMAE)")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (VideoMAE)")
+    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off (VideoMAE)")
+    rand_augment: float = opt(0.0, "magnitude of RandAugment, 4 operations; 0: off (VideoMAE)")
+    erase: float = opt(0.0, "probability of random erasing (VideoMAE)")
+    crop: bool = opt(True, "multi-scale crops in pretraining, random resized ones in fine-tuning (VideoMAE)")
+    flip: bool = opt(False, "random left-right flips in training (VideoMAE: K400's fine-tuning)")
+    test_views: str = opt("1x1", "clips x crops a video of the last evaluation (Sec. 4)")  # DECISION (views)
+
+    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
+    max_bad: float = opt(
+        0.01, "share of an epoch's videos that may be unreadable (at least 1 video) before it stops", free=True
+    )
+    precision: str = opt(
+        "auto", "auto: bf16, fp16 or fp32, the best of the device", ["auto", "fp32", "bf16", "fp16"], True
+    )
+    attention: str = opt(
+        "auto", "auto: flash-attn where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True
+    )
+    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
+    grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
+    seed: int = opt(0, "key of every random draw")
+    eval_every: int = opt(1, "epochs between evaluations; a stage's last step is always evaluated")
+    log_every: int = opt(20, "steps between log records")
+    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
+    save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
+    max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
+
+
+# ---- The paper's ideas -----------------------------------------------------------------------------------------------
+
+
+def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
+    """Sec. 3.2.1: "2:25,4:25,8:25,16:25" (frames:percent) as a list of (frames, percent, epochs), in that order.
+
+    budget: in epochs of `full` frames a clip. Frames alone, "2,4,16", share it evenly (Table 4). ValueError: text of
+    another form, shares that don't sum to 100, frames that no tubelet divides (1 aside), frames that don't rise
+    although `ordered`, a stage of no epoch.
+    """
+    parts = [part.partition(":") for part in text.split(",")]
+    try:
+        rows = [(int(frames), float(percent) if colon else 100 / len(parts)) for frames, colon, percent in parts]
+    except ValueError:
+        raise ValueError("not frames:percent,frames:percent, such as 2:25,4:25,8:25,16:25") from None
+    whole = sum(percent for _, percent in rows)
+    if not abs(whole - 100) < 0.05 or min(percent for _, percent in rows) <= 0:  # 0.05: thirds are written 33.33
+        raise ValueError(f"the percentages must be above 0 and sum to 100, not {whole:g}")
+    for frames, _ in rows:
+        if frames < 1 or (frames > 1 and frames % tubelet):
+            raise ValueError(f"{frames} frames are not a multiple of the token's {tubelet} (a single one is repeated)")
+    if ordered and any(a >= b for (a, _), (b, _) in pairwise(rows)):
+        raise ValueError("the numbers of frames must rise from stage to stage, unless --order is random")
+    # DECISION (budget): whole epochs, of a budget counted in 16 frames
+    stages = [(frames, percent, math.floor(percent / 100 * budget * full / frames + 0.5)) for frames, percent in rows]
+    for frames, percent, epochs in stages:
+        if not epochs:
+            raise ValueError(f"{percent:g} % of --budget {budget:g} is no epoch of {frames} frames after rounding")
+    return stages
+
+
+class Segment(NamedTuple):
+    """A stretch of steps, start to stop, at one stage; `offset` steps of that stage were done before it."""
+
+    stage: int
+    start: int
+    stop: int
+    offset: int
+    cycle: tuple  # (first, last) step of the learning-rate cycle that it is in
+
+
+def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0):
+    """The Segments of stages of steps[i] optimizer steps each, in the order they are run (Tables 5 and 6).
+
+    rounds: 1 is the long cycle, each stage once; more is the short cycle, in which every round has 1 / rounds of each.
+    cycles: how many learning-rate cycles the segments are cut into, as evenly as they can be.
+    """
+    parts, at = [], 0
+    for i in range(rounds):
+        turn = list(range(len(steps)))
+        for attempt in range(100) if order == "random" and len(steps) > 1 else ():
+            turn = common.permutation(common.make_key(seed, i, attempt), "stages", len(steps)).tolist()
+            if turn != sorted(turn):  # DECISION (random): any order but the progressive one
+                break
+        for stage in turn:
+            offset, end = (steps[stage] * k // rounds for k in (i, i + 1))
+            if end > offset:
+                parts.append((stage, at, at + end - offset, offset))
+                at += end - offset
+    group = [k * cycles // len(parts) for k in range(len(parts))]
+    bounds = [[part[1:3] for part, g in zip(parts, group, strict=True) if g == own] for own in group]
+    return [Segment(*part, (own[0][0], own[-1][1])) for part, own in zip(parts, bounds, strict=True)]
+
+
+def learning_rate(step, cycle, peak, floor, warmup, decay="cosine"):
+    """Learning rate of step 0, 1, ... in a cycle (first, last): linear from 0 over the share `warmup`, then falling."""
+    at, length = step - cycle[0], cycle[1] - cycle[0]
+    if decay == "cosine" or at < warmup * length:
+        return common.cosine(at, length, warmup * length, peak, floor)
+    return peak * 0.1 ** (3 * at // length)  # DECISION (step): thirds
+
+
+def search_space(frames=(2, 4, 8, 12, 16), most=4, portions=(6.25, 12.5, 25.0, 50.0, 100.0)):
+    """The schedules that Sec. 3.2.1 searches, as --stages strings, from few stages to many.
+
+    1 to `most` stages of rising frames out of `frames`; portions that sum to 100 %. Pruned as the paper does: no
+    single stage of fewer frames. DECISION (search): none at all that doesn't end at the full length.
+    """
+    *short, full = sorted(frames)
+    return [
+        ",".join(f"{f}:{p:g}" for f, p in zip((*some, full), shares, strict=True))
+        for n in range(min(most, len(frames)))
+        for some in combinations(short, n)  # DECISION (search): and `full` behind them
+        for shares in product(portions, repeat=n + 1)
+        if sum(shares) == 100
+    ]
+
+
+def pixel_target(patches, kind, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD):
+    """What the decoder predicts of 0-255 patches [B, R, P], in float32 [B, R, P].
+
+    "normalized": each patch, each colour by its own mean and (unbiased) deviation over the patch's pixels, as VideoMAE:
+    it rewards texture and motion edges over brightness. "pixels": as the encoder sees them.
+    """
+    if kind == "pixels":
+        return data.normalize(patches, mean, std)
+    x = (patches.float() / 255).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
+    deviation = x.var(dim=2, keepdim=True, unbiased=True).sqrt()  # [B, R, 1, 3]
+    return ((x - x.mean(dim=2, keepdim=True)) / (deviation + 1e-6)).flatten(2)  # [B, R, P]
+
+
+def mae_loss(prediction, target):
+    """Sec. 3.1: the mean squared error over masked tokens, a clip at a time: [B, R, P] twice -> [B]."""
+    return (prediction.float() - target).square().mean((1, 2))  # [B]
+
+
+def sample_clip(cfg, frames, train, views, video, index, view, key):
+    """(frames, box) of a clip of `frames` frames (Sec. 4); a test clip is number `view` of views = (clips, crops).
+
+    K400: --stride frames apart, from a random start; SSv2: one frame of each of `frames` segments. A random crop in
+    training, else one of `crops` squares along the long side.
+    """
+    (clip, crop), info = divmod(view, views[1]), video.info
+    if cfg.sampling == "segments":
+        places = uniform(key, "start", frames).numpy() if train else clip / views[0] if views[0] > 1 else 0.5
+        chosen = data.segment_frames(info, frames, places)
+    elif train:  # DECISION (stride): the same at every length
+        chosen = data.stride_frames(info, frames, cfg.stride, uniform(key, "start").item())
+    else:
+        chosen = data.view_frames(info, frames, cfg.stride, clip, views[0])
+    if frames == 1:  # DECISION (single)
+        chosen = chosen * MODELS[cfg.model]["patch"][0]
+    if not (train and cfg.crop):
+        return chosen, data.crop_box(info, crop, views[1])
+    return chosen, (data.multi_scale_box if cfg.stages else data.random_resized_box)(info, key)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+class DividedBlock(Block):
+    """TimeSformer's divided attention (Bertasius et al. 2021, Sec. 3.1), of the tokens that a tube mask leaves.
+
+    In a layer a token first looks at its own place in all S time steps (their Eq. for alpha^time), then, from what that
+    gave, at all places of its own time step (alpha^space), then passes the MLP: S + K comparisons instead of S K. The
+    mask keeps the same K places in each step, so that both are plain attention over a regular grid [S, K].
+    """
+
+    def __init__(self, dim, heads, kind="auto", **options):
+        super().__init__(dim, heads, kind=kind, **options)
+        self.temporal_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.temporal_attn = Attention(dim, heads, kind)
+        self.temporal_fc = nn.Linear(dim, dim)
+
+    def forward(self, x, keys=None, steps=1):
+        B, N, D = x.shape
+        time = self.temporal_norm(x).unflatten(1, (steps, -1)).transpose(1, 2).flatten(0, 1)  # [B K, S, D]
+        time = self.temporal_attn(time).unflatten(0, (B, -1)).transpose(1, 2).reshape(B, N, D)  # [B, N, D]
+        x = x + common.drop_path(self.temporal_fc(time), self.drop_path, keys, self.purposes[0] + ".time")  # [B, N, D]
+        space = self.attn(self.norm1(x).reshape(B * steps, -1, D)).reshape(B, N, D)  # [B, N, D]
+        x = x + common.drop_path(space, self.drop_path, keys, self.purposes[0])  # [B, N, D]
+        return x + common.drop_path(self.mlp(self.norm2(x)), self.drop_path, keys, self.purposes[1])  # [B, N, D]
+
+
+class TrajectoryAttention(Attention):
+    """MotionFormer's trajectory attention (Patrick et al. 2021, Sec. 3.2), [B, N, D] -> [B, N, D] in S time steps.
+
+    1. Along space: where is the point that token (s, t) shows, in each other time step t'?  Softmax runs over the
+       places of one step at a time, so that every step answers:  y_stt' = sum_s' v_s't' softmax_s'(q_st . k_s't').
+    2. Along the trajectory y_st1 ... y_stS, by new projections, the query from the token's own step, y_stt:
+       z_st = sum_t' W_v y_stt' softmax_t'(W_q y_stt . W_k y_stt').
+    """
+
+    def __init__(self, dim, heads, kind="auto"):
+        super().__init__(dim, heads, kind)
+        self.trajectory_q = nn.Linear(dim, dim)
+        self.trajectory_kv = nn.Linear(dim, 2 * dim)
+
+    def forward(self, x, steps=1):
+        B, N, D = x.shape
+        H, K, S = self.heads, N // steps, steps
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # [3D]
+        qkv = nn.functional.linear(x, self.qkv.weight, bias).reshape(B, N, 3, H, D // H)  # [B, N, 3, H, d]
+        q = qkv[:, None, :, 0].expand(-1, S, -1, -1, -1).flatten(0, 1)  # [B S, N, H, d]: each step is asked by all
+        k, v = (qkv[:, :, i].reshape(B * S, K, H, D // H) for i in (1, 2))  # [B S, K, H, d]
+        y = attention(q, k, v, self.kind).reshape(B, S, S, K, D)  # [B, S (t'), S (t), K, D]
+        own = y.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # [B, S (t), K, D]: y_stt
+        q = self.trajectory_q(own).reshape(B * N, 1, H, D // H)  # [B N, 1, H, d]
+        kv = self.trajectory_kv(y).permute(0, 2, 3, 1, 4).reshape(B * N, S, 2, H, D // H)  # [B N, S, 2, H, d]
+        return self.proj(attention(q, *kv.unbind(2), kind=self.kind).reshape(B, N, D))  # [B, N, D]
+
+
+class TrajectoryBlock(Block):
+    """A block with trajectory attention in the place of joint attention."""
+
+    def __init__(self, dim, heads, kind="auto", **options):
+        super().__init__(dim, heads, kind=kind, **options)
+        self.attn = TrajectoryAttention(dim, heads, kind)
+
+    def forward(self, x, keys=None, steps=1):
+        x = x + common.drop_path(self.attn(self.norm1(x), steps), self.drop_path, keys, self.purposes[0])  # [B, N, D]
+        return x + common.drop_path(self.mlp(self.norm2(x)), self.drop_path, keys, self.purposes[1])  # [B, N, D]
+
+
+BLOCKS = {"joint": Block, "divided": DividedBlock, "trajectory": TrajectoryBlock}  # DECISION (blocks): no CLS in any
+
+
+class Encoder(nn.Module):
+    """Patch embedding, positions and blocks: what pretraining and fine-tuning share. Names follow VideoMAE's files."""
+
+    def __init__(self, model="vit_b", frames=16, size=224, backbone="joint", drop_path=0.0, positions="sinusoid",
+                 attention="auto", grad_checkpoint=False):  # fmt: skip
+        super().__init__()
+        spec = MODELS[model]
+        self.width, self.patch, self.grad_checkpoint = spec["width"], spec["patch"], grad_checkpoint
+        # Tokens in (t, h, w) of the longest clip. Of f frames the first ones are used: the table is one-dimensional.
+        self.grid = (-(-frames // self.patch[0]), size // self.patch[1], size // self.patch[2])
+        self.places, self.num_tokens = math.prod(self.grid[1:]), math.prod(self.grid)
+        self.patch_embed = nn.Linear(math.prod(self.patch) * 3, self.width)  # = VideoMAE's Conv3d
+        rates = [drop_path * i / (spec["depth"] - 1) for i in range(spec["depth"])]
+        self.joint, block = backbone == "joint", BLOCKS[backbone]
+        self.blocks = nn.ModuleList(
+            block(self.width, spec["heads"], drop_path=rate, kind=attention, index=i) for i, rate in enumerate(rates)
+        )
+        table = common.sinusoid_table(self.num_tokens, self.width)[None]  # [1, N, D]
+        if positions == "learned":
+            self.positions = nn.Parameter(table)
+        else:
+            self.register_buffer("positions", table, persistent=False)
+
+    def init_parameters(self):
+        self.apply(common.init_linear)
+        self.patch_embed.reset_parameters()  # PyTorch's default, as VideoMAE's convolution: positions must stand out
+        for block in self.blocks:
+            if isinstance(block, DividedBlock):
+                nn.init.zeros_(block.temporal_fc.weight)  # as TimeSformer: an image model's features at first
+
+    def encode(self, patches, visible=None, keys=None):
+        """Last block's tokens [B, K, D] of the visible ones [B, K] (None: all) of 0-255 patches [B, N, P].
+
+        Tokens are dropped before normalisation and embedding: what is not looked at costs nothing. `keys` turns on
+        drop path. Visible tokens must be the same places of all time steps (tubes), unless attention is joint.
+        """
+        steps, positions = patches.shape[1] // self.places, self.positions[:, : patches.shape[1]]  # [1, N, D]
+        if visible is not None:
+            patches, positions = gather_tokens(patches, visible), gather_tokens(positions, visible)  # [B, K, P | D]
+        x = data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, K, P]
+        x = self.patch_embed(x) + positions  # [B, K, D]
+        blocks = self.blocks if self.joint else [partial(block, steps=steps) for block in self.blocks]
+        return common.run_blocks(blocks, x, keys, self.grad_checkpoint)  # [B, K, D]
+
+    def layer_of(self, name):
+        """For common.param_groups: 0 the embedding, 1 ... depth the blocks, depth + 1 what is above them."""
+        if name.startswith(("patch_embed", "positions")):
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else len(self.blocks) + 1
+
+
+class Decoder(nn.Module):
+    """VideoMAE's decoder: blocks, norm, one linear layer to the pixels of a patch."""
+
+    def __init__(self, layers, width, pixels, kind):
+        super().__init__()
+        heads = 8 if width == 640 else max(1, width // 64)
+        self.blocks = nn.ModuleList(Block(width, heads, kind=kind) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, pixels)
+
+    def forward(self, x, count, grad_checkpoint=False):
+        """Pixels of the last `count` tokens: [B, K + R, D] -> [B, R, P]; the visible ones need no prediction."""
+        x = common.run_blocks(self.blocks, x, grad_checkpoint=grad_checkpoint)  # [B, K + R, D]
+        return self.head(self.norm(x[:, x.shape[1] - count :]))  # [B, R, P]
+
+
+class VideoMAE(Encoder):
+    """Masked autoencoder of clips (Sec. 3.1): encoder on the visible tokens, light decoder on all. Any clip up to
+    `frames` frames long: positions are counted from the first token, so a shorter clip's are the same."""
+
+    def __init__(self, model="vit_b", decoder="", frames=16, size=224, target="normalized", backbone="joint",
+                 attention="auto", grad_checkpoint=False):  # fmt: skip
+        super().__init__(model, frames, size, backbone, attention=attention, grad_checkpoint=grad_checkpoint)
+        layers, width = map(int, (decoder or MODELS[model]["decoder"]).split("x"))
+        self.target = target
+        self.norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.encoder_to_decoder = nn.Linear(self.width, width, bias=False)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.decoder = Decoder(layers, width, self.patch_embed.in_features, attention)
+        table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
+        self.register_buffer("decoder_positions", table, persistent=False)
+        self.init_parameters()
+
+    def decode(self, tokens, visible, masked):
+        """Predicted pixels [B, R, P] of the tokens `masked` [B, R], from encoded visible tokens [B, K, D]."""
+        x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
+        hidden = self.mask_token + gather_tokens(self.decoder_positions, masked)  # [B, R, D']
+        return self.decoder(
+            torch.cat([x, hidden.to(x.dtype)], dim=1), masked.shape[1], self.grad_checkpoint
+        )  # [B, R, P]
+
+    def forward(self, clips, keys, ratio):
+        """clips 0-255 [B, T, C, H, W], keys int64 [B] -> prediction and target [B, R, P] of the masked tokens."""
+        patches = patchify(clips, self.patch)  # [B, N, P]
+        steps = patches.shape[1] // self.places
+        visible, masked = common.tube_split(keys, steps, self.places, ratio)  # [B, K], [B, R]
+        tokens = self.norm(self.encode(patches, visible))  # [B, K, D]
+        return self.decode(tokens, visible, masked), pixel_target(gather_tokens(patches, masked), self.target)
+
+
+class Classifier(Encoder):
+    """The encoder on all tokens, their mean, norm, one linear layer: VideoMAE's fine-tuning model."""
+
+    def __init__(self, num_classes, model="vit_b", frames=16, size=224, backbone="joint", drop_path=0.1,
+                 head_dropout=0.0, positions="sinusoid", attention="auto", grad_checkpoint=False):  # fmt: skip
+        super().__init__(model, frames, size, backbone, drop_path, positions, attention, grad_checkpoint)
+        self.head_dropout = head_dropout
+        self.fc_norm = nn.LayerNorm(self.width, eps=1e-6)
+        self.head = nn.Linear(self.width, num_classes)
+        self.init_parameters()
+        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # VideoMAE's init_scale: all classes alike at first
+
+    def features(self, clips, keys=None):
+        """clips 0-255 [B, T, C, H, W] -> the normed mean of all tokens [B, D]; keys: drop path."""
+        return self.fc_norm(self.encode(patchify(clips, self.patch), keys=keys).mean(1))  # [B, D]
+
+    def forward(self, clips, keys):
+        """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes]."""
+        x = self.features(clips, keys if self.training else None)  # [B, D]
+        if self.training and self.head_dropout:
+            x = x * (uniform(keys, "head", self.width) >= self.head_dropout) / (1 - self.head_dropout)  # [B, D]
+        return self.head(x)  # [B, classes]
+
+
+def build(cfg, num_classes):
+    """The model that a Config describes: VideoMAE where there are stages, else a classifier."""
+    if cfg.stages:
+        return VideoMAE(cfg.model, cfg.decoder, longest(cfg), cfg.size, cfg.target, cfg.backbone, cfg.attention,
+                        cfg.grad_checkpoint)  # fmt: skip
+    return Classifier(num_classes, cfg.model, cfg.frames, cfg.size, cfg.backbone, cfg.drop_path, cfg.head_dropout,
+                      cfg.positions, cfg.attention, cfg.grad_checkpoint)  # fmt: skip
+
+
+def videomae_state(net):
+    """The model's weights as upstream VideoMAE's file has them: its names, the embedding as a Conv3d kernel."""
+    prefix, names = "encoder." if isinstance(net, VideoMAE) else "", {}
+    for name, tensor in net.state_dict().items():
+        if name == "patch_embed.weight":
+            tensor = common.linear_to_conv(tensor, net.patch)  # [D, 3, p_t, p_h, p_w]
+        own = name.startswith(("patch_embed", "blocks", "norm"))
+        names[(prefix if own else "") + name.replace("patch_embed.", "patch_embed.proj.")] = tensor
+    return names
+
+
+# ---- Evaluation and pictures -----------------------------------------------------------------------------------------
+
+
+def eval_batches(videos, cfg, ctx, failures, views=(1, 1)):
+    """Batches on the device that hold each readable video once over all ranks, in (clips, crops) views each."""
+    plan, count = partial(sample_clip, cfg, longest(cfg), False, views), math.prod(views)
+    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=count)
+    size = max(1, (cfg.micro_batch or cfg.batch_size // ctx.world) // count)
+    batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
+    for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
+        failures.new += batch.failures
+        if len(batch.labels):
+            yield batch._replace(keys=batch.keys.to(ctx.device))
+
+
+@torch.no_grad()
+def evaluate(model, videos, cfg, ctx, views=(1, 1), picture=None):
+    """Fine-tuned: top-1 and top-k in % (k = 5, or all classes if fewer). Pretrained: masked error at full length.
+
+    Every readable video counts once, at any number of ranks; `unread` of them could not be, in one view or more. A
+    video's views are merged by the mean of their softmax (Sec. 4); they lie in one batch, so no name is looked up.
+    """
+    model.eval()
+    failures, k = data.Failures(len(videos), cfg.max_bad), min(5, len(videos.classes))
+    sums = torch.zeros(3, dtype=torch.float64, device=ctx.device)  # clips, then top-1, top-k or error, 0
+    for batch in eval_batches(videos, cfg, ctx, failures, views):
+        with ctx.autocast():
+            outputs = model(batch.clips, batch.keys, *[cfg.mask_ratio] * bool(cfg.stages))
+        if cfg.stages:
+            error = mae_loss(*outputs)  # [B]
+            values = torch.stack([torch.ones_like(error), error, torch.zeros_like(error)])  # [3, B]
+        else:
+            shares = outputs.float().softmax(-1).unflatten(0, (math.prod(views), -1)).mean(0)  # [videos, classes]
+            hits = shares.topk(k).indices == batch.labels[: len(shares), None]  # [videos, k]
+            values = torch.stack([torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(1)])  # [3, videos]
+        sums += values.double().sum(1)  # [3]
+        if picture and ctx.rank == 0 and cfg.stages:
+            write_recon(model, batch.clips[:4], batch.keys[:4], cfg, picture)
+            picture = None
+    unread = failures.collect(ctx, 0)
+    n, first, second = ctx.sum(sums).tolist()
+    model.train()
+    if not n:
+        raise UserError(f"{videos.path}: no video could be read: {'; '.join(unread[:3])}")
+    result = {"val_mae": first / n} if cfg.stages else {"val_top1": 100 * first / n, f"val_top{k}": 100 * second / n}
+    return result | {"val_clips": int(n), "val_unread": len(unread)}
+
+
+def write_recon(model, clips, keys, cfg, path):
+    """Write path.png and the animated path_animated.png, a clip below the other, panels in this order (README):
+
+    original; what the encoder saw (masked patches grey); the model's own reconstruction of every masked patch. A
+    normalised-target model can't know a masked patch's mean and deviation: its own panel uses those of the clip's
+    visible pixels, and a fourth panel, framed red, borrows the true ones of each patch from the original.
+    """
+    patches, steps = patchify(clips, model.patch).float(), clips.shape[1] // model.patch[0]  # [B, N, P]
+    visible, masked = common.tube_split(keys, steps, model.places, cfg.mask_ratio)  # [B, K], [B, R]
+    prediction = model(clips, keys, cfg.mask_ratio)[0].float().unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
+    mean, std = torch.tensor(data.IMAGENET_MEAN).to(clips.device), torch.tensor(data.IMAGENET_STD).to(clips.device)
+    scales = [(mean * 255, std * 255)]
+    if cfg.target == "normalized":
+        seen, hidden = (gather_tokens(patches, i).unflatten(-1, (-1, 3)) for i in (visible, masked))  # [B, ., P/3, 3]
+        scales = [(x.mean(dims, keepdim=True), x.std(2, keepdim=True).mean(dims, keepdim=True))
+                  for x, dims in ((seen, (1, 2)), (hidden, 2))]  # fmt: skip
+    fill = lambda value: patches.scatter(1, masked[..., None].expand(-1, -1, patches.shape[-1]), value)  # [B, N, P]
+    grey = torch.full_like(prediction, 128).flatten(2)  # [B, R, P]
+    panels = [patches, fill(grey), *(fill((prediction * s + m).flatten(2)) for m, s in scales)]
+    panels = [unpatchify(x.clamp(0, 255).byte(), model.patch, (steps, *model.grid[1:])).cpu() for x in panels]
+    data.write_panels(path, panels, fps=5, marked=3)
+
+
+# ---- The plan --------------------------------------------------------------------------------------------------------
+
+
+def longest(cfg):
+    """Frames of the longest clip: of the last stage, or of fine-tuning."""
+    return max((frames for frames, _, _ in staged(cfg)), default=cfg.frames)
+
+
+def staged(cfg):
+    """plan_stages of the Config's flags, [] for fine-tuning; its mistakes as a UserError."""
+    try:
+        full, tubelet = cfg.budget_frames, MODELS[cfg.model]["patch"][0]
+        ordered = cfg.order == "progressive"
+        return plan_stages(cfg.stages, cfg.budget, full, tubelet, ordered) if cfg.stages else []
+    except ValueError as error:
+        raise UserError(f"--stages {cfg.stages}: {error}") from None
+
+
+class Stage(NamedTuple):
+    """One stage's settings: C_i = {f_i, p_i, R_i} of Sec. 3.2, and what follows from them. Fine-tuning has one."""
+
+    frames: int
+    percent: float
+    epochs: int
+    batch: int  # clips a step
+    lr: float
+    repeats: int  # clips of a video from one decode
+    epoch_steps: int  # of a pass over the list
+    steps: int
+
+
+def one_each(flag, text, default, count, kind):
+    """Values of a comma-list flag, one a stage; a single one is for all, an empty flag the default."""
+    try:
+        values = [kind(part) for part in text.split(",")] if text else [default]
+    except ValueError:
+        values = []
+    if len(values) not in (1, count) or min(values, default=0) <= 0:
+        raise UserError(f"{flag} {text}: not one number above 0, or one for each of {count} stages, with commas")
+    return values * (count // len(values))
+
+
+def schedule(cfg, n):
+    """(Stages, Segments) of a run on n training videos."""
+    rows = staged(cfg) or [(cfg.frames, 100.0, cfg.epochs)]
+    batches = one_each("--stage-batch", cfg.stage_batch, cfg.batch_size, len(rows), int)
+    lrs = one_each("--stage-lr", cfg.stage_lr, 0.0, len(rows), float) if cfg.stage_lr else [
+        cfg.lr * batch / cfg.batch_size for batch in batches]  # DECISION (lr)  # fmt: skip
+    repeats = one_each("--repeats", cfg.repeats, 1, len(rows), int)
+    stages = []
+    for (frames, percent, epochs), batch, lr, repeat in zip(rows, batches, lrs, repeats, strict=True):
+        if batch % repeat:
+            raise UserError(f"--repeats {cfg.repeats}: a batch of {batch} clips is no whole number of videos")
+        epoch_steps = n // (batch // repeat)
+        if not epoch_steps:
+            raise UserError(f"{cfg.train_list or '--train-clips'}: {n} videos are less than one batch of {batch} clips")
+        # The budget counts clips, of which a pass shows `repeat` a video; fine-tuning's epochs are passes (VideoMAE).
+        steps = max(1, round(epochs * epoch_steps / repeat)) if cfg.stages else epochs * epoch_steps
+        stages.append(Stage(frames, percent, epochs, batch, lr, repeat, epoch_steps, steps))
+    if cfg.max_steps:
+        total = sum(stage.steps for stage in stages)
+        ends = [round(cfg.max_steps * done / total) for done in accumulate(stage.steps for stage in stages)]
+        stages = [stage._replace(steps=b - a) for stage, (a, b) in zip(stages, pairwise([0, *ends]), strict=True)]
+        if not all(stage.steps for stage in stages):
+            raise UserError(f"--max-steps {cfg.max_steps} leaves one of {len(stages)} stages without a step")
+    rounds = 1 if cfg.cycle == "long" else min(stage.epochs for stage in stages)  # DECISION (rounds)
+    cycles = cfg.lr_cycles or (len(stages) if rounds == 1 else 1)
+    return stages, lay_out([stage.steps for stage in stages], rounds, cfg.order, cycles, cfg.seed)
+
+
+def split(cfg, stage, ctx):
+    """(videos of a micro-batch, accumulation steps) of a stage on this rank."""
+    micro = min(cfg.micro_batch, stage.batch // ctx.world)
+    if micro % stage.repeats:
+        raise UserError(f"--micro-batch {cfg.micro_batch} is not divisible by --repeats {stage.repeats}")
+    videos = replace(cfg, batch_size=stage.batch // stage.repeats, micro_batch=micro // stage.repeats)
+    return common.micro_batches(videos, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
+
+
+def count_gmacs(cfg, classes, frames):
+    """(GMACs of a clip's forward pass counted here, the same with all patches embedded, as VideoMAE does).
+
+    The difference is added explicitly: masked tokens x pixels x width.
+    """
+    with torch.device("meta"):
+        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
+        steps = -(-frames // model.patch[0])  # 1 frame fills a tubelet
+        clips = torch.empty(1, steps * model.patch[0], 3, cfg.size, cfg.size, dtype=torch.uint8)
+        ratio = [cfg.mask_ratio] * bool(cfg.stages)
+        here = common.count_macs(model, clips, torch.zeros(1, dtype=torch.int64), *ratio)
+    masked = steps * int(cfg.mask_ratio * model.places) if cfg.stages else 0
+    return here, here + masked * model.patch_embed.weight.numel() / 1e9
+
+
+def saved_megabytes(model, cfg, steps, kept):
+    """MB that all blocks store for the backward pass of one clip in fp32, from one real block each on the CPU."""
+    block, extra = BLOCKS[cfg.backbone](model.width, MODELS[cfg.model]["heads"]), [] if model.joint else [None, steps]
+    total = len(model.blocks) * common.saved_bytes(block, torch.randn(1, steps * kept, model.width), *extra)
+    if cfg.stages:
+        width = model.decoder.norm.weight.numel()
+        block, x = Block(width, model.decoder.blocks[0].attn.heads), torch.randn(1, steps * model.places, width)
+        total += len(model.decoder.blocks) * common.saved_bytes(block, x)
+    return total / 1e6
+
+
+def print_plan(cfg):
+    """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
+    stages, segments = schedule(cfg, cfg.train_clips)
+    classes, full, rate = cfg.num_classes or 2, longest(cfg), cfg.clips_per_second
+    with torch.device("meta"):
+        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
+    parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
+    decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
+    kept = model.places - int(cfg.mask_ratio * model.places) if cfg.stages else model.places
+    memory = saved_megabytes(model, cfg, model.grid[0], kept)
+    cycles = len({segment.cycle for segment in segments})
+    print(f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M parameters, "
+          f"{decoder:.1f} M of them the decoder's")  # fmt: skip
+    print(f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} learning-rate cycles "
+          f"({cfg.decay}); {cfg.train_clips} videos")  # fmt: skip
+    print(f"memory    blocks save {memory:.0f} MB for backward in fp32, a clip of {full} frames\n")
+    print("frames percent  epochs    steps  batch       lr repeats visible tokens    GMACs embedded    PMACs   hours")
+    macs = {stage.frames: count_gmacs(cfg, classes, stage.frames) for stage in stages}
+    total, frames = [0.0, 0.0], 0
+    for f, percent, epochs, batch, lr, repeats, _, steps in stages:
+        clips, n = steps * batch, -(-f // model.patch[0])
+        total, frames = [a + clips * b for a, b in zip(total, macs[f], strict=True)], frames + clips * f
+        hours = f"{clips * macs[f][0] / macs[full][0] / rate / 3600:.1f}" if rate else "-"
+        cost = f"{macs[f][0]:8.3f} {macs[f][1]:8.3f} {clips * macs[f][0] / 1e6:8.3f} {hours:>7}"
+        print(f"{f:6} {percent:7.2f} {epochs:7} {steps:8} {batch:6} {lr:8.3g} {repeats:7} {n * kept:7} "
+              f"{n * model.places:6} {cost}")  # fmt: skip
+    hours = f"{total[0] / macs[full][0] / rate / 3600:.1f} hours" if rate else "hours by --clips-per-second"
+    print(f"total     {segments[-1].stop} steps, {total[0] / 1e6:.3f} PMACs, {hours}. GMACs: multiply-adds of a clip, "
+          "forward (a training step: 3 times that); embedded: with all patches embedded")  # fmt: skip
+    for times, name in ((1, "equal frames"), (2, "twice the frames, the paper's comparison")) if cfg.stages else ():
+        less = [100 - 100 * a / (times * frames / full * b) for a, b in zip(total, macs[full], strict=True)]
+        print(f"against   {full} frames only at {name}: {less[0]:.1f} % fewer multiply-adds, embedded {less[1]:.1f} %")
+
+
+# ---- The tasks -------------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """Refuse settings that can't work, by the flag's name, before anything is read or made."""
+    t, h, _ = MODELS[cfg.model]["patch"]
+    places = (cfg.size // h) ** 2
+    if cfg.size < h or cfg.size % h:
+        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
+    if cfg.stages and (cfg.epochs or cfg.frames):
+        raise UserError("--stages decide frames and epochs: leave out --frames and --epochs, or --stages ''")
+    if cfg.stages and cfg.positions == "learned":
+        raise UserError("--positions learned is for fine-tuning from an image model; pretraining has fixed ones")
+    if not cfg.stages and (cfg.epochs <= 0 or cfg.frames < t or cfg.frames % t):
+        raise UserError(f"without --stages, --epochs {cfg.epochs} must be above 0 and --frames {cfg.frames} a multiple "
+                        f"of the token's {t} frames")  # fmt: skip
+    if cfg.stages and not 0 < int(cfg.mask_ratio * places) < places:
+        raise UserError(f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places and leave some")
+    layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
+    if not (layers.isdecimal() and width.isdecimal() and int(width) and (int(width) < 64 or int(width) % 64 == 0)):
+        raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 4x512, in heads of 64")
+    for flag in ("budget", "budget_frames", "stride", "log_every", "eval_every", "batch_size"):
+        if getattr(cfg, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
+    if not 0 <= cfg.rand_augment <= 10:
+        raise UserError("--rand-augment must be in [0, 10]")
+    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "lr_cycles", "clips_per_second"):
+        if getattr(cfg, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
+    for flag in ("drop_path", "head_dropout", "label_smoothing", "erase"):
+        if not 0 <= getattr(cfg, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be in [0, 1)")
+    parse_views(cfg)
+    staged(cfg)
+
+
+def parse_views(cfg):
+    """--test-views as (clips, crops)."""
+    clips, _, crops = cfg.test_views.partition("x")
+    if not (clips.isdecimal() and crops.isdecimal() and int(clips) and int(crops)):
+        raise UserError(f"--test-views {cfg.test_views} is not clips x crops, such as 5x3")
+    return int(clips), int(crops)
+
+
+def open_lists(cfg, ctx):
+    """(training, validation) VideoLists; toy videos are made where the toy recipe's own lists are asked for."""
+    if cfg.train_list == TOY["train_list"]:
+        if ctx.rank == 0:
+            try:
+                data.make_toy("toy", "actions")
+            except OSError as error:
+                raise UserError(f"can't make the toy videos: {error}") from None
+        ctx.barrier()
+    for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
+        if not path:
+            raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`")
+    videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
+    if len(videos.classes) < 2 and not cfg.stages:
+        raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
+    return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+
+
+def init_weights(path, net):
+    """A file's weights for `net`: ours, VideoMAE's, or an image ViT's for a classifier with learned positions.
+
+    Fine-tuning leaves out the decoder, VideoMAE's final norm (fc_norm takes its place), and a classifier of another
+    number of classes. UserError: weights of another backbone.
+    """
+    own = net.state_dict()
+    state = common.read_weights(path)
+    image = common.vit_weights(state)
+    weights = image or common.videomae_weights(state)
+    if image and "positions" not in own:
+        raise UserError(f"{path}: an image ViT's weights bring their own positions: --positions learned")
+    if image:
+        # A tubelet's frames share the image's kernel; its inputs were (p - 1/2) * 2, ours are (p - mean) / std.
+        mean, std = (torch.tensor(x) for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+        kernel, frames = weights["patch_embed.weight"].unflatten(1, (-1, 3)), net.patch[0]  # [D, P/3, 3]
+        weights["patch_embed.bias"] = weights["patch_embed.bias"] + (kernel * (2 * mean - 1)).sum((1, 2))  # [D]
+        weights["patch_embed.weight"] = (2 * kernel * std / frames).repeat(1, frames, 1).flatten(1)  # [D, P]
+        table = weights.pop("pos_embed")[0, 1:]  # [h w, D], without CLS
+        if len(table) != net.places:
+            raise UserError(f"{path}: its positions are {len(table)} places, --size makes {net.places}")
+        weights["positions"] = table.repeat(net.grid[0], 1)[None]  # [1, N, D]: the same in all time steps
+        time = lambda name: name.replace(".attn.", ".temporal_attn.").replace(".norm1.", ".temporal_norm.")
+        weights |= {time(k): v for k, v in weights.items() if time(k) in own and time(k) != k}  # starts as space's
+    leaves = lambda names: {name.split(".", 2)[2] for name in names if name.startswith("blocks.")}
+    other = leaves(weights) - leaves(own) or (leaves(own) - leaves(weights) if leaves(weights) and not image else set())
+    if other:
+        raise UserError(f"{path}: weights of another backbone than this --backbone (by {min(other)})")
+    if isinstance(net, Classifier):
+        unused = ("decoder.", "encoder_to_decoder.", "mask_token", "norm.", "cls_token")
+        weights = {k: v for k, v in weights.items() if not k.startswith(unused)}
+        wrong = weights.get("head.weight", own["head.weight"]).shape != own["head.weight"].shape
+        weights = {k: v for k, v in weights.items() if not (wrong and k.startswith("head."))}
+    return weights
+
+
+def use(cfg, ctx):
+    """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
+    source = cfg.init or f"{cfg.out or 'runs/tpt_mae-' + cfg.recipe}/best.pt"
+    state = common.load_checkpoint(source)
+    if not isinstance(state, dict) or not {"model", "config", "classes"} <= set(state):
+        raise UserError(f"{source}: not a checkpoint of tpt_mae.py")
+    shape = ("model", "backbone", "decoder", "positions", "stages", "budget", "budget_frames", "order", "frames",
+             "size", "sampling", "stride", "mask_ratio", "target", "seed")  # fmt: skip
+    cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
+    net = build(cfg, len(classes)).to(ctx.device).eval()
+    net.load_state_dict(state["model"])
+    if cfg.task == "predict":
+        return predict(net, cfg, ctx, classes)
+    if not cfg.val_list:
+        raise UserError(f"--task {cfg.task} needs --val-list")
+    videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
+    if cfg.task == "features":
+        return write_features(net, videos, cfg, ctx)
+    result = evaluate(net, videos, cfg, ctx, (1, 1) if cfg.stages else parse_views(cfg))
+    if ctx.rank == 0:
+        print(
+            f"{source} on {cfg.val_list}, views {cfg.test_views}: "
+            + "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+        )
+
+
+@torch.no_grad()
+def predict(net, cfg, ctx, classes):
+    """Print the five likeliest classes of each --input video; a pretrained model's reconstructions are drawn."""
+    if not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
+    videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
+    for number, batch in enumerate(eval_batches(videos, cfg, ctx, failures)):
+        if cfg.stages:
+            path = Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}") / f"predict_{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_recon(net, batch.clips, batch.keys, cfg, path)
+            print(f"{path}: {', '.join(videos.video(i) for i in batch.index.tolist())}")
+            continue
+        with ctx.autocast():
+            logits = net(batch.clips, batch.keys)  # [B, classes]
+        shares, order = logits.float().softmax(-1).sort(-1, descending=True)
+        for i, share, best in zip(batch.index.tolist(), shares.tolist(), order.tolist(), strict=True):
+            words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
+            print(f"{videos.video(i)}: {', '.join(words)}")
+    if failures.new:
+        raise UserError("; ".join(failures.new))
+
+
+@torch.no_grad()
+def write_features(net, videos, cfg, ctx):
+    """Write features.npy, float32 [videos, D]: the tokens' mean of a video's centre clip, in the list's order; NaN if
+    unreadable."""
+    path = Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}") / "features.npy"
+    if ctx.rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
+        except OSError as error:
+            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
+    ctx.barrier()
+    rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
+    for batch in eval_batches(videos, cfg, ctx, failures):
+        with ctx.autocast():
+            if cfg.stages:
+                features = net.norm(net.encode(patchify(batch.clips, net.patch))).mean(1)  # [B, D]
+            else:
+                features = net.features(batch.clips)  # [B, D]
+        rows[batch.index.numpy()] = features.float().cpu().numpy()
+    rows.flush()
+    unread = failures.collect(ctx, 0)
+    if ctx.rank == 0:
+        print(
+            f"{path}: {len(videos)} x {net.width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else "")
+        )
+
+
+def following(cfg, folder):
+    """The Config of --then: that recipe, from `folder`'s weights, in <folder>_ft, on this run's data and machine."""
+    new = Config(**{"recipe": cfg.then} | RECIPES[cfg.then])
+    free = [name for name, field in Config.__dataclass_fields__.items() if field.metadata["free"] and name != "recipe"]
+    same = {name: getattr(cfg, name) for name in [*free, "model", "backbone", "size", "seed", "num_classes"]}
+    same |= {"task": "train", "resume": "auto", "init": str(folder / "last.pt"), "out": f"{folder}_ft"}
+    return replace(new, **same)
+
+
+def search_schedule(cfg, ctx):
+    """Sec. 3.2.2: train each schedule of search_space at this --budget, fine-tune it by --then, rank them.
+
+    Each has its folder, so that the same command goes on where it was stopped. The winner is printed as a flag.
+    """
+    try:
+        space = search_space([int(part) for part in cfg.search_frames.split(",")], cfg.search_stages)
+    except ValueError:
+        raise UserError(f"--search-frames {cfg.search_frames} is not a list such as 2,4,8,12,16") from None
+    runs = [replace(cfg, task="train", stages=text) for text in space]
+    for run in runs:
+        check(run)
+    if cfg.plan:
+        return print("\n".join(["schedules to search, as --stages:", *space]))
+    if not cfg.then:
+        raise UserError("--task search_schedule ranks by fine-tuned accuracy: --then says which recipe fine-tunes")
+    folder, ranking = cfg.out or f"runs/tpt_mae-{cfg.recipe}-search", []
+    for run in runs:
+        result = main(replace(run, out=f"{folder}/{run.stages.replace(':', '-')}"))
+        ranking.append((result["val_top1"], run.stages))
+    ranking.sort(key=lambda row: -row[0])
+    if ctx.rank == 0:
+        print("\n".join(f"{top1:6.2f} % top-1  --stages {text}" for top1, text in ranking))
+        print(f"best of {len(ranking)}, at a budget of {cfg.budget:g} epochs: --stages {ranking[0][1]}")
+    return ranking
+
+
+def main(cfg):
+    check(cfg)
+    ctx = common.launch(cfg.precision)
+    if cfg.task == "search_schedule":
+        return search_schedule(cfg, ctx)
+    if cfg.plan:
+        return print_plan(cfg)
+    if cfg.task != "train":
+        return use(cfg, ctx)
+    videos, val_videos = open_lists(cfg, ctx)
+    classes = len(videos.classes)
+    stages, segments = schedule(cfg, len(videos))
+    for stage in stages:
+        split(cfg, stage, ctx)  # refuses what can't be split before a folder is made
+    run = common.Run(cfg, ctx, "tpt_mae")
+    state = run.resume()
+
+    total, warmup = segments[-1].stop, cfg.warmup_epochs / (cfg.budget if cfg.stages else cfg.epochs)
+    torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
+    net = build(cfg, classes).to(ctx.device)
+    groups = common.param_groups(net, cfg.weight_decay, cfg.layer_decay, net.layer_of, len(net.blocks))
+    # DECISION (carry): one optimizer for all stages
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
+    meter = common.Meter(ctx.device, "loss")
+    # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
+    at = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "clips": 0, "frames": 0, "last": {}}
+    if state:
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["precision"] == ctx.precision:
+            scaler.load_state_dict(state["scaler"])
+        at = state["at"]
+        meter.load(state["sums"], ctx)
+    elif cfg.init:
+        run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
+    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
+    model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
+    run.say(
+        f"{len(videos)} training and {len(val_videos)} validation videos, {classes} classes; {len(segments)} stages; "
+        f"{ctx.precision} on {ctx.device}; steps {at['step']} to {total}"
+    )
+
+    def save(*names):
+        if at["step"] < total and not meter.healthy(ctx):
+            return False  # the last good checkpoint stays
+        state = {
+            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
+        }
+        run.save(state | {"at": at, "sums": meter.state(ctx), "classes": videos.classes}, *names)
+        return True
+
+    for segment in segments:
+        if segment.stop < at["step"]:
+            continue  # done before this process started
+        stage, start = stages[segment.stage], max(segment.start, at["step"])
+        local = segment.offset - segment.start  # a stage counts its own steps, across the rounds of a short cycle
+        micro, accumulation = split(cfg, stage, ctx)  # in videos
+        seed = common.make_key(cfg.seed, "stage", segment.stage).item()
+        plan = partial(sample_clip, cfg, stage.frames, True, (1, 1))
+        dataset = data.ClipDataset(videos, plan, cfg.size, seed, replace=True, views=stage.repeats)
+        span = start + local, segment.stop + local
+        order = data.GlobalBatches(len(videos), stage.batch // stage.repeats, micro, seed, *span, ctx.rank, ctx.world)
+        batches = data.make_loader(dataset, order, cfg.workers, ctx.device)
+        failures, run.batch_size = data.Failures(len(videos), cfg.max_bad), stage.batch
+        if start < segment.stop:
+            run.say(
+                f"steps {start} to {segment.stop}: clips of {stage.frames} frames; batch {stage.batch} = {ctx.world} "
+                f"ranks x {micro * stage.repeats} clips x {accumulation}; peak lr {stage.lr:g}"
+            )
+        while True:
+            # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
+            step = at["step"]
+            due = step == total or (step == segment.stop and cfg.cycle == "long")
+            if step > at["evaluated"] and (due or (step + local) % (cfg.eval_every * stage.epoch_steps) == 0):
+                result = evaluate(net, val_videos, cfg, ctx, picture=run.folder / "recon.png")
+                score = -result["val_mae"] if cfg.stages else result["val_top1"]
+                if step == total and cfg.test_views != "1x1" and not cfg.stages:
+                    test = evaluate(net, val_videos, cfg, ctx, parse_views(cfg))
+                    result |= {name.replace("val", "test"): value for name, value in test.items()}
+                run.log(result | {"clips": at["clips"], "frames": at["frames"]}, step, total)
+                better = score > at["best"] and meter.healthy(ctx)
+                at |= {"evaluated": step, "best": score if better else at["best"], "last": result}
+                save(*["best.pt"] * better, "last.pt")
+            if step == segment.stop:
+                break
+
+            lr = learning_rate(step, segment.cycle, stage.lr, cfg.min_lr, warmup, cfg.decay)  # DECISION (warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            for i in range(accumulation):
+                with run.waiting():
+                    batch = next(batches)
+                failures.add(batch, micro * stage.repeats)
+                clips = batch.clips  # [B, T, C, H, W], uint8
+                if cfg.rand_augment:
+                    clips = data.rand_augment(clips, batch.keys, cfg.rand_augment, layers=4)  # [B, T, C, H, W]
+                if cfg.flip:
+                    clips = data.flip(clips, batch.keys)  # [B, T, C, H, W]
+                if cfg.erase:
+                    clips = data.erase(clips, batch.keys, cfg.erase)  # [B, T, C, H, W]
+                keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
+                labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, classes]
+                clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
+                with ctx.sync(model, last=i == accumulation - 1):
+                    with ctx.autocast():
+                        if cfg.stages:
+                            loss = mae_loss(*model(clips, keys, cfg.mask_ratio))  # [B]
+                        else:
+                            loss = -(labels * model(clips, keys).float().log_softmax(-1)).sum(-1)  # [B]
+                    # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A
+                    # loss that is not finite makes the gradient so too, and thereby skips the update.
+                    poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
+                    scaler.scale(loss.sum() * poison * ctx.world / stage.batch).backward()
+                meter.add(batch.index, loss)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in net.parameters()])
+            if cfg.clip_grad:
+                nn.utils.clip_grads_with_norm_(net.parameters(), cfg.clip_grad, norm)
+            meter.step(norm)
+            scaler.step(optimizer)  # an update that is not finite is skipped, by a flag on the device
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            at["step"] = step = step + 1
+            at["clips"], at["frames"] = at["clips"] + stage.batch, at["frames"] + stage.batch * stage.frames
+
+            run.advance(step, total)
+            epoch = (step + local) / stage.epoch_steps
+            if epoch == int(epoch) or step % cfg.log_every == 0 or step == segment.stop:
+                for line in failures.collect(ctx, (step + local - 1) // stage.epoch_steps):
+                    run.say(f"unreadable, replaced by another: {line}")
+            if step % cfg.log_every == 0 or step == segment.stop:
+                means, bad, skipped = meter.read(ctx)
+                at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"], scaler.get_scale())
+                record = {"stage": segment.stage, "epoch": round(epoch, 3), **means, "lr": lr}
+                run.log(record | {"clips": at["clips"], "frames": at["frames"]}, step, total)
+            if (run.save_due() or epoch == int(epoch)) and save("last.pt"):
+                run.leave(step)
+
+    if ctx.rank == 0:
+        common.save_atomic(run.folder / "videomae.pth", {"model": videomae_state(net)})
+    result = "  ".join(f"{k} {v:.4g}" for k, v in at["last"].items())
+    run.say(
+        f"complete: {result}; best {abs(at['best']):.4g}. Weights in VideoMAE's format: {run.folder}/videomae.pth. "
+        "--overwrite starts anew."
+    )
+    return main(following(cfg, run.folder)) if cfg.then else at["last"]
+
+
+if __name__ == "__main__":
+    main(parse(Config, RECIPES))

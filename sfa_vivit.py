@@ -209,7 +209,7 @@ class Stage(NamedTuple):
 
 
 def plan_stages(cfg, epoch_steps):
-    """The Stages that --stages, --freeze and --adapter describe, in order; steps count on from one to the next (Fig. 2).
+    """The Stages of --stages, --freeze and --adapter, in order; steps count on from one to the next (Fig. 2).
 
     ValueError where --stages is not frames:epochs, separated by commas, or --freeze names no part of the model.
     """
@@ -230,7 +230,8 @@ def plan_stages(cfg, epoch_steps):
 def inflate(kernel, frames, how):
     """An image's patch kernel [D, C, p, p] as a tubelet's [D, C, frames, p, p] (ViViT, Sec. 3.4).
 
-    "central": all weight in frame frames // 2; "average": an equal share in each. A still clip gives what the image did.
+    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a still clip what
+    the image's saw.
     """
     if how == "average":
         return kernel[:, :, None].repeat(1, 1, frames, 1, 1) / frames  # [D, C, p_t, p, p]
@@ -256,9 +257,7 @@ def clip_frames(count, n, stride, u):
     """Indices of n frames, `stride` apart, of a video of `count`: from the start of it (u = 0) to its end (u = 1)."""
     step = min(stride, (count - 1) / max(1, n - 1))  # DECISION (short): spread, not looped
     start = u * (count - 1 - (n - 1) * step)
-    return [
-        min(count - 1, int(start + i * step + 1e-6)) for i in range(n)
-    ]  # 1e-6: 3 * (1 / 3) must not round down to 0
+    return [min(count - 1, int(start + i * step + 1e-6)) for i in range(n)]  # 1e-6: 3 * (1 / 3) is to be 1
 
 
 def sample_clip(cfg, frames, videos, views, video, index, view, key):
@@ -382,14 +381,14 @@ class ViViT(nn.Module):
     def enter(self, stage, half=None):
         """Become the model of a Stage: temporal positions for its frames, adapter, requires_grad as it says.
 
-        half: the dtype in which a frozen spatial transformer's matrices are kept, None for as they are. Does nothing to a
-        model that is in the stage already.
+        half: the dtype in which a frozen spatial transformer's matrices are kept; None: as they are. A model that is in
+        the stage already stays as it is.
         """
         place, before, self.steps = self.temporal.positions, self.steps, stage.frames // self.patch[0]
         place = resize_positions(place.detach(), (before,), (self.steps,))  # [1, 1 + S, D]
         self.temporal.positions = nn.Parameter(place)
-        if stage.adapter and self.adapter is None:
-            self.adapter = Adapter(self.width).to(place.device)
+        if stage.adapter != (self.adapter is not None):
+            self.adapter = Adapter(self.width).to(place.device) if stage.adapter else None
         self.frozen = stage.frozen
         for part, modules in (("spatial", [self.patch_embed, self.spatial]), ("temporal", [self.temporal])):
             for module in modules:  # DECISION (frozen): embedding, CLS and positions with the blocks
@@ -417,12 +416,14 @@ class ViViT(nn.Module):
         x = self.spatial(self.tubelets(images), keys, self.grad_checkpoint)  # [B S, D]
         return x.unflatten(0, (len(clips), -1))  # [B, S, D]
 
+    def over_time(self, x, keys=None):
+        """Adapter and temporal transformer (Eq. 2): [B, S, D] -> [B, D]."""
+        x = x if self.adapter is None else self.adapter(x)  # [B, S, D]
+        return self.temporal(x, None if "temporal" in self.frozen else keys, self.grad_checkpoint)  # [B, D]
+
     def encode(self, clips, keys=None):
         """Features of clips: [B, T, C, H, W] -> [B, D]."""
-        x = self.frames(clips, keys)  # [B, S, D]
-        if self.adapter is not None:
-            x = self.adapter(x)  # [B, S, D]
-        return self.temporal(x, None if "temporal" in self.frozen else keys, self.grad_checkpoint)  # [B, D]
+        return self.over_time(self.frames(clips, keys), keys)  # [B, D]
 
     def forward(self, clips, keys):
         """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes]."""
@@ -442,15 +443,16 @@ def build(cfg, heads, stage):
 # Google's names -> ours; of big_vision's the numbers behind a module's name differ (github.com/google-research).
 _GOOGLE = (("Transformer/encoder_norm", "spatial.norm"), ("Transformer/encoderblock_", "spatial.blocks."),
            ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"), ("LayerNorm_2", "norm2"), ("MlpBlock_0/", "mlp/"),
-           ("MlpBlock_3/", "mlp/"), ("Dense_0", "fc1"), ("Dense_1", "fc2"), ("MultiHeadDotProductAttention_0/", "attn/"),
-           ("MultiHeadDotProductAttention_1/", "attn/"), ("attn/out", "attn/proj"), ("Transformer/posembed_input/", ""),
+           ("MlpBlock_3/", "mlp/"), ("Dense_0", "fc1"), ("Dense_1", "fc2"),
+           ("MultiHeadDotProductAttention_0/", "attn/"), ("MultiHeadDotProductAttention_1/", "attn/"),
+           ("attn/out", "attn/proj"), ("Transformer/posembed_input/", ""),
            ("pos_embedding", "spatial.positions"), ("embedding/kernel", "patch_embed.weight"),
            ("embedding/bias", "patch_embed.bias"), ("/scale", ".weight"), ("/kernel", ".weight"), ("/", "."),
            )  # fmt: skip
 
 
 def read_npz(path):
-    """An .npz file's arrays as tensors, by name, or None if it is no .npz; nothing pickled is read. UserError if damaged."""
+    """An .npz file's arrays as tensors, by name; None if it is no .npz. Reads nothing pickled; UserError if damaged."""
     if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return None
     try:
@@ -615,45 +617,57 @@ def write_attention(model, clips, path):
 # ---- The plan --------------------------------------------------------------------------------------------------------
 
 
-def count_gmacs(cfg, heads, stage):
-    """GMACs of a training step's forward and backward pass of one clip in a Stage, counted on the model itself."""
-    with torch.device("meta"):
-        net = build(replace(cfg, attention="sdpa", grad_checkpoint=False, spatial_chunk=10**6), heads, stage)
-        clips = torch.empty(1, stage.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
-        return common.count_macs(lambda: net(clips, torch.zeros(1, dtype=torch.int64)).sum().backward())
+def count_gmacs(net, stage):
+    """GMACs of a training step on one clip in a Stage, forward and backward, counted on `net`, which is on `meta`.
+
+    Time steps cost the same, and so do layers: one image is counted, and one and two layers of each transformer.
+    """
+    net.enter(stage)
+    frozen = "spatial" in stage.frozen
+    image = torch.empty(1, net.tokens, net.patch_embed.in_features, device="meta")  # [1, N, P]
+    x = torch.empty(1, net.steps, net.width, device="meta", requires_grad=not frozen)  # [1, S, D]
+
+    def look():
+        with torch.set_grad_enabled(not frozen):
+            y = net.spatial(net.tubelets(image))  # [1, D]
+        return None if frozen else y.sum().backward()
+
+    def all_layers(encoder, step):
+        blocks, counts = encoder.blocks, []
+        for encoder.blocks in (blocks[:1], blocks[:2]):
+            counts.append(common.count_macs(step))
+        encoder.blocks = blocks
+        return counts[0] + (len(blocks) - 1) * (counts[1] - counts[0])
+
+    rest = all_layers(net.temporal, lambda: net.head(net.over_time(x)).sum().backward())
+    return net.steps * all_layers(net.spatial, look) + rest
 
 
-def memory_model(cfg, heads, stage):
-    """(bytes, bytes more a time step) that training on one clip in a Stage holds, from what real modules save.
+def memory_model(cfg, net):
+    """(bytes, bytes more a time step) that training on one clip holds: with everything trained, with spatial frozen.
 
     Weights, gradients, optimizer state; the clip; what blocks save for backward, measured on the CPU as the growth with
-    one more time step, under autocast unless --precision fp32; of a frozen spatial transformer one chunk in one block.
+    one more image or token, under autocast unless --precision fp32; frozen: the images of one chunk in one block.
     """
     half, spec = cfg.precision != "fp32", MODELS[cfg.model]
-    with torch.device("meta"):
-        net = build(cfg, heads, stage)
-    trained, fixed = (sum(p.numel() for p in net.parameters() if p.requires_grad == on) for on in (True, False))
     block = Block(spec["width"], spec["heads"], spec["mlp"] / spec["width"], kind="sdpa")
-    embed, adapter = nn.Linear(math.prod(net.patch) * 3, spec["width"]), Adapter(spec["width"])
+    embed, adapter = nn.Linear(net.patch_embed.in_features, net.width), Adapter(net.width)
 
-    def grown(module, *shape):  # by doubling the last but one or first axis, so that casts of weights don't count
+    def grown(module, *shape):  # between one and two, so that autocast's copies of weights don't count
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return common.saved_bytes(module, torch.randn(2, *shape)) - common.saved_bytes(
-                module, torch.randn(1, *shape)
-            )
+            one, two = (common.saved_bytes(module, torch.randn(n, *shape)) for n in (1, 2))
+        return two - one
 
-    image = grown(block, 1 + net.tokens, spec["width"])  # of one block
-    row = grown(block, 64, spec["width"]) / 64
-    step = len(net.temporal.blocks) * row if "temporal" not in stage.frozen or not stage.frozen else 0
-    step += grown(adapter, 64, spec["width"]) / 64 * stage.adapter
-    step += net.patch[0] * 3 * cfg.size**2 * (9 if cfg.mixup else 2)  # the clip, as it is and cut into patches
-    work = 0
-    if "spatial" in stage.frozen:
-        work = cfg.spatial_chunk * image
-    else:
-        step += len(net.spatial.blocks) * image + grown(embed, net.tokens, embed.in_features)
-    state = trained * ({"sgd": 12, "adamw": 16}[cfg.optimizer] + 2 * half) + fixed * (2 if half else 4)
-    return state + work, step
+    image = grown(block, 1 + net.tokens, net.width)  # of one block
+    step = net.patch[0] * 3 * cfg.size**2 * (9 if cfg.mixup else 2)  # the clip, as it is and cut into patches
+    step += len(net.temporal.blocks) * grown(block, 64, net.width) / 64
+    full = step + len(net.spatial.blocks) * image + grown(embed, net.tokens, embed.in_features)
+    frozen = step + cfg.adapter * grown(adapter, 64, net.width) / 64
+    count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
+    spatial, rest = count(net.patch_embed, net.spatial), count(net.temporal, net.head)
+    trained = {"sgd": 12, "adamw": 16}[cfg.optimizer] + 2 * half  # bytes: weight, gradient, state; autocast's copy
+    fixed = spatial * (2 if half else 4) + (rest + cfg.adapter * count(adapter)) * trained
+    return ((spatial + rest) * trained, full), (fixed + cfg.spatial_chunk * image, frozen)
 
 
 def largest_frames(memory, gigabytes):
@@ -665,52 +679,52 @@ def print_plan(cfg):
     """What would run, counted and measured on the model's own parts: no data, no GPU, no training (--plan)."""
     heads = EPIC if cfg.labels == "epic" else (cfg.num_classes or 2,)
     stages = plan_stages(cfg, max(1, cfg.train_clips // cfg.batch_size))
-    full = lambda frames: Stage(0, frames, 0, 0, (), False)
-    frozen = lambda frames: Stage(0, frames, 0, 0, ("spatial",), cfg.adapter)
+    last, precision = stages[-1], "fp32" if cfg.precision == "fp32" else "half precision"
+    kinds = [((), False), (("spatial",), cfg.adapter)]  # everything trains; stage 2
     with torch.device("meta"):
-        net = build(cfg, heads, frozen(stages[-1].frames))
-    count = lambda *parts: sum(p.numel() for part in parts if part is not None for p in part.parameters()) / 1e6
-    total, trained = count(net), sum(p.numel() for p in net.parameters() if p.requires_grad) / 1e6
-    print(
-        f"model     {cfg.model}: {count(net.patch_embed, net.spatial):.1f} M spatial + {count(net.temporal):.1f} M "
-        f"temporal ({len(net.temporal.blocks)} layers) + {count(net.adapter):.1f} M adapter + {count(net.head):.1f} M "
-        f"head = {total:.1f} M parameters; {trained:.1f} M train behind a frozen spatial transformer"
-    )
-    costs = [count_gmacs(cfg, heads, stage) for stage in stages]
-    for stage, cost in zip(stages, costs, strict=True):
-        print(
-            f"stage {stage.number + 1}   {stage.frames} frames, {stage.stop - stage.start} steps at batch {cfg.batch_size}, "
-            f"peak lr {cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{', with adapter' * stage.adapter}; "
-            f"{cost:.0f} GMACs a clip"
+        net = build(
+            replace(cfg, attention="sdpa", grad_checkpoint=False), heads, Stage(0, last.frames, 0, 0, *kinds[1])
         )
-    last = stages[-1]
-    whole = count_gmacs(cfg, heads, full(last.frames)) * (last.stop - last.start)
-    parts = [cost * (stage.stop - stage.start) / whole for stage, cost in zip(stages, costs, strict=True)]
+    count = lambda *parts: sum(p.numel() for part in parts if part for p in part.parameters()) / 1e6
+    parts = count(net.patch_embed, net.spatial), count(net.temporal), count(net.adapter), count(net.head)
     print(
-        f"cost      {' + '.join(f'{part:.3f}' for part in parts)} = {sum(parts):.3f} of training everything on "
-        f"{last.frames} frames for as many steps as the last stage"
+        f"model     {cfg.model}: {sum(parts):.1f} M parameters = spatial {parts[0]:.1f} + temporal {parts[1]:.1f} "
+        f"({len(net.temporal.blocks)} layers) + adapter {parts[2]:.1f} + head {parts[3]:.1f}; {sum(parts[1:]):.1f} M "
+        "train where spatial is frozen"
     )
     grid = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
-    memory = {name: memory_model(cfg, heads, kind(8)) for name, kind in (("full", full), ("frozen", frozen))}
-    print("\nforward and backward of one clip: GMACs, and MB of memory with weights and optimizer state")
+    cost = {(kind, n): count_gmacs(net, Stage(0, n, 0, 0, *kind)) for kind in kinds for n in grid}
+    costs = [count_gmacs(net, stage) for stage in stages]
+    for stage, gmacs in zip(stages, costs, strict=True):
+        print(
+            f"stage {stage.number + 1}   {stage.frames} frames, {stage.stop - stage.start} steps at batch "
+            f"{cfg.batch_size}, peak lr {cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}"
+            f"{', with adapter' * stage.adapter}; {gmacs:.0f} GMACs a clip"
+        )
+    whole = cost[kinds[0], last.frames] * (last.stop - last.start)
+    shares = [gmacs * (stage.stop - stage.start) / whole for stage, gmacs in zip(stages, costs, strict=True)]
+    print(
+        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training everything on "
+        f"{last.frames} frames for as many steps as the last stage"
+    )
+    memory = memory_model(cfg, net)
+    print(
+        "\nGMACs of one clip, forward and backward; MB that training on it holds, weights and optimizer state included"
+    )
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
     for frames in grid:
-        gmacs = [count_gmacs(cfg, heads, kind(frames)) for kind in (full, frozen)]
-        megabytes = [(fixed + frames // 2 * step) / 1e6 for fixed, step in memory.values()]
-        print(
-            f"{frames:6} {gmacs[0]:9.1f} {gmacs[1]:9.1f} {gmacs[1] / gmacs[0]:6.3f} {megabytes[0]:9.0f} {megabytes[1]:9.0f}"
-        )
-    print(
-        f"\nmost frames of a micro-batch of one clip, {'fp32' if cfg.precision == 'fp32' else 'half precision'} (Table 4)"
-    )
+        full, frozen = (cost[kind, frames] for kind in kinds)
+        megabytes = " ".join(f"{(fixed + frames // 2 * step) / 1e6:9.0f}" for fixed, step in memory)
+        print(f"{frames:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {megabytes}")
+    print(f"\nmost frames of a micro-batch of one clip, {precision} (Table 4)")
     for card in map(float, cfg.gpu_gb):
-        most = {name: largest_frames(part, card) for name, part in memory.items()}
-        print(f"{card:6g} GB: full {most['full'] or 'none'}, frozen {most['frozen'] or 'none'}")
-        if not most["frozen"]:
+        full, frozen = (largest_frames(part, card) for part in memory)
+        if not frozen:
             raise UserError(
                 f"--gpu-gb {card:g}: the weights and optimizer state of {cfg.model} alone take "
-                f"{memory['frozen'][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
+                f"{memory[1][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
             )
+        print(f"{card:6g} GB: full {full or 'none'}, frozen {frozen}")
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -732,8 +746,8 @@ def check(cfg):
             raise UserError(f"--freeze {cfg.freeze} freezes everything: nothing but the classifier is left to learn")
     if "spatial" in stages[0].frozen and not cfg.init and cfg.task == "train" and not cfg.plan:
         raise UserError(
-            "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage 1's "
-            "checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
+            "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage "
+            "1's checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
         )
     for flag in ("stride", "log_every", "eval_every", "spatial_chunk", "views", "crops"):
         if getattr(cfg, flag) <= 0:
@@ -751,7 +765,7 @@ def check(cfg):
 
 def read_epic(path, root):
     """EPIC-KITCHENS-100's annotations as published (EPIC_100_train.csv, ..._validation.csv) -> data.Captions, whose
-    labels are verb * 300 + noun. UserError names file and line of a row that isn't one, of a class that doesn't exist."""
+    labels are verb * 300 + noun. UserError names file and line of what is no row of them, or of no known class."""
     rows, labels = [], []
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -913,8 +927,8 @@ def main(cfg):
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation videos, {' + '.join(map(str, heads))} classes; batch "
-        f"{cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on "
-        f"{ctx.device}; steps {at['step']} to {total}"
+        f"{cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} "
+        f"on {ctx.device}; steps {at['step']} to {total}"
     )
     failures = data.Failures(len(videos), cfg.max_bad)
 
@@ -1028,8 +1042,8 @@ def main(cfg):
     run.say(
         f"complete: top-1 {at['last']['val_top1']:.1f} % of {at['last']['val_clips']} validation clips (chance "
         f"{100 / math.prod(heads):.1f} %), best of the last stage {at['best']:.1f} %; "
-        f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds. {run.folder}/attention.png: clips, and where "
-        "the spatial transformer looks. --overwrite starts anew."
+        f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds. {run.folder}/attention.png: clips, and "
+        "where the spatial transformer looks. --overwrite starts anew."
     )
 
 

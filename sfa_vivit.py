@@ -88,13 +88,13 @@ RECIPES = {
         "train_clips": 480,
         "num_classes": 8,
         "model": "vivit_toy",
-        "stages": "8:30,32:10",
+        "stages": "8:40,32:15",
         "size": 64,
         "stride": 8,
         "optimizer": "adamw",  # a small model that starts from nothing learns little by SGD in minutes
         "lr": 1e-3,
         "weight_decay": 0.05,
-        "batch_size": 16,
+        "batch_size": 32,
         "crop": False,
         "flip": False,  # left is not right
         "views": 1,
@@ -591,7 +591,8 @@ def evaluate(model, videos, cfg, ctx, heads, frames, views=(1, 1), name="val", p
         )
         sums += torch.stack([torch.ones_like(verb), hits[:, 0], hits.any(1), verb, noun]).double().sum(1)  # [5]
         if picture and ctx.rank == 0:
-            write_attention(model, batch.clips[:4], picture)
+            with ctx.autocast():
+                write_attention(model, batch.clips[:4], picture)
             picture = None
     unread = failures.collect(ctx, 0)
     n, *hits = ctx.sum(sums).tolist()
@@ -606,7 +607,7 @@ def evaluate(model, videos, cfg, ctx, heads, frames, views=(1, 1), name="val", p
 def write_attention(model, clips, path):
     """Write path.png and path_animated.png: clips, and below each the same as lit by where the spatial CLS looks."""
     images = model.images(clips)  # [B S, N, P]
-    look = model.spatial.attention(model.tubelets(images))  # [B S, N]
+    look = model.spatial.attention(model.tubelets(images)).float()  # [B S, N]
     light = (look / look.amax(1, keepdim=True)).reshape(len(clips), -1, 1)  # [B, S N, 1]
     lit = (images.reshape(len(clips), -1, images.shape[-1]).float() * (0.15 + 0.85 * light)).byte()  # [B, S N, P]
     side = model.size // model.patch[1]

@@ -58,6 +58,7 @@ import time
 import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -359,7 +360,8 @@ class Adapter(nn.Module):
 class ViViT(nn.Module):
     """ViViT's factorised encoder (Eq. 1): a ViT on the patches of each time step, another on the CLS tokens it gives.
 
-    `enter` makes it the model of a stage. frozen spatial: computed without autograd, `spatial_chunk` images at a time.
+    `enter` makes it the model of a stage. Where the spatial transformer needs no gradient (frozen, or evaluated) it
+    runs without autograd, `spatial_chunk` images at a time: its memory doesn't grow with the clip.
     """
 
     def __init__(self, num_classes, model="vivit_l", frames=8, size=224, temporal_depth=0, drop_path=0.0,
@@ -408,7 +410,7 @@ class ViViT(nn.Module):
     def frames(self, clips, keys=None):
         """What the spatial transformer says of each time step: [B, T, C, H, W] -> [B, S, D]; keys [B]: drop path."""
         images = self.images(clips)  # [B S, N, P]
-        if "spatial" in self.frozen:
+        if "spatial" in self.frozen or not torch.is_grad_enabled():
             with torch.no_grad():
                 parts = [self.spatial(self.tubelets(part)) for part in images.split(self.spatial_chunk)]
             return torch.cat(parts).unflatten(0, (len(clips), -1))  # [B, S, D]
@@ -605,14 +607,14 @@ def evaluate(model, videos, cfg, ctx, heads, frames, views=(1, 1), name="val", p
 
 
 def write_attention(model, clips, path):
-    """Write path.png and path_animated.png: clips, and below each the same as lit by where the spatial CLS looks."""
-    images = model.images(clips)  # [B S, N, P]
-    look = model.spatial.attention(model.tubelets(images)).float()  # [B S, N]
-    light = (look / look.amax(1, keepdim=True)).reshape(len(clips), -1, 1)  # [B, S N, 1]
-    lit = (images.reshape(len(clips), -1, images.shape[-1]).float() * (0.15 + 0.85 * light)).byte()  # [B, S N, P]
-    side = model.size // model.patch[1]
-    lit = unpatchify(lit, model.patch, (clips.shape[1] // model.patch[0], side, side))  # [B, T, C, H, W]
-    data.write_panels(path, [clips.byte().cpu(), lit.cpu()], fps=4)
+    """Write path.png and path_animated.png: clips (8 time steps of them), and below each the same, lit by where the
+    spatial transformer's CLS looks."""
+    images = model.images(clips).unflatten(0, (len(clips), -1))[:, :: -(-model.steps // 8)]  # [B, S, N, P]
+    look = model.spatial.attention(model.tubelets(images.flatten(0, 1))).float()  # [B S, N]
+    light = (look / look.amax(1, keepdim=True)).view(*images.shape[:3], 1)  # [B, S, N, 1]
+    grid = images.shape[1], *[model.size // model.patch[1]] * 2
+    panels = images, images * (0.15 + 0.85 * light)  # [B, S, N, P]
+    data.write_panels(path, [unpatchify(x.byte(), model.patch, grid).cpu() for x in panels], fps=4)
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -682,10 +684,9 @@ def print_plan(cfg):
     stages = plan_stages(cfg, max(1, cfg.train_clips // cfg.batch_size))
     last, precision = stages[-1], "fp32" if cfg.precision == "fp32" else "half precision"
     kinds = [((), False), (("spatial",), cfg.adapter)]  # everything trains; stage 2
+    plain = replace(cfg, attention="sdpa", grad_checkpoint=False)
     with torch.device("meta"):
-        net = build(
-            replace(cfg, attention="sdpa", grad_checkpoint=False), heads, Stage(0, last.frames, 0, 0, *kinds[1])
-        )
+        net = build(plain, heads, Stage(0, last.frames, 0, 0, *kinds[1]))
     count = lambda *parts: sum(p.numel() for part in parts if part for p in part.parameters()) / 1e6
     parts = count(net.patch_embed, net.spatial), count(net.temporal), count(net.adapter), count(net.head)
     print(
@@ -709,9 +710,7 @@ def print_plan(cfg):
         f"{last.frames} frames for as many steps as the last stage"
     )
     memory = memory_model(cfg, net)
-    print(
-        "\nGMACs of one clip, forward and backward; MB that training on it holds, weights and optimizer state included"
-    )
+    print("\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state")
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
     for frames in grid:
         full, frozen = (cost[kind, frames] for kind in kinds)
@@ -793,6 +792,13 @@ def read_epic(path, root):
     return videos
 
 
+def read_list(cfg, path, classes=None):
+    """A list as --labels says; classes: the training list's, which a validation list must keep to."""
+    if cfg.labels == "epic":
+        return read_epic(path, cfg.data_root)
+    return data.VideoList(path, cfg.data_root, 0 if classes else cfg.num_classes, classes)
+
+
 def open_lists(cfg, ctx):
     """(training, validation) lists; toy videos are made where the toy recipe's own lists are asked for."""
     if cfg.train_list == RECIPES["toy"]["train_list"]:
@@ -805,16 +811,12 @@ def open_lists(cfg, ctx):
     for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
         if not path:
             raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`")
-    if cfg.labels == "epic":
-        videos, val_videos = (read_epic(path, cfg.data_root) for path in (cfg.train_list, cfg.val_list))
-    else:
-        videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
-        val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+    videos = read_list(cfg, cfg.train_list)
     if len(videos.classes) < 2:
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
     if len(videos) < cfg.batch_size:
         raise UserError(f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}")
-    return videos, val_videos
+    return videos, read_list(cfg, cfg.val_list, videos.classes)
 
 
 def use(cfg, ctx):
@@ -832,10 +834,7 @@ def use(cfg, ctx):
         return predict(net, replace(cfg, labels="classes"), ctx, heads, stage, classes)
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
-    epic = cfg.labels == "epic"
-    videos = (
-        read_epic(cfg.val_list, cfg.data_root) if epic else data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
-    )
+    videos = read_list(cfg, cfg.val_list, classes)
     if cfg.task == "features":
         return write_features(net, videos, cfg, ctx, stage)
     result = evaluate(net, videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
@@ -949,11 +948,8 @@ def main(cfg):
         torch.manual_seed(cfg.seed)  # for the adapter
         net.enter(stage, half)
         trained = [p for p in net.parameters() if p.requires_grad]  # all that optimizer, clipping and ranks know of
-        groups = common.param_groups(net, cfg.weight_decay)
-        if cfg.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=cfg.lr, momentum=0.9, fused=True)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+        kind = partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
+        optimizer = kind(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)
         scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
         if state:
             net.load_state_dict(state["model"])
@@ -969,8 +965,10 @@ def main(cfg):
             len(videos), cfg.batch_size, micro, cfg.seed, at["step"], stage.stop, ctx.rank, ctx.world
         )
         batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
-        run.say(f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
-                f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train")  # fmt: skip
+        run.say(
+            f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
+            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train"
+        )
 
         while True:
             # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
@@ -981,12 +979,9 @@ def main(cfg):
                 better = result["val_top1"] > at["best"] and meter.healthy(ctx)
                 if step == stage.stop:
                     near, best = near_peak(at["curve"])
+                    result |= {"near_peak_epoch": near, "best_epoch": best}
+                    result["best_step"] = stage.start + round(best * epoch_steps)
                     at["seconds"] = [*at["seconds"], round(time.time() - run.started, 1)]
-                    result |= {
-                        "near_peak_epoch": near,
-                        "best_epoch": best,
-                        "best_step": stage.start + round(best * epoch_steps),
-                    }
                 if step == total and cfg.views * cfg.crops > 1:
                     result |= evaluate(net, val_videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
                 run.log(result | {"stage": stage.number + 1, "clips": step * cfg.batch_size}, step, total)
@@ -1039,12 +1034,12 @@ def main(cfg):
             if (run.save_due() or epoch_ends) and save("last.pt"):
                 run.leave(step)
 
-    times = [b - a for a, b in zip([0.0, *at["seconds"]], at["seconds"])]
+    times = [b - a for a, b in pairwise([0.0, *at["seconds"]])]
     run.say(
         f"complete: top-1 {at['last']['val_top1']:.1f} % of {at['last']['val_clips']} validation clips (chance "
         f"{100 / math.prod(heads):.1f} %), best of the last stage {at['best']:.1f} %; "
-        f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds. {run.folder}/attention.png: clips, and "
-        "where the spatial transformer looks. --overwrite starts anew."
+        f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds, with evaluation. "
+        f"{run.folder}/attention.png: clips, and where the spatial transformer looks. --overwrite starts anew."
     )
 
 

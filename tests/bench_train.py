@@ -125,7 +125,7 @@ def bench_sfa(ctx, rounds, batch):
     medians = [statistics.median(log) for log in times]
     print(f"\n{model}, batch {batch}, {rounds} rounds")
     print(
-        "\n| step | frames | step s | clips/s | of full | spread | peak GiB, model included |\n|---|---|---|---|---|---|---|"
+        "\n| step | frames | step s | clips/s | of full | spread | peak GiB with model |\n|---|---|---|---|---|---|---|"
     )
     for (name, stage), median, log, peak in zip(settings, medians, times, peaks, strict=True):
         spread = f"{min(log) / median:.2f}-{max(log) / median:.2f}"

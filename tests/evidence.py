@@ -104,8 +104,8 @@ def sfa_images(seed, path, steps=600, batch=64):
 
 
 def sfa_evidence(seeds, out):
-    """Rows of Table 1 on the toy long videos: top-1 of the last step and wall-clock. V is `python sfa_vivit.py`; full
-    training has as many epochs as V's second stage, and as both; I and III start from sfa_images, "random" from nothing."""
+    """Rows of Table 1 on the toy long videos: top-1 of the last step, wall-clock. V is `python sfa_vivit.py`; full
+    training has the epochs of V's second stage, and those of both; I and III start from sfa_images."""
     (few, first), (many, second) = (part.split(":") for part in sfa_vivit.RECIPES["toy"]["stages"].split(","))
     alone, both = f"{many}:{second}", f"{many}:{int(first) + int(second)}"
     out.mkdir(parents=True, exist_ok=True)
@@ -133,8 +133,8 @@ def sfa_evidence(seeds, out):
         last = evaluations[-1]
         stage_1 = f"{evaluations[0]['val_top1']:.1f}" if len(evaluations) > 1 else "-"
         print(
-            f"| {name} | {seed} | {last['val_top1']:.1f} | {last['val_clips']} | {stage_1} | {last['near_peak_epoch']:g} | "
-            f"{last['seconds']:.0f} |"
+            f"| {name} | {seed} | {last['val_top1']:.1f} | {last['val_clips']} | {stage_1} | "
+            f"{last['near_peak_epoch']:g} | {last['seconds']:.0f} |"
         )
     print("frozen image transformers: colour and shape of validation frames", {seed: told for _, seed, told, _ in rows})
 
@@ -145,7 +145,7 @@ def sfa_g_evidence(seeds, out):
     stage = sfa_vivit.Stage(1, 16, 0, 1, ("spatial",), True)
     net = sfa_vivit.ViViT(400, cfg.model, stage.frames, temporal_depth=4, spatial_chunk=2)
     net.enter(stage)
-    optimizer = torch.optim.SGD(common.param_groups(net, 0.0), lr=0.1, momentum=0.9, fused=True)
+    optimizer = torch.optim.SGD(common.param_groups(net, 0.0), lr=1e-4, momentum=0.9, fused=True)
     clips, keys = torch.randint(0, 256, (1, 16, 3, 224, 224), dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     before = [p.detach().clone() for p in net.temporal.parameters()]
     for _ in range(2):  # the head starts at zero: what is before it moves in the second step

@@ -109,6 +109,12 @@ def test_frozen_is_the_same_function_in_any_chunks():
     for net.spatial_chunk in (1, 3, 16, 1000):
         features = net.frames(video)
         assert not features.requires_grad and torch.allclose(features, expected, atol=1e-5)
+    net.enter(FULL)
+    net.spatial_chunk, sizes = 3, []
+    net.spatial.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    with torch.no_grad():  # evaluation
+        assert torch.allclose(net.frames(video), expected, atol=1e-5)
+    assert sizes == [3, 3, 3, 3, 3, 1] and net.frames(video).requires_grad and sizes[-1] == 16
 
 
 def test_only_what_trains_has_gradients_and_optimizer_state():
@@ -605,12 +611,12 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def quick_counts():
-    """The plan's counts and measurements, each made once: rows share models."""
+    """The plan's counts and measurements, each made once: rows share models. (The head's share is below 0.1 %.)"""
     patch, seen = pytest.MonkeyPatch(), {}
     count, memory = sfa.count_gmacs, sfa.memory_model
 
     def counted(net, stage):
-        key = net.width, len(net.temporal.blocks), net.head.out_features, stage.frames, stage.frozen, stage.adapter
+        key = net.width, len(net.temporal.blocks), stage.frames, stage.frozen, stage.adapter
         seen[key] = seen[key] if key in seen else count(net, stage)
         return seen[key]
 
@@ -877,8 +883,6 @@ def trained(long, tmp_path_factory):
         6,
         "--warmup-epochs",
         1,
-        "--lr",
-        "2e-3",
         "--out",
         out,
     ]
@@ -897,7 +901,7 @@ def test_training_lowers_the_loss_and_says_so(trained):
     ends = [(r["step"], r["stage"]) for r in log if "val_top1" in r]
     assert ends == [(24, 1), (48, 1), (72, 2)] and {"near_peak_epoch", "best_epoch", "best_step"} <= set(log[-1])
     assert "stage 1: 8 frames, frozen: nothing" in stdout and "stage 2: 16 frames, frozen: spatial" in stdout
-    parts = re.search(r"chance 12\.5 %\).* (\d+) \+ (\d+) = (\d+) seconds", stdout)  # cost: stage 1 + stage 2
+    parts = re.search(r"chance 12\.5 %\).* (\d+) \+ (\d+) = (\d+) seconds, with", stdout)  # cost: stage 1 + stage 2
     assert abs(int(parts[1]) + int(parts[2]) - int(parts[3])) <= 1 and int(parts[3]) <= log[-1]["seconds"] + 1
     assert (out / "stage1.pt").exists() and (out / "best.pt").exists()
 

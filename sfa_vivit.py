@@ -20,7 +20,8 @@ transformer going on from stage 1. The frozen part runs without autograd: a thir
 
 Faithful: model, stages, what is frozen and initialised, optimiser, schedule, augmentation, as the paper states them;
 what it leaves to "the default parameters of ViViT" is scenic's. The "1.5B parameters" of its ViT-g (Sec. 4.7) are not
-those of its Sec. 4.2: 40 layers of 1408 / 6144 are 1.01 B.
+those of its Sec. 4.2: 40 layers of 1408 / 6144 are 1.01 B. A step of its stage 2 on one clip of 16 frames takes 6.1 GB
+in fp32 on a CPU, weights and all (tests/evidence.py sfa_g).
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and EPIC-Kitchens; 24 in recipes
                 k400 and k600, as scenic's L on Kinetics. For H and g, which scenic lacks, pass --temporal-depth 4.

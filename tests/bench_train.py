@@ -1,4 +1,4 @@
-"""Training-step time of each method against its own baseline: python tests/bench_train.py [turbo | tpt] [--rounds 5]
+"""Training-step time of each method against its own baseline: python tests/bench_train.py [turbo | tpt | sfa] [--rounds 5]
 [--batch 2].
 
 Variants of a step (forward, backward, optimizer; random clips, no loader) take turns in one process; medians over the
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import data
+import sfa_vivit
 import tpt_mae
 import turbo
 
@@ -194,7 +195,64 @@ def bench_tpt(ctx, rounds, batch):
     bench_decode(rounds)
 
 
-BENCHES = {"turbo": bench_turbo, "tpt": bench_tpt}
+def sfa_step(ctx, model, stage, batch):
+    """A function that runs one training step of SFA-ViViT in a Stage on random clips."""
+    net = sfa_vivit.ViViT(400, model, stage.frames, temporal_depth=4).to(ctx.device).train()
+    net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
+    optimizer = torch.optim.SGD(common.param_groups(net, 0.0), lr=1e-3, momentum=0.9, fused=True)
+    scaler = common.loss_scaler(ctx)
+    clips = torch.randint(0, 256, (batch, stage.frames, 3, 224, 224), dtype=torch.uint8, device=ctx.device)
+    keys = common.make_key(torch.arange(batch, device=ctx.device))
+    targets = sfa_vivit.soft_targets(torch.arange(batch, device=ctx.device), (400,), 0.0)
+    if ctx.device.type == "cuda":
+        net.compile()
+
+    def step():
+        with ctx.autocast():
+            loss = sfa_vivit.vivit_loss(net(clips, keys), targets, (400,))
+        scaler.scale(loss.mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bench_sfa(ctx, rounds, batch):
+    cuda = ctx.device.type == "cuda"
+    model, frames = ("vivit_l", 32) if cuda else ("vivit_b", 16)
+    settings = [
+        ("full", sfa_vivit.Stage(0, frames, 0, 1, (), False)),
+        ("stage 1", sfa_vivit.Stage(0, 8, 0, 1, (), False)),
+        ("stage 2", sfa_vivit.Stage(1, frames, 0, 1, ("spatial",), True)),
+    ]
+    steps, peaks, times = [], [], [[] for _ in settings]
+    for _, stage in settings:  # warm-up, and peak memory above what the models before hold
+        before = torch.cuda.memory_allocated() if cuda else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        step = sfa_step(ctx, model, stage, batch)
+        step(), step()
+        steps.append(step)
+        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0)
+    for _ in range(rounds):
+        for step, log in zip(steps, times, strict=True):
+            log.append(seconds(ctx, step))
+    medians = [statistics.median(log) for log in times]
+    print(f"\n{model}, batch {batch}, {rounds} rounds")
+    print(
+        "\n| step | frames | step s | clips/s | of full | spread | peak GiB with model |\n|---|---|---|---|---|---|---|"
+    )
+    for (name, stage), median, log, peak in zip(settings, medians, times, peaks, strict=True):
+        spread = f"{min(log) / median:.2f}-{max(log) / median:.2f}"
+        shown = f"{peak:.2f}" if cuda else "-"
+        print(
+            f"| {name} | {stage.frames} | {median:.4f} | {batch / median:.2f} | {median / medians[0]:.3f} | {spread} "
+            f"| {shown} |"
+        )
+
+
+BENCHES = {"turbo": bench_turbo, "tpt": bench_tpt, "sfa": bench_sfa}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,0 +1,1048 @@
+"""Optimizing ViViT Training (Gowda, Arnab, Huang, 2023): SFA-ViViT, action recognition in two stages, in one file.
+
+ViViT's factorised encoder is an image transformer, run on each time step, and a temporal transformer on the CLS tokens
+that it gives. Nearly all of a step's time and memory goes into training the first. So stage 1 trains everything on a
+few frames; stage 2 takes many frames, with the spatial transformer frozen, a small adapter behind it, and the temporal
+transformer going on from stage 1. The frozen part runs without autograd: a third of the multiply-adds, no activations.
+
+    paper                                   here
+    Sec. 3.1, Eq. 1, factorised encoder     Encoder, ViViT
+    Sec. 3.2, Eq. 2, adapter                Adapter
+    Sec. 3.2, Fig. 2, stages 1 and 2        plan_stages, ViViT.enter
+    image checkpoint                        image_weights, inflate
+    Table 1, rows I-V                       Config (--freeze, --adapter, --init, --init-temporal)
+    Fig. 3, Fig. 5, Sec. 4.2, App. F        Config (--stages)
+    Table 4, frames that fit                memory_model, largest_frames (--plan)
+    Table 6, EPIC-Kitchens                  read_epic, joint_scores
+    Table 7                                 RECIPES, Config
+    Tables 9 and 10, near-peak epoch        near_peak
+    4 x 3 views at test (scenic)            sample_clip, evaluate
+
+Faithful: model, stages, what is frozen and initialised, optimiser, schedule, augmentation, as the paper states them;
+what it leaves to "the default parameters of ViViT" is scenic's. The "1.5B parameters" of its ViT-g (Sec. 4.7) are not
+those of its Sec. 4.2: 40 layers of 1408 / 6144 are 1.01 B. A step of its stage 2 on one clip of 16 frames takes 6.1 GB
+in fp32 on a CPU, weights and all (tests/evidence.py sfa_g).
+DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
+    depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and EPIC-Kitchens; 24 in recipes
+                k400 and k600, as scenic's L on Kinetics. For H and g, which scenic lacks, pass --temporal-depth 4.
+    patch       16 in B and L; 14 in H and g, because the image models that they start from have 14.
+    gelu        exact, as in the hub's and timm's copies of these weights; scenic computes the tanh approximation.
+    frozen      "spatial" is the embedding, CLS and positions too. In half precision its matrices are kept in half.
+    adapter     two layers D -> D, GELU between, added to its input, the last one zero: stage 2 starts as stage 1 ended.
+    head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2).
+    restart     each stage has its own warm-up, cosine and optimizer state: "same schedule".
+    epochs      "8 frames for 30 epochs" (Sec. 4.2) is Kinetics'; elsewhere stage 1 has the epochs of Table 7.
+    length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and 64 (the others): with
+                8 / frames for stage 1 and half for stage 2 their costs are the printed 0.56 and 0.62.
+    stride      between frames it is the same in all stages, scenic's: 2 on Kinetics and MiT, 1 elsewhere. So few frames
+                are a short piece of the video, "short-term context" (Sec. 3.2).
+    short       a video shorter than the clip is spread over it evenly, its frames repeated where they are too few.
+    scale       jitter 0.9 to 1.33 of a short side of 256, then a crop of 224, is a square of 224 / (256 scale) of it.
+    colour      Table 7 gives the probability, 0.8; the strengths here are 0.4, 0.4, 0.4, and 0.2 of the hue's circle.
+    RandAug     magnitudes 15 and 20 are read on Cubuk et al.'s scale, 0 to 30; operations are timm's.
+    flip        with probability 0.5 on all data sets, as Table 7 says, though SSv2's labels tell left from right.
+    drop        layer drop rises linearly to its rate in each of the two transformers, and scales up what it keeps.
+    VMAE        row IV: the temporal transformer's layers are the first of VideoMAE's encoder.
+    peak        "1 % less than the best" (App. E) is one point of top-1.
+Missing: the R+ViT hybrid of Table 8 (its other rows run; JFT's weights are not public), VideoMAE's pretraining for row
+IV (tpt_mae.py, or --init-temporal with published weights), scenic's own ViViT checkpoints.
+
+    python sfa_vivit.py                     # toy videos, made on first use: 2 CPU cores, a few minutes
+    torchrun --nproc_per_node=8 sfa_vivit.py --recipe ssv2 --init L_16.npz --train-list train.csv --val-list val.csv
+
+Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values of a patch.
+"""
+
+import csv
+import math
+import time
+import zipfile
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import data
+from common import Block, UserError, opt, parse, patchify, uniform, unpatchify
+
+# Width, layers, heads and MLP width (Sec. 4.2); patch size; layers of the temporal transformer.
+MODELS = {
+    "vivit_toy": {"width": 128, "depth": 4, "heads": 2, "mlp": 512, "patch": 16, "temporal": 2},
+    "vivit_b": {"width": 768, "depth": 12, "heads": 12, "mlp": 3072, "patch": 16, "temporal": 4},  # DECISION (depth)
+    "vivit_l": {"width": 1024, "depth": 24, "heads": 16, "mlp": 4096, "patch": 16, "temporal": 4},
+    "vivit_h": {"width": 1280, "depth": 32, "heads": 16, "mlp": 5120, "patch": 14, "temporal": 4},  # DECISION (patch)
+    "vivit_g": {"width": 1408, "depth": 40, "heads": 16, "mlp": 6144, "patch": 14, "temporal": 4},
+}
+
+# A recipe replaces defaults of Config: a column of Table 7 each. What all columns share is Config's default.
+RECIPES = {
+    "toy": {
+        "train_list": "toy/long/train.csv",
+        "val_list": "toy/long/val.csv",
+        "data_root": "toy/long",
+        "train_clips": 480,
+        "num_classes": 8,
+        "model": "vivit_toy",
+        "stages": "8:40,32:15",
+        "size": 64,
+        "stride": 8,
+        "optimizer": "adamw",  # a small model that starts from nothing learns little by SGD in minutes
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "batch_size": 32,
+        "crop": False,
+        "flip": False,  # left is not right
+        "views": 1,
+        "crops": 1,
+        "eval_every": 5,
+        "log_every": 50,
+        "workers": 2,
+    },
+    "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
+             "temporal_depth": 24},  # DECISION (depth)
+    "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
+             "temporal_depth": 24},
+    "mit": {"train_clips": 791297, "num_classes": 339, "stages": "8:10,128:10",  # DECISION (epochs)
+            "lr": 0.25, "colour_jitter": 0.8},
+    "epic": {"train_clips": 67217, "labels": "epic", "stages": "8:50,64:50", "stride": 1, "rand_augment": 15.0,
+             "drop_path": 0.2, "label_smoothing": 0.2, "mixup": 0.1},
+    "ssv2": {"train_clips": 168913, "num_classes": 174, "stages": "8:35,64:35",  # DECISION (length)
+             "stride": 1,  # DECISION (stride)
+             "rand_augment": 20.0, "drop_path": 0.3, "label_smoothing": 0.3, "mixup": 0.3},
+    "selse": {"train_clips": 54919, "num_classes": 174, "stages": "8:35,64:35", "stride": 1},  # compositional split
+}  # fmt: skip
+EPIC = 97, 300  # classes of verbs and nouns (EPIC-Kitchens-100)
+
+
+@dataclass
+class Config:
+    recipe: str = opt("toy", "a column of the paper's table of hyper-parameters: see RECIPES")
+    task: str = opt("train", "what to do with it", choices=["train", "eval", "predict", "features"], free=True)
+    train_list: str = opt("", "list of training videos: `path label` or `path,label` a line", free=True)
+    val_list: str = opt("", "list of validation videos", free=True)
+    data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
+    input: tuple = opt((), "videos for --task predict", free=True)
+    out: str = opt("", "run folder; empty: runs/sfa-<recipe>", free=True)
+    init: str = opt(
+        "",
+        "weights to start from: an image ViT's .npz or hub folder, ours; `random`: none, and mean it (eval ...: ours)",
+    )
+    init_temporal: str = opt("", "the temporal transformer's: VideoMAE's .pth or hub folder, or ours (Table 1, row IV)")
+    inflate: str = opt(
+        "central", "an image kernel in a tubelet: in its central frame, or spread", ["central", "average"]
+    )
+    resume: str = opt(
+        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
+    )
+    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
+    plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+    gpu_gb: tuple = opt(("11", "16", "24", "80"), "GB of the cards that --plan fits frames into (Table 4)", free=True)
+
+    model: str = opt("vivit_l", "model size (Sec. 4.2)", choices=list(MODELS))
+    temporal_depth: int = opt(0, "layers of the temporal transformer; 0: the model's own")
+    stages: str = opt("8:35,64:35", "frames:epochs of each stage, such as 8:30,32:10,128:10 (Sec. 3.2, App. D)")
+    freeze: str = opt("later", "later: spatial, from stage 2 on; or spatial, temporal: in all stages; none (Table 1)")
+    adapter: bool = opt(True, "an adapter behind a spatial transformer that is frozen (Table 1, row I without)")
+    spatial_chunk: int = opt(32, "time steps that a frozen spatial transformer takes at once", free=True)
+    stride: int = opt(2, "frames of the video from one frame of the clip to the next")
+    size: int = opt(224, "height and width of a clip, in pixels")
+    num_classes: int = opt(0, "number of classes; 0: as many as the training list has")
+    labels: str = opt("classes", "classes: a label a line; epic: EPIC_100_*.csv, verb and noun", ["classes", "epic"])
+
+    train_clips: int = opt(0, "size of the training set, for --plan", free=True)
+    max_steps: int = opt(0, "number of optimizer steps of each stage instead of its epochs; 0: by epochs")
+    batch_size: int = opt(128, "clips per optimizer step over all ranks (Table 7)")
+    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True)
+    optimizer: str = opt("sgd", "sgd: with momentum 0.9 (Table 7)", ["sgd", "adamw"])
+    lr: float = opt(0.5, "peak learning rate at this batch, as used (Table 7)")
+    min_lr: float = opt(0.0, "learning rate at the end of the cosine (scenic)")
+    warmup_epochs: float = opt(2.5, "epochs of linear warm-up, of each stage (Table 7)")
+    weight_decay: float = opt(0.0, "weight decay (scenic)")
+    clip_grad: float = opt(1.0, "largest gradient norm; 0: not clipped (scenic)")
+    drop_path: float = opt(0.0, "stochastic layer drop of the last block, rising linearly (Table 7)")
+    label_smoothing: float = opt(0.0, "share of a label spread over all classes (Table 7)")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (Table 7)")
+    colour_jitter: float = opt(0.0, "probability of colour jitter (Table 7)")
+    rand_augment: float = opt(0.0, "magnitude of 2 layers of RandAugment, of 30; 0: off (Table 7)")
+    crop: bool = opt(True, "random square crops with scale jitter in training (Table 7); off: the centre square")
+    flip: bool = opt(True, "random left-right flips in training (Table 7)")  # DECISION (flip)
+    views: int = opt(4, "clips of a video at test, evenly placed in time (scenic); 1 for Table 3")
+    crops: int = opt(3, "squares of a clip at test, along its long side (scenic); 1 for Table 3")
+
+    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
+    max_bad: float = opt(
+        0.01, "share of an epoch's videos that may be unreadable (at least 1 video) before it stops", free=True
+    )
+    precision: str = opt(
+        "auto", "auto: bf16, fp16 or fp32, the best of the device", ["auto", "fp32", "bf16", "fp16"], True
+    )
+    attention: str = opt(
+        "auto", "auto: flash-attn where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True
+    )
+    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
+    grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
+    seed: int = opt(0, "key of every random draw")
+    eval_every: int = opt(1, "epochs between evaluations; a stage's last step is always evaluated")
+    log_every: int = opt(20, "steps between log records")
+    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
+    save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
+    max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
+
+
+# ---- The paper's ideas -----------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """A stage of training: its clips' frames, its first step and the one after its last, what is frozen, adapter."""
+
+    number: int
+    frames: int
+    start: int
+    stop: int
+    frozen: tuple
+    adapter: bool
+
+
+def plan_stages(cfg, epoch_steps):
+    """The Stages of --stages, --freeze and --adapter, in order; steps count on from one to the next (Fig. 2).
+
+    ValueError where --stages is not frames:epochs, separated by commas, or --freeze names no part of the model.
+    """
+    stages = []
+    for number, part in enumerate(cfg.stages.split(",")):
+        frames, _, epochs = part.partition(":")
+        if not (frames.isdecimal() and epochs.isdecimal() and int(frames) and int(epochs)):
+            raise ValueError(f"--stages {cfg.stages} is not frames:epochs for each stage, such as 8:30,128:30")
+        frozen = {"none": (), "later": ("spatial",) if number else ()}.get(cfg.freeze, tuple(cfg.freeze.split(",")))
+        if not {*frozen} <= {"spatial", "temporal"}:
+            raise ValueError(f"--freeze {cfg.freeze}: choose from later, spatial, temporal, none")
+        start = stages[-1].stop if stages else 0
+        stop = start + (cfg.max_steps or int(epochs) * epoch_steps)  # DECISION (restart): a schedule each
+        stages.append(Stage(number, int(frames), start, stop, frozen, cfg.adapter and "spatial" in frozen))
+    return stages
+
+
+def inflate(kernel, frames, how):
+    """An image's patch kernel [D, C, p, p] as a tubelet's [D, C, frames, p, p] (ViViT, Sec. 3.4).
+
+    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a still clip what
+    the image's saw.
+    """
+    if how == "average":
+        return kernel[:, :, None].repeat(1, 1, frames, 1, 1) / frames  # [D, C, p_t, p, p]
+    tubelet = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])  # [D, C, p_t, p, p]
+    tubelet[:, :, frames // 2] = kernel
+    return tubelet
+
+
+def resize_positions(positions, grid, new):
+    """Learned positions [1, 1 + N, D] for another grid of tokens: linear, corners on corners, CLS's row kept (scenic).
+
+    grid, new: (n,) in time, or (n_h, n_w) in space, of N tokens before and after.
+    """
+    if grid == new:
+        return positions
+    cls, rest = positions[:, :1], positions[:, 1:].unflatten(1, grid).movedim(-1, 1)  # [1, 1, D], [1, D, *grid]
+    mode = "linear" if len(grid) == 1 else "bilinear"
+    rest = F.interpolate(rest.float(), new, mode=mode, align_corners=True).to(cls.dtype)  # [1, D, *new]
+    return torch.cat([cls, rest.movedim(1, -1).flatten(1, -2)], dim=1)  # [1, 1 + N, D]
+
+
+def clip_frames(count, n, stride, u):
+    """Indices of n frames, `stride` apart, of a video of `count`: from the start of it (u = 0) to its end (u = 1)."""
+    step = min(stride, (count - 1) / max(1, n - 1))  # DECISION (short): spread, not looped
+    start = u * (count - 1 - (n - 1) * step)
+    return [min(count - 1, int(start + i * step + 1e-6)) for i in range(n)]  # 1e-6: 3 * (1 / 3) is to be 1
+
+
+def sample_clip(cfg, frames, videos, views, video, index, view, key):
+    """(frames, box) of a clip. views: None in training, a random start and square; else (clips, squares) of a video at
+    test, evenly placed, of which this is number `view`, squares fastest."""
+    if views is None:
+        u, share = uniform(key, "start").item(), 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()
+        share = 224 / (256 * share)  # DECISION (scale): of the short side
+        box = data.random_box(video.info, key, share) if cfg.crop else data.centre_box(video.info)
+    else:
+        clip, square = divmod(view, views[1])
+        u, box = clip / (views[0] - 1) if views[0] > 1 else 0.5, data.crop_box(video.info, square, views[1])
+    if cfg.labels == "classes":
+        return clip_frames(video.info.num_frames, frames, cfg.stride, u), box
+    start, end = videos.start[index], video.clamp(videos.end[index])
+    if start >= end:
+        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the action's")
+    count, fps = max(1, round((end - start) * video.info.fps)), video.info.fps
+    return video.at(start + np.array(clip_frames(count, frames, cfg.stride, u)) / fps), box
+
+
+def soft_targets(labels, heads, smoothing):
+    """Targets of each head's classes, one beside the other: int64 [B] -> float32 [B, sum(heads)].
+
+    A label counts through pairs of classes where there are two heads: verb * nouns + noun.
+    """
+    parts = (labels,) if len(heads) == 1 else (labels // heads[1], labels % heads[1])  # [B] each
+    return torch.cat([data.soft_labels(x, n, smoothing) for x, n in zip(parts, heads, strict=True)], 1)
+
+
+def vivit_loss(logits, targets, heads):
+    """Cross entropy of each head, their mean, a clip at a time (scenic): [B, sum(heads)] twice -> [B]."""
+    losses = [-(t * x.float().log_softmax(-1)).sum(-1) for x, t in zip(logits.split(heads, 1), targets.split(heads, 1))]
+    return torch.stack(losses).mean(0)  # [B]
+
+
+def joint_scores(logits, heads):
+    """Log-probability of each class; of each (verb, noun) pair where there are two heads (Table 6): the best action is
+    the best pair. [B, sum(heads)] -> [B, prod(heads)]."""
+    parts = [x.float().log_softmax(-1) for x in logits.split(heads, 1)]  # [B, classes] each
+    return parts[0] if len(parts) == 1 else (parts[0][:, :, None] + parts[1][:, None]).flatten(1)  # [B, prod(heads)]
+
+
+def near_peak(curve):
+    """(first epoch within 1 point of the best top-1, epoch of the best) of [epoch, top-1] pairs (App. E, Table 9)."""
+    best = max(top1 for _, top1 in curve)
+    near = next(epoch for epoch, top1 in curve if top1 >= best - 1)  # DECISION (peak)
+    return near, next(epoch for epoch, top1 in curve if top1 == best)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """A ViT's transformer: CLS before the tokens, learned positions, pre-norm blocks, norm. [B, N, D] -> CLS [B, D]."""
+
+    def __init__(self, tokens, spec, depth, drop_path=0.0, kind="auto", first=0):
+        super().__init__()
+        width, ratio = spec["width"], spec["mlp"] / spec["width"]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))  # scenic: zeros
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + tokens, width))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # DECISION (drop)
+        self.blocks = nn.ModuleList(  # DECISION (gelu): Block's default, the exact one
+            Block(width, spec["heads"], ratio, rate, kind=kind, index=first + i) for i, rate in enumerate(rates)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def embed(self, x):
+        """Tokens with CLS and positions: [B, N, D] -> [B, 1 + N, D]."""
+        return torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.positions
+
+    def forward(self, x, keys=None, grad_checkpoint=False):
+        x = common.run_blocks(self.blocks, self.embed(x), keys, grad_checkpoint)  # [B, 1 + N, D]
+        return self.norm(x[:, 0])  # [B, D]
+
+    def attention(self, x):
+        """Where CLS looks in the last block, the mean of its heads, for pictures: [B, N, D] -> [B, N]."""
+        last = self.blocks[-1]
+        x = last.norm1(common.run_blocks(self.blocks[:-1], self.embed(x)))  # [B, 1 + N, D]
+        q, k, _ = F.linear(x, last.attn.qkv.weight).unflatten(2, (3, last.attn.heads, -1)).unbind(2)  # [B, 1 + N, H, d]
+        q = q[:, 0] + last.attn.q_bias.unflatten(0, (last.attn.heads, -1))  # [B, H, d]
+        scores = torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
+        return scores.softmax(-1).mean(1)[:, 1:]  # [B, N]
+
+
+class Adapter(nn.Module):
+    """The paper's "two-layer fully connected network" between the transformers (Eq. 2): [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.apply(common.init_linear)
+        nn.init.zeros_(self.fc2.weight)  # DECISION (adapter): stage 2 starts as stage 1 ended
+
+    def forward(self, x):
+        return x + self.fc2(F.gelu(self.fc1(x)))  # [B, S, D]
+
+
+class ViViT(nn.Module):
+    """ViViT's factorised encoder (Eq. 1): a ViT on the patches of each time step, another on the CLS tokens it gives.
+
+    `enter` makes it the model of a stage. Where the spatial transformer needs no gradient (frozen, or evaluated) it
+    runs without autograd, `spatial_chunk` images at a time: its memory doesn't grow with the clip.
+    """
+
+    def __init__(self, num_classes, model="vivit_l", frames=8, size=224, temporal_depth=0, drop_path=0.0,
+                 attention="auto", grad_checkpoint=False, spatial_chunk=32):  # fmt: skip
+        super().__init__()
+        spec = MODELS[model]
+        self.width, self.size, self.patch = spec["width"], size, (2, spec["patch"], spec["patch"])
+        self.grad_checkpoint, self.spatial_chunk = grad_checkpoint, spatial_chunk
+        self.frozen, self.adapter = (), None
+        self.tokens, self.steps = (size // spec["patch"]) ** 2, frames // self.patch[0]  # of a time step; time steps
+        self.patch_embed = nn.Linear(math.prod(self.patch) * 3, self.width)  # = a Conv3d (common.conv_to_linear)
+        self.spatial = Encoder(self.tokens, spec, spec["depth"], drop_path, attention)
+        depth = temporal_depth or spec["temporal"]
+        self.temporal = Encoder(self.steps, spec, depth, drop_path, attention, first=spec["depth"])
+        self.head = nn.Linear(self.width, num_classes)
+        self.apply(common.init_linear)
+        nn.init.zeros_(self.head.weight)  # scenic
+
+    def enter(self, stage, half=None):
+        """Become the model of a Stage: temporal positions for its frames, adapter, requires_grad as it says.
+
+        half: the dtype in which a frozen spatial transformer's matrices are kept; None: as they are. A model that is in
+        the stage already stays as it is.
+        """
+        place, before, self.steps = self.temporal.positions, self.steps, stage.frames // self.patch[0]
+        place = resize_positions(place.detach(), (before,), (self.steps,))  # [1, 1 + S, D]
+        self.temporal.positions = nn.Parameter(place)
+        if stage.adapter != (self.adapter is not None):
+            self.adapter = Adapter(self.width).to(place.device) if stage.adapter else None
+        self.frozen = stage.frozen
+        for part, modules in (("spatial", [self.patch_embed, self.spatial]), ("temporal", [self.temporal])):
+            for module in modules:  # DECISION (frozen): embedding, CLS and positions with the blocks
+                module.requires_grad_(part not in stage.frozen)
+        for module in self.modules() if half and "spatial" in stage.frozen else ():
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.to(half)
+
+    def images(self, clips):
+        """The tubelets of each time step, of 0-255 clips [B, T, C, H, W]: [B S, N, P]."""
+        return patchify(clips, self.patch).unflatten(1, (-1, self.tokens)).flatten(0, 1)  # [B S, N, P]
+
+    def tubelets(self, images):
+        """0-255 tubelets [B S, N, P] embedded: [B S, N, D]. Inputs are in [-1, 1], as Google's ViTs expect."""
+        return self.patch_embed(data.normalize(images, (0.5,) * 3, (0.5,) * 3))  # [B S, N, D]
+
+    def frames(self, clips, keys=None):
+        """What the spatial transformer says of each time step: [B, T, C, H, W] -> [B, S, D]; keys [B]: drop path."""
+        images = self.images(clips)  # [B S, N, P]
+        if "spatial" in self.frozen or not torch.is_grad_enabled():
+            with torch.no_grad():
+                parts = [self.spatial(self.tubelets(part)) for part in images.split(self.spatial_chunk)]
+            return torch.cat(parts).unflatten(0, (len(clips), -1))  # [B, S, D]
+        keys = keys if keys is None else keys.repeat_interleave(len(images) // len(clips))  # [B S]
+        x = self.spatial(self.tubelets(images), keys, self.grad_checkpoint)  # [B S, D]
+        return x.unflatten(0, (len(clips), -1))  # [B, S, D]
+
+    def over_time(self, x, keys=None):
+        """Adapter and temporal transformer (Eq. 2): [B, S, D] -> [B, D]."""
+        x = x if self.adapter is None else self.adapter(x)  # [B, S, D]
+        return self.temporal(x, None if "temporal" in self.frozen else keys, self.grad_checkpoint)  # [B, D]
+
+    def encode(self, clips, keys=None):
+        """Features of clips: [B, T, C, H, W] -> [B, D]."""
+        return self.over_time(self.frames(clips, keys), keys)  # [B, D]
+
+    def forward(self, clips, keys):
+        """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes]."""
+        return self.head(self.encode(clips, keys if self.training else None))  # [B, classes]
+
+
+def build(cfg, heads, stage):
+    """The model that a Config describes, in a Stage."""
+    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, cfg.temporal_depth, cfg.drop_path, cfg.attention,
+                cfg.grad_checkpoint, cfg.spatial_chunk)  # fmt: skip
+    net.enter(stage)
+    return net
+
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
+
+# Google's names -> ours; of big_vision's the numbers behind a module's name differ (github.com/google-research).
+_GOOGLE = (("Transformer/encoder_norm", "spatial.norm"), ("Transformer/encoderblock_", "spatial.blocks."),
+           ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"), ("LayerNorm_2", "norm2"), ("MlpBlock_0/", "mlp/"),
+           ("MlpBlock_3/", "mlp/"), ("Dense_0", "fc1"), ("Dense_1", "fc2"),
+           ("MultiHeadDotProductAttention_0/", "attn/"), ("MultiHeadDotProductAttention_1/", "attn/"),
+           ("attn/out", "attn/proj"), ("Transformer/posembed_input/", ""),
+           ("pos_embedding", "spatial.positions"), ("embedding/kernel", "patch_embed.weight"),
+           ("embedding/bias", "patch_embed.bias"), ("/scale", ".weight"), ("/kernel", ".weight"), ("/", "."),
+           )  # fmt: skip
+
+
+def read_npz(path):
+    """An .npz file's arrays as tensors, by name; None if it is no .npz. Reads nothing pickled; UserError if damaged."""
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):
+        return None
+    try:
+        if not all(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+            return None  # torch.save's files are zip archives too
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
+    except Exception as error:  # a damaged file raises anything: BadZipFile, ValueError, zlib.error, ...
+        raise UserError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from error
+
+
+def google_weights(arrays):
+    """Google's ViT .npz (original, AugReg, big_vision; layers stacked or not) by our names, the kernel [D, C, p, p].
+
+    query, key, value [D, H, d] become one qkv [3D, D]; the key's bias is left out, because it changes no output.
+    """
+    arrays = {name.removeprefix("opt/target/").removeprefix("params/"): x for name, x in arrays.items()}
+    for name in [name for name in arrays if "/encoderblock/" in name]:  # big_vision's scan: [layers, ...]
+        for i, layer in enumerate(arrays.pop(name)):
+            arrays[name.replace("encoderblock/", f"encoderblock_{i}/")] = layer
+    ours = {"spatial.cls_token": arrays.pop("cls")} if "cls" in arrays else {}
+    for name, x in arrays.items():
+        kernel = name.endswith("kernel")
+        for theirs, replacement in _GOOGLE:
+            name = name.replace(theirs, replacement)
+        if name == "patch_embed.weight":
+            x = x.permute(3, 2, 0, 1)  # [D, C, p, p]
+        elif kernel:
+            x = (x.flatten(0, -2) if "proj" in name else x.flatten(1)).T  # [D_out, D_in]
+        ours[name] = x.flatten() if ".attn." in name and name.endswith("bias") else x
+    return merge_attention(ours)
+
+
+def merge_attention(state):
+    """query, key and value as one qkv; biases of query and value as q_bias and v_bias; no key bias."""
+    for query in [name for name in state if name.endswith("attn.query.weight")]:
+        stem = query.removesuffix("query.weight")
+        state[stem + "qkv.weight"] = torch.cat(
+            [state.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
+        )
+    for name in [name for name in state if name.endswith((".query.bias", ".key.bias", ".value.bias"))]:
+        stem, part, _ = name.rsplit(".", 2)
+        bias = state.pop(name)
+        state |= {} if part == "key" else {f"{stem}.{part[0]}_bias": bias}
+    return state
+
+
+def image_weights(path):
+    """An image ViT's weights by ViViT's names, on the CPU, patch_embed's kernel as [D, C, p, p]; or ours as they are.
+
+    path: Google's .npz (github.com/google-research/vision_transformer, big_vision), a hub folder or file of ViT
+    (layernorm_eps 1e-12 there, here 1e-6), or a checkpoint of this script.
+    """
+    arrays = read_npz(path)
+    if arrays is not None:
+        return google_weights(arrays)
+    state = common.read_weights(path)
+    if any(name.startswith(("spatial.", "temporal.")) for name in state):
+        return state
+    state = merge_attention({k.removeprefix("vit."): v for k, v in common.videomae_weights(state).items()})
+    place = {"embeddings.cls_token": "spatial.cls_token", "embeddings.position_embeddings": "spatial.positions"}
+    rename = lambda name: place.get(name) or (f"spatial.{name}" if name.startswith(("blocks.", "norm.")) else name)
+    return {rename(name): x for name, x in state.items()}
+
+
+def temporal_weights(path, depth):
+    """The temporal transformer's weights: ours, or the first `depth` layers of VideoMAE's encoder, and its norm."""
+    state = common.read_weights(path)
+    if not any(name.startswith("temporal.") for name in state):
+        first = tuple(f"blocks.{i}." for i in range(depth))  # DECISION (VMAE)
+        names = common.videomae_weights(state).items()
+        state = {f"temporal.{k}": v for k, v in names if k.startswith((*first, "norm."))}
+    return {k: v for k, v in state.items() if k.startswith("temporal.")}
+
+
+def init_weights(cfg, net):
+    """The tensors of --init and --init-temporal as `net` takes them: positions resized, an image's kernel inflated, a
+    classifier of other classes left out. UserError where the file's patches have another size."""
+    weights = image_weights(cfg.init) if cfg.init not in ("", "random") else {}
+    kernel, (frames, patch, _) = weights.get("patch_embed.weight"), net.patch
+    if kernel is not None:
+        side = kernel.shape[-1] if kernel.dim() == 4 else math.isqrt(kernel.shape[1] // 3 // frames)
+        if side != patch:
+            raise UserError(f"{cfg.init}: its patches are {side} pixels wide, those of --model {cfg.model} {patch}")
+        if kernel.dim() == 4:
+            weights["patch_embed.weight"] = common.conv_to_linear(inflate(kernel, frames, cfg.inflate))  # [D, P]
+            weights.pop("head.weight", None)  # an image classifier's
+    if cfg.init_temporal:
+        weights |= temporal_weights(cfg.init_temporal, len(net.temporal.blocks))
+    if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
+        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+    space, time = weights.get("spatial.positions"), weights.get("temporal.positions")  # [1, 1 + N, D], [1, 1 + S, D]
+    if space is not None:
+        if math.isqrt(space.shape[1]) ** 2 == space.shape[1]:  # big_vision's: CLS has no position
+            space = torch.cat([torch.zeros_like(space[:, :1]), space], dim=1)  # [1, 1 + N, D]
+        grids = [(math.isqrt(n),) * 2 for n in (space.shape[1] - 1, net.tokens)]
+        weights["spatial.positions"] = resize_positions(space, *grids)  # [1, 1 + N, D]
+    if time is not None:
+        weights["temporal.positions"] = resize_positions(time, (time.shape[1] - 1,), (net.steps,))  # [1, 1 + S, D]
+    return weights
+
+
+# ---- Evaluation and pictures -----------------------------------------------------------------------------------------
+
+
+def eval_batches(videos, cfg, ctx, frames, views, failures):
+    """Batches of test clips, on the device, that hold each readable video once over all ranks, view by view."""
+    plan = partial(sample_clip, cfg, frames, videos, views)
+    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views))
+    size = max(1, (cfg.micro_batch or cfg.batch_size // ctx.world) // math.prod(views))
+    batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
+    for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
+        failures.new += batch.failures
+        if len(batch.labels):
+            yield batch._replace(keys=batch.keys.to(ctx.device))
+
+
+@torch.no_grad()
+def evaluate(model, videos, cfg, ctx, heads, frames, views=(1, 1), name="val", picture=None):
+    """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each alone (Table 6).
+
+    views: (clips, squares) of a video, whose logits are averaged (scenic). Every readable video counts once, at any
+    number of ranks; `unread` of them could not be.
+    """
+    model.eval()
+    failures, k = data.Failures(len(videos), cfg.max_bad), min(5, math.prod(heads))
+    sums = torch.zeros(5, dtype=torch.float64, device=ctx.device)  # clips, top-1, top-k, verb, noun
+    for batch in eval_batches(videos, cfg, ctx, frames, views, failures):
+        with ctx.autocast():
+            logits = model(batch.clips, batch.keys)  # [V B, classes]
+        logits = logits.float().unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
+        labels = batch.labels[: len(logits)]  # [B]
+        hits = joint_scores(logits, heads).topk(k).indices == labels[:, None]  # [B, k]
+        verb, noun = (
+            (logits.split(heads, 1)[i].argmax(1) == x) for i, x in ((0, labels // heads[-1]), (-1, labels % heads[-1]))
+        )
+        sums += torch.stack([torch.ones_like(verb), hits[:, 0], hits.any(1), verb, noun]).double().sum(1)  # [5]
+        if picture and ctx.rank == 0:
+            with ctx.autocast():
+                write_attention(model, batch.clips[:4], picture)
+            picture = None
+    unread = failures.collect(ctx, 0)
+    n, *hits = ctx.sum(sums).tolist()
+    model.train()
+    if not n:
+        raise UserError(f"{cfg.val_list}: no video could be read: {'; '.join(unread[:3])}")
+    words = ["top1", f"top{k}", *["verb", "noun"] * (len(heads) > 1)]
+    result = {f"{name}_{word}": 100 * hit / n for word, hit in zip(words, hits, strict=False)}
+    return result | {f"{name}_clips": int(n), f"{name}_unread": len(unread)}
+
+
+def write_attention(model, clips, path):
+    """Write path.png and path_animated.png: clips (8 time steps of them), and below each the same, lit by where the
+    spatial transformer's CLS looks."""
+    images = model.images(clips).unflatten(0, (len(clips), -1))[:, :: -(-model.steps // 8)]  # [B, S, N, P]
+    look = model.spatial.attention(model.tubelets(images.flatten(0, 1))).float()  # [B S, N]
+    light = (look / look.amax(1, keepdim=True)).view(*images.shape[:3], 1)  # [B, S, N, 1]
+    grid = images.shape[1], *[model.size // model.patch[1]] * 2
+    panels = images, images * (0.15 + 0.85 * light)  # [B, S, N, P]
+    data.write_panels(path, [unpatchify(x.byte(), model.patch, grid).cpu() for x in panels], fps=4)
+
+
+# ---- The plan --------------------------------------------------------------------------------------------------------
+
+
+def count_gmacs(net, stage):
+    """GMACs of a training step on one clip in a Stage, forward and backward, counted on `net`, which is on `meta`.
+
+    Time steps cost the same, and so do layers: one image is counted, and one and two layers of each transformer.
+    """
+    net.enter(stage)
+    frozen = "spatial" in stage.frozen
+    image = torch.empty(1, net.tokens, net.patch_embed.in_features, device="meta")  # [1, N, P]
+    x = torch.empty(1, net.steps, net.width, device="meta", requires_grad=not frozen)  # [1, S, D]
+
+    def look():
+        with torch.set_grad_enabled(not frozen):
+            y = net.spatial(net.tubelets(image))  # [1, D]
+        return None if frozen else y.sum().backward()
+
+    def all_layers(encoder, step):
+        blocks, counts = encoder.blocks, []
+        for encoder.blocks in (blocks[:1], blocks[:2]):
+            counts.append(common.count_macs(step))
+        encoder.blocks = blocks
+        return counts[0] + (len(blocks) - 1) * (counts[1] - counts[0])
+
+    rest = all_layers(net.temporal, lambda: net.head(net.over_time(x)).sum().backward())
+    return net.steps * all_layers(net.spatial, look) + rest
+
+
+def memory_model(cfg, net):
+    """(bytes, bytes more a time step) that training on one clip holds: with everything trained, with spatial frozen.
+
+    Weights, gradients, optimizer state; the clip; what blocks save for backward, measured on the CPU as the growth with
+    one more image or token, under autocast unless --precision fp32; frozen: the images of one chunk in one block.
+    """
+    half, spec = cfg.precision != "fp32", MODELS[cfg.model]
+    block = Block(spec["width"], spec["heads"], spec["mlp"] / spec["width"], kind="sdpa")
+    embed, adapter = nn.Linear(net.patch_embed.in_features, net.width), Adapter(net.width)
+
+    def grown(module, *shape):  # between one and two, so that autocast's copies of weights don't count
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            one, two = (common.saved_bytes(module, torch.randn(n, *shape)) for n in (1, 2))
+        return two - one
+
+    image = grown(block, 1 + net.tokens, net.width)  # of one block
+    step = net.patch[0] * 3 * cfg.size**2 * (9 if cfg.mixup else 2)  # the clip, as it is and cut into patches
+    step += len(net.temporal.blocks) * grown(block, 64, net.width) / 64
+    full = step + len(net.spatial.blocks) * image + grown(embed, net.tokens, embed.in_features)
+    frozen = step + cfg.adapter * grown(adapter, 64, net.width) / 64
+    count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
+    spatial, rest = count(net.patch_embed, net.spatial), count(net.temporal, net.head)
+    trained = {"sgd": 12, "adamw": 16}[cfg.optimizer] + 2 * half  # bytes: weight, gradient, state; autocast's copy
+    fixed = spatial * (2 if half else 4) + (rest + cfg.adapter * count(adapter)) * trained
+    return ((spatial + rest) * trained, full), (fixed + cfg.spatial_chunk * image, frozen)
+
+
+def largest_frames(memory, gigabytes):
+    """The largest even number of frames whose training step fits: memory as of memory_model, a card's GB."""
+    return max(0, int((gigabytes * 2**30 - memory[0]) / memory[1])) * 2
+
+
+def print_plan(cfg):
+    """What would run, counted and measured on the model's own parts: no data, no GPU, no training (--plan)."""
+    heads = EPIC if cfg.labels == "epic" else (cfg.num_classes or 2,)
+    stages = plan_stages(cfg, max(1, cfg.train_clips // cfg.batch_size))
+    last, precision = stages[-1], "fp32" if cfg.precision == "fp32" else "half precision"
+    kinds = [((), False), (("spatial",), cfg.adapter)]  # everything trains; stage 2
+    plain = replace(cfg, attention="sdpa", grad_checkpoint=False)
+    with torch.device("meta"):
+        net = build(plain, heads, Stage(0, last.frames, 0, 0, *kinds[1]))
+    count = lambda *parts: sum(p.numel() for part in parts if part for p in part.parameters()) / 1e6
+    parts = count(net.patch_embed, net.spatial), count(net.temporal), count(net.adapter), count(net.head)
+    print(
+        f"model     {cfg.model}: {sum(parts):.1f} M parameters = spatial {parts[0]:.1f} + temporal {parts[1]:.1f} "
+        f"({len(net.temporal.blocks)} layers) + adapter {parts[2]:.1f} + head {parts[3]:.1f}; {sum(parts[1:]):.1f} M "
+        "train where spatial is frozen"
+    )
+    grid = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
+    cost = {(kind, n): count_gmacs(net, Stage(0, n, 0, 0, *kind)) for kind in kinds for n in grid}
+    costs = [count_gmacs(net, stage) for stage in stages]
+    for stage, gmacs in zip(stages, costs, strict=True):
+        print(
+            f"stage {stage.number + 1}   {stage.frames} frames, {stage.stop - stage.start} steps at batch "
+            f"{cfg.batch_size}, peak lr {cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}"
+            f"{', with adapter' * stage.adapter}; {gmacs:.0f} GMACs a clip"
+        )
+    whole = cost[kinds[0], last.frames] * (last.stop - last.start)
+    shares = [gmacs * (stage.stop - stage.start) / whole for stage, gmacs in zip(stages, costs, strict=True)]
+    print(
+        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training everything on "
+        f"{last.frames} frames for as many steps as the last stage"
+    )
+    memory = memory_model(cfg, net)
+    print("\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state")
+    print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
+    for frames in grid:
+        full, frozen = (cost[kind, frames] for kind in kinds)
+        megabytes = " ".join(f"{(fixed + frames // 2 * step) / 1e6:9.0f}" for fixed, step in memory)
+        print(f"{frames:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {megabytes}")
+    print(f"\nmost frames of a micro-batch of one clip, {precision} (Table 4)")
+    for card in map(float, cfg.gpu_gb):
+        full, frozen = (largest_frames(part, card) for part in memory)
+        if not frozen:
+            raise UserError(
+                f"--gpu-gb {card:g}: the weights and optimizer state of {cfg.model} alone take "
+                f"{memory[1][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
+            )
+        print(f"{card:6g} GB: full {full or 'none'}, frozen {frozen}")
+
+
+# ---- The tasks -------------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """Refuse settings that can't work, by the flag's name, before anything is read or made."""
+    try:
+        stages = plan_stages(cfg, 1)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    patch = MODELS[cfg.model]["patch"]
+    if cfg.size < patch or cfg.size % patch:
+        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {patch} pixels")
+    for stage in stages:
+        if stage.frames % 2:
+            raise UserError(f"--stages {cfg.stages}: {stage.frames} frames are not a multiple of the tubelet's 2")
+        if {"spatial", "temporal"} <= {*stage.frozen}:
+            raise UserError(f"--freeze {cfg.freeze} freezes everything: nothing but the classifier is left to learn")
+    if "spatial" in stages[0].frozen and not cfg.init and cfg.task == "train" and not cfg.plan:
+        raise UserError(
+            "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage "
+            "1's checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
+        )
+    for flag in ("stride", "log_every", "eval_every", "spatial_chunk", "views", "crops"):
+        if getattr(cfg, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
+    for flag in ("max_steps", "workers", "micro_batch", "mixup", "max_bad", "temporal_depth", "warmup_epochs"):
+        if getattr(cfg, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
+    if not (0 <= cfg.rand_augment <= 30 and 0 <= cfg.colour_jitter <= 1):
+        raise UserError("--rand-augment must be in [0, 30], --colour-jitter in [0, 1]")
+    if not (0 <= cfg.drop_path < 1 and 0 <= cfg.label_smoothing < 1):
+        raise UserError("--drop-path and --label-smoothing must be in [0, 1)")
+    if not all(part.replace(".", "", 1).isdecimal() and float(part) for part in cfg.gpu_gb):
+        raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 16")
+
+
+def read_epic(path, root):
+    """EPIC-KITCHENS-100's annotations as published (EPIC_100_train.csv, ..._validation.csv) -> data.Captions, whose
+    labels are verb * 300 + noun. UserError names file and line of what is no row of them, or of no known class."""
+    rows, labels = [], []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                try:
+                    times = [sum(60**i * float(x) for i, x in enumerate(reversed(row[key].split(":"))))
+                             for key in ("start_timestamp", "stop_timestamp")]  # fmt: skip
+                    verb, noun = int(row["verb_class"]), int(row["noun_class"])
+                    video = f"{row['participant_id']}/{row['video_id']}.MP4"
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise UserError(f"{path}:{number}: not a row of EPIC_100_train.csv ({error!r})") from None
+                for word, value, classes in (("verb", verb, EPIC[0]), ("noun", noun, EPIC[1])):
+                    if not 0 <= value < classes:
+                        raise UserError(f"{path}:{number}: {word}_class {value} is not one of 0 ... {classes - 1}")
+                rows.append((video, *times, row.get("narration") or ""))
+                labels.append(verb * EPIC[1] + noun)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: can't read the annotations ({error})") from None
+    if not rows:
+        raise UserError(f"{path}: no annotation is in it")
+    videos = data.Captions(rows, root)
+    videos.path, videos.labels = path, np.array(labels, np.int32)
+    videos.classes = [f"verb {i // EPIC[1]} noun {i % EPIC[1]}" for i in range(math.prod(EPIC))]
+    return videos
+
+
+def read_list(cfg, path, classes=None):
+    """A list as --labels says; classes: the training list's, which a validation list must keep to."""
+    if cfg.labels == "epic":
+        return read_epic(path, cfg.data_root)
+    return data.VideoList(path, cfg.data_root, 0 if classes else cfg.num_classes, classes)
+
+
+def open_lists(cfg, ctx):
+    """(training, validation) lists; toy videos are made where the toy recipe's own lists are asked for."""
+    if cfg.train_list == RECIPES["toy"]["train_list"]:
+        if ctx.rank == 0:
+            try:
+                data.make_toy("toy", "long")
+            except OSError as error:
+                raise UserError(f"can't make the toy videos: {error}") from None
+        ctx.barrier()
+    for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
+        if not path:
+            raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`")
+    videos = read_list(cfg, cfg.train_list)
+    if len(videos.classes) < 2:
+        raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
+    if len(videos) < cfg.batch_size:
+        raise UserError(f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}")
+    return videos, read_list(cfg, cfg.val_list, videos.classes)
+
+
+def use(cfg, ctx):
+    """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
+    source = cfg.init or f"{cfg.out or 'runs/sfa-' + cfg.recipe}/best.pt"
+    state = common.load_checkpoint(source)
+    if not isinstance(state, dict) or not {"model", "config", "classes", "stage"} <= set(state):
+        raise UserError(f"{source}: not a checkpoint of sfa_vivit.py")
+    shape = ("model", "temporal_depth", "stride", "size", "labels", "seed")
+    cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
+    heads, stage = EPIC if cfg.labels == "epic" else (len(classes),), Stage(*state["stage"])
+    net = build(cfg, heads, stage).to(ctx.device).eval()
+    net.load_state_dict(state["model"])
+    if cfg.task == "predict":
+        return predict(net, replace(cfg, labels="classes"), ctx, heads, stage, classes)
+    if not cfg.val_list:
+        raise UserError(f"--task {cfg.task} needs --val-list")
+    videos = read_list(cfg, cfg.val_list, classes)
+    if cfg.task == "features":
+        return write_features(net, videos, cfg, ctx, stage)
+    result = evaluate(net, videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
+    if ctx.rank == 0:
+        print(
+            f"{source} on {cfg.val_list}, {stage.frames} frames, {cfg.views} x {cfg.crops} views: "
+            + "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+        )
+
+
+@torch.no_grad()
+def predict(net, cfg, ctx, heads, stage, classes):
+    """Print the five likeliest classes of each --input video; of verb and noun, the likeliest pairs."""
+    if not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
+    videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
+    for batch in eval_batches(videos, cfg, ctx, stage.frames, (1, 1), failures):
+        with ctx.autocast():
+            logits = net(batch.clips, batch.keys)  # [B, classes]
+        shares, order = joint_scores(logits, heads).exp().sort(-1, descending=True)
+        for i, share, best in zip(batch.index.tolist(), shares.tolist(), order.tolist(), strict=True):
+            words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
+            print(f"{videos.video(i)}: {', '.join(words)}")
+    if failures.new:
+        raise UserError("; ".join(failures.new))
+
+
+@torch.no_grad()
+def write_features(net, videos, cfg, ctx, stage):
+    """Write features.npy, float32 [videos, D]: CLS of a video's centre clip, in the list's order; NaN if unreadable."""
+    path = Path(cfg.out or f"runs/sfa-{cfg.recipe}") / "features.npy"
+    if ctx.rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
+        except OSError as error:
+            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
+    ctx.barrier()
+    rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
+    for batch in eval_batches(videos, cfg, ctx, stage.frames, (1, 1), failures):
+        with ctx.autocast():
+            features = net.encode(batch.clips)  # [B, D]
+        rows[batch.index.numpy()] = features.float().cpu().numpy()
+    rows.flush()
+    unread = failures.collect(ctx, 0)
+    if ctx.rank == 0:
+        print(
+            f"{path}: {len(videos)} x {net.width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else "")
+        )
+
+
+def augment(cfg, clips, keys):
+    """The augmentation of Table 7 on the device: uint8 [B, T, C, H, W] -> the same; keys int64 [B], on the CPU."""
+    if cfg.colour_jitter:  # DECISION (colour)
+        chosen = (uniform(keys, "colour") < cfg.colour_jitter).to(clips.device)  # [B]
+        clips = torch.where(chosen[:, None, None, None, None], data.colour_jitter(clips, keys, hue=0.2), clips)
+    if cfg.rand_augment:  # DECISION (RandAug): of 30; data's are of 10
+        clips = data.rand_augment(clips, keys, cfg.rand_augment / 3, layers=2)  # [B, T, C, H, W]
+    return data.flip(clips, keys) if cfg.flip else clips  # [B, T, C, H, W]
+
+
+def main(cfg):
+    check(cfg)
+    if cfg.plan:
+        return print_plan(cfg)
+    ctx = common.launch(cfg.precision)
+    if cfg.task != "train":
+        return use(cfg, ctx)
+    micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup))
+    videos, val_videos = open_lists(cfg, ctx)
+    heads = EPIC if cfg.labels == "epic" else (len(videos.classes),)
+    run = common.Run(cfg, ctx, "sfa")
+    state = run.resume()
+
+    epoch_steps = len(videos) // cfg.batch_size
+    stages = plan_stages(cfg, epoch_steps)
+    total = stages[-1].stop
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision)
+    # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
+    at = {"step": 0, "stage": 0, "evaluated": 0, "best": -1.0, "skipped": 0, "last": {}, "curve": [], "seconds": []}
+    at = state["at"] if state else at
+    meter = common.Meter(ctx.device, "loss")
+    torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
+    net = build(cfg, heads, stages[at["stage"]]).to(ctx.device)
+    if state:
+        meter.load(state["sums"], ctx)
+    elif cfg.init not in ("", "random") or cfg.init_temporal:
+        source = " and ".join(x for x in (cfg.init, cfg.init_temporal) if x)
+        run.say(common.load_weights(net, init_weights(cfg, net), source))
+    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
+    run.say(
+        f"{len(videos)} training and {len(val_videos)} validation videos, {' + '.join(map(str, heads))} classes; batch "
+        f"{cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} "
+        f"on {ctx.device}; steps {at['step']} to {total}"
+    )
+    failures = data.Failures(len(videos), cfg.max_bad)
+
+    def save(*names):
+        if at["step"] < total and not meter.healthy(ctx):
+            return False  # the last good checkpoint stays
+        state = {
+            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
+        }
+        state |= {"at": at, "stage": tuple(stage), "sums": meter.state(ctx), "classes": videos.classes}
+        run.save(state, *names)
+        return True
+
+    for stage in stages[at["stage"] :]:
+        if stage.number > at["stage"]:
+            at |= {"stage": stage.number, "best": -1.0, "curve": []}
+        torch.manual_seed(cfg.seed)  # for the adapter
+        net.enter(stage, half)
+        trained = [p for p in net.parameters() if p.requires_grad]  # all that optimizer, clipping and ranks know of
+        kind = partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
+        optimizer = kind(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)
+        scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
+        if state:
+            net.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if state["precision"] == ctx.precision:
+                scaler.load_state_dict(state["scaler"])
+            state = None
+        model = None  # the stage before's lets go of the parameters first
+        model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
+        plan = partial(sample_clip, cfg, stage.frames, videos, None)
+        dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True)
+        schedule = data.GlobalBatches(
+            len(videos), cfg.batch_size, micro, cfg.seed, at["step"], stage.stop, ctx.rank, ctx.world
+        )
+        batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
+        run.say(
+            f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
+            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train"
+        )
+
+        while True:
+            # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
+            step, done = at["step"], at["step"] - stage.start
+            if step > at["evaluated"] and (step == stage.stop or done % (cfg.eval_every * epoch_steps) == 0):
+                result = evaluate(net, val_videos, cfg, ctx, heads, stage.frames, picture=run.folder / "attention.png")
+                at["curve"] = [*at["curve"], [round(done / epoch_steps, 3), result["val_top1"]]]
+                better = result["val_top1"] > at["best"] and meter.healthy(ctx)
+                if step == stage.stop:
+                    near, best = near_peak(at["curve"])
+                    result |= {"near_peak_epoch": near, "best_epoch": best}
+                    result["best_step"] = stage.start + round(best * epoch_steps)
+                    at["seconds"] = [*at["seconds"], round(time.time() - run.started, 1)]
+                if step == total and cfg.views * cfg.crops > 1:
+                    result |= evaluate(net, val_videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
+                run.log(result | {"stage": stage.number + 1, "clips": step * cfg.batch_size}, step, total)
+                at |= {"evaluated": step, "best": result["val_top1"] if better else at["best"], "last": result}
+                ended = [f"stage{stage.number + 1}.pt"] * (step == stage.stop < total)  # for other stages 2 (--init)
+                save(*["best.pt"] * better, *ended, "last.pt")
+            if step == stage.stop:
+                break
+
+            lr = common.cosine(done, stage.stop - stage.start, cfg.warmup_epochs * epoch_steps, cfg.lr, cfg.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            for i in range(accumulation):
+                with run.waiting():
+                    batch = next(batches)
+                failures.add(batch, micro)
+                clips = augment(cfg, batch.clips, batch.keys)  # [B, T, C, H, W], uint8
+                keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
+                targets = soft_targets(batch.labels, heads, cfg.label_smoothing)  # [B, classes]
+                clips, targets = data.mix(clips, targets, (cfg.seed, step), cfg.mixup, 0.0)
+                with ctx.sync(model, last=i == accumulation - 1):
+                    with ctx.autocast():
+                        logits = model(clips, keys)  # [B, classes]
+                        loss = vivit_loss(logits, targets, heads)  # [B]
+                    # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A
+                    # loss that is not finite makes the gradient so too, and thereby skips the update.
+                    poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
+                    scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
+                meter.add(batch.index, loss)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.get_total_norm([p.grad for p in trained])
+            if cfg.clip_grad:
+                nn.utils.clip_grads_with_norm_(trained, cfg.clip_grad, norm)
+            meter.step(norm)
+            scaler.step(optimizer)  # an update that is not finite is skipped, by a flag on the device
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            at["step"] = step = step + 1
+
+            run.advance(step, total)
+            epoch_ends = step % epoch_steps == 0
+            if epoch_ends or step % cfg.log_every == 0 or step == stage.stop:
+                for line in failures.collect(ctx, (step - 1) // epoch_steps):
+                    run.say(f"unreadable, replaced by another: {line}")
+            if step % cfg.log_every == 0 or step == stage.stop:
+                means, bad, skipped = meter.read(ctx)
+                at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"], scaler.get_scale())
+                record = {"epoch": round(step / epoch_steps, 3), **means, "lr": lr, "clips": step * cfg.batch_size}
+                run.log(record, step, total)
+            if (run.save_due() or epoch_ends) and save("last.pt"):
+                run.leave(step)
+
+    times = [b - a for a, b in pairwise([0.0, *at["seconds"]])]
+    run.say(
+        f"complete: top-1 {at['last']['val_top1']:.1f} % of {at['last']['val_clips']} validation clips (chance "
+        f"{100 / math.prod(heads):.1f} %), best of the last stage {at['best']:.1f} %; "
+        f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds, with evaluation. "
+        f"{run.folder}/attention.png: clips, and where the spatial transformer looks. --overwrite starts anew."
+    )
+
+
+if __name__ == "__main__":
+    main(parse(Config, RECIPES))

@@ -949,55 +949,50 @@ def evaluate(model, videos, actions, tokenizer, cfg, ctx):
 
 def saved_megabytes(model, tokens, kind):
     """MB that the video encoder's blocks store for the backward pass of one clip in fp32, (LayerNorm, attention, MLP),
-    from the parts of one real block on the CPU (Fig. 3). kind: "plain", "sdpa", or "checkpoint": its inputs, and one
-    block's parts while that is recomputed."""
-    block, x = model.blocks[0], torch.randn(1, tokens, model.width)
-    block.attn.kind = "plain" if kind == "plain" else "sdpa"
-    parts = [(block.norm1, block.norm2), (block.attn,), (block.mlp,)]
-    sizes = [sum(common.saved_bytes(module, x) for module in group) / 1e6 for group in parts]
-    if kind == "checkpoint":
-        return [sizes[0] + len(model.blocks) * x.numel() * 4 / 1e6, *sizes[1:]]
-    return [len(model.blocks) * size for size in sizes]
+    from the parts of one real block on the CPU (Fig. 3; GELU, as measured there). kind: "plain", "sdpa", or
+    "checkpoint": all blocks' inputs, and one block's parts while that is recomputed. None where it needs gigabytes."""
+    width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
+    if kind == "plain" and tokens > 1600:
+        return None
+    block, n = Block(width, heads, kind="plain" if kind == "plain" else "sdpa"), tokens if kind == "plain" else 64
+    parts, x = [(block.norm1, block.norm2), (block.attn,), (block.mlp,)], torch.randn(1, n, width)  # [1, n, D]
+    sizes = [sum(common.saved_bytes(module, x) for module in group) * tokens / n / 1e6 for group in parts]  # linear
+    return (
+        [depth * size for size in sizes]
+        if kind != "checkpoint"
+        else [sizes[0] + depth * tokens * width * 4 / 1e6, *sizes[1:]]
+    )
 
 
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
-    slim = replace(cfg, attention="sdpa", grad_checkpoint=False, drop_path=0.0)
-    net = build(slim, "clip", classes=cfg.num_classes or 2)
-    visual, tokens = net.visual, cfg.frames * (cfg.size // net.visual.patch[1]) ** 2
+    with torch.device("meta"):
+        net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), "clip", classes=cfg.num_classes or 2)
+        clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
+        macs = [common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64))]
+        if isinstance(net, VideoCLIP):
+            macs.append(common.count_macs(net.textual, torch.zeros(1, 77, dtype=torch.int64)))
+    tokens = cfg.frames * (cfg.size // net.visual.patch[1]) ** 2
     kept = 1 + max(1, int(round(tokens * (1 - cfg.patch_dropout), 6)))
-    million = lambda module: sum(p.numel() for p in module.parameters()) / 1e6
-    text = f", {million(net.textual):.1f} M of them the text encoder's" if isinstance(net, VideoCLIP) else ""
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (net, net.visual)]
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
-    print(f"model     {cfg.model}: {million(net):.1f} M parameters{text}")
-    print(f"tokens    {kept} of a clip in training (CLS and {tokens} patches, {cfg.patch_dropout:g} left out)")
+    print(f"model     {cfg.model}: {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them the video encoder's")
+    print(f"tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches")
     print(
         f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, "
         f"{cfg.optimizer}, peak lr {cfg.lr:g}"
     )
-    with torch.device("meta"):
-        clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
-        keys = torch.zeros(1, dtype=torch.int64)
-        macs = [common.count_macs(visual.to("meta"), clips, keys)]
-        if isinstance(net, VideoCLIP):
-            macs.append(common.count_macs(net.textual.to("meta"), torch.zeros(1, 77, dtype=torch.int64)))
     print(
         f"GMACs     {macs[0]:.2f} of a clip, forward" + "".join(f"; {m:.2f} of a text of 77 tokens" for m in macs[1:])
     )
-    print(f"Eq. 3     a SATA disk (500 MB/s) serves this batch, at 1 Mbit/s a video and 4 s a step, in chunks of up to "
+    print(f"Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a step, in chunks of up to "
           f"{chunk_seconds(cfg.batch_size):.1f} s")  # fmt: skip
-    print(
-        "\nMB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half). As there with GELU"
-    )
+    print("\nMB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half)")
     print(f"{'':<24} {'LayerNorm':>10} {'attention':>10} {'MLP':>10} {'all':>10} {'attention %':>12}")
-    visual = VideoEncoder(cfg.model, cfg.frames, cfg.size, "avion")
     for kind, name in (("plain", "plain"), ("sdpa", "memory-efficient"), ("checkpoint", "efficient, recomputed")):
-        if kind == "plain" and kept > 1600:  # the real block would need gigabytes
-            print(f"{name:<24} not measured above 1,600 tokens")
-            continue
-        sizes = saved_megabytes(visual, kept, kind)
-        cells = " ".join(f"{size:10.1f}" for size in [*sizes, sum(sizes)])
-        print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
+        sizes = saved_megabytes(cfg.model, kept, kind)
+        cells = sizes and " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)]) + f" {100 * sizes[1] / sum(sizes):12.1f}"
+        print(f"{name:<24} {cells or 'not measured above 1,600 tokens'}")
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------

@@ -278,16 +278,16 @@ def relevancy(verbs, nouns, other_verbs, other_nouns):
     return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * (shared.double() / union.clamp(min=1))  # [B, S]
 
 
-def _ranked(similarity, relevancy, rows=512):
+def _ranked(similarity, relevancy, rows=256):
     """Yields (relevancies from the most similar item on, relevancies), float64 [b, S] each, a block of queries at a
-    time: a matrix as large as EK-100's, in double, is the memory of one copy only. Ties stay in the items' order."""
-    similarity, relevancy = torch.as_tensor(similarity), torch.as_tensor(relevancy)
-    if similarity.shape != relevancy.shape or similarity.dim() != 2:
-        raise ValueError(f"similarity is {tuple(similarity.shape)}, relevancy {tuple(relevancy.shape)}")
+    time: a matrix as large as EK-100's then costs little memory beside itself. Ties stay in the items' order."""
+    similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
+    if similarity.shape != relevancy.shape or similarity.ndim != 2:
+        raise ValueError(f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]")
     for first in range(0, len(similarity), rows):
-        block = relevancy[first : first + rows].double()  # [b, S]
-        order = similarity[first : first + rows].sort(dim=1, descending=True, stable=True).indices  # [b, S]
-        yield block.gather(1, order), block
+        block = np.array(relevancy[first : first + rows], np.float64, order="C")  # [b, S]
+        order = np.argsort(np.negative(similarity[first : first + rows], order="C"), axis=1, kind="stable")  # [b, S]
+        yield np.take_along_axis(block, order, 1), block
 
 
 def mean_average_precision(similarity, relevancy):
@@ -296,14 +296,13 @@ def mean_average_precision(similarity, relevancy):
     Items of relevancy 1 are the hits, but precision at rank k is the sum of all relevancies up to k, fractions too,
     over k: AP = sum over hits of that, over the number of hits. ValueError: a query without a hit, shapes that differ.
     """
-    total, rank = 0.0, None
+    total, rank = 0.0, np.arange(1, similarity.shape[1] + 1)  # [S]
     for ranked, _ in _ranked(similarity, relevancy):
-        rank = torch.arange(1, ranked.shape[1] + 1, dtype=torch.float64) if rank is None else rank  # [S]
         hits = ranked == 1  # [b, S]
         if not hits.any(1).all():
             raise ValueError("a query has no item of relevancy 1, so that its average precision is not defined")
-        total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum().item()
-    return total / len(similarity)
+        total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum()
+    return float(total / len(similarity))
 
 
 def ndcg(similarity, relevancy):
@@ -312,15 +311,13 @@ def ndcg(similarity, relevancy):
     Sum of relevancy / log2(1 + rank) over as many ranks as the query has items of relevancy > 0, over the same in the
     best order. ValueError: a query without such an item, shapes that differ.
     """
-    total, discount = 0.0, None
+    total, discount = 0.0, np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
     for ranked, block in _ranked(similarity, relevancy):
-        if discount is None:
-            discount = torch.arange(2, ranked.shape[1] + 2, dtype=torch.float64).log2()  # [S]
-        best = block.sort(dim=1, descending=True).values  # [b, S]
+        best = np.sort(block, axis=1)[:, ::-1]  # [b, S]
         if not (best[:, 0] > 0).all():
             raise ValueError("a query has no relevant item, so that its nDCG is not defined")
-        total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum().item()
-    return total / len(similarity)
+        total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
+    return float(total / len(similarity))
 
 
 def marginalise(probabilities, groups):

@@ -24,8 +24,8 @@ Faithful: model, losses, optimisers, schedules, sampling, metrics, as the paper 
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     activation  CLIP has QuickGELU and eps 1e-5. The released code meant that but ran GELU and eps 1e-6 in its ViT. Here
                 what --init holds decides: each file gets what it was trained with; from scratch, CLIP's.
-    temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D, zeros upon CLIP's weights, so
-                that training starts at CLIP's mean over frames; from scratch sines, or frame order is hard to find.
+    temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D, zeros upon CLIP's weights, to
+                which all frames are first; from scratch sines, because a small model finds order slowly.
     temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns it, at most 100.
     crop        App. B asks for "short side 256, take 224" and for RRC (0.5, 1). Only the second is fused, and run.
     text        which text a clip is fine-tuned with is not said. As the released code: any sentence with a relevancy
@@ -280,13 +280,14 @@ def relevancy(verbs, nouns, other_verbs, other_nouns):
 
 def _ranked(similarity, relevancy, rows=256):
     """Yields (relevancies from the most similar item on, relevancies), float64 [b, S] each, a block of queries at a
-    time: a matrix as large as EK-100's then costs little memory beside itself. Ties stay in the items' order."""
+    time: a matrix as large as EK-100's then costs little memory beside itself. Ties are in the order
+    that NumPy's sort leaves them in, as there."""
     similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
     if similarity.shape != relevancy.shape or similarity.ndim != 2:
         raise ValueError(f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]")
     for first in range(0, len(similarity), rows):
         block = np.array(relevancy[first : first + rows], np.float64, order="C")  # [b, S]
-        order = np.argsort(np.negative(similarity[first : first + rows], order="C"), axis=1, kind="stable")  # [b, S]
+        order = np.argsort(np.negative(similarity[first : first + rows], order="C"), axis=1)  # [b, S]
         yield np.take_along_axis(block, order, 1), block
 
 
@@ -756,6 +757,8 @@ def torchscript_weights(path):
                 return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
             if module == "torch" and name in ("FloatStorage", "HalfStorage", "DoubleStorage", "LongStorage"):
                 return getattr(torch, name.removesuffix("Storage").lower())
+            if (module, name) == ("collections", "OrderedDict"):
+                return dict
             if module == "torch.jit._pickle":
                 return lambda value, *_: value  # says what type a plain list or dict has
             raise pickle.UnpicklingError(f"loading it would call {module}.{name}")

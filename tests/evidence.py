@@ -1,4 +1,4 @@
-"""The comparisons that back each script's claims, at toy size: python tests/evidence.py turbo [--seeds 0 1 2].
+"""The comparisons that back each script's claims, at toy size: python tests/evidence.py <script> [--seeds 0 1 2].
 
 Runs the script's own command line (a run that is already complete is only read) and prints one Markdown table.
 """
@@ -63,10 +63,29 @@ def turbo_evidence(seeds, out):
         )
 
 
+def avion_evidence(seeds, out, clips=16_384, batches=(16, 32, 64, 128)):
+    """`python avion.py`, last step: retrieval and zero-shot motion; then the global batch at equal clips seen, in
+    micro-batches of 16 through the cached-gradient step (Fig. 6 at toy size)."""
+    last = lambda name, *flags: [r for r in run("avion", out / f"avion-{name}", *flags) if "val_map" in r][-1]
+    keys = "val_r1_t2v", "val_r1_v2t", "val_verb", "val_map", "shuffled_map", "val_ndcg", "shuffled_ndcg", "seconds"
+    print(f"\n| seed | {' | '.join(keys)} |\n|{'---|' * (1 + len(keys))}")
+    for seed in seeds:
+        result = last(seed, "--seed", seed)
+        print(f"| {seed} | {' | '.join(f'{result[key]:.1f}' for key in keys)} |")
+    print("\n| global batch | steps | R@1 text to video | video to text | motion |\n|---|---|---|---|---|")
+    for batch in batches:
+        flags = ["--batch-size", batch, "--micro-batch", 16, "--max-steps", clips // batch]
+        results = [last(f"batch{batch}-{seed}", "--seed", seed, *flags) for seed in seeds]
+        cells = [", ".join(f"{result[key]:.1f}" for result in results) for key in keys[:3]]
+        print(f"| {batch} | {clips // batch} | {' | '.join(cells)} |")
+
+
+EVIDENCE = {"turbo": turbo_evidence, "avion": avion_evidence}
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", choices=["turbo"])
+    parser.add_argument("script", choices=EVIDENCE)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
     args = parser.parse_args()
-    turbo_evidence(args.seeds, args.out)
+    EVIDENCE[args.script](args.seeds, args.out)

@@ -547,7 +547,9 @@ def test_patch_dropout_equals_dense_attention_over_the_kept():
     encoder, keys = avion.VideoEncoder("clip_toy", 4, 32, patch_dropout=0.5), make_key(torch.arange(3))
     clips = torch.randint(0, 256, (3, 4, 3, 32, 32), dtype=torch.uint8)
     got = encoder(clips, keys)
-    pixels = (clips.float() / 255 - torch.tensor(avion.CLIP_MEAN)[:, None, None]) / torch.tensor(avion.CLIP_STD)[:, None, None]
+    pixels = (clips.float() / 255 - torch.tensor(avion.CLIP_MEAN)[:, None, None]) / torch.tensor(avion.CLIP_STD)[
+        :, None, None
+    ]
     kernel = common.linear_to_conv(encoder.patch_embed.weight, (1, 16, 16))[:, :, 0]
     for b in range(3):
         x = F.conv2d(pixels[b], kernel, stride=16).flatten(2).transpose(1, 2)  # [T, 4, D]
@@ -858,7 +860,10 @@ ROWS = {  # recipes.md P2: Tables 1-4, Fig. 6, Fig. 3; F2 and F5 need hardware, 
     "T2 fine-tuned L": (["--recipe", "ek100_mir", *VIT_L, "--batch-size", 192], "max_margin"),
     "T3 B": (["--recipe", "ek100_cls"], "peak lr 0.012"),
     "T3 L": (["--recipe", "ek100_cls", *VIT_L, "--batch-size", 192], "4096 patches"),
-    "T4 first": (["--recipe", "ego4d", "--attention", "plain", "--loader", "decode_then_crop", "--batch-size", 512], ""),
+    "T4 first": (
+        ["--recipe", "ego4d", "--attention", "plain", "--loader", "decode_then_crop", "--batch-size", 512],
+        "",
+    ),
     "T4 last": (["--recipe", "ego4d", "--grad-checkpoint"], "plain "),
     "F3": (["--recipe", "ego4d"], " 62.4\n"),
     "F6": (["--recipe", "ego4d", "--batch-size", 512], "39060 steps"),
@@ -929,7 +934,9 @@ def test_frozen_and_learned_temperature(args, tmp_path):
 
 def test_learning_rates(args, tmp_path):
     """App. B.2: from 1e-6 in a line to the peak in the first epoch, then a cosine to the end; B.1: fixed."""
-    avion.main(config(*args, "--epochs", 2, "--lr", 1e-3, "--start-lr", 1e-4, "--min-lr", 5e-4, "--out", tmp_path / "a"))
+    avion.main(
+        config(*args, "--epochs", 2, "--lr", 1e-3, "--start-lr", 1e-4, "--min-lr", 5e-4, "--out", tmp_path / "a")
+    )
     rates = [r["lr"] for r in records(tmp_path / "a") if "lr" in r]
     expected = [1e-4 + 9e-4 * s / 6 for s in range(6)] + [
         5e-4 + 5e-4 * (1 + math.cos(math.pi * s / 6)) / 2 for s in range(6)
@@ -980,9 +987,19 @@ def test_ranks_and_micro_batches_give_the_same_gradient(args, told, tmp_path, mo
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     runs = [command(*torchrun, tmp_path / "driver.py", *flags, *extra, "--out", tmp_path / name)
             for name, extra in (("two", []), ("both", ["--micro-batch", "2"]))]  # fmt: skip
-    lists = ["--val-list", told / "val.jsonl", "--data-root", told / "chunks", "--workers", 0, "--init", trained / "best.pt"]
+    lists = [
+        "--val-list",
+        told / "val.jsonl",
+        "--data-root",
+        told / "chunks",
+        "--workers",
+        0,
+        "--init",
+        trained / "best.pt",
+    ]
     runs.append(command(*torchrun, "avion.py", "--task", "eval", *lists))
     for name, extra in (("one", []), ("four", ["--micro-batch", "2"])):
+
         def dump(gradients, folder=tmp_path / name):
             torch.save(gradients, folder / "gradients.pt")
             raise InterruptedError
@@ -1051,7 +1068,7 @@ def test_tasks_in_process(trained, told, tmp_path, capsys):
     avion.main(config("--task", "features", "--init", trained / "best.pt", "--out", tmp_path, *lists))
     features = np.load(tmp_path / "features.npy")
     assert features.shape == (8, 64) and np.abs(np.linalg.norm(features, axis=1) - 1).max() < 1e-5
-    video = sorted((told / "videos").glob("val*.mp4"))[0]
+    video = min((told / "videos").glob("val*.mp4"))
     capsys.readouterr()
     avion.main(config("--task", "predict", "--init", trained / "best.pt", "--input", video, *lists))
     line = capsys.readouterr().out.strip()
@@ -1111,6 +1128,19 @@ def test_unread_clips_are_left_out(trained, told, tmp_path, capsys):
     avion.main(config("--task", "features", *flags))
     assert "gone" in capsys.readouterr().out
     assert np.isnan(np.load(tmp_path / "features.npy")).all(1).sum() == 1
+
+
+def test_bench_prints_the_papers_tables(told, capsys, monkeypatch):
+    """Table 4's eight rows and Fig. 3's three, measured here, with the paper's beside them."""
+    import bench_avion
+
+    flags = ["--list", told / "train.jsonl", "--short-root", told / "chunks", "--long-root", told / "videos",
+             "--only", "table4", "fig3", "--rounds", 1, "--batch", 4, "--workers", 0]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["bench_avion.py", *map(str, flags)])
+    bench_avion.main()
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 8 + 1 + 3 and [row[-1] for row in rows[1:9]][-1] == "347"
+    assert all(float(row[5]) > float(row[4]) > 0 for row in rows[1:9]) and rows[10][5] == "62.4%"
 
 
 def test_copying_three_files_runs(cli, args, tmp_path):

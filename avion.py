@@ -828,6 +828,8 @@ def read_init(path):
         state = common.load_checkpoint(path)
         if isinstance(state, dict) and {"model", "style", "config"} <= set(state):
             return state
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # AVION's
+            return dict(zip(("model", "style"), clip_weights(state["state_dict"]), strict=True))
     weights, style = clip_weights(common.read_weights(path))
     config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
     if style == "clip" and config.is_file():

@@ -58,8 +58,9 @@ import re
 import sys
 import unicodedata
 import zipfile
+from array import array
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby, islice, pairwise
 from pathlib import Path
 
@@ -506,12 +507,11 @@ def checked_rows(path):
 class Narrations(data.Captions):
     """Captioned clips of one or several lists, with a verb and nouns each where the lists have them (`classes`).
 
-    `verb` int64 [entries], -1 without; `noun_set` int64 [entries], rows of `nouns`, float32 [sets, n], 0 or 1;
-    `sentences`, the entries that stand for the distinct texts: those of <list>_sentence.csv where EK-100's lies beside.
+    `verb` int64 [entries], -1 without; `noun_set` int64 [entries], rows of `nouns`, float32 [sets, n], 0 or 1.
     """
 
     def __init__(self, paths, root=""):
-        verb, noun_set, self.names, verbs, sets = [], [], [], {}, {}
+        verb, noun_set, self.ids, verbs, sets = array("i"), array("i"), [], {}, {}
 
         def rows():
             for path in paths:
@@ -519,32 +519,34 @@ class Narrations(data.Captions):
                     verb.append(-1 if name is None else verbs.setdefault(name, len(verbs)))
                     noun_set.append(sets.setdefault(nouns, len(sets)))
                     if narration:
-                        self.names.append(narration)
+                        self.ids.append(narration)
                     yield video, start, end, texts
 
-        self.path = ", ".join(map(str, paths))
+        self.path, self._first = ", ".join(map(str, paths)), Path(paths[0])
         super().__init__(rows(), root)
-        self.verb, self.noun_set = torch.tensor(verb), torch.tensor(noun_set)
+        self.verb, self.noun_set = (torch.from_numpy(np.array(x)).long() for x in (verb, noun_set))
         self.classes, self._verbs, self._sets = min(verb) >= 0, list(verbs), list(sets)
         column = {noun: n for n, noun in enumerate(dict.fromkeys(noun for nouns in sets for noun in nouns))}
         self.nouns = torch.zeros(len(sets), len(column))  # [sets, n]
         for row, nouns in zip(self.nouns, sets, strict=True):
             row[[column[noun] for noun in nouns]] = 1
-        self._find_sentences(Path(paths[0]).with_name(Path(paths[0]).stem + "_sentence.csv"))
 
-    def _find_sentences(self, path):
-        if self.names and path.exists():
-            place = {name: i for i, name in enumerate(self.names)}
+    @cached_property
+    def sentences(self):
+        """The entries, int64 [S], that stand for the distinct texts: those of <list>_sentence.csv where EK-100's lies
+        beside the list, else the first of each."""
+        path = self._first.with_name(self._first.stem + "_sentence.csv")
+        if self.ids and path.exists():
+            place = {name: i for i, name in enumerate(self.ids)}
             try:
                 with path.open(newline="") as file:
-                    self.sentences = torch.tensor([place[row["narration_id"]] for row in csv.DictReader(file)])
+                    return torch.tensor([place[row["narration_id"]] for row in csv.DictReader(file)])
             except KeyError as error:
                 raise UserError(f"{path}: narration {error} is not in {self.path}") from None
-        else:
-            first = {}
-            for i in range(len(self)):
-                first.setdefault(self.text(i), i)
-            self.sentences = torch.tensor(list(first.values()))  # [S]
+        first = {}
+        for i in range(len(self)):
+            first.setdefault(self.text(i), i)
+        return torch.tensor(list(first.values()))
 
     def action(self, index):
         """The class of an entry, `verb:noun`; its first noun is the one that counts."""
@@ -885,7 +887,7 @@ def encode_clips(model, videos, cfg, ctx):
     out = ctx.sum(out).cpu()
     unread = failures.collect(ctx, 0)
     if not (out[:, -1] > 0).any():
-        raise UserError(f"--val-list: no clip could be read: {'; '.join(unread[:3])}")
+        raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
     return out[:, :-1], out[:, -1] > 0, unread
 
 

@@ -379,8 +379,11 @@ class BPETokenizer:
                 first, *rest = run
                 spans[kind] += f"{first}-{rest[-1]}" if rest else first
         # A word: a special token, an English ending, letters, one digit, or a run of anything else (marks, emoji).
-        self.words = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'(?:[sſtmd]|re|ve|ll)|"
-                                rf"[{spans['L']}]+|[{spans['N']}]|[^{self.space}{spans['L']}{spans['N']}]+")  # fmt: skip
+        letter, number = spans["L"], spans["N"]
+        self.words = re.compile(
+            r"<\|startoftext\|>|<\|endoftext\|>|'(?:[sſtmd]|re|ve|ll)|"
+            f"[{letter}]+|[{number}]|[^{self.space}{letter}{number}]+"
+        )
         self.blanks = re.compile(f"[{self.space}]+")
         self.word_ids = lru_cache(1 << 18)(self._word_ids)
 
@@ -447,9 +450,9 @@ def plain_pickle(path):
 def read_rows(path):
     """Yields (place for messages, video, start, end, text or texts, verb or None, nouns, id) of a list of any format.
 
-    .pkl: AVION's Ego4D tuples (video, start, end, text or texts, ...). .jsonl: {"video", "start", "end", "text"} a line;
-    those of the toy set that are not visible are left out, and the rest get a verb, the motion, and a noun, the actor.
-    .csv: EK-100's as published, or video,start,end,text. Times in seconds. Raises KeyError, ValueError, TypeError.
+    .pkl: AVION's Ego4D tuples (video, start, end, text or texts, ...). .csv: EK-100's as published, or video,start,end,
+    text. .jsonl: {"video", "start", "end", "text"} a line; of the toy set's, those that are visible, with a verb, the
+    motion, and a noun, the actor. Times in seconds. Raises KeyError, ValueError, TypeError.
     """
     if path.endswith((".pkl", ".pickle")):
         for number, row in enumerate(plain_pickle(path)):
@@ -733,8 +736,8 @@ _HUB = (("vision_model.embeddings.patch_embedding.", "visual.patch_embed."), ("v
         ("text_model.embeddings.", "textual."), ("position_embedding.weight", "positional_embedding"),
         ("vision_model.pre_layrnorm.", "visual.ln_pre."), ("vision_model.post_layernorm.", "visual.ln_post."),
         ("text_model.final_layer_norm.", "textual.ln_final."), ("vision_model.encoder.layers.", "visual.blocks."),
-        ("text_model.encoder.layers.", "textual.blocks."), ("layer_norm", "norm"), ("self_attn.out_proj.", "attn.proj."),
-        ("self_attn.", "attn."))  # fmt: skip
+        ("text_model.encoder.layers.", "textual.blocks."), ("layer_norm", "norm"),
+        ("self_attn.out_proj.", "attn.proj."), ("self_attn.", "attn."))  # fmt: skip
 _CLIP = (("visual.conv1.", "visual.patch_embed."), ("transformer.resblocks.", "blocks."), ("ln_1.", "norm1."),
          ("ln_2.", "norm2."), ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."), ("attn.out_proj.", "attn.proj."),
          ("attn.Wqkv.", "attn.in_proj_"))  # fmt: skip
@@ -983,8 +986,8 @@ def print_plan(cfg):
     print(f"model     {cfg.model}: {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them the video encoder's")
     print(f"tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches")
     print(
-        f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, "
-        f"{cfg.optimizer}, peak lr {cfg.lr:g}"
+        f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} "
+        f"steps, {cfg.optimizer}, peak lr {cfg.lr:g}"
     )
     print(
         f"GMACs     {macs[0]:.2f} of a clip, forward" + "".join(f"; {m:.2f} of a text of 77 tokens" for m in macs[1:])

@@ -1,4 +1,4 @@
-"""avion.py: each idea against a slow version, CLIP's own features and token ids, metrics, formats, gradients, the CLI."""
+"""avion.py: each idea against a slow version, CLIP's features and token ids, metrics, formats, gradients, the CLI."""
 
 import argparse
 import csv
@@ -121,10 +121,13 @@ def test_cleaning():
 def odd_sentences(words, n):
     """Sentences of common words with odd things mixed in: scripts, digits, emoji, entities, controls, long runs."""
     rng = random.Random(0)
-    odd = ["🎉🎊", "👩‍👩‍👧", "&lt;b&gt;", "&amp;quot;", "&#8217;s", "é", "e\u0301\u0323", "١٢٣", "४२", "Ⅷ", "½", "㊿", "漢字かな", "한국어",
-           "don't", "'LL", "we've", "o'clock", "''s", "\x00\x01", "\x1c", "\x7f", "\u200b", "\u00ad", "a_b", "___", "...!?", "#tag",
-           "http://x.y/z?q=1", "$9.99", "İ", "ß", "ſ's", "\ufffd", "\U0001f1e9\U0001f1ea", "x" * 300, "!" * 200, "ab1" * 60,
-           "\u0645\u0631\u062d\u0628\u0627", "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "A\u00a0B", "\u2028", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙"]  # fmt: skip
+    odd = [
+        "🎉🎊", "👩‍👩‍👧", "&lt;b&gt;", "&amp;quot;", "&#8217;s", "é", "e\u0301\u0323", "١٢٣", "४२", "Ⅷ", "½", "㊿",
+        "漢字かな", "한국어", "don't", "'LL", "we've", "o'clock", "''s", "\x00\x01", "\x1c", "\x7f", "\u200b",
+        "\u00ad", "a_b", "___", "...!?", "#tag", "http://x.y/z?q=1", "$9.99", "İ", "ß", "ſ's", "\ufffd",
+        "\U0001f1e9\U0001f1ea", "x" * 300, "!" * 200, "ab1" * 60, "\u0645\u0631\u062d\u0628\u0627",
+        "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "A\u00a0B", "\u2028", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙",
+    ]  # fmt: skip
     blocks = [chr(c) for c in range(0x2FFFF) if unicodedata.category(chr(c)) not in ("Cn", "Cs") and c != 0x345]
     for i in range(n):
         parts = rng.choices(words, k=rng.randint(0, 9)) + rng.choices(odd, k=i % 3)

@@ -1,0 +1,1317 @@
+"""Training a Large Video Model on a Single Machine in a Day (Zhao, Krähenbühl, 2023): a video CLIP, in one file.
+
+A plain ViT over all space-time patches beats factorised ones once its three bottlenecks are gone. GPU: attention that
+never stores its N x N weights, and recomputed blocks, make room for the large batches that InfoNCE thrives on. IO:
+long videos are cut into chunks of 15 s, so that a clip reads little. CPU: the random crop moves into the decoder.
+
+    paper                                       here
+    Sec. 4.1, Figs. 3-4: memory of attention    common.attention (--attention plain), common.run_blocks
+    Sec. 4.2, Eqs. 1-2, Fig. 8b: DecodeCrop     sample_clip, data.random_resized_box, data.Video
+    Fig. 8a: decode, then crop                  decode_then_crop (--loader)
+    Sec. 4.3: chunks; Eq. 3                     data.Chunks, chunk_seconds
+    Sec. 5.2: joint space-time ViT, PE_t        VideoEncoder, stretch_time
+    Sec. 5.2: GPT-like text encoder, BPE        TextEncoder, BPETokenizer
+    Sec. 5.2: total batch of 2,048              common.cached_step
+    Sec. 5.3: InfoNCE; max-margin [71]          common.contrastive_loss, max_margin_loss
+    Sec. 5.1: mAP, nDCG of retrieval            mean_average_precision, ndcg, relevancy
+    App. B.3: verbs and nouns from actions      marginalise, VideoClassifier
+    App. B                                      Config (defaults: B.1), RECIPES
+    Tables 1-3, Fig. 6                          RECIPES (--model, --init, --batch-size, --eval-frames)
+    Table 4, Figs. 2-5, 7                       tests/bench_avion.py
+    Sec. 5.5, Table 5: VideoMAE, fast loader    tpt_mae.py with one stage of 16 frames
+
+Faithful: model, losses, optimisers, schedules, sampling, metrics, as the paper states them.
+DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
+    activation  CLIP has QuickGELU and eps 1e-5. The released code meant that but ran GELU and eps 1e-6 in its ViT. Here
+                what --init holds decides: each file gets what it was trained with; from scratch, CLIP's.
+    temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D, zeros upon CLIP's weights, to
+                which all frames are first; from scratch sines, because a small model finds order slowly.
+    temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns it, at most 100.
+    crop        App. B asks for "short side 256, take 224" and for RRC (0.5, 1). Only the second is fused, and run.
+    text        which text a clip is fine-tuned with is not said. As the released code: any sentence with a relevancy
+                above 0.1 to it, drawn anew each time.
+    duplicates  pairs of one text count as each other's negatives, as in the released code; --skip-duplicates: not.
+    classify    App. B.3's weight decay 5e-4, 1 epoch of warm-up, flips, no cutmix; the released command has 4e-5, 2,
+                none and 1.0.
+    rate        stochastic depth at one rate in all blocks, as the released code, not rising.
+    decay       no weight decay of 1-D parameters; the released code spares PE_s too.
+    prompts     zero-shot classes: the mean feature of an action's narrations, as LaViLa.
+    corpus      35.0M pairs hold many phrasings a clip; "10 effective epochs" is read as 5 of a list twice as long.
+Missing: mojibake repair (ftfy) before the tokenizer; LaViLa's narrator and rephraser, whose texts are read, not made;
+EgoVLP's and LaViLa's TimeSformer as a recipe; Lion, which the released VideoMAE command uses in place of AdamW.
+
+    python avion.py                     # toy videos, made on first use: 2 CPU cores, some minutes
+    torchrun --nproc_per_node=8 avion.py --recipe ego4d --init clip-vit-base-patch16/ --merges bpe_vocab.txt.gz \\
+        --train-list ego4d.pkl --data-root ego4d_chunks --val-list EPIC_100_retrieval_test.csv --val-root ek100_chunks
+
+Shapes: B clips, T frames, C colours, N tokens, K kept ones, D width, P pixel values, L words, E embedding, A classes.
+"""
+
+import csv
+import gzip
+import html
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import unicodedata
+import zipfile
+from array import array
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from itertools import groupby, islice, pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+import data
+from common import Block, UserError, gather_tokens, opt, parse, patchify, uniform
+
+# Width, depth and heads of the video encoder, its patches' side; the same of the text encoder.
+MODELS = {
+    "clip_toy": {"width": 128, "depth": 4, "heads": 2, "patch": 16, "text": (64, 2, 1)},
+    "clip_b16": {"width": 768, "depth": 12, "heads": 12, "patch": 16, "text": (512, 12, 8)},
+    "clip_l14": {"width": 1024, "depth": 24, "heads": 16, "patch": 14, "text": (768, 12, 12)},
+}
+# Activation and the video encoder's LayerNorm eps, by who trained the weights; the text encoder's eps is 1e-5.
+STYLES = {"clip": (common.QuickGELU, 1e-5), "avion": (nn.GELU, 1e-6), "gelu": (nn.GELU, 1e-5)}  # DECISION (activation)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+# A recipe replaces defaults of Config, which are App. B.1's.
+_FINETUNE = {"train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6, "min_lr": 1e-5,
+             "warmup_epochs": 1.0, "drop_path": 0.1}  # fmt: skip
+_TOY = {
+    "train_list": ("toy/narrated/train.jsonl",),
+    "val_list": "toy/narrated/val.jsonl",
+    "data_root": "toy/narrated/chunks",
+    "train_clips": 1920,
+    "model": "clip_toy",
+    "frames": 8,
+    "size": 64,
+    "embed_dim": 64,
+    "binary_map": True,
+    "patch_dropout": 0.5,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "min_lr": 1e-6,
+    "warmup_epochs": 1.0,
+    "crop": False,
+    "workers": 2,
+    "log_every": 30,
+    "eval_every": 5,
+}
+RECIPES = {
+    "toy": _TOY | {"epochs": 25, "freeze_temperature": False, "skip_duplicates": True},
+    "toy_mir": _TOY
+    | {"loss": "max_margin", "init": "runs/avion-toy/best.pt", "epochs": 5, "lr": 2e-4, "min_relevancy": 0.5,
+       "skip_duplicates": True},
+    "toy_cls": _TOY | {"loss": "cross_entropy", "init": "runs/avion-toy/best.pt", "epochs": 5, "lr": 3e-4},
+    "ego4d": {"train_clips": 4_000_000},
+    "ego4d_llm": {"train_clips": 8_000_000},  # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
+    "ek100_mir": _FINETUNE | {"loss": "max_margin", "eval_every": 5},
+    "ek100_cls": _FINETUNE | {"loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012,
+        "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1, "mixup": 0.8, "flip": True,
+        "eval_every": 5},  # DECISION (classify)
+}  # fmt: skip
+
+
+@dataclass
+class Config:
+    recipe: str = opt("toy", "a section of the paper's App. B: see RECIPES")
+    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "search"], free=True)
+    train_list: tuple = opt((), "lists of narrated clips, read as one: AVION's .pkl, EK-100's .csv, .csv, .jsonl",
+                            free=True)  # fmt: skip
+    val_list: str = opt("", "list of validation clips, of the same formats", free=True)
+    actions: tuple = opt((), "EK-100 lists whose verb:noun pairs are the classes; empty: the lists at hand", free=True)
+    data_root: str = opt("", "folder of the lists' videos: files, or folders of <start second>.mp4", free=True)
+    val_root: str = opt("", "the same for --val-list; empty: --data-root", free=True)
+    merges: str = opt("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: --init's own, else single bytes", free=True)
+    input: tuple = opt((), "videos or folders of chunks for --task predict and search", free=True)
+    query: str = opt("", "what --task search looks for", free=True)
+    window: float = opt(4.0, "seconds of a clip in --task search", free=True)
+    out: str = opt("", "run folder; empty: runs/avion-<recipe>", free=True)
+    init: str = opt("", "weights to start from: ours, OpenAI's .pt, CLIP's hub folder, AVION's (eval ...: any; "
+                    "empty: best.pt)")  # fmt: skip
+    resume: str = opt(
+        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
+    )
+    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
+    plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+
+    model: str = opt("clip_b16", "encoder sizes", choices=list(MODELS))
+    frames: int = opt(4, "frames a clip (App. B)")
+    eval_frames: int = opt(0, "frames a clip at test (Table 2: 16); 0: as in training", free=True)
+    size: int = opt(224, "height and width of a clip, in pixels (App. B)")
+    embed_dim: int = opt(256, "width of the features that are compared (App. B.1)")
+    num_classes: int = opt(0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True)
+    loss: str = opt("infonce", "what a recipe trains", ["infonce", "max_margin", "cross_entropy"])
+    margin: float = opt(0.2, "margin of the max-margin loss (App. B.2)")
+    binary_map: bool = opt(False, "mAP counts items of relevancy 1 alone, not EK-100's fractions too", free=True)
+    min_relevancy: float = opt(0.1, "max-margin: texts above this relevancy are a clip's own")  # DECISION (text)
+    freeze_temperature: bool = opt(True, "keep the temperature at 0.07")  # DECISION (temperature)
+    skip_duplicates: bool = opt(False, "pairs with one text are no negatives of each other")  # DECISION (duplicates)
+    patch_dropout: float = opt(0.0, "share of the patches that are left out in training")
+
+    train_clips: int = opt(0, "size of the training set, for --plan", free=True)
+    epochs: int = opt(5, "passes over the training list (App. B.1)")
+    max_steps: int = opt(0, "number of optimizer steps instead of --epochs; 0: by epochs")
+    batch_size: int = opt(2048, "clips per optimizer step over all ranks (App. B.1; 896 for ViT-L)")
+    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True)
+    optimizer: str = opt("adamw", "AdamW, or SGD with momentum 0.9 (App. B.3)", ["adamw", "sgd"])
+    lr: float = opt(3e-5, "peak learning rate at this batch, as used (App. B.1)")
+    start_lr: float = opt(0.0, "learning rate at the start of the warm-up (App. B.2)")
+    min_lr: float = opt(3e-5, "learning rate at the end of the cosine (App. B.1: fixed)")
+    warmup_epochs: float = opt(0.0, "epochs of linear warm-up (App. B.1: none)")
+    weight_decay: float = opt(0.01, "weight decay (App. B.1)")  # DECISION (decay)
+    clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped")
+    drop_path: float = opt(0.0, "stochastic depth of every block of the video encoder")  # DECISION (rate)
+    dropout: float = opt(0.0, "dropout before the classifier (App. B.3)")
+    label_smoothing: float = opt(0.0, "share of a label spread over all classes (App. B.3)")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)")
+    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off")
+    crop: bool = opt(True, "random resized crops in training (App. B); off: the centre square")  # DECISION (crop)
+    crop_min: float = opt(0.5, "least share of the frame's area that a random crop keeps (App. B)")
+    flip: bool = opt(False, "random left-right flips in training (App. B.3)")
+    loader: str = opt("fused", "crop while decoding (Fig. 8b), or after it", ["fused", "decode_then_crop"], True)
+
+    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
+    max_bad: float = opt(
+        0.01, "share of an epoch's videos that may be unreadable (at least 1 video) before it stops", free=True
+    )
+    precision: str = opt(
+        "auto", "auto: bf16, fp16 or fp32, the best of the device", ["auto", "fp32", "bf16", "fp16"], True
+    )
+    attention: str = opt(
+        "auto", "auto: flash-attn where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True
+    )
+    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
+    grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
+    seed: int = opt(0, "key of every random draw")
+    eval_every: int = opt(1, "epochs between evaluations; the last step is always evaluated")
+    log_every: int = opt(20, "steps between log records")
+    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
+    save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
+    max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
+
+
+# ---- The paper's ideas -----------------------------------------------------------------------------------------------
+
+
+def chunk_seconds(batch, bitrate=1e6, read_speed=500e6, step_seconds=4.0):
+    """The longest chunk, in seconds, that a disk can read for each clip of a batch within a step (Eq. 3).
+
+    B rho T <= S_r Delta: bitrate in bits a second, read_speed in bytes a second. The paper's values give 15.6.
+    """
+    return read_speed * 8 * step_seconds / (batch * bitrate)
+
+
+def sample_clip(cfg, train, videos, video, index, view, key):
+    """(frames, box) of a narration: a frame in each of T equal parts of its time, and a crop (App. B).
+
+    In training a random one in each part, and RRC (0.5, 1), drawn before anything is decoded; else the middle ones, and
+    the centre square.
+    """
+    if cfg.loader == "decode_then_crop":
+        video.read_views = partial(decode_then_crop, video)
+    frames = cfg.frames if train else cfg.eval_frames or cfg.frames
+    u = uniform(key, "frames", frames).numpy() if train else 0.5
+    frames = data.between_frames(video, videos.start[index], videos.end[index], frames, u)
+    if train and cfg.crop:
+        return frames, data.random_resized_box(video.info, key, (cfg.crop_min, 1.0))  # DECISION (crop)
+    return frames, data.centre_box(video.info)
+
+
+def decode_then_crop(video, views):
+    """`read_views` of a data.Video or data.Chunks as the plain loader does it (Fig. 8a): decode, then crop and scale.
+
+    views: (frames, size, box) each, frames ascending -> uint8 [T, 3, h, w] each; VideoError as there.
+    """
+    clips = []
+    for frames, size, box in views:
+        files = {}  # {path: frames}
+        for frame in frames:
+            chunk, frame = frame if isinstance(video, data.Chunks) else (None, frame)
+            path = video.path if chunk is None else os.path.join(video.path, video.names[chunk])
+            files.setdefault(path, []).append(frame)
+        try:
+            parts = [data.read_clip_decode_then_crop(path, part, size, box) for path, part in files.items()]
+        except (av.FFmpegError, KeyError, OSError) as error:
+            raise data.VideoError(video.path, f"can't be decoded ({error})") from error
+        clips.append(torch.cat(parts))  # [T, 3, h, w]
+    return clips
+
+
+def max_margin_loss(video, text, margin=0.2, same=None):
+    """Max-margin ranking, a pair at a time: sum over negatives j of max(0, margin - s_ii + s_ij) and the same for s_ji.
+
+    video, text: features [B, E] of length 1, row i of one belongs to row i of the other; same: bool [B, B], pairs that
+    are no negatives. -> [B], whose mean is the mean over all 2 B (B - 1) terms (App. B.2; Wray et al. 2019).
+    """
+    similarity = video.float() @ text.float().T  # [B, B]
+    own = similarity.diagonal()[:, None]  # [B, 1]
+    terms = (margin - own + similarity).relu() + (margin - own + similarity.T).relu()  # [B, B]
+    others = ~torch.eye(len(own), dtype=torch.bool, device=own.device) if same is None else ~same  # [B, B]
+    return (terms * others).sum(1) / max(1, 2 * (len(own) - 1))  # [B]
+
+
+def stretch_time(embedding, frames):
+    """PE_t of T frames for another number, linearly between them (Sec. 5.2): [T, D] -> [frames, D]."""
+    if len(embedding) == frames:
+        return embedding
+    x = F.interpolate(embedding.T[None].float(), frames, mode="linear", align_corners=False)  # [1, D, frames]
+    return x[0].T.to(embedding.dtype)  # [frames, D]
+
+
+def relevancy(verbs, nouns, other_verbs, other_nouns):
+    """How well sentences fit clips by their classes, c = 1/2 [same verb] + 1/2 IoU of noun sets: float64 [B, S].
+
+    verbs int [B], [S]; nouns, sets as 0 and 1, float32 [B, n], [S, n] (EK-100's definition; Damen et al., Wray et al.).
+    """
+    shared = nouns @ other_nouns.T  # [B, S]
+    union = nouns.sum(1)[:, None] + other_nouns.sum(1) - shared  # [B, S]
+    return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * (shared.double() / union.clamp(min=1))  # [B, S]
+
+
+def _ranked(similarity, relevancy, rows=256):
+    """Yields (relevancies from the most similar item on, relevancies), float64 [b, S] each, a block of queries at a
+    time: a matrix as large as EK-100's then costs little memory beside itself. Ties are in the order
+    that NumPy's sort leaves them in, as there."""
+    similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
+    if similarity.shape != relevancy.shape or similarity.ndim != 2:
+        raise ValueError(f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]")
+    for first in range(0, len(similarity), rows):
+        block = np.array(relevancy[first : first + rows], np.float64, order="C")  # [b, S]
+        order = np.argsort(np.negative(similarity[first : first + rows], order="C"), axis=1)  # [b, S]
+        yield np.take_along_axis(block, order, 1), block
+
+
+def mean_average_precision(similarity, relevancy):
+    """mAP of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it -> float.
+
+    Items of relevancy 1 are the hits, but precision at rank k is the sum of all relevancies up to k, fractions too,
+    over k: AP = sum over hits of that, over the number of hits. ValueError: a query without a hit, shapes that differ.
+    """
+    total, rank = 0.0, np.arange(1, similarity.shape[1] + 1)  # [S]
+    for ranked, _ in _ranked(similarity, relevancy):
+        hits = ranked == 1  # [b, S]
+        if not hits.any(1).all():
+            raise ValueError("a query has no item of relevancy 1, so that its average precision is not defined")
+        total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum()
+    return float(total / len(similarity))
+
+
+def ndcg(similarity, relevancy):
+    """nDCG of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it -> float.
+
+    Sum of relevancy / log2(1 + rank) over as many ranks as the query has items of relevancy > 0, over the same in the
+    best order. ValueError: a query without such an item, shapes that differ.
+    """
+    total, discount = 0.0, np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
+    for ranked, block in _ranked(similarity, relevancy):
+        best = np.sort(block, axis=1)[:, ::-1]  # [b, S]
+        if not (best[:, 0] > 0).all():
+            raise ValueError("a query has no relevant item, so that its nDCG is not defined")
+        total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
+    return float(total / len(similarity))
+
+
+def marginalise(probabilities, groups):
+    """Probabilities of groups of classes, such as an action's verb (App. B.3): [B, A], int64 [A] -> [B, groups]."""
+    return probabilities.new_zeros(len(probabilities), int(groups.max()) + 1).index_add_(1, groups, probabilities)
+
+
+# ---- Text ------------------------------------------------------------------------------------------------------------
+
+
+def read_merges(path):
+    """The merges, `left right` strings, of CLIP's file (gzip or plain; the first line is a header); UserError."""
+    try:
+        raw = Path(path).read_bytes()
+        lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().split("\n")
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(f"--merges {path}: can't be read ({error})") from None
+    merges, known = [], {symbol + end for symbol in _BYTES.values() for end in ("", "</w>")}
+    for number, line in enumerate(islice(lines, 1, 1 + 49152 - 256 - 2), 2):  # CLIP uses no more of its file
+        if line:
+            left, _, right = line.partition(" ")
+            if left not in known or right not in known:
+                raise UserError(f"--merges {path}:{number}: {line[:40]!r} is not two symbols known by then")
+            known.add(left + right)
+            merges.append(line)
+    if not any(line.endswith("</w>") for line in merges):
+        raise UserError(f"--merges {path}: no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6")
+    return merges
+
+
+# Each byte as a printable character, as GPT-2 and CLIP write them in the file; the order is that of their ids.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {byte: chr(byte) for byte in _PRINTABLE}
+_BYTES |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+
+
+class BPETokenizer:
+    """CLIP's byte-pair encoding (Sennrich et al. 2016): text -> ids, equal to CLIP's after its cleaning of the text.
+
+    A word is its UTF-8 bytes, the last one marked </w>; the pair of neighbours that comes first in the list of merges
+    becomes one symbol, again and again. Cleaning: HTML entities, NFC, white space, lower case; ftfy's repairs are
+    missing. merges: path of CLIP's file, or its lines; without any, ids are bytes.
+    """
+
+    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's has \x1c-\x1f too
+
+    def __init__(self, merges=(), context=77):
+        self.merges = read_merges(merges) if isinstance(merges, (str, Path)) else list(merges)
+        self.context, self.ranks = context, {tuple(pair.split(" ")): n for n, pair in enumerate(self.merges)}
+        vocabulary = [symbol + end for end in ("", "</w>") for symbol in _BYTES.values()]
+        vocabulary += [pair.replace(" ", "") for pair in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
+        self.ids = {symbol: n for n, symbol in enumerate(vocabulary)}
+        self.size, self.start, self.end = len(vocabulary), len(vocabulary) - 2, len(vocabulary) - 1
+        spans = {"L": "", "N": ""}  # letters and numbers, which `re` has no classes for
+        for kind, run in groupby(map(chr, range(sys.maxunicode + 1)), key=lambda c: unicodedata.category(c)[0]):
+            if kind in spans:
+                first, *rest = run
+                spans[kind] += f"{first}-{rest[-1]}" if rest else first
+        # A word: a special token, an English ending, letters, one digit, or a run of anything else (marks, emoji).
+        letter, number = spans["L"], spans["N"]
+        self.words = re.compile(
+            r"<\|startoftext\|>|<\|endoftext\|>|'(?:[sſtmd]|re|ve|ll)|"
+            f"[{letter}]+|[{number}]|[^{self.space}{letter}{number}]+"
+        )
+        self.blanks = re.compile(f"[{self.space}]+")
+        self.word_ids = lru_cache(1 << 18)(self._word_ids)
+
+    def _word_ids(self, word):
+        """The ids of one word, a tuple."""
+        if word in ("<|startoftext|>", "<|endoftext|>"):
+            return (self.ids[word],)
+        parts = [_BYTES[byte] for byte in word.encode("utf-8", "replace")]
+        parts[-1] += "</w>"
+        while self.merges and len(parts) > 1:
+            best = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, math.inf))
+            if best not in self.ranks:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                both = tuple(parts[i : i + 2]) == best
+                merged.append("".join(best) if both else parts[i])
+                i += 2 if both else 1
+            parts = merged
+        return tuple(self.ids[part] for part in parts)
+
+    def encode(self, text, limit=None):
+        """The ids of a text, a list, without start and end; no more than `limit` if given."""
+        text = unicodedata.normalize("NFC", html.unescape(html.unescape(text))).strip()
+        ids = []
+        for match in self.words.finditer(self.blanks.sub(" ", text).strip().lower()):
+            ids += self.word_ids(match[0])
+            if limit is not None and len(ids) >= limit:
+                return ids[:limit]
+        return ids
+
+    def __call__(self, texts):
+        """int64 [B, L] of texts: start, ids, end, zeros; a text that is too long is cut and keeps its end. L is what
+        the longest needs, rounded up to 16, at most the context of 77: nothing behind the end is ever looked at."""
+        rows = [[self.start, *self.encode(text, self.context - 2), self.end] for text in texts]
+        length = min(self.context, -(-max(map(len, rows)) // 16) * 16)
+        out = np.zeros((len(rows), length), np.int64)  # [B, L]
+        for place, row in zip(out, rows, strict=True):
+            place[: len(row)] = row
+        return torch.from_numpy(out)
+
+
+# ---- Lists -----------------------------------------------------------------------------------------------------------
+
+
+def plain_pickle(path):
+    """What a pickle of plain data holds: lists, tuples, dicts, strings, numbers. It can name no class and no function,
+    so there is nothing that it could run; UserError where it tries."""
+
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
+
+    try:
+        with open(path, "rb") as file:
+            return Plain(file).load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle raises anything
+        raise UserError(f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same rows as "
+                        ".csv or .jsonl (video, start, end, text) are read too") from error  # fmt: skip
+
+
+def read_rows(path):
+    """Yields (place for messages, video, start, end, text or texts, verb or None, nouns, id) of a list of any format.
+
+    .pkl: AVION's Ego4D tuples (video, start, end, text or texts, ...). .csv: EK-100's as published, or video,start,end,
+    text. .jsonl: {"video", "start", "end", "text"} a line; of the toy set's, those that are visible, with a verb, the
+    motion, and a noun, the actor. Times in seconds. Raises KeyError, ValueError, TypeError.
+    """
+    if path.endswith((".pkl", ".pickle")):
+        for number, row in enumerate(plain_pickle(path)):
+            yield f"{path}: row {number}", *row[:4], None, (), ""
+        return
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        if path.endswith(".jsonl"):
+            for number, line in enumerate(file, 1):
+                row, verb, nouns = json.loads(line), None, ()
+                if "visible" in row:
+                    if not row["visible"]:
+                        continue
+                    _, *noun, verb = row["text"].split(" ", 3)
+                    nouns = (" ".join(noun),)
+                yield f"{path}:{number}", row["video"], row["start"], row["end"], row["text"], verb, nouns, ""
+            return
+        seconds = lambda clock: sum(float(part) * 60**n for n, part in enumerate(reversed(clock.split(":"))))
+        rows = csv.DictReader(file, strict=True)
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            if "narration_id" in row:
+                nouns = tuple(map(str, json.loads(row["all_noun_classes"])))
+                video = f"{row['participant_id']}/{row['video_id']}.MP4"
+                times = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
+                yield where, video, *times, row["narration"], row["verb_class"], nouns, row["narration_id"]
+            else:
+                yield where, row["video"], float(row["start"]), float(row["end"]), row["text"], None, (), ""
+
+
+def checked_rows(path):
+    """read_rows with every row's fields checked; UserError names file and line. A video without a suffix is .mp4."""
+    where, count = path, 0
+    try:
+        for where, video, start, end, text, *classes in read_rows(path):
+            texts = (text,) if isinstance(text, str) else text
+            if not (isinstance(texts, (tuple, list)) and texts and all(isinstance(t, str) for t in texts)):
+                raise UserError(f"{where}: the narration is not text: {str(text)[:60]!r}")
+            if not all(t.strip() for t in texts):
+                raise UserError(f"{where}: the narration is empty")
+            if not (isinstance(video, str) and math.isfinite(start) and math.isfinite(end)):
+                raise UserError(f"{where}: not video, start, end, text: {(video, start, end)}")
+            if end < start:
+                raise UserError(f"{where}: it ends at second {end:g}, before its start at {start:g}")
+            count += 1
+            yield video if os.path.splitext(video)[1] else video + ".mp4", start, end, texts, *classes
+    except OSError as error:
+        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{where}: this line or the one after it is not video, start, end, text, nor a row of EK-100 "
+                        f"({type(error).__name__}: {str(error)[:80]})") from None  # fmt: skip
+    if not count:
+        raise UserError(f"{path}: the list holds no narration")
+
+
+class Narrations(data.Captions):
+    """Captioned clips of one or several lists, with a verb and nouns each where the lists have them (`classes`).
+
+    `verb` int64 [entries], -1 without; `noun_set` int64 [entries], rows of `nouns`, float32 [sets, n], 0 or 1.
+    """
+
+    def __init__(self, paths, root=""):
+        verb, noun_set, self.ids, verbs, sets = array("i"), array("i"), [], {}, {}
+
+        def rows():
+            for path in paths:
+                for video, start, end, texts, name, nouns, narration in checked_rows(str(path)):
+                    verb.append(-1 if name is None else verbs.setdefault(name, len(verbs)))
+                    noun_set.append(sets.setdefault(nouns, len(sets)))
+                    if narration:
+                        self.ids.append(narration)
+                    yield video, start, end, texts
+
+        self.path, self._first = ", ".join(map(str, paths)), Path(paths[0])
+        super().__init__(rows(), root)
+        self.verb, self.noun_set = (torch.from_numpy(np.array(x)).long() for x in (verb, noun_set))
+        self.classes, self._verbs, self._sets = min(verb) >= 0, list(verbs), list(sets)
+        column = {noun: n for n, noun in enumerate(dict.fromkeys(noun for nouns in sets for noun in nouns))}
+        self.nouns = torch.zeros(len(sets), len(column))  # [sets, n]
+        for row, nouns in zip(self.nouns, sets, strict=True):
+            row[[column[noun] for noun in nouns]] = 1
+
+    @cached_property
+    def sentences(self):
+        """The entries, int64 [S], that stand for the distinct texts: those of <list>_sentence.csv where EK-100's lies
+        beside the list, else the first of each."""
+        path = self._first.with_name(self._first.stem + "_sentence.csv")
+        if self.ids and path.exists():
+            place = {name: i for i, name in enumerate(self.ids)}
+            try:
+                with path.open(newline="") as file:
+                    return torch.tensor([place[row["narration_id"]] for row in csv.DictReader(file)])
+            except KeyError as error:
+                raise UserError(f"{path}: narration {error} is not in {self.path}") from None
+        first = {}
+        for i in range(len(self)):
+            first.setdefault(self.text(i), i)
+        return torch.tensor(list(first.values()))
+
+    def action(self, index):
+        """The class of an entry, `verb:noun`; its first noun is the one that counts."""
+        nouns = self._sets[self.noun_set[index]]
+        return f"{self._verbs[self.verb[index]]}:{nouns[0] if nouns else ''}"
+
+    def relevancy(self, rows, columns):
+        """Relevancy of entries `columns` [S] to entries `rows` [B]: float64 [B, S]. Without classes 1 where they have
+        the same text, else 0."""
+        if not self.classes:
+            number = {}
+            a, b = (
+                torch.tensor([number.setdefault(self.text(int(i)), len(number)) for i in x]) for x in (rows, columns)
+            )
+            return (a[:, None] == b).double()  # [B, S]
+        a, b = ((self.verb[x], self.nouns[self.noun_set[x]]) for x in (rows, columns))
+        return relevancy(*a, *b)  # [B, S]
+
+
+class Actions:
+    """Classes `verb:noun`: `names`, sorted as strings (3,806 in EK-100); `verb` and `noun` int64 [A], what to
+    marginalise to; `texts`, the distinct narrations of each."""
+
+    def __init__(self, names=(), lists=()):
+        texts = {name: {} for name in names}
+        for entries in lists:
+            if not entries.classes:
+                raise UserError(f"{entries.path}: not all of its narrations have a verb and a noun class")
+            for i in range(len(entries)):
+                texts.setdefault(entries.action(i), {})[entries.text(i)] = None
+        self.names = list(names) or sorted(texts)
+        self.texts = [list(texts[name]) for name in self.names]
+        codes = ({}, {})
+        self.verb, self.noun = (torch.tensor([code.setdefault(name.split(":", 1)[n], len(code)) for name in self.names])
+                                for n, code in enumerate(codes))  # fmt: skip
+
+    def labels(self, entries):
+        """int64 [entries] of a Narrations; UserError where its action is not a class."""
+        place = {name: i for i, name in enumerate(self.names)}
+        try:
+            return np.array([place[entries.action(i)] for i in range(len(entries))])
+        except KeyError as error:
+            raise UserError(f"{entries.path}: action {error} is not one of the {len(place)} classes; see "
+                            "--actions") from None  # fmt: skip
+
+    def hits(self, probabilities, labels):
+        """Whether the likeliest action, verb, noun is right: [B, A], int64 [B] -> bool [B, 3]."""
+        right = [probabilities.argmax(1) == labels]
+        for groups in (self.verb.to(labels.device), self.noun.to(labels.device)):
+            right.append(marginalise(probabilities, groups).argmax(1) == groups[labels])
+        return torch.stack(right, 1)
+
+
+# ---- The model -------------------------------------------------------------------------------------------------------
+
+
+class VideoEncoder(nn.Module):
+    """A ViT that attends over all patches of all frames at once (Sec. 5.2); its CLS token is the clip."""
+
+    def __init__(self, model="clip_b16", frames=4, size=224, style="clip", drop_path=0.0, patch_dropout=0.0,
+                 attention="auto", grad_checkpoint=False):  # fmt: skip
+        super().__init__()
+        spec, (act, eps) = MODELS[model], STYLES[style]
+        self.width, self.patch, self.patch_dropout = spec["width"], (1, spec["patch"], spec["patch"]), patch_dropout
+        self.grad_checkpoint, places = grad_checkpoint, (size // spec["patch"]) ** 2
+        self.patch_embed = nn.Linear(3 * spec["patch"] ** 2, self.width, bias=False)  # CLIP's Conv2d, as a product
+        self.class_embedding = nn.Parameter(0.02 * torch.randn(self.width))
+        self.positional_embedding = nn.Parameter(common.sinusoid_table(1 + places, self.width))  # row 0: CLS
+        # DECISION (temporal): flipped, so that channels where places vary fast vary slowly in time
+        self.temporal_embedding = nn.Parameter(common.sinusoid_table(frames, self.width).flip(1))  # [T, D]
+        self.ln_pre = nn.LayerNorm(self.width, eps=eps)
+        self.blocks = nn.ModuleList(  # DECISION (rate)
+            Block(self.width, spec["heads"], drop_path=drop_path, eps=eps, act=act, kind=attention, index=i)
+            for i in range(spec["depth"])
+        )
+        self.ln_post = nn.LayerNorm(self.width, eps=eps)
+        self.apply(common.init_linear)
+
+    def forward(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] of any number of frames -> [B, D]. keys int64 [B] turn on drop path and patch
+        dropout: left-out patches are neither normalised nor embedded."""
+        patches = patchify(clips, self.patch)  # [B, N, P]
+        time = stretch_time(self.temporal_embedding, clips.shape[1])[:, None]  # [T, 1, D]
+        positions = (time + self.positional_embedding[1:]).flatten(0, 1)[None]  # [1, N, D]
+        if keys is not None and self.patch_dropout:
+            n = patches.shape[1]
+            (kept,) = common.random_split(keys, n, max(1, int(round(n * (1 - self.patch_dropout), 6))))  # [B, K]
+            patches, positions = gather_tokens(patches, kept), gather_tokens(positions, kept)  # [B, K, P], [B, K, D]
+        x = self.patch_embed(data.normalize(patches, CLIP_MEAN, CLIP_STD)) + positions  # [B, K, D]
+        cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)  # [B, 1, D]
+        x = self.ln_pre(torch.cat([cls.to(x.dtype), x], dim=1))  # [B, 1 + K, D]
+        x = common.run_blocks(self.blocks, x, keys, self.grad_checkpoint)  # [B, 1 + K, D]
+        return self.ln_post(x[:, 0])  # [B, D]
+
+
+class TextEncoder(nn.Module):
+    """CLIP's GPT-like text encoder; the end token, which sees all words before it, is the text (Sec. 5.2)."""
+
+    def __init__(self, model="clip_b16", vocabulary=49408, context=77, style="clip", attention="auto",
+                 grad_checkpoint=False):  # fmt: skip
+        super().__init__()
+        self.width, depth, heads = MODELS[model]["text"]
+        self.grad_checkpoint, kind = grad_checkpoint, "auto" if attention == "flash" else attention
+        self.token_embedding = nn.Embedding(vocabulary, self.width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, self.width))
+        self.blocks = nn.ModuleList(
+            Block(self.width, heads, eps=1e-5, act=STYLES[style][0], kind=kind, causal=True) for _ in range(depth)
+        )
+        self.ln_final = nn.LayerNorm(self.width, eps=1e-5)
+        self.apply(common.init_linear)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, tokens):
+        """int64 [B, L], L <= context -> [B, D]."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, L, D]
+        x = common.run_blocks(self.blocks, x, grad_checkpoint=self.grad_checkpoint)  # [B, L, D]
+        return self.ln_final(x[torch.arange(len(x)), tokens.argmax(1)])  # [B, D]: the end token has the largest id
+
+
+class VideoCLIP(nn.Module):
+    """Video and text encoder, one linear layer each to features of length 1, and a temperature (Sec. 5.2, App. B.1)."""
+
+    def __init__(self, visual, textual, embed_dim=256, freeze_temperature=True):
+        super().__init__()
+        self.visual, self.textual, self.embed_dim = visual, textual, embed_dim
+        self.visual_projection = nn.Linear(visual.width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(textual.width, embed_dim, bias=False)
+        for layer in (self.visual_projection, self.text_projection):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=not freeze_temperature)
+
+    def encode_video(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] -> float32 [B, E]; keys int64 [B] in training."""
+        return F.normalize(self.visual_projection(self.visual(clips, keys)).float(), dim=-1)  # [B, E]
+
+    def encode_text(self, tokens):
+        """int64 [B, L] -> float32 [B, E]."""
+        return F.normalize(self.text_projection(self.textual(tokens)).float(), dim=-1)  # [B, E]
+
+    def forward(self, clips, tokens, keys):
+        """-> features of clips and texts, [B, E] each, and 1 / temperature, []."""
+        return self.encode_video(clips, keys), self.encode_text(tokens), self.logit_scale.exp()
+
+
+class VideoClassifier(nn.Module):
+    """The video encoder, dropout, and one linear layer to the actions in place of the projection (App. B.3)."""
+
+    def __init__(self, visual, classes, dropout=0.0):
+        super().__init__()
+        self.visual, self.head, self.dropout = visual, nn.Linear(visual.width, classes), dropout
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] -> logits [B, A]; keys int64 [B] in training."""
+        x = self.visual(clips, keys)  # [B, D]
+        if keys is not None and self.dropout:
+            x = x * (uniform(keys, "dropout", x.shape[1]) >= self.dropout) / (1 - self.dropout)  # [B, D]
+        return self.head(x)  # [B, A]
+
+
+def build(cfg, style, vocabulary=49408, classes=0):
+    """The model that a Config describes: VideoClassifier for cross-entropy, else VideoCLIP."""
+    visual = VideoEncoder(cfg.model, cfg.frames, cfg.size, style, cfg.drop_path, cfg.patch_dropout, cfg.attention,
+                          cfg.grad_checkpoint)  # fmt: skip
+    if cfg.loss == "cross_entropy":
+        return VideoClassifier(visual, classes, cfg.dropout)
+    textual = TextEncoder(cfg.model, vocabulary, 77, style, cfg.attention, cfg.grad_checkpoint)
+    return VideoCLIP(visual, textual, cfg.embed_dim, cfg.freeze_temperature or cfg.loss == "max_margin")
+
+
+def batch_loss(cfg, video, text, ids, scale=None):
+    """The loss of the global batch, a pair at a time, [B]: features [B, E], int64 ids [B] of the texts, scale []."""
+    same = ids[:, None] == ids if cfg.skip_duplicates else None  # [B, B]
+    if cfg.loss == "max_margin":
+        return max_margin_loss(video, text, cfg.margin, same)
+    return common.contrastive_loss(video, text, scale, same)  # DECISION (duplicates)
+
+
+# ---- Published weights -----------------------------------------------------------------------------------------------
+
+# Names -> ours, replaced in this order: the hub's, then OpenAI's and AVION's.
+_HUB = (("vision_model.embeddings.patch_embedding.", "visual.patch_embed."), ("vision_model.embeddings.", "visual."),
+        ("text_model.embeddings.", "textual."), ("position_embedding.weight", "positional_embedding"),
+        ("vision_model.pre_layrnorm.", "visual.ln_pre."), ("vision_model.post_layernorm.", "visual.ln_post."),
+        ("text_model.final_layer_norm.", "textual.ln_final."), ("vision_model.encoder.layers.", "visual.blocks."),
+        ("text_model.encoder.layers.", "textual.blocks."), ("layer_norm", "norm"),
+        ("self_attn.out_proj.", "attn.proj."), ("self_attn.", "attn."))  # fmt: skip
+_CLIP = (("visual.conv1.", "visual.patch_embed."), ("transformer.resblocks.", "blocks."), ("ln_1.", "norm1."),
+         ("ln_2.", "norm2."), ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."), ("attn.out_proj.", "attn.proj."),
+         ("attn.Wqkv.", "attn.in_proj_"))  # fmt: skip
+
+
+def torchscript_weights(path):
+    """The tensors of a TorchScript archive (OpenAI's .pt) by name, without running or building anything of it.
+
+    The archive is a zip: code/ has the program, which is not opened; data.pkl the tree of modules, a pickle; data/<n>
+    the bytes. Here modules become plain nodes, tensors are made from bytes, and any other class or function is refused.
+    """
+
+    class Node:
+        def __setstate__(self, state):
+            self.state = state
+
+    class Tree(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.startswith("__torch__."):
+                return Node
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
+            if module == "torch" and name in ("FloatStorage", "HalfStorage", "DoubleStorage", "LongStorage"):
+                return getattr(torch, name.removesuffix("Storage").lower())
+            if (module, name) == ("collections", "OrderedDict"):
+                return dict
+            if module == "torch.jit._pickle":
+                return lambda value, *_: value  # says what type a plain list or dict has
+            raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
+
+        def persistent_load(self, entry):
+            return torch.frombuffer(bytearray(file.read(f"{root}data/{entry[2]}")), dtype=entry[1])
+
+    def tensors(node, prefix=""):
+        for name, value in node.state.items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+            elif isinstance(value, Node):
+                yield from tensors(value, f"{prefix}{name}.")
+
+    try:
+        with zipfile.ZipFile(path) as file:
+            root = next(name for name in file.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+            with file.open(f"{root}data.pkl") as pickled:
+                return dict(tensors(Tree(pickled).load()))
+    except Exception as error:  # a damaged archive raises anything
+        raise UserError(f"{path}: not readable as a TorchScript archive of weights ({error})") from error
+
+
+def clip_weights(state):
+    """(weights by our names, who trained them: a key of STYLES) of OpenAI's, the hub's or AVION's CLIP.
+
+    A key's bias is left out, because softmax cancels it (common.Attention); a convolution over patches becomes a linear
+    layer, and so does AVION's, whose pixels run colour first.
+    """
+    names, ours = _HUB if "text_model.final_layer_norm.weight" in state else _CLIP, {}
+    for name, tensor in state.items():
+        name = name.removeprefix("module.")
+        if names is _CLIP and not name.startswith(("visual.", "textual.", "logit_scale")):
+            name = f"textual.{name}"
+        for theirs, replacement in names:
+            name = name.replace(theirs, replacement)
+        stem, _, kind = name.rpartition("in_proj_")
+        if name in ("visual.proj", "visual.image_projection", "textual.text_projection"):
+            side = "text" if name.startswith("text") else "visual"
+            ours[f"{side}_projection.weight"] = tensor.T  # [E, D]
+        elif name == "visual.patch_embed.weight":
+            side = math.isqrt(tensor[0].numel() // 3)
+            ours[name] = common.conv_to_linear(tensor.reshape(len(tensor), 3, 1, side, side))  # [D, P]
+        elif kind == "weight":
+            ours[f"{stem}qkv.weight"] = tensor  # [3D, D]
+        elif kind == "bias":
+            ours[f"{stem}q_bias"], _, ours[f"{stem}v_bias"] = tensor.chunk(3)  # [D] each
+        elif re.search(r"attn\.[qv]_proj\.bias$", name):
+            ours[name.replace("_proj.bias", "_bias")] = tensor  # [D]
+        else:
+            ours[name] = tensor
+    for name in [name for name in ours if name.endswith("attn.q_proj.weight")]:
+        parts = [ours.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        ours[name.replace("q_proj", "qkv")] = torch.cat(parts)  # [3D, D]
+        ours.pop(name.replace("q_proj.weight", "k_proj.bias"), None)
+    return ours, "avion" if "visual.temporal_embedding" in ours else "clip"  # DECISION (activation)
+
+
+def read_init(path):
+    """What --init holds, told apart by content: {"model": weights by our names, "style": a key of STYLES} and, of a
+    checkpoint of ours, the rest of it. No code of it is run; UserError where it is none of the known forms."""
+    if Path(path).is_file() and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            script = any(name.endswith("/constants.pkl") for name in file.namelist())
+        if script:
+            return dict(zip(("model", "style"), clip_weights(torchscript_weights(path)), strict=True))
+        state = common.load_checkpoint(path)
+        if isinstance(state, dict) and {"model", "style", "config"} <= set(state):
+            return state
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # AVION's
+            return dict(zip(("model", "style"), clip_weights(state["state_dict"]), strict=True))
+    weights, style = clip_weights(common.read_weights(path))
+    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    if style == "clip" and config.is_file():
+        text = json.loads(config.read_text())
+        style = "gelu" if text.get("vision_config", text).get("hidden_act") == "gelu" else style
+    return {"model": weights, "style": style}
+
+
+def fit_weights(start, net, cfg):
+    """The weights of read_init as `net` takes them: PE_t for its frames; of CLIP, which has none, zeros, and its
+    projection and temperature only where --embed-dim is CLIP's own; for a classifier the video encoder."""
+    weights, published = dict(start["model"]), "config" not in start
+    if "visual.patch_embed.weight" in weights:
+        time = weights.get("visual.temporal_embedding", torch.zeros(1, len(weights["visual.patch_embed.weight"])))
+        weights["visual.temporal_embedding"] = stretch_time(time, cfg.frames)  # [T, D]
+        if published and start["style"] != "avion" and len(weights["visual_projection.weight"]) != cfg.embed_dim:
+            for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
+                weights.pop(name, None)
+    table, own = weights.get("textual.token_embedding.weight"), getattr(net, "textual", None)
+    if table is not None and own and len(table) != own.token_embedding.num_embeddings:
+        raise UserError(f"{cfg.init}: its texts have {len(table)} different tokens, --merges {cfg.merges or 'none'} "
+                        f"gives {own.token_embedding.num_embeddings}; CLIP's file is bpe_simple_vocab_16e6.txt.gz"
+                        )  # fmt: skip
+    classifier = isinstance(net, VideoClassifier)
+    return {k: v for k, v in weights.items() if k.startswith(("visual.", "head.")) or not classifier}
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------------------
+
+
+def eval_batches(videos, cfg, ctx, failures):
+    """Batches of centre clips, on the device, that hold each readable clip once over all ranks."""
+    plan = partial(sample_clip, cfg, False, videos)
+    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False)
+    size = cfg.micro_batch or max(1, cfg.batch_size // ctx.world)
+    batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
+    for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
+        failures.new += batch.failures
+        if len(batch.labels):
+            yield batch
+
+
+@torch.no_grad()
+def encode_clips(model, videos, cfg, ctx):
+    """(features float32 [entries, E] on the CPU, read bool [entries], lines of those that are not) over all ranks."""
+    failures = data.Failures(len(videos), cfg.max_bad)
+    width = model.embed_dim if isinstance(model, VideoCLIP) else model.visual.width
+    out = torch.zeros(len(videos), width + 1, device=ctx.device)
+    for batch in eval_batches(videos, cfg, ctx, failures):
+        with ctx.autocast():
+            x = model.encode_video(batch.clips) if isinstance(model, VideoCLIP) else model.visual(batch.clips)  # [B, E]
+        out[batch.index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
+    out = ctx.sum(out).cpu()
+    unread = failures.collect(ctx, 0)
+    if not (out[:, -1] > 0).any():
+        raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
+    return out[:, :-1], out[:, -1] > 0, unread
+
+
+@torch.no_grad()
+def encode_texts(model, texts, tokenizer, ctx, size=256):
+    """Features float32 [texts, E] on the CPU; ranks share the work."""
+    out = torch.zeros(len(texts), model.embed_dim, device=ctx.device)
+    for first in range(ctx.rank * size, len(texts), ctx.world * size):
+        tokens = tokenizer(texts[first : first + size]).to(ctx.device)  # [b, L]
+        with ctx.autocast():
+            out[first : first + len(tokens)] = model.encode_text(tokens)
+    return ctx.sum(out).cpu()
+
+
+def retrieval_metrics(similarity, relevancy, binary_map=False):
+    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to video, their mean."""
+    result, exact = {}, (relevancy == 1).double() if binary_map else relevancy  # [V, S]
+    for name, metric, r in (("map", mean_average_precision, exact), ("ndcg", ndcg, relevancy)):
+        both = [100 * metric(similarity, r), 100 * metric(similarity.T, r.T)]
+        result |= {f"val_{name}": sum(both) / 2, f"val_{name}_v2t": both[0], f"val_{name}_t2v": both[1]}
+    for name, s, r in (("v2t", similarity, relevancy), ("t2v", similarity.T, relevancy.T)):
+        result[f"val_r1_{name}"] = 100 * (r.gather(1, s.argmax(1, keepdim=True)) == 1).double().mean().item()
+    return result
+
+
+def evaluate(model, videos, actions, tokenizer, cfg, ctx):
+    """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a VideoClassifier.
+
+    All in %. A centre clip an entry; every readable one counts once, at any number of ranks, and `val_unread` could not
+    be read. Texts are the list's distinct ones. `shuffled_` is what the metrics give when clips are mixed up.
+    """
+    model.eval()
+    features, read, unread = encode_clips(model, videos, cfg, ctx)  # [V, E], [V]
+    rows, result = read.nonzero()[:, 0], {"val_clips": int(read.sum()), "val_unread": len(unread)}
+    if isinstance(model, VideoCLIP):
+        columns = videos.sentences  # [S]
+        texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
+        relevant = videos.relevancy(rows, columns)  # [V, S]
+        found = (relevant == 1).any(0)  # [S]
+        if len(unread) and not found.all():  # texts of clips that could not be read
+            texts, relevant = texts[found], relevant[:, found]
+        try:
+            similarity = features[rows] @ texts.T  # [V, S]
+            mixed = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
+            metrics, chance = (retrieval_metrics(x, relevant, cfg.binary_map) for x in (similarity, mixed))
+        except ValueError as error:
+            raise UserError(f"{videos.path}: {error}") from None
+        result = metrics | {k.replace("val_", "shuffled_"): chance[k] for k in ("val_map", "val_ndcg")} | result
+    if actions:
+        with torch.no_grad():
+            if isinstance(model, VideoCLIP):  # DECISION (prompts)
+                parts = encode_texts(model, [t for part in actions.texts for t in part], tokenizer, ctx)
+                parts = parts.split([len(part) for part in actions.texts])
+                classes = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)  # [A, E]
+                logits = model.logit_scale.exp().cpu() * features[rows] @ classes.T  # [V, A]
+            else:
+                logits = F.linear(features[rows], model.head.weight.cpu(), model.head.bias.cpu())  # [V, A]
+        hits = actions.hits(logits.softmax(-1), torch.as_tensor(videos.labels)[rows]).double().mean(0)  # [3]
+        result = dict(zip(("val_action", "val_verb", "val_noun"), (100 * hits).tolist(), strict=True)) | result
+    model.train()
+    return result
+
+
+def saved_megabytes(model, tokens, kind):
+    """MB that the video encoder's blocks store for the backward pass of one clip in fp32, (LayerNorm, attention, MLP),
+    from the parts of one real block on the CPU (Fig. 3; GELU, as measured there). kind: "plain", "sdpa", or
+    "checkpoint": all blocks' inputs, and one block's parts while that is recomputed. None where it needs gigabytes."""
+    width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
+    if kind == "plain" and tokens > 1600:
+        return None
+    block, n = Block(width, heads, kind="plain" if kind == "plain" else "sdpa"), tokens if kind == "plain" else 64
+    parts, x = [(block.norm1, block.norm2), (block.attn,), (block.mlp,)], torch.randn(1, n, width)  # [1, n, D]
+    sizes = [sum(common.saved_bytes(module, x) for module in group) * tokens / n / 1e6 for group in parts]  # linear
+    return (
+        [depth * size for size in sizes]
+        if kind != "checkpoint"
+        else [sizes[0] + depth * tokens * width * 4 / 1e6, *sizes[1:]]
+    )
+
+
+def print_plan(cfg):
+    """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
+    with torch.device("meta"):
+        net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), "clip", classes=cfg.num_classes or 2)
+        clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
+        macs = [common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64))]
+        if isinstance(net, VideoCLIP):
+            macs.append(common.count_macs(net.textual, torch.zeros(1, 77, dtype=torch.int64)))
+    tokens = cfg.frames * (cfg.size // net.visual.patch[1]) ** 2
+    kept = 1 + max(1, int(round(tokens * (1 - cfg.patch_dropout), 6)))
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (net, net.visual)]
+    steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
+    print(f"model     {cfg.model}: {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them the video encoder's")
+    print(f"tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches")
+    print(
+        f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} "
+        f"steps, {cfg.optimizer}, peak lr {cfg.lr:g}"
+    )
+    print(
+        f"GMACs     {macs[0]:.2f} of a clip, forward" + "".join(f"; {m:.2f} of a text of 77 tokens" for m in macs[1:])
+    )
+    print(f"Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a step, in chunks of up to "
+          f"{chunk_seconds(cfg.batch_size):.1f} s")  # fmt: skip
+    print("\nMB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half)")
+    print(f"{'':<24} {'LayerNorm':>10} {'attention':>10} {'MLP':>10} {'all':>10} {'attention %':>12}")
+    for kind, name in (("plain", "plain"), ("sdpa", "memory-efficient"), ("checkpoint", "efficient, recomputed")):
+        sizes = saved_megabytes(cfg.model, kept, kind)
+        cells = sizes and " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)]) + f" {100 * sizes[1] / sum(sizes):12.1f}"
+        print(f"{name:<24} {cells or 'not measured above 1,600 tokens'}")
+
+
+# ---- The tasks -------------------------------------------------------------------------------------------------------
+
+
+def check(cfg):
+    """Refuse settings that can't work, by the flag's name, before anything is read or made."""
+    side = MODELS[cfg.model]["patch"]
+    if cfg.size < side or cfg.size % side:
+        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {side} pixels")
+    for flag in ("frames", "epochs", "log_every", "eval_every", "embed_dim", "window"):
+        if getattr(cfg, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
+    for flag in ("eval_frames", "max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "margin"):
+        if getattr(cfg, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
+    for flag in ("patch_dropout", "drop_path", "dropout", "label_smoothing"):
+        if not 0 <= getattr(cfg, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be in [0, 1)")
+    if not 0 < cfg.crop_min <= 1:
+        raise UserError("--crop-min must be in (0, 1]")
+    if cfg.loss != "cross_entropy" and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing):
+        raise UserError(
+            "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed"
+        )
+    if cfg.loss != "cross_entropy" and cfg.batch_size < 2:
+        raise UserError(f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares at least 2 clips")
+    if cfg.task == "search" and not cfg.query.strip():
+        raise UserError('--task search needs --query "what to look for"')
+
+
+def open_list(paths, root, flag, ctx):
+    """Narrations of the lists of a flag; toy videos are made where the toy recipe's own lists are asked for."""
+    if set(paths) & {*_TOY["train_list"], _TOY["val_list"]}:
+        if ctx.rank == 0:
+            try:
+                data.make_toy("toy", "narrated")
+            except OSError as error:
+                raise UserError(f"can't make the toy videos: {error}") from None
+        ctx.barrier()
+    if not any(paths):
+        raise UserError(f"{flag} is missing: a list of narrated clips, .pkl, .csv or .jsonl")
+    return Narrations(paths, root)
+
+
+def open_actions(cfg, videos):
+    """The classes: of --actions, else of all `videos` given; None where these have none and need none."""
+    if not cfg.actions and cfg.loss != "cross_entropy" and not all(entries.classes for entries in videos):
+        return None
+    actions = Actions(lists=[Narrations(cfg.actions)] if cfg.actions else videos)
+    if cfg.loss == "cross_entropy" and cfg.num_classes not in (0, len(actions.names)):
+        raise UserError(
+            f"--num-classes {cfg.num_classes}: the lists have {len(actions.names)} actions; EK-100's 3,806 are those "
+            "of training and validation together, which --actions can name"
+        )
+    return actions
+
+
+def training_texts(videos, batch, cfg):
+    """A text for each clip of a batch: one of its phrasings; for max-margin a sentence that is relevant to it."""
+    draws, texts = uniform(batch.keys, "text").tolist(), []
+    fits = None
+    if cfg.loss == "max_margin" and videos.classes and cfg.min_relevancy < 1:
+        fits = videos.relevancy(batch.index, videos.sentences) > cfg.min_relevancy  # [B, S]
+    for i, (index, u) in enumerate(zip(batch.index.tolist(), draws, strict=True)):
+        own = videos.sentences[fits[i]].tolist() if fits is not None else []  # DECISION (text)
+        texts.append(videos.text(own[int(u * len(own))]) if own else videos.text(index, u))
+    return texts
+
+
+def use(cfg, ctx):
+    """--task eval, predict, features, search: a trained or published model; of ours, the shape is its checkpoint's."""
+    source = cfg.init or f"{cfg.out or 'runs/avion-' + cfg.recipe}/best.pt"
+    start, names = read_init(source), ()
+    if "config" in start:
+        shape = ("model", "frames", "size", "embed_dim", "loss", "seed")
+        cfg, names = replace(cfg, **{key: start["config"][key] for key in shape}), start["classes"]
+    tokenizer = BPETokenizer(cfg.merges or start.get("merges", ()))
+    net = build(cfg, start["style"], tokenizer.size, len(names)).to(ctx.device).eval()
+    weights = fit_weights(start, net, replace(cfg, init=source))
+    common.load_weights(net, weights, source)
+    missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
+    if missing:
+        raise UserError(f"{source}: has no {missing[0]} that fits; its --embed-dim and --loss must be the file's")
+    if cfg.task in ("predict", "search"):
+        return (predict if cfg.task == "predict" else search)(net, tokenizer, names, cfg, ctx)
+    videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
+    if cfg.task == "features":
+        return write_features(net, videos, cfg, ctx)
+    actions = Actions(names) if names else open_actions(cfg, [videos])
+    if actions:
+        videos.labels = actions.labels(videos)
+    result = evaluate(net, videos, actions, tokenizer, cfg, ctx)
+    if ctx.rank == 0:
+        print(f"{source} on {cfg.val_list}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
+
+
+@torch.no_grad()
+def predict(net, tokenizer, names, cfg, ctx):
+    """Print the five likeliest actions of each --input video; of a VideoCLIP, the closest narrations of --val-list."""
+    if not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
+    features, read, unread = encode_clips(net, data.Captions((v, 0.0, math.inf, "") for v in cfg.input), cfg, ctx)
+    if isinstance(net, VideoCLIP):
+        known = open_list((cfg.val_list,), "", "--val-list", ctx)
+        names = [known.text(i) for i in known.sentences.tolist()]
+        logits = net.logit_scale.exp().cpu() * features @ encode_texts(net, names, tokenizer, ctx).T  # [V, S]
+    else:
+        logits = F.linear(features, net.head.weight.cpu(), net.head.bias.cpu())  # [V, A]
+    shares, order = logits.softmax(-1).sort(-1, descending=True)
+    for i in read.nonzero()[:, 0].tolist() if ctx.rank == 0 else ():
+        best = zip(order[i, :5].tolist(), shares[i, :5].tolist(), strict=True)
+        print(f"{cfg.input[i]}: {', '.join(f'{names[c]} {100 * p:.1f} %' for c, p in best)}")
+    if unread:
+        raise UserError("; ".join(unread))
+
+
+def search(net, tokenizer, names, cfg, ctx):
+    """Print the ten clips of --window seconds that fit --query best, with their videos, times and scores (cosines), out
+    of --input, else of the videos of --val-list; of clips that overlap, the best."""
+    if not isinstance(net, VideoCLIP):
+        raise UserError("--task search needs a model with a text encoder, not one of --loss cross_entropy")
+    paths = cfg.input
+    if not paths:
+        videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
+        paths = tuple(dict.fromkeys(videos.video(i) for i in range(len(videos))))
+    windows = []
+    for path in paths:
+        try:
+            with data.open_video(path) as video:
+                end = video.clamp(math.inf)
+        except data.VideoError as error:
+            raise UserError(f"--input {error}") from None
+        starts = np.arange(0.0, max(end - cfg.window / 2, 0.1), cfg.window / 2)
+        windows += [(path, start, min(start + cfg.window, end), "") for start in starts.tolist()]
+    features, read, _ = encode_clips(net, data.Captions(windows), cfg, ctx)
+    scores = (features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]).masked_fill(~read, -math.inf)  # [windows]
+    shown = []
+    for i in scores.argsort(descending=True).tolist():
+        path, start, end, _ = windows[i]
+        if read[i] and not any(path == p and start < e and s < end for p, s, e in shown) and len(shown) < 10:
+            shown.append((path, start, end))
+            if ctx.rank == 0:
+                print(f"{scores[i]:.3f}  {start:7.1f} - {end:.1f} s  {path}")
+
+
+def write_features(net, videos, cfg, ctx):
+    """Write features.npy, float32 [clips, E], in the list's order: of length 1, or CLS of a classifier; NaN: unread."""
+    features, read, unread = encode_clips(net, videos, cfg, ctx)
+    features[~read] = math.nan
+    path = Path(cfg.out or f"runs/avion-{cfg.recipe}") / "features.npy"
+    if ctx.rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, features.numpy())
+        except OSError as error:
+            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
+        shape = " x ".join(map(str, features.shape))
+        print(f"{path}: {shape}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""))
+
+
+def main(cfg):
+    check(cfg)
+    if cfg.plan:
+        return print_plan(cfg)
+    ctx = common.launch(cfg.precision)
+    if cfg.task != "train":
+        return use(cfg, ctx)
+    micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
+    videos = open_list(cfg.train_list, cfg.data_root, "--train-list", ctx)
+    val_videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
+    if len(videos) < cfg.batch_size:
+        raise UserError(f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}")
+    contrastive = cfg.loss != "cross_entropy"
+    actions = open_actions(cfg, [val_videos] if contrastive else [videos, val_videos])
+    for entries in (val_videos, *[videos] * (not contrastive)) if actions else ():
+        entries.labels = actions.labels(entries)
+    classes = len(actions.names) if actions else 0
+    run = common.Run(cfg, ctx, "avion")
+    state = run.resume()
+
+    epoch_steps = len(videos) // cfg.batch_size
+    total = cfg.max_steps or cfg.epochs * epoch_steps
+    start = state or (read_init(cfg.init) if cfg.init else {})
+    tokenizer = BPETokenizer(start.get("merges", ()) if state or not cfg.merges else cfg.merges)
+    if contrastive and not tokenizer.merges:
+        run.say("no --merges: texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges")
+    torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
+    style = start.get("style", "clip")
+    net = build(cfg, style, tokenizer.size, classes).to(ctx.device)
+    groups = common.param_groups(net, cfg.weight_decay)  # DECISION (decay)
+    sgd = partial(torch.optim.SGD, momentum=0.9)
+    optimizer = (sgd if cfg.optimizer == "sgd" else torch.optim.AdamW)(groups, lr=cfg.lr, fused=True)
+    scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
+    meter = common.Meter(ctx.device, "loss")
+    # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
+    at = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0, "last": {}}
+    if state:
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["precision"] == ctx.precision:
+            scaler.load_state_dict(state["scaler"])
+        at = state["at"]
+        meter.load(state["sums"], ctx)
+    elif cfg.init:
+        run.say(f"{common.load_weights(net, fit_weights(start, net, cfg), cfg.init)}; activation and eps: {style}'s")
+    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
+    model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
+    run.say(
+        f"{len(videos)} training and {len(val_videos)} validation clips, {classes} classes; batch {cfg.batch_size} = "
+        f"{ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; "
+        f"steps {at['step']} to {total}"
+    )
+
+    dataset = data.ClipDataset(videos, partial(sample_clip, cfg, True, videos), cfg.size, cfg.seed, replace=True)
+    schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, cfg.seed, at["step"], total, ctx.rank, ctx.world)
+    batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
+    failures = data.Failures(len(videos), cfg.max_bad)
+    metric = "val_map" if contrastive else "val_action"
+
+    def encode(part, replay):
+        clips, tokens, keys, ids = part
+        video, text, scale = model(clips, tokens, keys)  # [B, E] each, []
+        return (video, text, ids, *[scale] * (cfg.loss == "infonce")), None
+
+    def save(*names):
+        if at["step"] < total and not meter.healthy(ctx):
+            return False  # the last good checkpoint stays
+        state = {
+            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
+        }
+        state |= {"classes": actions.names if not contrastive else (), "merges": tokenizer.merges, "style": style}
+        run.save(state | {"at": at, "sums": meter.state(ctx)}, *names)
+        return True
+
+    while True:
+        # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
+        step = at["step"]
+        if step > at["evaluated"] and (step == total or step % (cfg.eval_every * epoch_steps) == 0):
+            result = evaluate(net, val_videos, actions, tokenizer, cfg, ctx)
+            run.log(result | {"clips": step * cfg.batch_size}, step, total)
+            better = result[metric] > at["best"] and meter.healthy(ctx)
+            at |= {"evaluated": step, "best": result[metric] if better else at["best"], "last": result}
+            save(*["best.pt"] * better, "last.pt")
+        if step == total:
+            break
+
+        warmup = cfg.warmup_epochs * epoch_steps
+        lr = common.cosine(step, total, warmup, cfg.lr, cfg.min_lr)
+        lr += cfg.start_lr * max(0.0, 1 - step / warmup) if warmup else 0.0
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        parts, indices = [], []
+        for i in range(accumulation):
+            with run.waiting():
+                batch = next(batches)
+            failures.add(batch, micro)
+            clips = data.flip(batch.clips, batch.keys) if cfg.flip else batch.clips  # [B, T, C, H, W], uint8
+            keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
+            if contrastive:  # the loss needs the whole batch: first all clips, as uint8, then the step
+                tokens = tokenizer(training_texts(videos, batch, cfg))  # [B, L]
+                ids = common.make_key(*F.pad(tokens, (0, 77 - tokens.shape[1])).T)  # [B], the same for the same text
+                parts.append((clips, tokens.to(ctx.device), keys, ids.to(ctx.device)))
+                indices.append(batch.index)
+                continue
+            labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, A]
+            clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
+            with ctx.sync(model, last=i == accumulation - 1):
+                with ctx.autocast():
+                    loss = -(labels * model(clips, keys).float().log_softmax(-1)).sum(-1)  # [B]
+                # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A loss
+                # that is not finite makes the gradient so too, and thereby skips the update.
+                poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
+                scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
+            meter.add(batch.index, loss)
+        if contrastive:
+            loss, _ = common.cached_step(ctx, model, encode, parts, partial(batch_loss, cfg), scaler)  # [B]
+            meter.add(torch.cat(indices), loss)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
+        if cfg.clip_grad:
+            nn.utils.clip_grads_with_norm_(net.parameters(), cfg.clip_grad, norm)
+        meter.step(norm)
+        scaler.step(optimizer)  # an update that is not finite is skipped, by a flag on the device
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if contrastive:
+            net.logit_scale.data.clamp_(0, math.log(100))  # CLIP's bound
+        at["step"] = step = step + 1
+
+        run.advance(step, total)
+        epoch_ends = step % epoch_steps == 0
+        if epoch_ends or step % cfg.log_every == 0 or step == total:
+            for line in failures.collect(ctx, (step - 1) // epoch_steps):
+                run.say(f"unreadable, replaced by another: {line}")
+        if step % cfg.log_every == 0 or step == total:
+            means, bad, skipped = meter.read(ctx)
+            at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"], scaler.get_scale())
+            record = {"epoch": round(step / epoch_steps, 3), **means, "lr": lr, "clips": step * cfg.batch_size}
+            if contrastive:
+                record["temperature"] = 1 / net.logit_scale.exp().item()
+            run.log(record, step, total)
+        if (run.save_due() or epoch_ends) and save("last.pt"):
+            run.leave(step)
+
+    names = ("val_map", "shuffled_map", "val_ndcg", "val_r1_v2t", "val_r1_t2v", "val_action", "val_verb", "val_noun")
+    numbers = ", ".join(f"{name} {at['last'][name]:.1f} %" for name in names if name in at["last"])
+    run.say(
+        f"complete: {numbers} of {at['last']['val_clips']} validation clips; best {metric} {at['best']:.1f} %. "
+        f"{run.folder}/best.pt: --task search --query, eval, predict, features. --overwrite starts anew."
+    )
+
+
+if __name__ == "__main__":
+    main(parse(Config, RECIPES))

@@ -1,5 +1,5 @@
-"""Training-step time of each method against its own baseline: python tests/bench_train.py [turbo | tpt | sfa] [--rounds 5]
-[--batch 2].
+"""Training-step time of each method against its own baseline: python tests/bench_train.py [turbo | tpt | sfa]
+[--rounds 5] [--batch 2].
 
 Variants of a step (forward, backward, optimizer; random clips, no loader) take turns in one process; medians over the
 rounds, ratios of medians. On CUDA: full size, the device's best precision, with peak memory.

@@ -16,7 +16,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import avion
 import common
 import data
 import sfa_vivit

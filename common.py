@@ -445,11 +445,11 @@ def parse(config_class, recipes, argv=None):
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
 
 
-def micro_batches(cfg, ctx, repeated=1, pairs=False):
+def micro_batches(cfg, ctx, pairs=False, repeated=1):
     """(micro-batch, accumulation steps) of a rank, from the global --batch-size; UserError where it doesn't divide.
 
-    repeated: clips of a video, which stay together. pairs: mixup takes clip 2i's partner to be clip 2i+1, of another
-    video, so that micro-batches must hold whole pairs of videos.
+    pairs: mixup takes clip 2i's partner to be clip 2i+1, so that micro-batches must hold whole pairs. repeated: clips of
+    a video, which stay together; pairs are then of clips of different videos.
     """
     per_rank, rest = divmod(cfg.batch_size, ctx.world)
     micro = cfg.micro_batch or per_rank

@@ -1015,7 +1015,7 @@ def main(cfg):
         return write_text(cfg, ctx) if ctx.rank == 0 else None
     if cfg.task != "train":
         return use(cfg, ctx)
-    micro, accumulation = common.micro_batches(cfg, ctx, cfg.repeated, pairs=bool(cfg.mixup or cfg.cutmix))
+    micro, accumulation = common.micro_batches(cfg, ctx, bool(cfg.mixup or cfg.cutmix), cfg.repeated)
     videos, val_videos = open_lists(cfg, ctx)
     align = cfg.objective == "align"
     names = [] if align else videos.classes

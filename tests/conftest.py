@@ -9,6 +9,15 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Whole runs take two processes (pytest-xdist); `-n 0` takes one, and so does naming a file."""
+    if config.getoption("numprocesses", None) is None and config.args_source.name != "ARGS":
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
 
 # A tiny model on the toy videos: what a test of the loop needs, in a second or two a run.
 TINY = ["--epochs", "2", "--batch-size", "4", "--workers", "0", "--log-every", "1", "--eval-every", "1"]

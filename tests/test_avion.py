@@ -721,7 +721,7 @@ def test_missing_and_short_chunks(tmp_path, told, args, capsys):
     videos = avion.Narrations([told / "train.jsonl"], chunks)
     dataset = data.ClipDataset(videos, avion.partial(avion.sample_clip, cfg, True, videos), 64, 0, replace=False)
     samples = [dataset[0, i] for i in range(24) if "train_00000" in videos.video(i)]
-    assert len(samples) == 8 and all(clip.shape == (1, 8, 3, 64, 64) for clip, *_ in samples)
+    assert len(samples) == 8 and all(clip.shape == (8, 3, 64, 64) for (clip,), *_ in samples)
 
 
 def test_no_relevant_item(tmp_path, told, args, trained):
@@ -797,7 +797,7 @@ def test_decode_then_crop_reads_the_same_clip(told, monkeypatch):
         cfg = config("--loader", loader, "--crop")
         plan = avion.partial(avion.sample_clip, cfg, True, videos)
         dataset = data.ClipDataset(videos, plan, 64, 0, replace=False)
-        clips.append(torch.stack([dataset[0, i][0] for i in range(8)]).float())
+        clips.append(torch.stack([dataset[0, i][0][0] for i in range(8)]).float())
         plain.append(len(calls))
     assert (clips[0] - clips[1]).abs().mean() < 3 < (clips[0] - clips[0].flip(0)).abs().mean()
     assert plain[0] == 0 and 8 < plain[1] <= 16  # some of the eight clips cross into another chunk

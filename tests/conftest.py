@@ -15,7 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Whole runs take two processes (pytest-xdist); `-n 0` takes one, and so does naming a file."""
-    if config.getoption("numprocesses", None) is None and config.args_source.name != "ARGS":
+    is_worker = hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ
+    if not is_worker and config.getoption("numprocesses", None) is None and config.args_source.name != "ARGS":
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 

@@ -211,6 +211,21 @@ def run_blocks(blocks, x, keys=None, grad_checkpoint=False):
     return x  # [B, N, D]
 
 
+class Decoder(nn.Module):
+    """VideoMAE's decoder: blocks, norm, one linear layer to the pixels of a patch."""
+
+    def __init__(self, layers, width, heads, pixels, kind):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, kind=kind) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, pixels)
+
+    def forward(self, x, count, grad_checkpoint=False):
+        """Pixels of the last `count` tokens: [B, K + R, D] -> [B, R, P]; the visible ones need no prediction."""
+        x = run_blocks(self.blocks, x, grad_checkpoint=grad_checkpoint)  # [B, K + R, D]
+        return self.head(self.norm(x[:, x.shape[1] - count :]))  # [B, R, P]
+
+
 def patchify(clip, patch):
     """Cut [B, T, C, H, W] into non-overlapping patches (p_t, p_h, p_w): [B, N, P], same dtype.
 
@@ -448,8 +463,8 @@ def parse(config_class, recipes, argv=None):
 def micro_batches(cfg, ctx, pairs=False, repeated=1):
     """(micro-batch, accumulation steps) of a rank, from the global --batch-size; UserError where it doesn't divide.
 
-    pairs: mixup takes clip 2i's partner to be clip 2i+1, so that micro-batches must hold whole pairs. repeated: clips of
-    a video, which stay together; pairs are then of clips of different videos.
+    pairs: mixup takes clip 2i's partner to be clip 2i+1, so that micro-batches must hold whole pairs. repeated: clips
+    of a video, which stay together; pairs are then of clips of different videos.
     """
     per_rank, rest = divmod(cfg.batch_size, ctx.world)
     micro = cfg.micro_batch or per_rank
@@ -824,41 +839,46 @@ def videomae_weights(state):
     return ours
 
 
-_VIT = {"LayerNorm_0": "norm1", "LayerNorm_2": "norm2", "MultiHeadDotProductAttention_1/out": "attn.proj",
-        "MlpBlock_3/Dense_0": "mlp.fc1", "MlpBlock_3/Dense_1": "mlp.fc2"}  # fmt: skip
+# The names of Google's ViTs (original, AugReg, big_vision) -> ours, replaced in this order.
+_VIT = (("Transformer/encoder_norm", "norm"), ("Transformer/encoderblock_", "blocks."), ("LayerNorm_0", "norm1"),
+        ("LayerNorm_1", "norm2"), ("LayerNorm_2", "norm2"), ("MlpBlock_0/", "mlp/"), ("MlpBlock_3/", "mlp/"),
+        ("Dense_0", "fc1"), ("Dense_1", "fc2"), ("MultiHeadDotProductAttention_0/", "attn/"),
+        ("MultiHeadDotProductAttention_1/", "attn/"), ("attn/out", "attn/proj"), ("Transformer/posembed_input/", ""),
+        ("pos_embedding", "pos_embed"), ("embedding/", "patch_embed/"), ("/scale", ".weight"), ("/kernel", ".weight"),
+        ("/", "."))  # fmt: skip
 
 
 def vit_weights(state):
     """An image ViT's weights by the names of our modules; {} where `state` is no image ViT's.
 
-    Forms: Google's .npz (ImageNet-21k, AugReg), the hub's ViT. Ours: patch_embed as a linear weight [D, P] of one
-    frame, c fastest; cls_token [1, 1, D]; pos_embed [1, 1 + N, D], CLS first; blocks; norm. Inputs are in [-1, 1]. Key
-    biases, which softmax cancels, classifiers and pre_logits are left out.
+    Forms: Google's .npz (github.com/google-research/vision_transformer, big_vision; layers stacked or not), the hub's
+    ViT (its layernorm_eps is 1e-12, here 1e-6). Ours: patch_embed's kernel [D, C, p, p]; cls_token [1, 1, D]; pos_embed
+    [1, 1 + N, D], CLS first (big_vision's [1, N, D]); blocks; norm. Inputs are in [-1, 1]. Key biases, which softmax
+    cancels, classifiers and pre_logits are left out.
     """
-    if "embedding/kernel" in state:
-        ours = {"cls_token": state["cls"], "pos_embed": state["Transformer/posembed_input/pos_embedding"]}
-        ours["patch_embed.weight"] = state["embedding/kernel"].permute(3, 0, 1, 2).flatten(1)  # [D, P]
-        ours["patch_embed.bias"] = state["embedding/bias"]
-        ours["norm.weight"], ours["norm.bias"] = (state[f"Transformer/encoder_norm/{x}"] for x in ("scale", "bias"))
-        for i in range(len({name.split("/")[1] for name in state if "/encoderblock_" in name})):
-            block = f"Transformer/encoderblock_{i}"
-            for theirs, name in _VIT.items():
-                kernel = state.get(f"{block}/{theirs}/kernel", state.get(f"{block}/{theirs}/scale"))  # [..., D]
-                ours[f"blocks.{i}.{name}.weight"] = kernel.flatten(0, -2).T if kernel.dim() > 1 else kernel
-                ours[f"blocks.{i}.{name}.bias"] = state[f"{block}/{theirs}/bias"]
-            part = lambda x, end, block=block: state[f"{block}/MultiHeadDotProductAttention_1/{x}/{end}"]
-            qkv = [part(x, "kernel").flatten(1).T for x in ("query", "key", "value")]  # [D, D] each
-            ours[f"blocks.{i}.attn.qkv.weight"] = torch.cat(qkv)  # [3D, D]
-            ours |= {f"blocks.{i}.attn.{x[0]}_bias": part(x, "bias").flatten() for x in ("query", "value")}
-        return {name: tensor.contiguous() for name, tensor in ours.items()}
-    if not any(name.endswith("embeddings.position_embeddings") for name in state):
+    if any(name.endswith("embedding/kernel") for name in state):
+        theirs = {name.removeprefix("opt/target/").removeprefix("params/"): x for name, x in state.items()}
+        for name in [name for name in theirs if "/encoderblock/" in name]:  # big_vision's scan: [layers, ...]
+            for i, layer in enumerate(theirs.pop(name)):
+                theirs[name.replace("encoderblock/", f"encoderblock_{i}/")] = layer
+        state = {}
+        for name, x in theirs.items():
+            kernel = name.endswith("kernel")
+            for old, new in _VIT:
+                name = name.replace(old, new)
+            if name == "patch_embed.weight":
+                x = x.permute(3, 2, 0, 1)  # [D, C, p, p]
+            elif kernel:
+                x = (x.flatten(0, -2) if "proj" in name else x.flatten(1)).T  # [D_out, D_in], from [D, H, d] and others
+            state["cls_token" if name == "cls" else name] = x.flatten() if ".attn." in name and not kernel else x
+    elif not any(name.endswith("embeddings.position_embeddings") for name in state):
         return {}
-    ours = videomae_weights({name.removeprefix("vit."): tensor for name, tensor in state.items()})
-    ours = {name.replace("embeddings.position_embeddings", "pos_embed").replace("embeddings.", "")
-            .replace("attn.query.bias", "attn.q_bias").replace("attn.value.bias", "attn.v_bias"): tensor
-            for name, tensor in ours.items() if not name.endswith("attn.key.bias")
-            and not name.startswith(("head.", "pooler."))}  # fmt: skip
-    ours["patch_embed.weight"] = ours["patch_embed.weight"].permute(0, 2, 3, 1).flatten(1)  # [D, P]
+    ours = {}
+    for name, x in videomae_weights({name.removeprefix("vit."): x for name, x in state.items()}).items():
+        name = name.replace("embeddings.position_embeddings", "pos_embed").replace("embeddings.", "")
+        name = name.replace("attn.query.bias", "attn.q_bias").replace("attn.value.bias", "attn.v_bias")
+        if name.startswith(("patch_embed.", "cls_token", "pos_embed", "blocks.", "norm.")) and "key.bias" not in name:
+            ours[name] = x.float().contiguous()
     return ours
 
 

@@ -1435,6 +1435,19 @@ def normalize(patches, mean, std):
     return (patches.float() / 255 - mean) / std
 
 
+def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """What the decoder predicts of 0-255 patches [B, R, P], in float32 [B, R, P].
+
+    "normalized": each patch, each colour by its own mean and (unbiased) deviation over the patch's pixels, as VideoMAE:
+    it rewards texture and motion edges over brightness. "pixels": as the encoder sees them.
+    """
+    if kind == "pixels":
+        return normalize(patches, mean, std)
+    x = (patches.float() / 255).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
+    deviation = x.var(dim=2, keepdim=True, unbiased=True).sqrt()  # [B, R, 1, 3]
+    return ((x - x.mean(dim=2, keepdim=True)) / (deviation + 1e-6)).flatten(2)  # [B, R, P]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ----------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,6 @@ Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D w
 import csv
 import math
 import time
-import zipfile
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -443,80 +442,17 @@ def build(cfg, heads, stage):
 
 # ---- Weights ---------------------------------------------------------------------------------------------------------
 
-# Google's names -> ours; of big_vision's the numbers behind a module's name differ (github.com/google-research).
-_GOOGLE = (("Transformer/encoder_norm", "spatial.norm"), ("Transformer/encoderblock_", "spatial.blocks."),
-           ("LayerNorm_0", "norm1"), ("LayerNorm_1", "norm2"), ("LayerNorm_2", "norm2"), ("MlpBlock_0/", "mlp/"),
-           ("MlpBlock_3/", "mlp/"), ("Dense_0", "fc1"), ("Dense_1", "fc2"),
-           ("MultiHeadDotProductAttention_0/", "attn/"), ("MultiHeadDotProductAttention_1/", "attn/"),
-           ("attn/out", "attn/proj"), ("Transformer/posembed_input/", ""),
-           ("pos_embedding", "spatial.positions"), ("embedding/kernel", "patch_embed.weight"),
-           ("embedding/bias", "patch_embed.bias"), ("/scale", ".weight"), ("/kernel", ".weight"), ("/", "."),
-           )  # fmt: skip
-
-
-def read_npz(path):
-    """An .npz file's arrays as tensors, by name; None if it is no .npz. Reads nothing pickled; UserError if damaged."""
-    if not Path(path).is_file() or not zipfile.is_zipfile(path):
-        return None
-    try:
-        if not all(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
-            return None  # torch.save's files are zip archives too
-        with np.load(path, allow_pickle=False) as file:
-            return {name: torch.from_numpy(file[name].astype(np.float32)) for name in file.files}
-    except Exception as error:  # a damaged file raises anything: BadZipFile, ValueError, zlib.error, ...
-        raise UserError(f"{path}: not a readable .npz file ({type(error).__name__}: {error})") from error
-
-
-def google_weights(arrays):
-    """Google's ViT .npz (original, AugReg, big_vision; layers stacked or not) by our names, the kernel [D, C, p, p].
-
-    query, key, value [D, H, d] become one qkv [3D, D]; the key's bias is left out, because it changes no output.
-    """
-    arrays = {name.removeprefix("opt/target/").removeprefix("params/"): x for name, x in arrays.items()}
-    for name in [name for name in arrays if "/encoderblock/" in name]:  # big_vision's scan: [layers, ...]
-        for i, layer in enumerate(arrays.pop(name)):
-            arrays[name.replace("encoderblock/", f"encoderblock_{i}/")] = layer
-    ours = {"spatial.cls_token": arrays.pop("cls")} if "cls" in arrays else {}
-    for name, x in arrays.items():
-        kernel = name.endswith("kernel")
-        for theirs, replacement in _GOOGLE:
-            name = name.replace(theirs, replacement)
-        if name == "patch_embed.weight":
-            x = x.permute(3, 2, 0, 1)  # [D, C, p, p]
-        elif kernel:
-            x = (x.flatten(0, -2) if "proj" in name else x.flatten(1)).T  # [D_out, D_in]
-        ours[name] = x.flatten() if ".attn." in name and name.endswith("bias") else x
-    return merge_attention(ours)
-
-
-def merge_attention(state):
-    """query, key and value as one qkv; biases of query and value as q_bias and v_bias; no key bias."""
-    for query in [name for name in state if name.endswith("attn.query.weight")]:
-        stem = query.removesuffix("query.weight")
-        state[stem + "qkv.weight"] = torch.cat(
-            [state.pop(f"{stem}{part}.weight") for part in ("query", "key", "value")]
-        )
-    for name in [name for name in state if name.endswith((".query.bias", ".key.bias", ".value.bias"))]:
-        stem, part, _ = name.rsplit(".", 2)
-        bias = state.pop(name)
-        state |= {} if part == "key" else {f"{stem}.{part[0]}_bias": bias}
-    return state
-
 
 def image_weights(path):
     """An image ViT's weights by ViViT's names, on the CPU, patch_embed's kernel as [D, C, p, p]; or ours as they are.
 
-    path: Google's .npz (github.com/google-research/vision_transformer, big_vision), a hub folder or file of ViT
-    (layernorm_eps 1e-12 there, here 1e-6), or a checkpoint of this script.
+    path: any file that common.vit_weights knows, or a checkpoint of this script.
     """
-    arrays = read_npz(path)
-    if arrays is not None:
-        return google_weights(arrays)
     state = common.read_weights(path)
     if any(name.startswith(("spatial.", "temporal.")) for name in state):
         return state
-    state = merge_attention({k.removeprefix("vit."): v for k, v in common.videomae_weights(state).items()})
-    place = {"embeddings.cls_token": "spatial.cls_token", "embeddings.position_embeddings": "spatial.positions"}
+    state = common.vit_weights(state) or common.videomae_weights(state)
+    place = {"cls_token": "spatial.cls_token", "pos_embed": "spatial.positions"}
     rename = lambda name: place.get(name) or (f"spatial.{name}" if name.startswith(("blocks.", "norm.")) else name)
     return {rename(name): x for name, x in state.items()}
 

@@ -57,7 +57,20 @@ from torch import nn
 
 import common
 import data
-from common import Attention, Block, UserError, attention, gather_tokens, opt, parse, patchify, uniform, unpatchify
+from common import (
+    Attention,
+    Block,
+    Decoder,
+    UserError,
+    attention,
+    gather_tokens,
+    opt,
+    parse,
+    patchify,
+    uniform,
+    unpatchify,
+)
+from data import pixel_target
 
 # Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); frames, height, width of a token.
 MODELS = {
@@ -312,19 +325,6 @@ def search_space(frames=(2, 4, 8, 12, 16), most=4, portions=(6.25, 12.5, 25.0, 5
     ]
 
 
-def pixel_target(patches, kind, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD):
-    """What the decoder predicts of 0-255 patches [B, R, P], in float32 [B, R, P].
-
-    "normalized": each patch, each colour by its own mean and (unbiased) deviation over the patch's pixels, as VideoMAE:
-    it rewards texture and motion edges over brightness. "pixels": as the encoder sees them.
-    """
-    if kind == "pixels":
-        return data.normalize(patches, mean, std)
-    x = (patches.float() / 255).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
-    deviation = x.var(dim=2, keepdim=True, unbiased=True).sqrt()  # [B, R, 1, 3]
-    return ((x - x.mean(dim=2, keepdim=True)) / (deviation + 1e-6)).flatten(2)  # [B, R, P]
-
-
 def mae_loss(prediction, target):
     """Sec. 3.1: the mean squared error over masked tokens, a clip at a time: [B, R, P] twice -> [B]."""
     return (prediction.float() - target).square().mean((1, 2))  # [B]
@@ -472,22 +472,6 @@ class Encoder(nn.Module):
         return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else len(self.blocks) + 1
 
 
-class Decoder(nn.Module):
-    """VideoMAE's decoder: blocks, norm, one linear layer to the pixels of a patch."""
-
-    def __init__(self, layers, width, pixels, kind):
-        super().__init__()
-        heads = 8 if width == 640 else max(1, width // 64)
-        self.blocks = nn.ModuleList(Block(width, heads, kind=kind) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, pixels)
-
-    def forward(self, x, count, grad_checkpoint=False):
-        """Pixels of the last `count` tokens: [B, K + R, D] -> [B, R, P]; the visible ones need no prediction."""
-        x = common.run_blocks(self.blocks, x, grad_checkpoint=grad_checkpoint)  # [B, K + R, D]
-        return self.head(self.norm(x[:, x.shape[1] - count :]))  # [B, R, P]
-
-
 class VideoMAE(Encoder):
     """Masked autoencoder of clips (Sec. 3.1): encoder on the visible tokens, light decoder on all. Any clip up to
     `frames` frames long: positions are counted from the first token, so a shorter clip's are the same."""
@@ -500,7 +484,8 @@ class VideoMAE(Encoder):
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
         self.encoder_to_decoder = nn.Linear(self.width, width, bias=False)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.decoder = Decoder(layers, width, self.patch_embed.in_features, attention)
+        heads = 8 if width == 640 else max(1, width // 64)
+        self.decoder = Decoder(layers, width, heads, self.patch_embed.in_features, attention)
         table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
         self.register_buffer("decoder_positions", table, persistent=False)
         self.init_parameters()
@@ -853,7 +838,7 @@ def init_weights(path, net):
     if image:
         # A tubelet's frames share the image's kernel; its inputs were (p - 1/2) * 2, ours are (p - mean) / std.
         mean, std = (torch.tensor(x) for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-        kernel, frames = weights["patch_embed.weight"].unflatten(1, (-1, 3)), net.patch[0]  # [D, P/3, 3]
+        kernel, frames = weights["patch_embed.weight"].permute(0, 2, 3, 1).flatten(1, 2), net.patch[0]  # [D, p p, 3]
         weights["patch_embed.bias"] = weights["patch_embed.bias"] + (kernel * (2 * mean - 1)).sum((1, 2))  # [D]
         weights["patch_embed.weight"] = (2 * kernel * std / frames).repeat(1, frames, 1).flatten(1)  # [D, P]
         table = weights.pop("pos_embed")[0, 1:]  # [h w, D], without CLS

@@ -74,7 +74,8 @@ from tqdm import tqdm
 
 import common
 import data
-from common import Block, UserError, gather_tokens, opt, parse, patchify, uniform, unpatchify
+from common import Block, Decoder, UserError, gather_tokens, opt, parse, patchify, uniform, unpatchify
+from data import pixel_target
 
 # Width, depth and heads of the encoder; layers x width of the decoder that VideoMAE gives it, in heads of 64.
 MODELS = {
@@ -268,19 +269,6 @@ def token_dropout(keys, n, m, r):
     if not 0 <= r <= m < 1:
         raise ValueError(f"token dropout needs 0 <= r <= m < 1, not m = {m}, r = {r}")
     return common.random_split(keys, n, *num_kept(n, m, r))  # DECISION (mask): no tubes
-
-
-def pixel_target(patches, kind, mean=data.IMAGENET_MEAN, std=data.IMAGENET_STD):
-    """What the decoder predicts of 0-255 patches [B, R, P], in float32 [B, R, P].
-
-    "normalized": each patch, each colour by its own mean and (unbiased) deviation over the patch's pixels, as VideoMAE:
-    it rewards texture and motion edges over brightness. "pixels": as the encoder sees them.
-    """
-    if kind == "pixels":
-        return data.normalize(patches, mean, std)
-    x = (patches.float() / 255).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
-    deviation = x.var(dim=2, keepdim=True, unbiased=True).sqrt()  # [B, R, 1, 3]
-    return ((x - x.mean(dim=2, keepdim=True)) / (deviation + 1e-6)).flatten(2)  # [B, R, P]
 
 
 def partial_mae(prediction, target):
@@ -500,22 +488,6 @@ def open_text(cfg, captions):
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 
-class Decoder(nn.Module):
-    """VideoMAE's decoder: blocks, norm, one linear layer to the pixels of a patch."""
-
-    def __init__(self, layers, width, pixels, kind):
-        super().__init__()
-        heads = max(1, width // 64)
-        self.blocks = nn.ModuleList(Block(width, heads, kind=kind) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.head = nn.Linear(width, pixels)
-
-    def forward(self, x, count, grad_checkpoint=False):
-        """Pixels of the last `count` tokens: [B, K + R, D] -> [B, R, P]; the visible ones need no prediction."""
-        x = common.run_blocks(self.blocks, x, grad_checkpoint=grad_checkpoint)  # [B, K + R, D]
-        return self.head(self.norm(x[:, x.shape[1] - count :]))  # [B, R, P]
-
-
 class Turbo(nn.Module):
     """ViT encoder on the visible tokens, classifier on its CLS, light decoder on visible + reconstructed ones (Fig. 1).
 
@@ -551,7 +523,7 @@ class Turbo(nn.Module):
             layers, width = map(int, (decoder or spec["decoder"]).split("x"))
             self.encoder_to_decoder = nn.Linear(self.width, width, bias=False)
             self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-            self.decoder = Decoder(layers, width, pixels, attention)
+            self.decoder = Decoder(layers, width, max(1, width // 64), pixels, attention)
             table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
             self.register_buffer("decoder_positions", table, persistent=False)
         self.apply(common.init_linear)

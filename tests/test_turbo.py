@@ -140,7 +140,7 @@ def test_dropping_equals_dense_attention_over_the_kept_tokens():
     ]
     kernel = common.linear_to_conv(model.patch_embed.weight, model.patch)
     x = F.conv3d(pixels.transpose(1, 2), kernel, model.patch_embed.bias, stride=model.patch).flatten(2).transpose(1, 2)
-    x = torch.cat([model.cls_token.expand(4, -1, -1), x + common.sinusoid_table(8, 128)], 1)
+    x = torch.cat([model.cls_token.expand(4, -1, -1), x + 5 * common.sinusoid_table(8, 128)], 1)
     for block in model.blocks:
         q, k, v = (
             F.linear(

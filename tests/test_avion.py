@@ -265,10 +265,24 @@ def test_metrics_by_loops():
     assert eye["val_map"] == eye["val_ndcg"] == eye["val_r1_v2t"] == eye["val_r1_t2v"] == 100
 
 
+def test_ties_fall_as_in_the_official_code():
+    """Equal similarities: mAP ranks by (-s).argsort(), nDCG by s.argsort() from its end, as EK-100's evaluation."""
+    similarity, relevant = random_relevancies(50, 37)
+    similarity = similarity.round()
+    s, r = similarity.numpy(), relevant.numpy()
+    ranked = np.take_along_axis(r, (-s).argsort(), 1)
+    precision = ranked.cumsum(1) / np.arange(1, 38)
+    expected = ((precision * (ranked == 1)).sum(1) / (ranked == 1).sum(1)).mean()
+    assert avion.mean_average_precision(similarity, relevant) == pytest.approx(expected, abs=1e-12)
+    ranked, best, logs = np.take_along_axis(r, s.argsort()[:, ::-1], 1), np.sort(r)[:, ::-1], np.log2(np.arange(37) + 2)
+    expected = ((ranked * (best > 0) / logs).sum(1) / (best / logs).sum(1)).mean()
+    assert avion.ndcg(similarity, relevant) == pytest.approx(expected, abs=1e-12)
+
+
 def test_metrics_need_a_relevant_item():
     similarity, relevant = random_relevancies(3, 4)
     relevant[1] = torch.tensor([0.5, 0, 0, 0.25])
-    with pytest.raises(ValueError, match="relevancy 1"):
+    with pytest.raises(ValueError, match="query 1 has no item of relevancy 1"):
         avion.mean_average_precision(similarity, relevant)
     relevant[1] = 0
     with pytest.raises(ValueError, match="no relevant item"):
@@ -499,6 +513,46 @@ def test_all_forms_of_clip_load_alike(tiny, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_avions_classifier_is_evaluated_as_it_is(tiny, told, tmp_path, capsys):
+    """AVION's fine-tuned classifier (`fc_cls`, no projection): its logits by a direct product, classes named by
+    --actions; fine-tuning starts from it, head and all; another number of classes is refused."""
+    hub_model().save_pretrained(tmp_path / "hub")
+    state = as_avion(common.read_safetensors(tmp_path / "hub" / "model.safetensors"), flash=True)
+    state = {name: x for name, x in state.items() if name.startswith("module.visual.") and "projection" not in name}
+    videos = avion.Narrations([told / "train.jsonl"], told / "chunks")
+    classes = len(avion.Actions(lists=[videos]).names)
+    state |= {"module.fc_cls.weight": torch.randn(classes, 64), "module.fc_cls.bias": torch.randn(classes)}
+    torch.save({"state_dict": state, "epoch": 3, "args": argparse.Namespace(num_classes=classes)}, tmp_path / "cls.pt")
+    flags = ["--init", tmp_path / "cls.pt", "--task", "eval", "--frames", 4, "--workers", 0, "--data-root",
+             told / "chunks", "--val-list", told / "train.jsonl"]  # fmt: skip
+    cfg = dataclasses.replace(config(*flags), model="tiny", size=32)
+    avion.main(cfg)
+    ours = re.search(r"val_action ([\d.]+)", capsys.readouterr().out)
+    start, ctx = avion.read_init(tmp_path / "cls.pt"), common.launch("fp32")
+    net = avion.build(dataclasses.replace(cfg, loss="cross_entropy"), start["style"], classes=classes).eval()
+    assert common.load_weights(net, avion.fit_weights(start, net, cfg), "x").count("left at init 0") == 1
+    assert isinstance(net.visual.blocks[0].mlp.act, torch.nn.GELU) and net.visual.ln_post.eps == 1e-6
+    clips = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
+    expected = net.visual(clips) @ state["module.fc_cls.weight"].T + state["module.fc_cls.bias"]
+    torch.testing.assert_close(net(clips), expected)
+    features, _, _ = avion.encode_clips(net, videos, cfg, ctx)
+    right = (net.head(features).argmax(1).numpy() == avion.Actions(lists=[videos]).labels(videos)).mean()
+    assert float(ours[1]) == pytest.approx(100 * right, rel=1e-3)
+    with pytest.raises(UserError, match=f"--num-classes {classes}.*--actions"):
+        avion.main(dataclasses.replace(cfg, val_list=str(told / "val.jsonl")))
+
+
+def test_avions_single_frame_model_is_known(tiny, tmp_path):
+    """Without a temporal embedding (one frame) AVION's names still say whose activation it is."""
+    state = {
+        "module.visual.image_projection": torch.zeros(64, 24),
+        "module.textual.text_projection": torch.zeros(64, 24),
+    }
+    torch.save({"state_dict": state}, tmp_path / "a.pt")
+    assert avion.read_init(tmp_path / "a.pt")["style"] == "avion"
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_hidden_act_of_the_hub_decides(tiny, tmp_path):
     """A hub folder whose config says gelu, as some CLIPs', gets GELU at CLIP's eps."""
     hub_model().save_pretrained(tmp_path)
@@ -609,7 +663,7 @@ def test_official_ek100_rows(tmp_path):
     (tmp_path / "test.csv").write_text(EK + "".join(rows))
     videos = avion.Narrations([tmp_path / "test.csv"], "root")
     assert videos.video(0) == "root/P01/P01_01.MP4" and videos.start[1] == 3723.25 and videos.end[1] == 3724
-    assert videos.sentences.tolist() == [0, 2, 3] and videos.action(2) == "1:2"
+    assert videos.sentences.tolist() == [0, 2, 3] and videos.actions[videos.action[2]] == "1:2"
     expected = [[1, 0.25, 0], [1, 0.25, 0], [0.25, 1, 0], [0, 0, 1]]
     assert videos.relevancy(torch.arange(4), videos.sentences).tolist() == expected
     (tmp_path / "test_sentence.csv").write_text("narration_id,narration\nP01_01_3,wash cloth\nP01_01_1,take plate\n")
@@ -617,6 +671,8 @@ def test_official_ek100_rows(tmp_path):
     actions = avion.Actions(lists=[videos])
     assert actions.names == ["0:2", "1:2", "2:17"] and actions.texts[0] == ["take plate"]
     assert actions.labels(videos).tolist() == [0, 0, 1, 2]
+    (tmp_path / "n.csv").write_text(EK + ek_row(0, "wash it", 2, [5, 17]).replace(",5,['x']", ",17,['x']"))
+    assert avion.Narrations([tmp_path / "n.csv"]).actions == ["2:17"]  # the class is noun_class, whatever comes first
 
 
 @pytest.mark.skipif(not FORMATS.is_dir(), reason="EK-100's files are not at hand")
@@ -696,6 +752,7 @@ def test_long_narration_trains(tmp_path, told, args):
     row = json.loads(lines[0]) | {"text": "word " * 10_000, "visible": True}
     plain = [{k: v for k, v in json.loads(line).items() if k != "visible"} for line in lines[1:]]
     rows = [{k: v for k, v in row.items() if k != "visible"}, *plain]
+    rows[1]["text"] = "half of an emoji \ud83d"
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     avion.main(config(*args, "--train-list", tmp_path / "t.jsonl", "--batch-size", 12, "--max-steps", 2,
                       "--out", tmp_path / "o"))  # fmt: skip
@@ -733,7 +790,7 @@ def test_no_relevant_item(tmp_path, told, args, trained):
     shutil.copytree(told / "chunks" / "val_00000.mp4", tmp_path / "P01" / "P01_01.MP4")
     flags = ["--task", "eval", "--init", trained / "best.pt", "--workers", 0, "--val-root", tmp_path]
     message = refused(*flags, "--val-list", tmp_path / "test.csv")
-    assert "test.csv" in message and "relevancy 1" in message
+    assert "test.csv" in message and "relevancy 1" in message and "'take plate'" in message
 
 
 @pytest.mark.parametrize(
@@ -751,7 +808,7 @@ def test_no_relevant_item(tmp_path, told, args, trained):
         (["--train-list", ""], ["--train-list is missing"]),
         (["--val-list", ""], ["--val-list is missing"]),
         (["--task", "search"], ["--query"]),
-        (["--task", "predict", "--init", "none.pt"], ["none.pt", "no such checkpoint"]),
+        (["--task", "predict", "--init", "none.pt", "--input", "x.mp4"], ["none.pt", "no such checkpoint"]),
         (["--loss", "cross_entropy", "--num-classes", "3806"], ["--num-classes 3806", "--actions"]),
     ],
 )
@@ -1109,7 +1166,6 @@ def test_zero_shot_by_hand(told, trained):
     net = avion.build(cfg, "clip", tokenizer.size)
     net.load_state_dict(state["model"])
     actions = avion.Actions(lists=[videos])
-    videos.labels = actions.labels(videos)
     result = avion.evaluate(net, videos, actions, tokenizer, cfg, ctx)
     net.eval()
     features, read, _ = avion.encode_clips(net, videos, cfg, ctx)

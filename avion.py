@@ -63,7 +63,7 @@ import zipfile
 from array import array
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import groupby, islice, pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import av
@@ -89,7 +89,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 # A recipe replaces defaults of Config, which are App. B.1's.
 _TOY = {"train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/val.jsonl", "train_clips": 1920,
         "data_root": "toy/narrated/chunks", "model": "clip_toy", "frames": 8, "size": 64, "embed_dim": 64,
-        "binary_map": True, "patch_dropout": 0.5, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1.0,
+        "patch_dropout": 0.5, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1.0,
         "crop": False, "workers": 2, "log_every": 30, "eval_every": 5}  # fmt: skip
 _TOY_TUNED = _TOY | {"init": "runs/avion-toy/best.pt", "epochs": 5}
 _TUNED = {"train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6, "min_lr": 1e-5,
@@ -134,7 +134,6 @@ class Config:
     num_classes: int = opt(0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True)
     loss: str = opt("infonce", "what a recipe trains", ["infonce", "max_margin", "cross_entropy"])
     margin: float = opt(0.2, "margin of the max-margin loss (App. B.2)")
-    binary_map: bool = opt(False, "mAP counts items of relevancy 1 alone, not EK-100's fractions too", free=True)
     min_relevancy: float = opt(0.1, "max-margin: texts above this relevancy are a clip's own")  # DECISION (text)
     freeze_temperature: bool = opt(True, "keep the temperature at 0.07")  # DECISION (temperature)
     skip_duplicates: bool = opt(False, "pairs with one text are no negatives of each other")  # DECISION (duplicates)
@@ -294,20 +293,20 @@ def marginalise(probabilities, groups):
 
 def read_merges(path):
     """The merges, `left right` strings, of CLIP's file (gzip or plain; the first line is a header); UserError."""
+    known, ends = {symbol + end for symbol in _BYTES.values() for end in ("", "</w>")}, False
     try:
         raw = Path(path).read_bytes()
         lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().split("\n")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"--merges {path}: can't be read ({error})") from None
-    merges, known = [], {symbol + end for symbol in _BYTES.values() for end in ("", "</w>")}
-    for number, line in enumerate(islice(lines, 1, 1 + 49152 - 256 - 2), 2):  # CLIP uses no more of its file
-        if line:
-            left, _, right = line.partition(" ")
-            if left not in known or right not in known:
-                raise UserError(f"--merges {path}:{number}: {line[:40]!r} is not two symbols known by then")
-            known.add(left + right)
-            merges.append(line)
-    if not any(line.endswith("</w>") for line in merges):
+    merges = [line for line in lines[1 : 1 + 49152 - 256 - 2] if line]  # CLIP uses no more of its file
+    for line in merges:
+        left, _, right = line.partition(" ")
+        if left not in known or right not in known:
+            raise UserError(f"--merges {path}: {line[:40]!r} is not two symbols known by then")
+        known.add(left + right)
+        ends |= right.endswith("</w>")
+    if not ends:
         raise UserError(f"--merges {path}: no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6")
     return merges
 
@@ -450,8 +449,8 @@ def number(items):
 class Narrations(data.Captions):
     """Captioned clips of one or several lists, checked; with an action and nouns each where the lists have them.
 
-    `actions`, `verb:noun` names; `action`, places in them, `verb`, `noun_set`, rows of `nouns`: int64 [entries] each;
-    `nouns`, float32 [sets, n], 0 or 1. `classes`: whether all entries have them. UserError names file and line.
+    `actions`, `verb:noun` names, `verb`, int64 [actions]; `nouns`, sets as float32 [sets, n], 0 or 1; `action` and
+    `noun_set`, int32 [entries], places in these. `classes`: whether all have them. UserError names file and line.
     """
 
     def __init__(self, paths, root=""):
@@ -487,8 +486,8 @@ class Narrations(data.Captions):
         super().__init__(rows(), root)
         self.path, self._first = ", ".join(map(str, paths)), Path(paths[0])
         self.classes, self.actions = None not in actions, list(actions)
-        self.action, self.noun_set = (torch.from_numpy(np.array(x)).long() for x in (action, noun_set))
-        self.verb = number(str(name).partition(":")[0] for name in actions)[self.action]  # [entries]
+        self.action, self.noun_set = (torch.frombuffer(x, dtype=torch.int32) for x in (action, noun_set))
+        self.verb = number(str(name).partition(":")[0] for name in actions)  # [actions]
         column = {noun: n for n, noun in enumerate(dict.fromkeys(noun for nouns in sets for noun in nouns))}
         self.nouns = torch.zeros(len(sets), len(column))  # [sets, n]
         for row, nouns in zip(self.nouns, sets, strict=True):
@@ -516,7 +515,7 @@ class Narrations(data.Captions):
         if not self.classes:
             ids = number(self.text(int(i)) for part in (rows, columns) for i in part)  # [B + S]
             return (ids[: len(rows), None] == ids[len(rows) :]).double()  # [B, S]
-        a, b = ((self.verb[x], self.nouns[self.noun_set[x]]) for x in (rows, columns))
+        a, b = ((self.verb[self.action[x]], self.nouns[self.noun_set[x]]) for x in (rows, columns))
         return relevancy(*a, *b)  # [B, S]
 
 
@@ -538,12 +537,12 @@ class Actions:
     def labels(self, entries):
         """The class of each entry of a Narrations, int64 [entries]; UserError where its action is none."""
         place = {name: i for i, name in enumerate(self.names)}
-        for name in entries.actions:
-            if name not in place:
-                raise UserError(
-                    f"{entries.path}: action {name!r} is not one of the {len(place)} classes; see --actions"
-                )
-        return np.array([place[name] for name in entries.actions])[entries.action]
+        try:
+            return np.array([place[name] for name in entries.actions])[entries.action.numpy()]
+        except KeyError as error:
+            raise UserError(
+                f"{entries.path}: action {error} is none of the {len(place)} classes; see --actions"
+            ) from None
 
     def hits(self, probabilities, labels):
         """Whether the likeliest action, verb, noun is right: [B, A], int64 [B] -> bool [B, 3]."""
@@ -707,7 +706,9 @@ def torchscript_weights(path):
             self.state = state
 
     plain = {("collections", "OrderedDict"): dict}
-    plain |= {("torch", f"{name.title()}Storage"): getattr(torch, name) for name in ("float", "half", "double", "long")}
+    plain |= {
+        ("torch", f"{name.title()}Storage"): getattr(torch, name) for name in ("half", "float", "double", "int", "long")
+    }
     plain["torch._utils", "_rebuild_tensor_v2"] = lambda x, at, size, stride, *_: x.as_strided(size, stride, at).clone()
 
     class Tree(pickle.Unpickler):
@@ -863,14 +864,18 @@ def class_logits(model, features, texts, tokenizer, ctx):
     return model.logit_scale.exp().cpu() * features @ classes.T
 
 
-def retrieval_metrics(similarity, relevancy, binary_map=False):
-    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to video, their mean."""
-    result, exact = {}, (relevancy == 1).double() if binary_map else relevancy  # [V, S]
-    for name, metric, r in (("map", mean_average_precision, exact), ("ndcg", ndcg, relevancy)):
+def retrieval_metrics(similarity, relevancy, fractions=True):
+    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to video, their mean.
+    fractions: whether mAP counts relevancies below 1, as EK-100's does."""
+    exact, result = (relevancy == 1).double(), {}  # [V, S]
+    for name, metric, r in (
+        ("map", mean_average_precision, relevancy if fractions else exact),
+        ("ndcg", ndcg, relevancy),
+    ):
         both = [100 * metric(similarity, r), 100 * metric(similarity.T, r.T)]
         result |= {f"val_{name}": sum(both) / 2, f"val_{name}_v2t": both[0], f"val_{name}_t2v": both[1]}
-    for name, s, r in (("v2t", similarity, relevancy), ("t2v", similarity.T, relevancy.T)):
-        result[f"val_r1_{name}"] = 100 * (r.gather(1, s.argmax(1, keepdim=True)) == 1).double().mean().item()
+    for name, s, r in (("v2t", similarity, exact), ("t2v", similarity.T, exact.T)):
+        result[f"val_r1_{name}"] = 100 * r.gather(1, s.argmax(1, keepdim=True)).mean().item()
     return result
 
 
@@ -892,15 +897,14 @@ def evaluate(model, videos, actions, tokenizer, cfg, ctx):
         if unread:  # texts of clips that could not be read
             found = (relevant == 1).any(0)  # [S]
             columns, relevant = columns[found], relevant[:, found]
-        for queries, axis in ((rows, 1), (columns, 0)):
-            lost = queries[~(relevant == 1).any(axis)].tolist()
-            if lost:
-                raise UserError(f"{videos.path}: {len(lost)} queries have no item of relevancy 1 to find, such as the "
-                                f"{'text' if axis == 0 else 'clip'} of {videos.text(lost[0])!r}")  # fmt: skip
+        for what, queries, axis in (("clip", rows, 1), ("text", columns, 0)):
+            for i in queries[~(relevant == 1).any(axis)].tolist():
+                raise UserError(f"{videos.path}: nothing has a relevancy of 1 to the {what} of {videos.text(i)!r}, so "
+                                "that it has nothing to find")  # fmt: skip
         texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
         similarity = features[rows] @ texts.T  # [V, S]
         mixed = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
-        metrics, chance = (retrieval_metrics(x, relevant, cfg.binary_map) for x in (similarity, mixed))
+        metrics, chance = (retrieval_metrics(x, relevant, bool(videos.ids)) for x in (similarity, mixed))
         result = metrics | {k.replace("val_", "shuffled_"): chance[k] for k in ("val_map", "val_ndcg")} | result
     model.train()
     return result
@@ -955,27 +959,24 @@ MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
-    side = MODELS[cfg.model]["patch"]
-    if cfg.size < side or cfg.size % side:
-        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {side} pixels")
-    for flags, fits, words in (
-        ("frames epochs log_every eval_every embed_dim window crop_min", lambda x: x > 0, "above 0"),
-        ("eval_frames max_steps workers micro_batch mixup cutmix max_bad", lambda x: x >= 0, "0 or more"),
-        ("patch_dropout drop_path dropout label_smoothing", lambda x: 0 <= x < 1, "in [0, 1)"),
+    contrastive, side = cfg.loss != "cross_entropy", MODELS[cfg.model]["patch"]
+    wrong = {
+        f"--size {cfg.size} is not a multiple of the patch's {side} pixels": cfg.size < side or cfg.size % side,
+        "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed":
+            contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing),
+        f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips":
+            contrastive and cfg.batch_size < 2,
+        '--task search needs --query "what to look for"': cfg.task == "search" and not cfg.query.strip(),
+        "--task predict needs --input video.mp4 ...": cfg.task == "predict" and not cfg.input,
+    }  # fmt: skip
+    for flags, words, fits in (
+        ("frames epochs log_every eval_every embed_dim window crop_min", "above 0", lambda x: x > 0),
+        ("eval_frames max_steps workers micro_batch mixup cutmix max_bad", "0 or more", lambda x: x >= 0),
+        ("patch_dropout drop_path dropout label_smoothing", "in [0, 1)", lambda x: 0 <= x < 1),
     ):
-        for flag in flags.split():
-            if not fits(getattr(cfg, flag)):
-                raise UserError(f"--{flag.replace('_', '-')} must be {words}")
-    if cfg.loss != "cross_entropy":
-        if cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing:
-            raise UserError("--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text "
-                            "can't be mixed")  # fmt: skip
-        if cfg.batch_size < 2:
-            raise UserError(f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips")
-    if cfg.task == "search" and not cfg.query.strip():
-        raise UserError('--task search needs --query "what to look for"')
-    if cfg.task == "predict" and not cfg.input:
-        raise UserError("--task predict needs --input video.mp4 ...")
+        wrong |= {f"--{f.replace('_', '-')} must be {words}": not fits(getattr(cfg, f)) for f in flags.split()}
+    for message in (message for message, bad in wrong.items() if bad):
+        raise UserError(message)
 
 
 def open_list(paths, root, flag, ctx):
@@ -1022,19 +1023,17 @@ def use(cfg, ctx):
     start, videos, actions = read_init(source), None, None
     weights, names = start["model"], start.get("classes", ())
     if "config" in start:
-        keys = ("model", "frames", "size", "embed_dim", "loss", "seed", "binary_map")
+        keys = ("model", "frames", "size", "embed_dim", "loss", "seed")
         cfg = replace(cfg, **{key: start["config"][key] for key in keys})
     elif "head.weight" in weights:
         cfg = replace(cfg, loss="cross_entropy", num_classes=len(weights["head.weight"]))
     elif "visual_projection.weight" in weights:
-        cfg = replace(cfg, embed_dim=len(weights["visual_projection.weight"]))
-    classifier = cfg.loss == "cross_entropy"
-    if not cfg.input or cfg.task in ("eval", "features") or (cfg.task == "predict" and not classifier):
+        cfg = replace(cfg, loss="infonce", embed_dim=len(weights["visual_projection.weight"]))
+    classified = cfg.task == "predict" and cfg.loss == "cross_entropy" and (names or cfg.actions)
+    if not (cfg.input and (cfg.task == "search" or classified)):
         videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
-    if names:
-        actions = Actions(names)
-    elif cfg.task in ("eval", "predict") and (videos or cfg.actions):
-        actions = open_actions(cfg, [videos])
+    if names or cfg.task in ("eval", "predict"):
+        actions = Actions(names) if names else open_actions(cfg, [videos])
     tokenizer = BPETokenizer(cfg.merges or start.get("merges", ()))
     net = build(cfg, start["style"], tokenizer.size, len(names) or cfg.num_classes).to(ctx.device).eval()
     weights = fit_weights(start, net, replace(cfg, init=source))
@@ -1043,29 +1042,26 @@ def use(cfg, ctx):
     if missing:
         raise UserError(f"{source}: has no {missing[0]} that fits; its --embed-dim and --loss must be the file's")
     if cfg.task == "search":
-        return search(net, videos, tokenizer, cfg, ctx)
-    if cfg.task == "predict":
-        return predict(net, videos, actions, tokenizer, cfg, ctx)
-    if cfg.task == "features":
-        return write_features(net, videos, cfg, ctx)
-    result = evaluate(net, videos, actions, tokenizer, cfg, ctx)
-    if ctx.rank == 0:
-        print(f"{source} on {cfg.val_list}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
+        search(net, videos, tokenizer, cfg, ctx)
+    elif cfg.task == "predict":
+        predict(net, videos, actions, tokenizer, cfg, ctx)
+    elif cfg.task == "features":
+        write_features(net, videos, cfg, ctx)
+    else:
+        result = evaluate(net, videos, actions, tokenizer, cfg, ctx)
+        if ctx.rank == 0:
+            print(f"{source} on {cfg.val_list}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
 
 
 def predict(net, videos, actions, tokenizer, cfg, ctx):
     """Print the five likeliest actions of each --input video; of a VideoCLIP, the closest narrations of --val-list."""
-    if isinstance(net, VideoCLIP):
-        names = [videos.text(i) for i in videos.sentences.tolist()]
-    else:
-        names = actions.names if actions else [f"class {i}" for i in range(len(net.head.weight))]
+    names = [videos.text(i) for i in videos.sentences] if isinstance(net, VideoCLIP) else actions.names
     features, read, unread = encode_clips(net, data.Captions((v, 0.0, math.inf, "") for v in cfg.input), cfg, ctx)
-    shares = class_logits(net, features, [[name] for name in names], tokenizer, ctx).softmax(-1)  # [V, A]
-    for video, ok, row in zip(cfg.input, read.tolist(), shares, strict=True):
-        if ok and ctx.rank == 0:
-            best = row.topk(min(5, len(row)))
-            words = (f"{names[i]} {100 * p:.1f} %" for p, i in zip(*map(torch.Tensor.tolist, best), strict=True))
-            print(f"{video}: {', '.join(words)}")
+    logits = class_logits(net, features, [[name] for name in names], tokenizer, ctx)  # [V, A]
+    shares, order = logits.softmax(-1).sort(descending=True)  # [V, A] each
+    for i in read.nonzero()[:, 0].tolist() if ctx.rank == 0 else ():
+        best = zip(order[i, :5].tolist(), shares[i, :5].tolist(), strict=True)
+        print(f"{cfg.input[i]}: {', '.join(f'{names[c]} {100 * p:.1f} %' for c, p in best)}")
     if unread:
         raise UserError("; ".join(unread))
 
@@ -1123,11 +1119,11 @@ def main(cfg):
         raise UserError(f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}")
     contrastive = cfg.loss != "cross_entropy"
     actions = open_actions(cfg, [val_videos] if contrastive else [videos, val_videos])
+    classes = len(actions.names) if actions else 0
     if actions:
-        actions.labels(val_videos)  # refuses it now, not after an epoch
+        actions.labels(val_videos)  # an unknown class is refused now, not after an epoch
     if not contrastive:
         videos.labels = actions.labels(videos)
-    classes = len(actions.names) if actions else 0
     run = common.Run(cfg, ctx, "avion")
     state = run.resume()
 
@@ -1140,9 +1136,8 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     style = start.get("style", "clip")
     net = build(cfg, style, tokenizer.size, classes).to(ctx.device)
-    groups = common.param_groups(net, cfg.weight_decay)  # DECISION (decay)
-    sgd = partial(torch.optim.SGD, momentum=0.9)
-    optimizer = (sgd if cfg.optimizer == "sgd" else torch.optim.AdamW)(groups, lr=cfg.lr, fused=True)
+    kind = partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
+    optimizer = kind(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)  # DECISION (decay)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
     meter = common.Meter(ctx.device, "loss")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
@@ -1178,10 +1173,9 @@ def main(cfg):
     def save(*names):
         if at["step"] < total and not meter.healthy(ctx):
             return False  # the last good checkpoint stays
-        state = {
-            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
-        }
-        state |= {"classes": actions.names if not contrastive else (), "merges": tokenizer.merges, "style": style}
+        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"classes": () if contrastive else actions.names, "merges": tokenizer.merges, "style": style}
         run.save(state | {"at": at, "sums": meter.state(ctx)}, *names)
         return True
 

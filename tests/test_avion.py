@@ -179,9 +179,9 @@ def test_tokenizer_is_fast():
         (None, ["can't be read"]),
         (b"\x1f\x8bnot gzip", ["can't be read"]),
         (b"\xff\xfe\x00", ["can't be read"]),
-        (b"#version\ni n\nfoo bar\n", [":3", "'foo bar'"]),
+        (b"#version\ni n\nfoo bar\n", ["'foo bar'"]),
         ("#version\ni n\nĠ t\n".encode(), ["</w>", "not CLIP's"]),  # GPT-2's looks like this
-        (b"<html>404</html>\n<p>x</p>\n", [":2"]),
+        (b"<html>404</html>\n<p>x</p>\n", ["<p>x</p>"]),
     ],
 )
 def test_wrong_merges(content, words, tmp_path, args):
@@ -261,7 +261,7 @@ def test_metrics_by_loops():
     assert avion.ndcg(s, r) == pytest.approx((0.5 + 1 / math.log2(3)) / (1 + 0.5 / math.log2(3)))
     both = avion.retrieval_metrics(similarity[:37], relevant[:37].maximum(torch.eye(37)))
     assert both["val_map"] == pytest.approx((both["val_map_v2t"] + both["val_map_t2v"]) / 2)
-    eye = avion.retrieval_metrics(torch.eye(3), torch.eye(3), True)
+    eye = avion.retrieval_metrics(torch.eye(3), torch.eye(3), False)
     assert eye["val_map"] == eye["val_ndcg"] == eye["val_r1_v2t"] == eye["val_r1_t2v"] == 100
 
 
@@ -510,6 +510,39 @@ def test_all_forms_of_clip_load_alike(tiny, tmp_path):
     kept = avion.fit_weights(avion.read_init(tmp_path / "hub"), avion.build(wide, "clip", 514), wide)
     assert not {"visual_projection.weight", "text_projection.weight", "logit_scale"} & set(kept)
     assert kept["visual.temporal_embedding"].shape == (4, 64) and not kept["visual.temporal_embedding"].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_features_equal_avions(tiny, tmp_path):
+    """4 and 16 frames of an AVION checkpoint: video features as its code computes them (GELU, eps 1e-6, key biases,
+    spatial positions tiled, temporal ones repeated, and interpolated when the frames change), written out from its own
+    names."""
+    hub_model().save_pretrained(tmp_path / "hub")
+    state = as_avion(common.read_safetensors(tmp_path / "hub" / "model.safetensors"), flash=False)
+    torch.save({"state_dict": state, "epoch": 1, "args": argparse.Namespace(lr=1)}, tmp_path / "avion.pt")
+    w = {name.removeprefix("module.visual."): x for name, x in state.items()}
+    for frames in (4, 16):
+        clips = torch.randint(0, 256, (2, frames, 3, 32, 32), dtype=torch.uint8)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (avion.CLIP_MEAN, avion.CLIP_STD))
+        x = F.conv2d((clips / 255 - mean).div(std).flatten(0, 1), w["conv1.weight"].reshape(64, 3, 16, 16), stride=16)
+        x = x.flatten(2).transpose(1, 2).reshape(2, frames * 4, 64)
+        time = F.interpolate(w["temporal_embedding"][None, None], (frames, 64), mode="bilinear")[0, 0]
+        x = x + w["positional_embedding"][1:].repeat(frames, 1) + time.repeat_interleave(4, 0)
+        cls = (w["class_embedding"] + w["positional_embedding"][0]).expand(2, 1, 64)
+        norm = lambda x, name: F.layer_norm(x, (64,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
+        x = norm(torch.cat([cls, x], 1), "ln_pre")
+        for i in range(2):
+            block = f"transformer.resblocks.{i}"
+            qkv = F.linear(norm(x, f"{block}.ln_1"), w[f"{block}.attn.in_proj_weight"], w[f"{block}.attn.in_proj_bias"])
+            q, k, v = qkv.chunk(3, -1)  # one head
+            y = (q @ k.transpose(1, 2) / 8).softmax(-1) @ v
+            x = x + F.linear(y, w[f"{block}.attn.out_proj.weight"], w[f"{block}.attn.out_proj.bias"])
+            y = F.linear(norm(x, f"{block}.ln_2"), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"])
+            x = x + F.linear(F.gelu(y), w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"])
+        expected = F.normalize(norm(x[:, 0], "ln_post") @ w["image_projection"], dim=-1)
+        for trained in (4, frames):  # interpolated when used (--eval-frames), or when loaded (--frames)
+            got = tiny_net(tmp_path / "avion.pt", frames=trained).encode_video(clips)
+            assert (got - expected).abs().max() < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -790,7 +823,7 @@ def test_no_relevant_item(tmp_path, told, args, trained):
     shutil.copytree(told / "chunks" / "val_00000.mp4", tmp_path / "P01" / "P01_01.MP4")
     flags = ["--task", "eval", "--init", trained / "best.pt", "--workers", 0, "--val-root", tmp_path]
     message = refused(*flags, "--val-list", tmp_path / "test.csv")
-    assert "test.csv" in message and "relevancy 1" in message and "'take plate'" in message
+    assert "test.csv" in message and "relevancy of 1" in message and "'take plate'" in message
 
 
 @pytest.mark.parametrize(
@@ -942,6 +975,20 @@ def test_every_row_of_the_paper_has_a_plan(row, capsys):
     assert words in out and "GMACs" in out and "attention %" in out
 
 
+def test_rows_of_other_programs(capsys):
+    """Table 5 is tpt_mae.py's with one stage of 16 frames; what needs other hardware is the benchmark's; Eq. 3."""
+    import bench_avion
+
+    import tpt_mae
+
+    tpt_mae.main(common.parse(tpt_mae.Config, tpt_mae.RECIPES, ["--plan", "--recipe", "videomae_k400"]))
+    assert "16" in capsys.readouterr().out and "tpt_mae.py with one stage of 16 frames" in avion.__doc__
+    assert all(f"    {name} " in bench_avion.__doc__ for name in ("table4", "fig3", "fig4", "fig5", "fig7"))
+    assert "Fig. 2 is" in bench_avion.__doc__ and "Figs. 2 and 5 need 8 GPUs" in avion.__doc__
+    avion.main(config("--plan", "--recipe", "ego4d", "--batch-size", 1024))
+    assert "up to 15.6 s" in capsys.readouterr().out
+
+
 def test_parameters_and_multiply_adds(capsys):
     """CLIP ViT-B/16's sizes: 86.2 M with its 768 x 512 projection, 63.4 M text; 4 frames of it."""
     avion.main(config("--plan", "--recipe", "ego4d"))
@@ -974,7 +1021,7 @@ CLS = ["--recipe", "toy_cls", "--init", ""]
         ["--recipe", "toy_mir", "--init", "", "--micro-batch", "2", "--min-relevancy", "0.1"],
         [*CLS, "--mixup", "0.8", "--cutmix", "1", "--micro-batch", "2", "--dropout", "0.5", "--optimizer", "sgd",
          "--start-lr", "1e-6", "--label-smoothing", "0.1", "--drop-path", "0.1"],
-        ["--eval-frames", "16", "--no-binary-map", "--embed-dim", "32"],
+        ["--eval-frames", "16", "--embed-dim", "32"],
     ],
 )  # fmt: skip
 def test_every_choice_trains_a_step(flags, args, tmp_path):
@@ -1071,7 +1118,7 @@ def test_ranks_and_micro_batches_give_the_same_gradient(args, told, tmp_path, mo
             patch.setattr(torch.nn.utils, "get_total_norm", dump)
             with pytest.raises(InterruptedError):
                 avion.main(config(*flags, *extra, "--out", tmp_path / name))
-    outputs = [process.communicate(timeout=120) for process in runs]
+    outputs = [process.communicate(timeout=300) for process in runs]
     load = lambda name: torch.load(tmp_path / name / "gradients.pt", weights_only=True)
     norm = lambda tensors: sum(t.double().square().sum() for t in tensors).sqrt().item()
     one = load("one")
@@ -1097,7 +1144,7 @@ def trained(told, tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     lists = ["--train-list", told / "train.jsonl", "--val-list", told / "val.jsonl", "--data-root", told / "chunks"]
     process = command("avion.py", *lists, *RUN, "--batch-size", 8, "--epochs", 16, "--eval-every", 8, "--out", out)
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "bytes" in stdout and "complete: val_map" in stdout
     return out
@@ -1204,16 +1251,17 @@ def test_unread_clips_are_left_out(trained, told, tmp_path, capsys):
 
 
 def test_bench_prints_the_papers_tables(told, capsys, monkeypatch):
-    """Table 4's eight rows and Fig. 3's three, measured here, with the paper's beside them."""
+    """Table 4's eight rows, Fig. 3's three and Fig. 7's two, measured here, with the paper's beside them."""
     import bench_avion
 
-    flags = ["--list", told / "train.jsonl", "--short-root", told / "chunks", "--long-root", told / "videos",
-             "--only", "table4", "fig3", "--rounds", 1, "--batch", 4, "--workers", 0]  # fmt: skip
+    flags = ["--list", told / "train.jsonl", "--short-root", told / "chunks", "--long-root", told / "videos", "--only",
+             "table4", "fig3", "fig7", "--rounds", 1, "--batch", 4, "--workers", 0, "--processes", 0]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["bench_avion.py", *map(str, flags)])
     bench_avion.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 8 + 1 + 3 and [row[-1] for row in rows[1:9]][-1] == "347"
+    assert len(rows) == 1 + 8 + 1 + 3 + 1 + 2 and [row[-1] for row in rows[1:9]][-1] == "347"
     assert all(float(row[5]) > float(row[4]) > 0 for row in rows[1:9]) and rows[10][5] == "62.4%"
+    assert [row[-2:] for row in rows[-2:]] == [["0.74", "2.4"], ["0.25", "1.55"]]
 
 
 def test_copying_three_files_runs(cli, args, tmp_path):

@@ -489,7 +489,7 @@ def test_features_equal_clips(tiny, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_all_forms_of_clip_load_alike(tiny, tmp_path):
-    """OpenAI's TorchScript archive, AVION's checkpoint in both layouts, the hub's: the same weights, each its style."""
+    """OpenAI's TorchScript archive and state dict, AVION's checkpoint in both layouts, the hub's: the same weights, each its style."""
     hub = hub_model()
     hub.save_pretrained(tmp_path / "hub")
     state = common.read_safetensors(tmp_path / "hub" / "model.safetensors")  # the hub's own names
@@ -497,6 +497,10 @@ def test_all_forms_of_clip_load_alike(tiny, tmp_path):
     reference, half = tiny_net(tmp_path / "hub").state_dict(), tiny_net(tmp_path / "openai.pt").state_dict()
     assert reference.keys() == half.keys()
     assert all(torch.equal(reference[k].half().float(), half[k]) for k in reference)
+    scalars = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save(as_openai(state) | scalars, tmp_path / "state_dict.pt")  # OpenAI's, saved anew
+    plain = tiny_net(tmp_path / "state_dict.pt").state_dict()
+    assert all(torch.equal(plain[k], reference[k]) for k in reference)
     for flash in (False, True):
         file = {"state_dict": as_avion(state, flash), "epoch": 5, "args": argparse.Namespace(lr=1)}
         torch.save(file, tmp_path / "avion.pt")

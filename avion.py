@@ -18,7 +18,7 @@ long videos are cut into chunks of 15 s, so that a clip reads little. CPU: the r
     App. B                                      Config (defaults: B.1), RECIPES
     Tables 1-3, Fig. 6                          RECIPES (--model, --init, --batch-size, --eval-frames)
     Table 4, Figs. 2-5, 7                       tests/bench_avion.py
-    Sec. 5.5, Table 5: VideoMAE, fast loader    tpt_mae.py with one stage of 16 frames
+    Sec. 5.5, Table 5: VideoMAE, fast loader    tpt_mae.py with one stage of 16 frames (--recipe videomae_k400)
 
 Faithful: model, losses, optimisers, schedules, sampling, metrics, as the paper states them.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
@@ -38,13 +38,15 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     prompts     zero-shot classes: the mean feature of an action's narrations, as LaViLa.
     corpus      35.0M pairs hold many phrasings a clip; "10 effective epochs" is read as 5 of a list twice as long.
 Missing: mojibake repair (ftfy) before the tokenizer; LaViLa's narrator and rephraser, whose texts are read, not made;
-EgoVLP's and LaViLa's TimeSformer as a recipe; Lion, which the released VideoMAE command uses in place of AdamW.
+the rows of EgoVLP and LaViLa in Tables 1-3, whose TimeSformer is no recipe; Lion, which the released VideoMAE command
+uses in place of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/bench_avion.py.
 
     python avion.py                     # toy videos, made on first use: 2 CPU cores, some minutes
     torchrun --nproc_per_node=8 avion.py --recipe ego4d --init clip-vit-base-patch16/ --merges bpe_vocab.txt.gz \\
         --train-list ego4d.pkl --data-root ego4d_chunks --val-list EPIC_100_retrieval_test.csv --val-root ek100_chunks
 
-Shapes: B clips, T frames, C colours, N tokens, K kept ones, D width, P pixel values, L words, E embedding, A classes.
+Shapes: B clips, T frames, C colours, N tokens, K kept ones, D width, P pixel values, L words, E embedding, A classes,
+V clips and S sentences of a retrieval task.
 """
 
 import csv
@@ -61,7 +63,7 @@ import zipfile
 from array import array
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import groupby, islice, pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import av
@@ -74,7 +76,7 @@ import common
 import data
 from common import Block, UserError, gather_tokens, opt, parse, patchify, uniform
 
-# Width, depth and heads of the video encoder, its patches' side; the same of the text encoder.
+# Width, depth and heads of the video encoder, its patches' side; width, depth and heads of the text encoder.
 MODELS = {
     "clip_toy": {"width": 128, "depth": 4, "heads": 2, "patch": 16, "text": (64, 2, 1)},
     "clip_b16": {"width": 768, "depth": 12, "heads": 12, "patch": 16, "text": (512, 12, 8)},
@@ -85,49 +87,31 @@ STYLES = {"clip": (common.QuickGELU, 1e-5), "avion": (nn.GELU, 1e-6), "gelu": (n
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # A recipe replaces defaults of Config, which are App. B.1's.
-_FINETUNE = {"train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6, "min_lr": 1e-5,
-             "warmup_epochs": 1.0, "drop_path": 0.1}  # fmt: skip
-_TOY = {
-    "train_list": ("toy/narrated/train.jsonl",),
-    "val_list": "toy/narrated/val.jsonl",
-    "data_root": "toy/narrated/chunks",
-    "train_clips": 1920,
-    "model": "clip_toy",
-    "frames": 8,
-    "size": 64,
-    "embed_dim": 64,
-    "binary_map": True,
-    "patch_dropout": 0.5,
-    "batch_size": 64,
-    "lr": 1e-3,
-    "min_lr": 1e-6,
-    "warmup_epochs": 1.0,
-    "crop": False,
-    "workers": 2,
-    "log_every": 30,
-    "eval_every": 5,
-}
+_TOY = {"train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/val.jsonl", "train_clips": 1920,
+        "data_root": "toy/narrated/chunks", "model": "clip_toy", "frames": 8, "size": 64, "embed_dim": 64,
+        "patch_dropout": 0.5, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1.0,
+        "crop": False, "workers": 2, "log_every": 30, "eval_every": 5}  # fmt: skip
+_TOY_TUNED = _TOY | {"init": "runs/avion-toy/best.pt", "epochs": 5}
+_TUNED = {"train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6, "min_lr": 1e-5,
+          "warmup_epochs": 1.0, "drop_path": 0.1, "eval_every": 5}  # fmt: skip
 RECIPES = {
     "toy": _TOY | {"epochs": 25, "freeze_temperature": False, "skip_duplicates": True},
-    "toy_mir": _TOY
-    | {"loss": "max_margin", "init": "runs/avion-toy/best.pt", "epochs": 5, "lr": 2e-4, "min_relevancy": 0.5,
-       "skip_duplicates": True},
-    "toy_cls": _TOY | {"loss": "cross_entropy", "init": "runs/avion-toy/best.pt", "epochs": 5, "lr": 3e-4},
+    "toy_mir": _TOY_TUNED | {"loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True},
+    "toy_cls": _TOY_TUNED | {"loss": "cross_entropy", "lr": 3e-4},
     "ego4d": {"train_clips": 4_000_000},
     "ego4d_llm": {"train_clips": 8_000_000},  # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
-    "ek100_mir": _FINETUNE | {"loss": "max_margin", "eval_every": 5},
-    "ek100_cls": _FINETUNE | {"loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012,
-        "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1, "mixup": 0.8, "flip": True,
-        "eval_every": 5},  # DECISION (classify)
+    "ek100_mir": _TUNED | {"loss": "max_margin"},
+    "ek100_cls": _TUNED | {"loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012, "flip": True,
+                           "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1,
+                           "mixup": 0.8},  # DECISION (classify)
 }  # fmt: skip
 
 
 @dataclass
 class Config:
     recipe: str = opt("toy", "a section of the paper's App. B: see RECIPES")
-    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "search"], free=True)
-    train_list: tuple = opt((), "lists of narrated clips, read as one: AVION's .pkl, EK-100's .csv, .csv, .jsonl",
-                            free=True)  # fmt: skip
+    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "search"], True)
+    train_list: tuple = opt((), "lists of clips, read as one: AVION's .pkl, EK-100's .csv, .csv, .jsonl", free=True)
     val_list: str = opt("", "list of validation clips, of the same formats", free=True)
     actions: tuple = opt((), "EK-100 lists whose verb:noun pairs are the classes; empty: the lists at hand", free=True)
     data_root: str = opt("", "folder of the lists' videos: files, or folders of <start second>.mp4", free=True)
@@ -137,15 +121,12 @@ class Config:
     query: str = opt("", "what --task search looks for", free=True)
     window: float = opt(4.0, "seconds of a clip in --task search", free=True)
     out: str = opt("", "run folder; empty: runs/avion-<recipe>", free=True)
-    init: str = opt("", "weights to start from: ours, OpenAI's .pt, CLIP's hub folder, AVION's (eval ...: any; "
-                    "empty: best.pt)")  # fmt: skip
-    resume: str = opt(
-        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
-    )
+    init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's (other tasks than train: best.pt)")
+    resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
 
-    model: str = opt("clip_b16", "encoder sizes", choices=list(MODELS))
+    model: str = opt("clip_b16", "encoder sizes", list(MODELS))
     frames: int = opt(4, "frames a clip (App. B)")
     eval_frames: int = opt(0, "frames a clip at test (Table 2: 16); 0: as in training", free=True)
     size: int = opt(224, "height and width of a clip, in pixels (App. B)")
@@ -153,7 +134,6 @@ class Config:
     num_classes: int = opt(0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True)
     loss: str = opt("infonce", "what a recipe trains", ["infonce", "max_margin", "cross_entropy"])
     margin: float = opt(0.2, "margin of the max-margin loss (App. B.2)")
-    binary_map: bool = opt(False, "mAP counts items of relevancy 1 alone, not EK-100's fractions too", free=True)
     min_relevancy: float = opt(0.1, "max-margin: texts above this relevancy are a clip's own")  # DECISION (text)
     freeze_temperature: bool = opt(True, "keep the temperature at 0.07")  # DECISION (temperature)
     skip_duplicates: bool = opt(False, "pairs with one text are no negatives of each other")  # DECISION (duplicates)
@@ -182,15 +162,9 @@ class Config:
     loader: str = opt("fused", "crop while decoding (Fig. 8b), or after it", ["fused", "decode_then_crop"], True)
 
     workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
-    max_bad: float = opt(
-        0.01, "share of an epoch's videos that may be unreadable (at least 1 video) before it stops", free=True
-    )
-    precision: str = opt(
-        "auto", "auto: bf16, fp16 or fp32, the best of the device", ["auto", "fp32", "bf16", "fp16"], True
-    )
-    attention: str = opt(
-        "auto", "auto: flash-attn where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True
-    )
+    max_bad: float = opt(0.01, "share of an epoch's videos that may be unreadable (at least 1)", free=True)
+    precision: str = opt("auto", "auto: the device's best of the others", ["auto", "fp32", "bf16", "fp16"], True)
+    attention: str = opt("auto", "auto: flash where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True)
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
     grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
     seed: int = opt(0, "key of every random draw")
@@ -218,34 +192,23 @@ def sample_clip(cfg, train, videos, video, index, view, key):
     In training a random one in each part, and RRC (0.5, 1), drawn before anything is decoded; else the middle ones, and
     the centre square.
     """
+    n = cfg.frames if train else cfg.eval_frames or cfg.frames
+    u = uniform(key, "frames", n).numpy() if train else 0.5
+    frames = data.between_frames(video, videos.start[index], videos.end[index], n, u)  # opens the chunks it touches
     if cfg.loader == "decode_then_crop":
-        video.read_views = partial(decode_then_crop, video)
-    frames = cfg.frames if train else cfg.eval_frames or cfg.frames
-    u = uniform(key, "frames", frames).numpy() if train else 0.5
-    frames = data.between_frames(video, videos.start[index], videos.end[index], frames, u)
+        for part in video._chunks.values() if isinstance(video, data.Chunks) else [video]:
+            part.read_views = partial(decode_then_crop, part.path)
     if train and cfg.crop:
         return frames, data.random_resized_box(video.info, key, (cfg.crop_min, 1.0))  # DECISION (crop)
     return frames, data.centre_box(video.info)
 
 
-def decode_then_crop(video, views):
-    """`read_views` of a data.Video or data.Chunks as the plain loader does it (Fig. 8a): decode, then crop and scale.
-
-    views: (frames, size, box) each, frames ascending -> uint8 [T, 3, h, w] each; VideoError as there.
-    """
-    clips = []
-    for frames, size, box in views:
-        files = {}  # {path: frames}
-        for frame in frames:
-            chunk, frame = frame if isinstance(video, data.Chunks) else (None, frame)
-            path = video.path if chunk is None else os.path.join(video.path, video.names[chunk])
-            files.setdefault(path, []).append(frame)
-        try:
-            parts = [data.read_clip_decode_then_crop(path, part, size, box) for path, part in files.items()]
-        except (av.FFmpegError, KeyError, OSError) as error:
-            raise data.VideoError(video.path, f"can't be decoded ({error})") from error
-        clips.append(torch.cat(parts))  # [T, 3, h, w]
-    return clips
+def decode_then_crop(path, views):
+    """`read_views` of a data.Video as the plain loader does it (Fig. 8a): decode, then crop and scale."""
+    try:
+        return [data.read_clip_decode_then_crop(path, *view) for view in views]  # uint8 [T, 3, h, w] each
+    except (av.FFmpegError, LookupError, ValueError, RuntimeError) as error:
+        raise data.VideoError(path, f"can't be decoded ({error})") from error
 
 
 def max_margin_loss(video, text, margin=0.2, same=None):
@@ -279,30 +242,28 @@ def relevancy(verbs, nouns, other_verbs, other_nouns):
     return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * (shared.double() / union.clamp(min=1))  # [B, S]
 
 
-def _ranked(similarity, relevancy, rows=256):
-    """Yields (relevancies from the most similar item on, relevancies), float64 [b, S] each, a block of queries at a
-    time: a matrix as large as EK-100's then costs little memory beside itself. Ties are in the order
-    that NumPy's sort leaves them in, as there."""
+def _blocks(similarity, relevancy, rows=256):
+    """Yields (similarities, relevancies in float64, [b, S] each, their first row): queries in blocks, so that a matrix
+    as large as EK-100's costs little memory beside itself."""
     similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
     if similarity.shape != relevancy.shape or similarity.ndim != 2:
         raise ValueError(f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]")
-    for first in range(0, len(similarity), rows):
-        block = np.array(relevancy[first : first + rows], np.float64, order="C")  # [b, S]
-        order = np.argsort(np.negative(similarity[first : first + rows], order="C"), axis=1)  # [b, S]
-        yield np.take_along_axis(block, order, 1), block
+    for i in range(0, len(similarity), rows):
+        yield np.array(similarity[i : i + rows], order="C"), np.array(relevancy[i : i + rows], np.float64, order="C"), i
 
 
 def mean_average_precision(similarity, relevancy):
     """mAP of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it -> float.
 
     Items of relevancy 1 are the hits, but precision at rank k is the sum of all relevancies up to k, fractions too,
-    over k: AP = sum over hits of that, over the number of hits. ValueError: a query without a hit, shapes that differ.
+    over k: AP = sum over hits of that, over the number of hits. Ties fall as there. ValueError: a query without a hit.
     """
     total, rank = 0.0, np.arange(1, similarity.shape[1] + 1)  # [S]
-    for ranked, _ in _ranked(similarity, relevancy):
+    for s, r, first in _blocks(similarity, relevancy):
+        ranked = np.take_along_axis(r, (-s).argsort(1), 1)  # [b, S]
         hits = ranked == 1  # [b, S]
         if not hits.any(1).all():
-            raise ValueError("a query has no item of relevancy 1, so that its average precision is not defined")
+            raise ValueError(f"query {first + hits.any(1).argmin()} has no item of relevancy 1: its AP is not defined")
         total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum()
     return float(total / len(similarity))
 
@@ -311,13 +272,13 @@ def ndcg(similarity, relevancy):
     """nDCG of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it -> float.
 
     Sum of relevancy / log2(1 + rank) over as many ranks as the query has items of relevancy > 0, over the same in the
-    best order. ValueError: a query without such an item, shapes that differ.
+    best order. Ties fall as there. ValueError: a query without such an item.
     """
     total, discount = 0.0, np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
-    for ranked, block in _ranked(similarity, relevancy):
-        best = np.sort(block, axis=1)[:, ::-1]  # [b, S]
+    for s, r, first in _blocks(similarity, relevancy):
+        ranked, best = np.take_along_axis(r, s.argsort(1)[:, ::-1], 1), np.sort(r, axis=1)[:, ::-1]  # [b, S] each
         if not (best[:, 0] > 0).all():
-            raise ValueError("a query has no relevant item, so that its nDCG is not defined")
+            raise ValueError(f"query {first + (best[:, 0] > 0).argmin()} has no relevant item: its nDCG is not defined")
         total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
     return float(total / len(similarity))
 
@@ -332,20 +293,20 @@ def marginalise(probabilities, groups):
 
 def read_merges(path):
     """The merges, `left right` strings, of CLIP's file (gzip or plain; the first line is a header); UserError."""
+    known, ends = {symbol + end for symbol in _BYTES.values() for end in ("", "</w>")}, False
     try:
         raw = Path(path).read_bytes()
         lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().split("\n")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"--merges {path}: can't be read ({error})") from None
-    merges, known = [], {symbol + end for symbol in _BYTES.values() for end in ("", "</w>")}
-    for number, line in enumerate(islice(lines, 1, 1 + 49152 - 256 - 2), 2):  # CLIP uses no more of its file
-        if line:
-            left, _, right = line.partition(" ")
-            if left not in known or right not in known:
-                raise UserError(f"--merges {path}:{number}: {line[:40]!r} is not two symbols known by then")
-            known.add(left + right)
-            merges.append(line)
-    if not any(line.endswith("</w>") for line in merges):
+    merges = [line for line in lines[1 : 1 + 49152 - 256 - 2] if line]  # CLIP uses no more of its file
+    for line in merges:
+        left, _, right = line.partition(" ")
+        if left not in known or right not in known:
+            raise UserError(f"--merges {path}: {line[:40]!r} is not two symbols known by then")
+        known.add(left + right)
+        ends |= right.endswith("</w>")
+    if not ends:
         raise UserError(f"--merges {path}: no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6")
     return merges
 
@@ -412,8 +373,8 @@ class BPETokenizer:
         for match in self.words.finditer(self.blanks.sub(" ", text).strip().lower()):
             ids += self.word_ids(match[0])
             if limit is not None and len(ids) >= limit:
-                return ids[:limit]
-        return ids
+                break
+        return ids[:limit]
 
     def __call__(self, texts):
         """int64 [B, L] of texts: start, ids, end, zeros; a text that is too long is cut and keeps its end. L is what
@@ -437,98 +398,96 @@ def plain_pickle(path):
         def find_class(self, module, name):
             raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
 
-    try:
-        with open(path, "rb") as file:
+    with open(path, "rb") as file:
+        try:
             return Plain(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same rows as "
-                        ".csv or .jsonl (video, start, end, text) are read too") from error  # fmt: skip
+        except Exception as error:  # a damaged pickle raises anything
+            raise UserError(f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same rows as "
+                            ".csv or .jsonl (video, start, end, text) are read too") from error  # fmt: skip
 
 
 def read_rows(path):
-    """Yields (place for messages, video, start, end, text or texts, verb or None, nouns, id) of a list of any format.
+    """Yields (place for messages, video, start, end, text or texts, action or None, nouns, id) of a list of any format.
 
     .pkl: AVION's Ego4D tuples (video, start, end, text or texts, ...). .csv: EK-100's as published, or video,start,end,
-    text. .jsonl: {"video", "start", "end", "text"} a line; of the toy set's, those that are visible, with a verb, the
-    motion, and a noun, the actor. Times in seconds. Raises KeyError, ValueError, TypeError.
+    text. .jsonl: {"video", "start", "end", "text"} a line; of the toy set's, those that are visible. Times in seconds.
+    An action is `verb:noun`, two classes; of the toy set's, the motion and the actor. Raises whatever bad rows raise.
     """
     if path.endswith((".pkl", ".pickle")):
         for number, row in enumerate(plain_pickle(path)):
             yield f"{path}: row {number}", *row[:4], None, (), ""
         return
+    seconds = lambda clock: sum(float(part) * 60**n for n, part in enumerate(reversed(clock.split(":"))))
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.endswith(".jsonl"):
             for number, line in enumerate(file, 1):
-                row, verb, nouns = json.loads(line), None, ()
-                if "visible" in row:
-                    if not row["visible"]:
-                        continue
-                    _, *noun, verb = row["text"].split(" ", 3)
-                    nouns = (" ".join(noun),)
-                yield f"{path}:{number}", row["video"], row["start"], row["end"], row["text"], verb, nouns, ""
+                row, action, noun = json.loads(line), None, ""
+                if row.get("visible", True):
+                    if "visible" in row:
+                        _, colour, shape, verb = row["text"].split(" ", 3)
+                        noun, action = f"{colour} {shape}", f"{verb}:{colour} {shape}"
+                    yield f"{path}:{number}", *(row[k] for k in ("video", "start", "end", "text")), action, (noun,), ""
             return
-        seconds = lambda clock: sum(float(part) * 60**n for n, part in enumerate(reversed(clock.split(":"))))
         rows = csv.DictReader(file, strict=True)
         for row in rows:
             where = f"{path}:{rows.line_num}"
             if "narration_id" in row:
-                nouns = tuple(map(str, json.loads(row["all_noun_classes"])))
-                video = f"{row['participant_id']}/{row['video_id']}.MP4"
+                video, nouns = f"{row['participant_id']}/{row['video_id']}.MP4", json.loads(row["all_noun_classes"])
                 times = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
-                yield where, video, *times, row["narration"], row["verb_class"], nouns, row["narration_id"]
+                action = f"{row['verb_class']}:{row['noun_class']}"
+                yield where, video, *times, row["narration"], action, tuple(nouns), row["narration_id"]
             else:
                 yield where, row["video"], float(row["start"]), float(row["end"]), row["text"], None, (), ""
 
 
-def checked_rows(path):
-    """read_rows with every row's fields checked; UserError names file and line. A video without a suffix is .mp4."""
-    where, count = path, 0
-    try:
-        for where, video, start, end, text, *classes in read_rows(path):
-            texts = (text,) if isinstance(text, str) else text
-            if not (isinstance(texts, (tuple, list)) and texts and all(isinstance(t, str) for t in texts)):
-                raise UserError(f"{where}: the narration is not text: {str(text)[:60]!r}")
-            if not all(t.strip() for t in texts):
-                raise UserError(f"{where}: the narration is empty")
-            if not (isinstance(video, str) and math.isfinite(start) and math.isfinite(end)):
-                raise UserError(f"{where}: not video, start, end, text: {(video, start, end)}")
-            if end < start:
-                raise UserError(f"{where}: it ends at second {end:g}, before its start at {start:g}")
-            count += 1
-            yield video if os.path.splitext(video)[1] else video + ".mp4", start, end, texts, *classes
-    except OSError as error:
-        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{where}: this line or the one after it is not video, start, end, text, nor a row of EK-100 "
-                        f"({type(error).__name__}: {str(error)[:80]})") from None  # fmt: skip
-    if not count:
-        raise UserError(f"{path}: the list holds no narration")
+def number(items):
+    """int64 [items]: 0, 1, ... in the order of appearance, equal for equal items."""
+    seen = {}
+    return torch.tensor([seen.setdefault(item, len(seen)) for item in items])
 
 
 class Narrations(data.Captions):
-    """Captioned clips of one or several lists, with a verb and nouns each where the lists have them (`classes`).
+    """Captioned clips of one or several lists, checked; with an action and nouns each where the lists have them.
 
-    `verb` int64 [entries], -1 without; `noun_set` int64 [entries], rows of `nouns`, float32 [sets, n], 0 or 1.
+    `actions`, `verb:noun` names, `verb`, int64 [actions]; `nouns`, sets as float32 [sets, n], 0 or 1; `action` and
+    `noun_set`, int32 [entries], places in these. `classes`: whether all have them. UserError names file and line.
     """
 
     def __init__(self, paths, root=""):
-        verb, noun_set, self.ids, verbs, sets = array("i"), array("i"), [], {}, {}
+        action, noun_set, self.ids, actions, sets = array("i"), array("i"), [], {}, {}
 
         def rows():
-            for path in paths:
-                for video, start, end, texts, name, nouns, narration in checked_rows(str(path)):
-                    verb.append(-1 if name is None else verbs.setdefault(name, len(verbs)))
-                    noun_set.append(sets.setdefault(nouns, len(sets)))
-                    if narration:
-                        self.ids.append(narration)
-                    yield video, start, end, texts
+            for path in map(str, paths):
+                where, before = path, len(action)
+                try:
+                    for where, video, start, end, text, name, nouns, narration in read_rows(path):
+                        texts = (text,) if isinstance(text, str) else text
+                        if not (isinstance(texts, (tuple, list)) and texts and all(isinstance(t, str) for t in texts)):
+                            raise UserError(f"{where}: the narration is not text: {str(text)[:60]!r}")
+                        if not all(t.strip() for t in texts):
+                            raise UserError(f"{where}: the narration is empty")
+                        if not (isinstance(video, str) and math.isfinite(start) and math.isfinite(end)):
+                            raise UserError(f"{where}: not video, start, end, text: {(video, start, end)}")
+                        if end < start:
+                            raise UserError(f"{where}: it ends at second {end:g}, before its start at {start:g}")
+                        action.append(actions.setdefault(name, len(actions)))
+                        noun_set.append(sets.setdefault(nouns, len(sets)))
+                        self.ids += [narration] * bool(narration)
+                        texts = [t.encode("utf-8", "replace").decode() for t in texts]  # half of an emoji, cut off
+                        yield video if os.path.splitext(video)[1] else f"{video}.mp4", start, end, texts
+                except OSError as error:
+                    raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+                except (LookupError, ValueError, TypeError, AttributeError, csv.Error) as error:
+                    raise UserError(f"{where}: this line or the one after it is not video, start, end, text, nor a row "
+                                    f"of EK-100 ({type(error).__name__}: {str(error)[:80]})") from None  # fmt: skip
+                if len(action) == before:
+                    raise UserError(f"{path}: the list holds no narration")
 
-        self.path, self._first = ", ".join(map(str, paths)), Path(paths[0])
         super().__init__(rows(), root)
-        self.verb, self.noun_set = (torch.from_numpy(np.array(x)).long() for x in (verb, noun_set))
-        self.classes, self._verbs, self._sets = min(verb) >= 0, list(verbs), list(sets)
+        self.path, self._first = ", ".join(map(str, paths)), Path(paths[0])
+        self.classes, self.actions = None not in actions, list(actions)
+        self.action, self.noun_set = (torch.frombuffer(x, dtype=torch.int32) for x in (action, noun_set))
+        self.verb = number(str(name).partition(":")[0] for name in actions)  # [actions]
         column = {noun: n for n, noun in enumerate(dict.fromkeys(noun for nouns in sets for noun in nouns))}
         self.nouns = torch.zeros(len(sets), len(column))  # [sets, n]
         for row, nouns in zip(self.nouns, sets, strict=True):
@@ -538,7 +497,7 @@ class Narrations(data.Captions):
     def sentences(self):
         """The entries, int64 [S], that stand for the distinct texts: those of <list>_sentence.csv where EK-100's lies
         beside the list, else the first of each."""
-        path = self._first.with_name(self._first.stem + "_sentence.csv")
+        path, first = self._first.with_name(self._first.stem + "_sentence.csv"), {}
         if self.ids and path.exists():
             place = {name: i for i, name in enumerate(self.ids)}
             try:
@@ -546,54 +505,44 @@ class Narrations(data.Captions):
                     return torch.tensor([place[row["narration_id"]] for row in csv.DictReader(file)])
             except KeyError as error:
                 raise UserError(f"{path}: narration {error} is not in {self.path}") from None
-        first = {}
         for i in range(len(self)):
             first.setdefault(self.text(i), i)
         return torch.tensor(list(first.values()))
-
-    def action(self, index):
-        """The class of an entry, `verb:noun`; its first noun is the one that counts."""
-        nouns = self._sets[self.noun_set[index]]
-        return f"{self._verbs[self.verb[index]]}:{nouns[0] if nouns else ''}"
 
     def relevancy(self, rows, columns):
         """Relevancy of entries `columns` [S] to entries `rows` [B]: float64 [B, S]. Without classes 1 where they have
         the same text, else 0."""
         if not self.classes:
-            number = {}
-            a, b = (
-                torch.tensor([number.setdefault(self.text(int(i)), len(number)) for i in x]) for x in (rows, columns)
-            )
-            return (a[:, None] == b).double()  # [B, S]
-        a, b = ((self.verb[x], self.nouns[self.noun_set[x]]) for x in (rows, columns))
+            ids = number(self.text(int(i)) for part in (rows, columns) for i in part)  # [B + S]
+            return (ids[: len(rows), None] == ids[len(rows) :]).double()  # [B, S]
+        a, b = ((self.verb[self.action[x]], self.nouns[self.noun_set[x]]) for x in (rows, columns))
         return relevancy(*a, *b)  # [B, S]
 
 
 class Actions:
-    """Classes `verb:noun`: `names`, sorted as strings (3,806 in EK-100); `verb` and `noun` int64 [A], what to
-    marginalise to; `texts`, the distinct narrations of each."""
+    """Classes `verb:noun`: `names`, sorted as strings (3,806 in EK-100); `verb` and `noun`, int64 [A], what to
+    marginalise to; `texts`, the distinct narrations of each in `lists`."""
 
     def __init__(self, names=(), lists=()):
         texts = {name: {} for name in names}
         for entries in lists:
             if not entries.classes:
                 raise UserError(f"{entries.path}: not all of its narrations have a verb and a noun class")
-            for i in range(len(entries)):
-                texts.setdefault(entries.action(i), {})[entries.text(i)] = None
+            for i, action in enumerate(entries.action.tolist()):
+                texts.setdefault(entries.actions[action], {})[entries.text(i)] = None
         self.names = list(names) or sorted(texts)
         self.texts = [list(texts[name]) for name in self.names]
-        codes = ({}, {})
-        self.verb, self.noun = (torch.tensor([code.setdefault(name.split(":", 1)[n], len(code)) for name in self.names])
-                                for n, code in enumerate(codes))  # fmt: skip
+        self.verb, self.noun = (number(name.partition(":")[part] for name in self.names) for part in (0, 2))
 
     def labels(self, entries):
-        """int64 [entries] of a Narrations; UserError where its action is not a class."""
+        """The class of each entry of a Narrations, int64 [entries]; UserError where its action is none."""
         place = {name: i for i, name in enumerate(self.names)}
         try:
-            return np.array([place[entries.action(i)] for i in range(len(entries))])
+            return np.array([place[name] for name in entries.actions])[entries.action.numpy()]
         except KeyError as error:
-            raise UserError(f"{entries.path}: action {error} is not one of the {len(place)} classes; see "
-                            "--actions") from None  # fmt: skip
+            raise UserError(
+                f"{entries.path}: action {error} is none of the {len(place)} classes; see --actions"
+            ) from None
 
     def hits(self, probabilities, labels):
         """Whether the likeliest action, verb, noun is right: [B, A], int64 [B] -> bool [B, 3]."""
@@ -740,7 +689,9 @@ _HUB = (("vision_model.embeddings.patch_embedding.", "visual.patch_embed."), ("v
         ("self_attn.out_proj.", "attn.proj."), ("self_attn.", "attn."))  # fmt: skip
 _CLIP = (("visual.conv1.", "visual.patch_embed."), ("transformer.resblocks.", "blocks."), ("ln_1.", "norm1."),
          ("ln_2.", "norm2."), ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."), ("attn.out_proj.", "attn.proj."),
-         ("attn.Wqkv.", "attn.in_proj_"))  # fmt: skip
+         ("attn.Wqkv.", "attn.in_proj_"), ("fc_cls.", "head."), ("visual.proj", "visual_projection.weight"),
+         ("visual.image_projection", "visual_projection.weight"), ("textual.text_projection", "text_projection.weight"),
+         )  # fmt: skip
 
 
 def torchscript_weights(path):
@@ -754,19 +705,21 @@ def torchscript_weights(path):
         def __setstate__(self, state):
             self.state = state
 
+    plain = {("collections", "OrderedDict"): dict}
+    plain |= {
+        ("torch", f"{name.title()}Storage"): getattr(torch, name) for name in ("half", "float", "double", "int", "long")
+    }
+    plain["torch._utils", "_rebuild_tensor_v2"] = lambda x, at, size, stride, *_: x.as_strided(size, stride, at).clone()
+
     class Tree(pickle.Unpickler):
         def find_class(self, module, name):
             if module.startswith("__torch__."):
                 return Node
-            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-                return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset).clone()
-            if module == "torch" and name in ("FloatStorage", "HalfStorage", "DoubleStorage", "LongStorage"):
-                return getattr(torch, name.removesuffix("Storage").lower())
-            if (module, name) == ("collections", "OrderedDict"):
-                return dict
             if module == "torch.jit._pickle":
                 return lambda value, *_: value  # says what type a plain list or dict has
-            raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
+            if (module, name) not in plain:
+                raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
+            return plain[module, name]
 
         def persistent_load(self, entry):
             return torch.frombuffer(bytearray(file.read(f"{root}data/{entry[2]}")), dtype=entry[1])
@@ -788,108 +741,104 @@ def torchscript_weights(path):
 
 
 def clip_weights(state):
-    """(weights by our names, who trained them: a key of STYLES) of OpenAI's, the hub's or AVION's CLIP.
+    """Weights by our names of OpenAI's, the hub's or AVION's CLIP, or of AVION's classifier.
 
     A key's bias is left out, because softmax cancels it (common.Attention); a convolution over patches becomes a linear
     layer, and so does AVION's, whose pixels run colour first.
     """
-    names, ours = _HUB if "text_model.final_layer_norm.weight" in state else _CLIP, {}
+    names, ours = _HUB if any(name.startswith("vision_model.") for name in state) else _CLIP, {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
-        if names is _CLIP and not name.startswith(("visual.", "textual.", "logit_scale")):
+        if names is _CLIP and not name.startswith(("visual.", "textual.", "logit_scale", "fc_cls.")):
             name = f"textual.{name}"
+        transposed = name in ("visual.proj", "visual.image_projection", "textual.text_projection")
         for theirs, replacement in names:
             name = name.replace(theirs, replacement)
-        stem, _, kind = name.rpartition("in_proj_")
-        if name in ("visual.proj", "visual.image_projection", "textual.text_projection"):
-            side = "text" if name.startswith("text") else "visual"
-            ours[f"{side}_projection.weight"] = tensor.T  # [E, D]
+        if transposed:
+            ours[name] = tensor.T  # [E, D]
         elif name == "visual.patch_embed.weight":
             side = math.isqrt(tensor[0].numel() // 3)
             ours[name] = common.conv_to_linear(tensor.reshape(len(tensor), 3, 1, side, side))  # [D, P]
-        elif kind == "weight":
-            ours[f"{stem}qkv.weight"] = tensor  # [3D, D]
-        elif kind == "bias":
+        elif name.endswith("attn.in_proj_weight"):
+            ours[name.replace("in_proj_", "qkv.")] = tensor  # [3D, D]
+        elif name.endswith("attn.in_proj_bias"):
+            stem = name.removesuffix("in_proj_bias")
             ours[f"{stem}q_bias"], _, ours[f"{stem}v_bias"] = tensor.chunk(3)  # [D] each
-        elif re.search(r"attn\.[qv]_proj\.bias$", name):
-            ours[name.replace("_proj.bias", "_bias")] = tensor  # [D]
         else:
-            ours[name] = tensor
+            ours[re.sub(r"attn\.([qv])_proj\.bias$", r"attn.\1_bias", name)] = tensor
     for name in [name for name in ours if name.endswith("attn.q_proj.weight")]:
         parts = [ours.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         ours[name.replace("q_proj", "qkv")] = torch.cat(parts)  # [3D, D]
         ours.pop(name.replace("q_proj.weight", "k_proj.bias"), None)
-    return ours, "avion" if "visual.temporal_embedding" in ours else "clip"  # DECISION (activation)
+    return ours
 
 
 def read_init(path):
     """What --init holds, told apart by content: {"model": weights by our names, "style": a key of STYLES} and, of a
     checkpoint of ours, the rest of it. No code of it is run; UserError where it is none of the known forms."""
+    names, state = (), {}
     if Path(path).is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            script = any(name.endswith("/constants.pkl") for name in file.namelist())
-        if script:
-            return dict(zip(("model", "style"), clip_weights(torchscript_weights(path)), strict=True))
+            names = file.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        state = torchscript_weights(path)
+    elif names:
         state = common.load_checkpoint(path)
-        if isinstance(state, dict) and {"model", "style", "config"} <= set(state):
+        if isinstance(state, dict) and {"model", "style", "config"} <= state.keys():
             return state
-        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # AVION's
-            return dict(zip(("model", "style"), clip_weights(state["state_dict"]), strict=True))
-    weights, style = clip_weights(common.read_weights(path))
+        state = state.get("state_dict") if isinstance(state, dict) else None  # AVION's
+    state = state or common.read_weights(path)
+    marks = ("temporal_embedding", "image_projection", "fc_cls.weight")
+    style = "avion" if any(name.endswith(marks) for name in state) else "clip"  # DECISION (activation)
     config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
     if style == "clip" and config.is_file():
         text = json.loads(config.read_text())
         style = "gelu" if text.get("vision_config", text).get("hidden_act") == "gelu" else style
-    return {"model": weights, "style": style}
+    return {"model": clip_weights(state), "style": style}
 
 
 def fit_weights(start, net, cfg):
     """The weights of read_init as `net` takes them: PE_t for its frames; of CLIP, which has none, zeros, and its
-    projection and temperature only where --embed-dim is CLIP's own; for a classifier the video encoder."""
-    weights, published = dict(start["model"]), "config" not in start
+    projection and temperature only where --embed-dim is CLIP's own; for a classifier the video encoder, and a head of
+    as many classes."""
+    weights, own = dict(start["model"]), net.state_dict()
     if "visual.patch_embed.weight" in weights:
         time = weights.get("visual.temporal_embedding", torch.zeros(1, len(weights["visual.patch_embed.weight"])))
         weights["visual.temporal_embedding"] = stretch_time(time, cfg.frames)  # [T, D]
-        if published and start["style"] != "avion" and len(weights["visual_projection.weight"]) != cfg.embed_dim:
-            for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
-                weights.pop(name, None)
-    table, own = weights.get("textual.token_embedding.weight"), getattr(net, "textual", None)
-    if table is not None and own and len(table) != own.token_embedding.num_embeddings:
+    projection = weights.get("visual_projection.weight", ())
+    if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
+        for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
+            weights.pop(name, None)
+    if "head.weight" in own:
+        same = weights.get("head.weight", torch.empty(0)).shape == own["head.weight"].shape
+        return {k: v for k, v in weights.items() if k.startswith("visual.") or (k.startswith("head.") and same)}
+    table, ours = (x.get("textual.token_embedding.weight", ()) for x in (weights, own))
+    if len(table) and len(table) != len(ours):
         raise UserError(f"{cfg.init}: its texts have {len(table)} different tokens, --merges {cfg.merges or 'none'} "
-                        f"gives {own.token_embedding.num_embeddings}; CLIP's file is bpe_simple_vocab_16e6.txt.gz"
-                        )  # fmt: skip
-    classifier = isinstance(net, VideoClassifier)
-    return {k: v for k, v in weights.items() if k.startswith(("visual.", "head.")) or not classifier}
+                        f"gives {len(ours)}; CLIP's file is bpe_simple_vocab_16e6.txt.gz")  # fmt: skip
+    return weights
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------------------
 
 
-def eval_batches(videos, cfg, ctx, failures):
-    """Batches of centre clips, on the device, that hold each readable clip once over all ranks."""
-    plan = partial(sample_clip, cfg, False, videos)
-    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False)
+@torch.no_grad()
+def encode_clips(model, videos, cfg, ctx):
+    """Features of each entry's centre clip, float32 [V, E] on the CPU ([V, D] of a classifier); which could be read,
+    bool [V]; lines of those that could not. Ranks share the work; every readable clip counts once."""
+    clip, failures = isinstance(model, VideoCLIP), data.Failures(len(videos), cfg.max_bad)
+    out = torch.zeros(len(videos), 1 + (model.embed_dim if clip else model.visual.width), device=ctx.device)
+    dataset = data.ClipDataset(videos, partial(sample_clip, cfg, False, videos), cfg.size, cfg.seed, replace=False)
     size = cfg.micro_batch or max(1, cfg.batch_size // ctx.world)
     batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
     for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
         failures.new += batch.failures
         if len(batch.labels):
-            yield batch
-
-
-@torch.no_grad()
-def encode_clips(model, videos, cfg, ctx):
-    """(features float32 [entries, E] on the CPU, read bool [entries], lines of those that are not) over all ranks."""
-    failures = data.Failures(len(videos), cfg.max_bad)
-    width = model.embed_dim if isinstance(model, VideoCLIP) else model.visual.width
-    out = torch.zeros(len(videos), width + 1, device=ctx.device)
-    for batch in eval_batches(videos, cfg, ctx, failures):
-        with ctx.autocast():
-            x = model.encode_video(batch.clips) if isinstance(model, VideoCLIP) else model.visual(batch.clips)  # [B, E]
-        out[batch.index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
-    out = ctx.sum(out).cpu()
-    unread = failures.collect(ctx, 0)
-    if not (out[:, -1] > 0).any():
+            with ctx.autocast():
+                x = model.encode_video(batch.clips) if clip else model.visual(batch.clips)  # [B, E]
+            out[batch.index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
+    out, unread = ctx.sum(out).cpu(), failures.collect(ctx, 0)
+    if not out[:, -1].any():
         raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
     return out[:, :-1], out[:, -1] > 0, unread
 
@@ -905,51 +854,58 @@ def encode_texts(model, texts, tokenizer, ctx, size=256):
     return ctx.sum(out).cpu()
 
 
-def retrieval_metrics(similarity, relevancy, binary_map=False):
-    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to video, their mean."""
-    result, exact = {}, (relevancy == 1).double() if binary_map else relevancy  # [V, S]
-    for name, metric, r in (("map", mean_average_precision, exact), ("ndcg", ndcg, relevancy)):
+@torch.no_grad()
+def class_logits(model, features, texts, tokenizer, ctx):
+    """Logits [V, A] of the classes: a classifier's; zero-shot, of the texts of each class (a list of lists)."""
+    if not isinstance(model, VideoCLIP):
+        return F.linear(features, model.head.weight.cpu(), model.head.bias.cpu())
+    parts = encode_texts(model, [t for part in texts for t in part], tokenizer, ctx).split([len(p) for p in texts])
+    classes = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)  # [A, E]  # DECISION (prompts)
+    return model.logit_scale.exp().cpu() * features @ classes.T
+
+
+def retrieval_metrics(similarity, relevancy, fractions=True):
+    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to video, their mean.
+    fractions: whether mAP counts relevancies below 1, as EK-100's does."""
+    exact, result = (relevancy == 1).double(), {}  # [V, S]
+    for name, metric, r in (
+        ("map", mean_average_precision, relevancy if fractions else exact),
+        ("ndcg", ndcg, relevancy),
+    ):
         both = [100 * metric(similarity, r), 100 * metric(similarity.T, r.T)]
         result |= {f"val_{name}": sum(both) / 2, f"val_{name}_v2t": both[0], f"val_{name}_t2v": both[1]}
-    for name, s, r in (("v2t", similarity, relevancy), ("t2v", similarity.T, relevancy.T)):
-        result[f"val_r1_{name}"] = 100 * (r.gather(1, s.argmax(1, keepdim=True)) == 1).double().mean().item()
+    for name, s, r in (("v2t", similarity, exact), ("t2v", similarity.T, exact.T)):
+        result[f"val_r1_{name}"] = 100 * r.gather(1, s.argmax(1, keepdim=True)).mean().item()
     return result
 
 
 def evaluate(model, videos, actions, tokenizer, cfg, ctx):
     """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a VideoClassifier.
 
-    All in %. A centre clip an entry; every readable one counts once, at any number of ranks, and `val_unread` could not
-    be read. Texts are the list's distinct ones. `shuffled_` is what the metrics give when clips are mixed up.
+    All in %. Texts are the list's distinct ones; `val_unread` clips could not be read and don't count. `shuffled_` is
+    what the metrics give when clips are mixed up. UserError where a query has nothing to find.
     """
     model.eval()
     features, read, unread = encode_clips(model, videos, cfg, ctx)  # [V, E], [V]
     rows, result = read.nonzero()[:, 0], {"val_clips": int(read.sum()), "val_unread": len(unread)}
-    if isinstance(model, VideoCLIP):
-        columns = videos.sentences  # [S]
-        texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
-        relevant = videos.relevancy(rows, columns)  # [V, S]
-        found = (relevant == 1).any(0)  # [S]
-        if len(unread) and not found.all():  # texts of clips that could not be read
-            texts, relevant = texts[found], relevant[:, found]
-        try:
-            similarity = features[rows] @ texts.T  # [V, S]
-            mixed = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
-            metrics, chance = (retrieval_metrics(x, relevant, cfg.binary_map) for x in (similarity, mixed))
-        except ValueError as error:
-            raise UserError(f"{videos.path}: {error}") from None
-        result = metrics | {k.replace("val_", "shuffled_"): chance[k] for k in ("val_map", "val_ndcg")} | result
     if actions:
-        with torch.no_grad():
-            if isinstance(model, VideoCLIP):  # DECISION (prompts)
-                parts = encode_texts(model, [t for part in actions.texts for t in part], tokenizer, ctx)
-                parts = parts.split([len(part) for part in actions.texts])
-                classes = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)  # [A, E]
-                logits = model.logit_scale.exp().cpu() * features[rows] @ classes.T  # [V, A]
-            else:
-                logits = F.linear(features[rows], model.head.weight.cpu(), model.head.bias.cpu())  # [V, A]
-        hits = actions.hits(logits.softmax(-1), torch.as_tensor(videos.labels)[rows]).double().mean(0)  # [3]
+        logits = class_logits(model, features[rows], actions.texts, tokenizer, ctx)  # [V, A]
+        hits = actions.hits(logits.softmax(-1), torch.as_tensor(actions.labels(videos))[rows]).double().mean(0)  # [3]
         result = dict(zip(("val_action", "val_verb", "val_noun"), (100 * hits).tolist(), strict=True)) | result
+    if isinstance(model, VideoCLIP):
+        columns, relevant = videos.sentences, videos.relevancy(rows, videos.sentences)  # [S], [V, S]
+        if unread:  # texts of clips that could not be read
+            found = (relevant == 1).any(0)  # [S]
+            columns, relevant = columns[found], relevant[:, found]
+        for what, queries, axis in (("clip", rows, 1), ("text", columns, 0)):
+            for i in queries[~(relevant == 1).any(axis)].tolist():
+                raise UserError(f"{videos.path}: nothing has a relevancy of 1 to the {what} of {videos.text(i)!r}, so "
+                                "that it has nothing to find")  # fmt: skip
+        texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
+        similarity = features[rows] @ texts.T  # [V, S]
+        mixed = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
+        metrics, chance = (retrieval_metrics(x, relevant, bool(videos.ids)) for x in (similarity, mixed))
+        result = metrics | {k.replace("val_", "shuffled_"): chance[k] for k in ("val_map", "val_ndcg")} | result
     model.train()
     return result
 
@@ -964,11 +920,9 @@ def saved_megabytes(model, tokens, kind):
     block, n = Block(width, heads, kind="plain" if kind == "plain" else "sdpa"), tokens if kind == "plain" else 64
     parts, x = [(block.norm1, block.norm2), (block.attn,), (block.mlp,)], torch.randn(1, n, width)  # [1, n, D]
     sizes = [sum(common.saved_bytes(module, x) for module in group) * tokens / n / 1e6 for group in parts]  # linear
-    return (
-        [depth * size for size in sizes]
-        if kind != "checkpoint"
-        else [sizes[0] + depth * tokens * width * 4 / 1e6, *sizes[1:]]
-    )
+    if kind == "checkpoint":
+        return [sizes[0] + depth * tokens * width * 4 / 1e6, *sizes[1:]]
+    return [depth * size for size in sizes]
 
 
 def print_plan(cfg):
@@ -976,26 +930,24 @@ def print_plan(cfg):
     with torch.device("meta"):
         net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), "clip", classes=cfg.num_classes or 2)
         clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
-        macs = [common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64))]
+        macs = f"{common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64)):.2f} of a clip, forward"
         if isinstance(net, VideoCLIP):
-            macs.append(common.count_macs(net.textual, torch.zeros(1, 77, dtype=torch.int64)))
+            words = torch.zeros(1, 77, dtype=torch.int64)
+            macs += f"; {common.count_macs(net.textual, words):.2f} of a text of 77 tokens"
     tokens = cfg.frames * (cfg.size // net.visual.patch[1]) ** 2
     kept = 1 + max(1, int(round(tokens * (1 - cfg.patch_dropout), 6)))
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (net, net.visual)]
+    whole, visual = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (net, net.visual))
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
-    print(f"model     {cfg.model}: {millions[0]:.1f} M parameters, {millions[1]:.1f} M of them the video encoder's")
-    print(f"tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches")
-    print(
-        f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} "
-        f"steps, {cfg.optimizer}, peak lr {cfg.lr:g}"
-    )
-    print(
-        f"GMACs     {macs[0]:.2f} of a clip, forward" + "".join(f"; {m:.2f} of a text of 77 tokens" for m in macs[1:])
-    )
-    print(f"Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a step, in chunks of up to "
-          f"{chunk_seconds(cfg.batch_size):.1f} s")  # fmt: skip
-    print("\nMB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half)")
-    print(f"{'':<24} {'LayerNorm':>10} {'attention':>10} {'MLP':>10} {'all':>10} {'attention %':>12}")
+    print(f"""model     {cfg.model}: {whole:.1f} M parameters, {visual:.1f} M of them the video encoder's
+tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches
+schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, \
+{cfg.optimizer}, peak lr {cfg.lr:g}
+GMACs     {macs}
+Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a step, in chunks of up to \
+{chunk_seconds(cfg.batch_size):.1f} s
+
+MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half)
+{"":<24} {"LayerNorm":>10} {"attention":>10} {"MLP":>10} {"all":>10} {"attention %":>12}""")
     for kind, name in (("plain", "plain"), ("sdpa", "memory-efficient"), ("checkpoint", "efficient, recomputed")):
         sizes = saved_megabytes(cfg.model, kept, kind)
         cells = sizes and " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)]) + f" {100 * sizes[1] / sum(sizes):12.1f}"
@@ -1007,28 +959,24 @@ def print_plan(cfg):
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
-    side = MODELS[cfg.model]["patch"]
-    if cfg.size < side or cfg.size % side:
-        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {side} pixels")
-    for flag in ("frames", "epochs", "log_every", "eval_every", "embed_dim", "window"):
-        if getattr(cfg, flag) <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
-    for flag in ("eval_frames", "max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "margin"):
-        if getattr(cfg, flag) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
-    for flag in ("patch_dropout", "drop_path", "dropout", "label_smoothing"):
-        if not 0 <= getattr(cfg, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be in [0, 1)")
-    if not 0 < cfg.crop_min <= 1:
-        raise UserError("--crop-min must be in (0, 1]")
-    if cfg.loss != "cross_entropy" and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing):
-        raise UserError(
-            "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed"
-        )
-    if cfg.loss != "cross_entropy" and cfg.batch_size < 2:
-        raise UserError(f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares at least 2 clips")
-    if cfg.task == "search" and not cfg.query.strip():
-        raise UserError('--task search needs --query "what to look for"')
+    contrastive, side = cfg.loss != "cross_entropy", MODELS[cfg.model]["patch"]
+    wrong = {
+        f"--size {cfg.size} is not a multiple of the patch's {side} pixels": cfg.size < side or cfg.size % side,
+        "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed":
+            contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing),
+        f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips":
+            contrastive and cfg.batch_size < 2,
+        '--task search needs --query "what to look for"': cfg.task == "search" and not cfg.query.strip(),
+        "--task predict needs --input video.mp4 ...": cfg.task == "predict" and not cfg.input,
+    }  # fmt: skip
+    for flags, words, fits in (
+        ("frames epochs log_every eval_every embed_dim window crop_min", "above 0", lambda x: x > 0),
+        ("eval_frames max_steps workers micro_batch mixup cutmix max_bad", "0 or more", lambda x: x >= 0),
+        ("patch_dropout drop_path dropout label_smoothing", "in [0, 1)", lambda x: 0 <= x < 1),
+    ):
+        wrong |= {f"--{f.replace('_', '-')} must be {words}": not fits(getattr(cfg, f)) for f in flags.split()}
+    for message in (message for message, bad in wrong.items() if bad):
+        raise UserError(message)
 
 
 def open_list(paths, root, flag, ctx):
@@ -1060,56 +1008,57 @@ def open_actions(cfg, videos):
 
 def training_texts(videos, batch, cfg):
     """A text for each clip of a batch: one of its phrasings; for max-margin a sentence that is relevant to it."""
-    draws, texts = uniform(batch.keys, "text").tolist(), []
-    fits = None
-    if cfg.loss == "max_margin" and videos.classes and cfg.min_relevancy < 1:
-        fits = videos.relevancy(batch.index, videos.sentences) > cfg.min_relevancy  # [B, S]
-    for i, (index, u) in enumerate(zip(batch.index.tolist(), draws, strict=True)):
-        own = videos.sentences[fits[i]].tolist() if fits is not None else []  # DECISION (text)
-        texts.append(videos.text(own[int(u * len(own))]) if own else videos.text(index, u))
+    indices, draws, texts = batch.index.tolist(), uniform(batch.keys, "text").tolist(), []
+    related = cfg.loss == "max_margin" and videos.classes
+    fits = videos.relevancy(batch.index, videos.sentences) > cfg.min_relevancy if related else [None] * len(draws)
+    for i, u, row in zip(indices, draws, fits, strict=True):
+        own = videos.sentences[row].tolist() if related else ()  # DECISION (text)
+        texts.append(videos.text(own[int(u * len(own))]) if own else videos.text(i, u))
     return texts
 
 
 def use(cfg, ctx):
     """--task eval, predict, features, search: a trained or published model; of ours, the shape is its checkpoint's."""
     source = cfg.init or f"{cfg.out or 'runs/avion-' + cfg.recipe}/best.pt"
-    start, names = read_init(source), ()
+    start, videos, actions = read_init(source), None, None
+    weights, names = start["model"], start.get("classes", ())
     if "config" in start:
-        shape = ("model", "frames", "size", "embed_dim", "loss", "seed")
-        cfg, names = replace(cfg, **{key: start["config"][key] for key in shape}), start["classes"]
+        keys = ("model", "frames", "size", "embed_dim", "loss", "seed")
+        cfg = replace(cfg, **{key: start["config"][key] for key in keys})
+    elif "head.weight" in weights:
+        cfg = replace(cfg, loss="cross_entropy", num_classes=len(weights["head.weight"]))
+    elif "visual_projection.weight" in weights:
+        cfg = replace(cfg, loss="infonce", embed_dim=len(weights["visual_projection.weight"]))
+    classified = cfg.task == "predict" and cfg.loss == "cross_entropy" and (names or cfg.actions)
+    if not (cfg.input and (cfg.task == "search" or classified)):
+        videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
+    if names or cfg.task in ("eval", "predict"):
+        actions = Actions(names) if names else open_actions(cfg, [videos])
     tokenizer = BPETokenizer(cfg.merges or start.get("merges", ()))
-    net = build(cfg, start["style"], tokenizer.size, len(names)).to(ctx.device).eval()
+    net = build(cfg, start["style"], tokenizer.size, len(names) or cfg.num_classes).to(ctx.device).eval()
     weights = fit_weights(start, net, replace(cfg, init=source))
     common.load_weights(net, weights, source)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
     if missing:
         raise UserError(f"{source}: has no {missing[0]} that fits; its --embed-dim and --loss must be the file's")
-    if cfg.task in ("predict", "search"):
-        return (predict if cfg.task == "predict" else search)(net, tokenizer, names, cfg, ctx)
-    videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
-    if cfg.task == "features":
-        return write_features(net, videos, cfg, ctx)
-    actions = Actions(names) if names else open_actions(cfg, [videos])
-    if actions:
-        videos.labels = actions.labels(videos)
-    result = evaluate(net, videos, actions, tokenizer, cfg, ctx)
-    if ctx.rank == 0:
-        print(f"{source} on {cfg.val_list}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
-
-
-@torch.no_grad()
-def predict(net, tokenizer, names, cfg, ctx):
-    """Print the five likeliest actions of each --input video; of a VideoCLIP, the closest narrations of --val-list."""
-    if not cfg.input:
-        raise UserError("--task predict needs --input video.mp4 ...")
-    features, read, unread = encode_clips(net, data.Captions((v, 0.0, math.inf, "") for v in cfg.input), cfg, ctx)
-    if isinstance(net, VideoCLIP):
-        known = open_list((cfg.val_list,), "", "--val-list", ctx)
-        names = [known.text(i) for i in known.sentences.tolist()]
-        logits = net.logit_scale.exp().cpu() * features @ encode_texts(net, names, tokenizer, ctx).T  # [V, S]
+    if cfg.task == "search":
+        search(net, videos, tokenizer, cfg, ctx)
+    elif cfg.task == "predict":
+        predict(net, videos, actions, tokenizer, cfg, ctx)
+    elif cfg.task == "features":
+        write_features(net, videos, cfg, ctx)
     else:
-        logits = F.linear(features, net.head.weight.cpu(), net.head.bias.cpu())  # [V, A]
-    shares, order = logits.softmax(-1).sort(-1, descending=True)
+        result = evaluate(net, videos, actions, tokenizer, cfg, ctx)
+        if ctx.rank == 0:
+            print(f"{source} on {cfg.val_list}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
+
+
+def predict(net, videos, actions, tokenizer, cfg, ctx):
+    """Print the five likeliest actions of each --input video; of a VideoCLIP, the closest narrations of --val-list."""
+    names = [videos.text(i) for i in videos.sentences] if isinstance(net, VideoCLIP) else actions.names
+    features, read, unread = encode_clips(net, data.Captions((v, 0.0, math.inf, "") for v in cfg.input), cfg, ctx)
+    logits = class_logits(net, features, [[name] for name in names], tokenizer, ctx)  # [V, A]
+    shares, order = logits.softmax(-1).sort(descending=True)  # [V, A] each
     for i in read.nonzero()[:, 0].tolist() if ctx.rank == 0 else ():
         best = zip(order[i, :5].tolist(), shares[i, :5].tolist(), strict=True)
         print(f"{cfg.input[i]}: {', '.join(f'{names[c]} {100 * p:.1f} %' for c, p in best)}")
@@ -1117,17 +1066,13 @@ def predict(net, tokenizer, names, cfg, ctx):
         raise UserError("; ".join(unread))
 
 
-def search(net, tokenizer, names, cfg, ctx):
-    """Print the ten clips of --window seconds that fit --query best, with their videos, times and scores (cosines), out
+def search(net, videos, tokenizer, cfg, ctx):
+    """Print the ten clips of --window seconds that fit --query best, with their scores (cosines), times and videos, out
     of --input, else of the videos of --val-list; of clips that overlap, the best."""
     if not isinstance(net, VideoCLIP):
         raise UserError("--task search needs a model with a text encoder, not one of --loss cross_entropy")
-    paths = cfg.input
-    if not paths:
-        videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
-        paths = tuple(dict.fromkeys(videos.video(i) for i in range(len(videos))))
-    windows = []
-    for path in paths:
+    windows, shown = [], []
+    for path in cfg.input or dict.fromkeys(videos.video(i) for i in range(len(videos))):
         try:
             with data.open_video(path) as video:
                 end = video.clamp(math.inf)
@@ -1137,7 +1082,6 @@ def search(net, tokenizer, names, cfg, ctx):
         windows += [(path, start, min(start + cfg.window, end), "") for start in starts.tolist()]
     features, read, _ = encode_clips(net, data.Captions(windows), cfg, ctx)
     scores = (features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]).masked_fill(~read, -math.inf)  # [windows]
-    shown = []
     for i in scores.argsort(descending=True).tolist():
         path, start, end, _ = windows[i]
         if read[i] and not any(path == p and start < e and s < end for p, s, e in shown) and len(shown) < 10:
@@ -1175,9 +1119,11 @@ def main(cfg):
         raise UserError(f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}")
     contrastive = cfg.loss != "cross_entropy"
     actions = open_actions(cfg, [val_videos] if contrastive else [videos, val_videos])
-    for entries in (val_videos, *[videos] * (not contrastive)) if actions else ():
-        entries.labels = actions.labels(entries)
     classes = len(actions.names) if actions else 0
+    if actions:
+        actions.labels(val_videos)  # an unknown class is refused now, not after an epoch
+    if not contrastive:
+        videos.labels = actions.labels(videos)
     run = common.Run(cfg, ctx, "avion")
     state = run.resume()
 
@@ -1190,9 +1136,8 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     style = start.get("style", "clip")
     net = build(cfg, style, tokenizer.size, classes).to(ctx.device)
-    groups = common.param_groups(net, cfg.weight_decay)  # DECISION (decay)
-    sgd = partial(torch.optim.SGD, momentum=0.9)
-    optimizer = (sgd if cfg.optimizer == "sgd" else torch.optim.AdamW)(groups, lr=cfg.lr, fused=True)
+    kind = partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
+    optimizer = kind(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)  # DECISION (decay)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
     meter = common.Meter(ctx.device, "loss")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
@@ -1228,10 +1173,9 @@ def main(cfg):
     def save(*names):
         if at["step"] < total and not meter.healthy(ctx):
             return False  # the last good checkpoint stays
-        state = {
-            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
-        }
-        state |= {"classes": actions.names if not contrastive else (), "merges": tokenizer.merges, "style": style}
+        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"classes": () if contrastive else actions.names, "merges": tokenizer.merges, "style": style}
         run.save(state | {"at": at, "sums": meter.state(ctx)}, *names)
         return True
 

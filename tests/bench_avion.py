@@ -3,7 +3,8 @@
     table4  Table 4: seconds of waiting and of a whole step, clips a second: attention x chunk length x crop
     fig3    Fig. 3: activation memory of LayerNorm, attention and MLP: plain, efficient, recomputed
     fig4    Fig. 4: joint attention against TimeSformer's divided attention (tpt_mae.py's): speed, memory, batch
-    fig5    Fig. 5: the loader alone, against the number of processes, decode-then-crop and fused (Fig. 7 likewise)
+    fig5    Fig. 5: the loader alone, against the number of processes, decode-then-crop and fused
+    fig7    Fig. 7: VideoMAE (tpt_mae.py's, 16 frames) on the same loaders: waiting and whole steps, against processes
 
 By default on toy videos with a small model; on a GPU: ViT-B, 4 x 224 x 224. Your own chunks:
     python tests/bench_avion.py --list ego4d.pkl --short-root chunks_15s --long-root chunks_300s --batch 64 256
@@ -44,6 +45,8 @@ PAPER_4B = {
     ("divided", "plain"): (28, 39.4), ("divided", "efficient"): (31, 44.8), ("divided", "recomputed"): (180, 30.3),
     ("joint", "plain"): (22, 45.8), ("joint", "efficient"): (68, 78.1), ("joint", "recomputed"): (304, 62.8),
 }  # fmt: skip
+# Fig. 7, on 4 GPUs: loading s/it, step s/it.
+PAPER_7 = {"decode_then_crop": (0.74, 2.4), "fused": (0.25, 1.55)}
 
 
 def wait(ctx):
@@ -57,9 +60,9 @@ def table(head, rows):
         print(f"| {' | '.join(f'{cell:.3g}' if isinstance(cell, float) else str(cell) for cell in row)} |")
 
 
-def clips(args, ctx, root, loader, batch, workers, steps):
+def clips(args, ctx, root, loader, batch, workers, steps, frames=0):
     """Batches of clips as avion.py's training reads them, random crops included."""
-    cfg = avion.Config(frames=args.frames, size=args.size, loader=loader)
+    cfg = avion.Config(frames=frames or args.frames, size=args.size, loader=loader)
     videos = avion.Narrations(args.list, root)
     plan = partial(avion.sample_clip, cfg, True, videos)
     dataset = data.ClipDataset(videos, plan, args.size, 0, replace=True)
@@ -88,8 +91,21 @@ def train_step(ctx, args, attention, batch, recompute=False):
     return step
 
 
+def measure(ctx, batches, step, rounds):
+    """Seconds of waiting for clips and of a whole step, medians over `rounds` steps after two of warm-up."""
+    waits, steps = [], []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        x = next(batches).clips
+        waits.append(time.perf_counter() - start)
+        step(x)
+        wait(ctx)
+        steps.append(time.perf_counter() - start)
+    return statistics.median(waits[2:]), statistics.median(steps[2:])
+
+
 def table4(args, ctx):
-    """Waiting for data and whole steps, each a median over --rounds steps after two of warm-up."""
+    """Waiting for data and whole steps of contrastive training."""
     rows = []
     for batch, attention, root, loader in itertools.product(
         args.batch, ("plain", "auto"), ("long", "short"), ("decode_then_crop", "fused")
@@ -97,18 +113,11 @@ def table4(args, ctx):
         name = (attention == "auto", root == "short", loader == "fused")
         marks = [("no", "yes")[flag] for flag in name]
         paper = PAPER_4[(256 if name[0] else 64, *name)]
-        step, waits, steps = train_step(ctx, args, attention, batch), [], []
+        step = train_step(ctx, args, attention, batch)
         batches = clips(args, ctx, getattr(args, f"{root}_root"), loader, batch, args.workers, args.rounds + 2)
         try:
-            for _ in range(args.rounds + 2):
-                start = time.perf_counter()
-                x = next(batches).clips
-                waits.append(time.perf_counter() - start)
-                step(x)
-                wait(ctx)
-                steps.append(time.perf_counter() - start)
-            seconds = statistics.median(steps[2:])
-            rows.append((batch, *marks, statistics.median(waits[2:]), seconds, batch / seconds, *paper))
+            waited, seconds = measure(ctx, batches, step, args.rounds)
+            rows.append((batch, *marks, waited, seconds, batch / seconds, *paper))
         except torch.OutOfMemoryError:
             rows.append((batch, *marks, "OOM", "OOM", "N/A", *paper))
         del batches, step
@@ -207,9 +216,34 @@ def fig5(args, ctx):
     table(["processes", "loader", "ms a clip (97-152 in the paper, fused)", "clips/s a process", "clips/s"], rows)
 
 
+def fig7(args, ctx):
+    """Waiting for data and whole steps of masked pretraining, 90 % of tubes, against the number of processes."""
+    import tpt_mae
+
+    net = tpt_mae.VideoMAE("vit_b" if ctx.device.type == "cuda" else "vit_toy", size=args.size).to(ctx.device).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
+    rows, batch, scaler = [], args.batch[0], common.loss_scaler(ctx)
+
+    def step(clips):
+        with ctx.autocast():
+            keys = common.make_key(torch.arange(batch, device=ctx.device))
+            loss = tpt_mae.mae_loss(*net(clips, keys, 0.9)).mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    for processes, loader in itertools.product(args.processes, PAPER_7):
+        batches = clips(args, ctx, args.short_root, loader, batch, processes, args.rounds + 2, frames=16)
+        waited, seconds = measure(ctx, batches, step, args.rounds)
+        rows.append((processes, loader, waited, seconds, batch / seconds, *PAPER_7[loader]))
+        del batches
+    table(["processes", "loader", "loading s/it", "step s/it", "clips/s", "paper, 4 GPUs: loading", "step"], rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda, parts = torch.cuda.is_available(), {"table4": table4, "fig3": fig3, "fig4": fig4, "fig5": fig5}
+    cuda, parts = torch.cuda.is_available(), {"table4": table4, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig7": fig7}
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--list", nargs="+", help="a list that avion.py reads; default: the toy narrated videos")
     parser.add_argument("--short-root", help="folder of short chunks; default: the toy's, 5 s")
@@ -222,7 +256,7 @@ def main():
     parser.add_argument("--processes", type=int, nargs="+", default=[8, 16, 32, 64] if cuda else [1, 2])
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
-    if not args.list and {"table4", "fig5"} & set(args.only):
+    if not args.list and {"table4", "fig5", "fig7"} & set(args.only):
         folder = data.make_toy("toy", "narrated")
         args.list, args.short_root, args.long_root = [folder / "train.jsonl"], folder / "chunks", folder / "videos"
     ctx = common.launch()

@@ -1,89 +1,137 @@
-"""Training-step time of each method against its own baseline: python tests/bench_train.py [turbo | tpt | sfa]
-[--rounds 5] [--batch 2].
+"""Training steps of each method against its own baseline, in one table: clips a second, times, memory, FLOP/s.
 
-Variants of a step (forward, backward, optimizer; random clips, no loader) take turns in one process; medians over the
-rounds, ratios of medians. On CUDA: full size, the device's best precision, with peak memory.
+    python tests/bench_train.py                                   # all methods; a quarter of an hour on two idle cores
+    python tests/bench_train.py turbo sfa --rounds 9 --batch 4    # some of them
+
+Clips of 224 x 224. On the CPU ViT-S (ViViT-B); on CUDA ViT-B (ViViT-L), compiled, in the best precision of the device.
+The first row of a method is its baseline. The columns:
+    forward+backward, optimizer   variants take turns, --rounds times, on clips that are in memory: medians
+    data wait         measured apart, because in turns a loader would read while the others compute and so hide its
+                      wait: each variant runs some steps in a row behind the scripts' loader, on a film of 340 x 256;
+                      the mean, as processes deliver in bursts, from when all of them have delivered
+    step, clips/s     of the three together, without augmentation on the device; against baseline: ratios of clips/s
+    spread            the fastest and the slowest round over their median
+    peak memory       model, gradients, optimizer, activations; CUDA: the allocator's maximum above what was there;
+                      CPU: what a process grows by in which two steps of the variant run (Linux; to 0.05 GB)
+    % of product      FLOP/s of forward+backward over the best square matrix product of this run in the same dtype;
+                      the FLOPs of all products that the step needs, attention's too; nothing recomputed counts
 """
 
 import argparse
+import gc
+import math
+import multiprocessing
+import os
 import platform
+import re
+import shlex
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import avion
 import common
 import data
 import sfa_vivit
 import tpt_mae
 import turbo
 
-
-def turbo_step(ctx, model, decoder, m, r, batch):
-    """A function that runs one training step of Turbo at (m, r) on random clips."""
-    net = turbo.Turbo(101, model, decoder, recon=r > 0, drop_path=0.1).to(ctx.device).train()
-    optimizer = torch.optim.AdamW(common.param_groups(net, 0.05), lr=1e-5, fused=True)
-    scaler = common.loss_scaler(ctx)
-    clips = torch.randint(0, 256, (batch, 16, 3, 224, 224), dtype=torch.uint8, device=ctx.device)
-    keys, labels = common.make_key(torch.arange(batch, device=ctx.device)), torch.eye(101, device=ctx.device)[:batch]
-    if ctx.device.type == "cuda":
-        net.compile()
-
-    def step():
-        with ctx.autocast():
-            logits, prediction, target = net(clips, keys, m, r)
-            loss, _, _ = turbo.turbo_loss(logits, labels, prediction, target)
-        scaler.scale(loss.mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+# CLIP's ViT-S, for the CPU: no size of the paper.
+avion.MODELS["clip_s16"] = {"width": 384, "depth": 12, "heads": 6, "patch": 16, "text": (256, 12, 4)}
+LEVELS = {  # side of a clip; models; sides of the matrices
+    "tiny": (32, ("vit_toy", "clip_toy", "vit_toy", "vivit_toy"), (256, 512)),
+    "cpu": (224, ("vit_s", "clip_s16", "vit_s", "vivit_b"), (512, 1024, 2048)),
+    "cuda": (224, ("vit_b", "clip_b16", "vit_b", "vivit_l"), (2048, 4096, 8192)),
+}
 
 
-def seconds(ctx, step):
-    if ctx.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if ctx.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+class Variant:
+    """A way to train, and the two parts of its step, as in the scripts: forward and backward, and the optimizer.
+
+    plan: of data.ClipDataset. loss(clips, keys, labels); or where encode is given, both as common.cached_step has them.
+    """
+
+    def __init__(self, ctx, net, cfg, frames, plan, loss, encode=None, sgd=False):
+        self.ctx, self.net, self.plan, self.shape = ctx, net.to(ctx.device), plan, (frames, 3, cfg.size, cfg.size)
+        self.loss, self.encode, self.scaler = loss, encode, common.loss_scaler(ctx)
+        kind = partial(torch.optim.SGD, momentum=0.9) if sgd else torch.optim.AdamW
+        self.optimizer = kind(common.param_groups(net.train(), cfg.weight_decay), lr=1e-5, fused=True)
+
+    def inputs(self, batch):
+        """What the step is handed, of a data.Batch on the device, or of that many random clips."""
+        if isinstance(batch, int):
+            clips, count = torch.randint(0, 256, (batch, *self.shape), dtype=torch.uint8), torch.arange(batch)
+            batch = data.Batch(clips, 0 * count, common.make_key(count), count, []).to(self.ctx.device)
+        return batch.clips, batch.keys.to(self.ctx.device), batch.labels
+
+    def forward_backward(self, inputs):
+        if self.encode:
+            return common.cached_step(self.ctx, self.net, self.encode, [inputs], self.loss, self.scaler)
+        with self.ctx.autocast():
+            loss = self.loss(*inputs).mean()
+        self.scaler.scale(loss).backward()
+
+    def optimizer_step(self):
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, inputs):
+        self.forward_backward(inputs)
+        self.optimizer_step()
 
 
-def bench_turbo(ctx, rounds, batch):
-    cuda = ctx.device.type == "cuda"
-    model = "vit_b" if cuda else "vit_s"
-    settings = [("", 0.0, 0.0), ("", 0.5, 0.5), ("", 0.75, 0.75), ("", 0.75, 0.25), ("", 0.9, 0.1)]
-    settings += [("4x384", 0.75, 0.25)] if not cuda else []
-    steps, peaks, times = [turbo_step(ctx, model, d, m, r, batch) for d, m, r in settings], [], [[] for _ in settings]
-    for step in steps:  # warm-up, and peak memory
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if cuda else 0
-        step(), step()
-        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0)
-    for _ in range(rounds):
-        for step, log in zip(steps, times, strict=True):
-            log.append(seconds(ctx, step))
-    medians = [statistics.median(log) for log in times]
-    print(f"\n{model}, batch {batch}, {rounds} rounds; decoder {turbo.MODELS[model]['decoder']} where not said")
-    print("\n| m, r | step s | clips/s | against m = 0 | spread | peak GiB above start |\n|---|---|---|---|---|---|")
-    for (decoder, m, r), median, log, peak in zip(settings, medians, times, peaks, strict=True):
-        spread = f"{min(log) / median:.2f}-{max(log) / median:.2f}"
-        shown = f"{peak:.2f}" if cuda else "-"
-        print(
-            f"| {m}, {r} {decoder} | {median:.4f} | {batch / median:.2f} | {medians[0] / median:.2f}x | {spread} "
-            f"| {shown} |"
-        )
+# ---- Variants of the methods, made from (..., ctx, videos) -----------------------------------------------------------
+
+
+def turbo_class(cfg, ctx, videos):
+    net = turbo.build(cfg, cfg.num_classes)
+
+    def loss(clips, keys, labels):
+        logits, prediction, target = net(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
+        labels = data.soft_labels(labels, cfg.num_classes, cfg.label_smoothing)
+        return turbo.turbo_loss(logits, labels, prediction, target)[0]
+
+    return Variant(ctx, net, cfg, cfg.frames, partial(turbo.sample_clip, cfg, True), loss)
+
+
+def turbo_text(cfg, ctx, videos):
+    net, words = turbo.build(cfg, 0, 768), torch.randn(1, 768, device=ctx.device)  # mpnet-base's width
+
+    def encode(inputs, replay):
+        clips, keys, _ = inputs
+        (z_v, z_t), *pixels = net(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words.expand(len(clips), -1))
+        return (z_v, z_t, keys), turbo.partial_mae(*pixels)
+
+    loss = partial(turbo.nce_loss, temperature=cfg.temperature)
+    return Variant(ctx, net, cfg, cfg.frames, partial(turbo.sample_clip, cfg, True), loss, encode)
+
+
+def avion_clip(cfg, ctx, videos):
+    net, words = avion.build(cfg, "clip"), torch.randint(0, 49406, (1, 16), device=ctx.device)  # of CLIP's vocabulary
+
+    def encode(inputs, replay):
+        clips, keys, _ = inputs
+        video, text, scale = net(clips, words.expand(len(clips), -1), keys)
+        return (video, text, keys, scale), None
+
+    plan = partial(avion.sample_clip, cfg, True, videos)
+    return Variant(ctx, net, cfg, cfg.frames, plan, partial(avion.batch_loss, cfg), encode)
 
 
 class EmbedAll(tpt_mae.VideoMAE):
@@ -95,174 +143,244 @@ class EmbedAll(tpt_mae.VideoMAE):
         return common.run_blocks(self.blocks, x)  # [B, K, D]
 
 
-def hub_videomae(model):
-    """transformers' VideoMAE of the same size, or None where it is not installed; its forward includes the loss."""
-    try:
+def tpt_step(cfg, frames, embed_all, ctx, videos):
+    net = EmbedAll(cfg.model, size=cfg.size, attention="plain") if embed_all else tpt_mae.build(cfg, 0)
+    plan = partial(tpt_mae.sample_clip, cfg, frames, True, (1, 1))
+    return Variant(ctx, net, cfg, frames, plan, lambda x, keys, _: tpt_mae.mae_loss(*net(x, keys, cfg.mask_ratio)))
+
+
+class Hub(Variant):
+    """transformers' VideoMAE of the same size. It is handed normalised pixels and masks, and has its loss inside."""
+
+    def __init__(self, cfg, ctx, videos):
         from transformers import VideoMAEConfig, VideoMAEForPreTraining
-    except ImportError:
-        return None
-    spec, (layers, width) = tpt_mae.MODELS[model], map(int, tpt_mae.MODELS[model]["decoder"].split("x"))
-    return VideoMAEForPreTraining(VideoMAEConfig(
-        hidden_size=spec["width"], num_hidden_layers=spec["depth"], num_attention_heads=spec["heads"],
-        intermediate_size=4 * spec["width"], decoder_num_hidden_layers=layers, decoder_hidden_size=width,
-        decoder_num_attention_heads=max(1, width // 64), decoder_intermediate_size=4 * width,
-        use_mean_pooling=False))  # fmt: skip
+
+        spec, plan = tpt_mae.MODELS[cfg.model], partial(tpt_mae.sample_clip, cfg, 16, True, (1, 1))
+        layers, width = map(int, spec["decoder"].split("x"))
+        net = VideoMAEForPreTraining(VideoMAEConfig(
+            image_size=cfg.size, patch_size=spec["patch"][1], hidden_size=spec["width"],
+            num_hidden_layers=spec["depth"], num_attention_heads=spec["heads"], intermediate_size=4 * spec["width"],
+            decoder_num_hidden_layers=layers, decoder_hidden_size=width, use_mean_pooling=False,
+            decoder_num_attention_heads=max(1, width // 64), decoder_intermediate_size=4 * width))  # fmt: skip
+        self.places = (cfg.size // spec["patch"][1]) ** 2
+        super().__init__(ctx, net, cfg, 16, plan, lambda pixels, masks: net(pixels, masks).loss)
+
+    def inputs(self, batch):
+        clips, keys, _ = super().inputs(batch)
+        mean, std = torch.tensor((data.IMAGENET_MEAN, data.IMAGENET_STD), device=clips.device).view(2, 3, 1, 1)
+        _, masked = common.tube_split(keys, 8, self.places, 0.9)  # [B, R]
+        masks = torch.zeros(len(clips), 8 * self.places, dtype=torch.bool, device=clips.device)
+        return (clips / 255 - mean) / std, masks.scatter(1, masked, True)
 
 
-def tpt_step(ctx, net, frames, batch):
-    """A function that runs one pretraining step, 90 % masked. transformers' gets normalised pixels and masks ready."""
-    net = net.to(ctx.device).train()
-    optimizer = torch.optim.AdamW(common.param_groups(net, 0.05), lr=1e-5, fused=True)
-    scaler = common.loss_scaler(ctx)
-    clips = torch.randint(0, 256, (batch, frames, 3, 224, 224), dtype=torch.uint8, device=ctx.device)
-    keys = common.make_key(torch.arange(batch, device=ctx.device))
-    if not isinstance(net, tpt_mae.VideoMAE):
-        mean, std = (torch.tensor(v, device=ctx.device).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-        pixels, (_, masked) = (clips / 255 - mean) / std, common.tube_split(keys, frames // 2, 196, 0.9)
-        bools = torch.zeros(batch, frames // 2 * 196, dtype=torch.bool, device=ctx.device).scatter(1, masked, True)
-    if ctx.device.type == "cuda":
-        net.compile()
-
-    def step():
-        with ctx.autocast():
-            ours = isinstance(net, tpt_mae.VideoMAE)
-            loss = tpt_mae.mae_loss(*net(clips, keys, 0.9)).mean() if ours else net(pixels, bools).loss
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def film(path, frames=300):
-    """A 10 s H.264 video of 340 x 256, of Kinetics' usual size; smooth noise that moves."""
-    rng = np.random.default_rng(0)
-    sky = torch.from_numpy(rng.random((1, 3, 40, 60), np.float32)) * 255
-    sky = torch.nn.functional.interpolate(sky, (512, 680), mode="bicubic")[0].clamp(0, 255).byte()  # [3, 512, 680]
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=30)
-        stream.width, stream.height = 340, 256
-        for i in range(frames):
-            image = sky[:, i // 2 : i // 2 + 256, i : i + 340].permute(1, 2, 0).contiguous().numpy()
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        file.mux(stream.encode())
-
-
-def bench_decode(rounds):
-    """Clips a second of one loader process in the 2-frame stage: one clip or several of each decode."""
-    print("\n| sampling | frames | clips a decode | ms a video | clips/s | against one |\n|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        film(Path(folder) / "film.mp4")
-        videos = data.VideoList.of([Path(folder) / "film.mp4"])
-        for sampling in ("stride", "segments"):
-            cfg = tpt_mae.Config(sampling=sampling)
-            base = None
-            for repeats in (1, 2, 4, 8):
-                plan = partial(tpt_mae.sample_clip, cfg, 2, True, (1, 1))
-                dataset = data.ClipDataset(videos, plan, 224, 0, replace=False, views=repeats)
-                times = []
-                for epoch in range(4 * rounds):  # other clips of the same video
-                    start = time.perf_counter()
-                    dataset[epoch, 0]
-                    times.append(time.perf_counter() - start)
-                rate = repeats / statistics.median(times)
-                base = base or rate
-                print(f"| {sampling} | 2 | {repeats} | {1000 * repeats / rate:.1f} | {rate:.1f} | {rate / base:.2f}x |")
-
-
-def bench_tpt(ctx, rounds, batch):
-    """A pretraining step against VideoMAE's way and transformers', at 16 frames; the step at each stage's frames."""
-    model = "vit_b" if ctx.device.type == "cuda" else "vit_s"
-    variants = [
-        ("ours", tpt_mae.VideoMAE(model), 16),
-        ("plain attention, all embedded", EmbedAll(model, attention="plain"), 16),
-    ]
-    variants += [("transformers", net, 16) for net in [hub_videomae(model)] if net]
-    variants += [(f"ours, {frames} frames", tpt_mae.VideoMAE(model), frames) for frames in (2, 4, 8)]
-    steps, times = [tpt_step(ctx, net, frames, batch) for _, net, frames in variants], [[] for _ in variants]
-    for step in steps:  # warm-up
-        step(), step()
-    for _ in range(rounds):
-        for step, log in zip(steps, times, strict=True):
-            log.append(seconds(ctx, step))
-    medians = [statistics.median(log) for log in times]
-    print(f"\n{model}, batch {batch}, {rounds} rounds, 90 % tubes")
-    print("\n| step | seconds | clips/s | against ours at 16 | spread |\n|---|---|---|---|---|")
-    for (name, *_), median, log in zip(variants, medians, times, strict=True):
-        spread = f"{min(log) / median:.2f}-{max(log) / median:.2f}"
-        print(f"| {name} | {median:.4f} | {batch / median:.2f} | {median / medians[0]:.2f}x the time | {spread} |")
-    bench_decode(rounds)
-
-
-def sfa_step(ctx, model, stage, batch):
-    """A function that runs one training step of SFA-ViViT in a Stage on random clips."""
-    net = sfa_vivit.ViViT(400, model, stage.frames, temporal_depth=4).to(ctx.device).train()
+def sfa_step(cfg, number, ctx, videos):
+    stage, heads = sfa_vivit.plan_stages(cfg, 1)[number], (cfg.num_classes,)
+    net = sfa_vivit.build(cfg, heads, stage)
     net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
-    optimizer = torch.optim.SGD(common.param_groups(net, 0.0), lr=1e-3, momentum=0.9, fused=True)
-    scaler = common.loss_scaler(ctx)
-    clips = torch.randint(0, 256, (batch, stage.frames, 3, 224, 224), dtype=torch.uint8, device=ctx.device)
-    keys = common.make_key(torch.arange(batch, device=ctx.device))
-    targets = sfa_vivit.soft_targets(torch.arange(batch, device=ctx.device), (400,), 0.0)
+    loss = lambda x, keys, labels: sfa_vivit.vivit_loss(net(x, keys), sfa_vivit.soft_targets(labels, heads, 0.0), heads)
+    plan = partial(sfa_vivit.sample_clip, cfg, stage.frames, videos, None)
+    return Variant(ctx, net, cfg, stage.frames, plan, loss, sgd=True)
+
+
+def groups(level):
+    """(method, what of it, [(name, function of (ctx, videos) that makes the Variant)]), baselines first."""
+    size, models, _ = LEVELS[level]
+    models = dict(zip((turbo, avion, tpt_mae, sfa_vivit), models, strict=True))
+
+    def config(script, recipe, **changes):
+        return script.Config(**script.RECIPES[recipe] | {"model": models[script], "size": size} | changes)
+
+    def row(make, recipe, m, r, **changes):
+        name = ", ".join([f"m {m}, r {r}", *(f"{key} {value}" for key, value in changes.items())])
+        return name, partial(make, config(turbo, recipe, mask_ratio=m, recon_ratio=r, **changes))
+
+    ratios = (0, 0), (0.5, 0.5), (0.75, 0.75), (0.75, 0.25), (0.9, 0.1)
+    rows = [row(turbo_class, "ucf101", m, r) for m, r in ratios]
+    wide = [row(turbo_class, "ucf101", 0.75, 0.25, decoder="4x384")] * (level == "cpu")  # ViT-B's decoder on ViT-S
+    yield "turbo", "classes", [*rows, *wide]
+    yield "turbo", "video and text", [row(turbo_text, "htm_aa", m, r) for m, r in ((0, 0), (0.75, 0.25))]
+    long = (0, 0, 32), (0.75, 0.25, 32), (0.875, 0.125, 64)  # Table 5: both show, and reconstruct, 784 tokens
+    yield "turbo", "long video", [row(turbo_class, "breakfast", m, r, frames=frames) for m, r, frames in long]
+
+    flags = {"plain attention": {"attention": "plain"}, "efficient attention": {}}
+    flags |= {"and recomputed": {"grad_checkpoint": True}, "and patch dropout 0.5": {"patch_dropout": 0.5}}
+    yield "avion", "CLIP", [(k, partial(avion_clip, config(avion, "ego4d", **v))) for k, v in flags.items()]
+
+    cfg = config(tpt_mae, "k400")
+    peer = [("transformers, 16 frames", partial(Hub, cfg))] if find_spec("transformers") else []
+    plain = "plain attention, all embedded, 16 frames", partial(tpt_step, cfg, 16, True)
+    ours = [(f"ours, {frames} frames", partial(tpt_step, cfg, frames, False)) for frames in (16, 2, 4, 8)]
+    yield "tpt", "pretraining", [plain, *peer, *ours]
+
+    n = 32 if level == "cuda" else 16
+    full, staged = (config(sfa_vivit, "ssv2", stages=stages) for stages in (f"{n}:1", f"8:1,{n}:1"))
+    rows = (f"full, {n} frames", full, 0), ("stage 1, 8 frames", staged, 0), (f"stage 2, {n} frames", staged, 1)
+    yield "sfa", "classes", [(name, partial(sfa_step, cfg, number)) for name, cfg, number in rows]
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def clock(ctx):
     if ctx.device.type == "cuda":
-        net.compile()
-
-    def step():
-        with ctx.autocast():
-            loss = sfa_vivit.vivit_loss(net(clips, keys), targets, (400,))
-        scaler.scale(loss.mean()).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def bench_sfa(ctx, rounds, batch):
-    cuda = ctx.device.type == "cuda"
-    model, frames = ("vivit_l", 32) if cuda else ("vivit_b", 16)
-    settings = [
-        ("full", sfa_vivit.Stage(0, frames, 0, 1, (), False)),
-        ("stage 1", sfa_vivit.Stage(0, 8, 0, 1, (), False)),
-        ("stage 2", sfa_vivit.Stage(1, frames, 0, 1, ("spatial",), True)),
-    ]
-    steps, peaks, times = [], [], [[] for _ in settings]
-    for _, stage in settings:  # warm-up, and peak memory above what the models before hold
-        before = torch.cuda.memory_allocated() if cuda else 0
-        if cuda:
+def best_product(ctx, sides):
+    """(FLOP/s, side) of the fastest square matrix product in the run's dtype."""
+    dtype, best = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision, torch.float32), (0, 0)
+    for n in sides:
+        a, b = torch.randn(2, n, n, device=ctx.device, dtype=dtype)
+        for _ in range(10):
+            start = clock(ctx)
+            a @ b
+            best = max(best, (2 * n**3 / (clock(ctx) - start), n))
+    return best
+
+
+def count_flops(variant):
+    """FLOPs a clip of forward and backward. Attention is written out, because the counter misses the CPU's fused kernel
+    and flash-attn, and counts what others recompute; for the same reason no block is run twice. Spoils the variant."""
+    clips = 2 if variant.encode else 1  # a pair is what a contrastive loss needs
+    for part in variant.net.modules():
+        part.kind, part.grad_checkpoint = "sdpa", False
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        variant.forward_backward(variant.inputs(clips))
+    return counter.get_total_flops() / clips
+
+
+def growth(build, batch):
+    """Bytes that this process grows by for a variant and two of its steps."""
+    resident = lambda field: 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    ctx, before = common.launch(), resident("VmRSS")
+    variant = build(ctx, None)
+    for _ in range(2):
+        variant.step(variant.inputs(batch))
+    return resident("VmHWM") - before
+
+
+def peak_memory(build, batch):
+    """`growth` in a process of its own, a fork, which knows all modules already; NaN where there is no /proc. Before
+    this process computes anything: its threads would not be there in the other."""
+    if not Path("/proc/self/status").exists():
+        return math.nan
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(growth, build, batch).result()
+
+
+def prepare(ctx, build, videos, batch):
+    """(variant, warmed up and on CUDA compiled; FLOPs a clip; peak memory in bytes, on CUDA)."""
+    cuda, flops = ctx.device.type == "cuda", count_flops(build(ctx, videos))
+    gc.collect()
+    before = torch.cuda.memory_allocated() if cuda else 0
+    variant = build(ctx, videos)
+    if cuda:
+        variant.net.compile()
+    for i in range(3 if cuda else 1):
+        if i == 2:
             torch.cuda.reset_peak_memory_stats()
-        step = sfa_step(ctx, model, stage, batch)
-        step(), step()
-        steps.append(step)
-        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else 0)
-    for _ in range(rounds):
-        for step, log in zip(steps, times, strict=True):
-            log.append(seconds(ctx, step))
-    medians = [statistics.median(log) for log in times]
-    print(f"\n{model}, batch {batch}, {rounds} rounds")
-    print(
-        "\n| step | frames | step s | clips/s | of full | spread | peak GiB with model |\n|---|---|---|---|---|---|---|"
-    )
-    for (name, stage), median, log, peak in zip(settings, medians, times, peaks, strict=True):
-        spread = f"{min(log) / median:.2f}-{max(log) / median:.2f}"
-        shown = f"{peak:.2f}" if cuda else "-"
-        print(
-            f"| {name} | {stage.frames} | {median:.4f} | {batch / median:.2f} | {median / medians[0]:.3f} | {spread} "
-            f"| {shown} |"
-        )
+        variant.step(variant.inputs(batch))
+    return variant, flops, torch.cuda.max_memory_allocated() - before if cuda else None
 
 
-BENCHES = {"turbo": bench_turbo, "tpt": bench_tpt, "sfa": bench_sfa}
+def data_wait(variant, videos, batch, workers):
+    """Mean seconds that a step waits for its clips while `workers` processes read."""
+    first, steps, waits = max(1, workers), max(3, 2 * workers), []
+    dataset = data.ClipDataset(videos, variant.plan, variant.shape[-1], 0, replace=True)
+    schedule = data.GlobalBatches(len(videos), batch, batch, 0, 0, first + steps)
+    batches = data.make_loader(dataset, schedule, workers, variant.ctx.device)
+    for _ in range(first):
+        ready = next(batches)
+    for _ in range(steps):
+        variant.step(variant.inputs(ready))
+        start = clock(variant.ctx)
+        ready = next(batches)
+        waits.append(time.perf_counter() - start)
+    return statistics.mean(waits)
+
+
+def measure(ctx, title, rows, grown, videos, args, best):
+    """Print a group's rows of the table. grown: peak memory of each, where it is measured before."""
+    ready = [prepare(ctx, build, videos, args.batch) for _, build in rows]
+    inputs, times, base = [variant.inputs(args.batch) for variant, *_ in ready], [[] for _ in rows], None
+    for _ in range(args.rounds):
+        for (variant, *_), x, log in zip(ready, inputs, times, strict=True):
+            start = clock(ctx)
+            variant.forward_backward(x)
+            middle = clock(ctx)
+            variant.optimizer_step()
+            log.append((middle - start, clock(ctx) - middle))
+    for (name, _), (variant, flops, peak), log, grew in zip(rows, ready, times, grown, strict=True):
+        parts = data_wait(variant, videos, args.batch, args.workers), *map(statistics.median, zip(*log, strict=True))
+        rate, both = args.batch / sum(parts), [sum(pair) for pair in log]
+        base, against = (base, f"{rate / base:.2f}x") if base else (rate, "baseline")
+        cells = [f"{rate:.3g}", *(f"{1000 * x:.1f}" for x in (sum(parts), *parts)), f"{(peak or grew) / 1e9:.2f}"]
+        cells += [f"{100 * flops * args.batch / parts[1] / best:.1f}", against]
+        cells += ["-".join(f"{end / statistics.median(both):.2f}" for end in (min(both), max(both)))]
+        print(f"| {title} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+def film(path, width, height):
+    """A 10 s H.264 video; smooth noise that moves."""
+    noise = torch.rand(1, 3, 40, 60, generator=torch.Generator().manual_seed(0)) * 255
+    sky = torch.nn.functional.interpolate(noise, (512, 680), mode="bicubic")[0].clamp(0, 255).byte()  # [3, 512, 680]
+    sky = sky.permute(1, 2, 0).numpy()  # [512, 680, 3]
+    data._toy_write(path, np.stack([sky[i // 2 : i // 2 + height, i : i + width] for i in range(300)]), 30)
+
+
+def bench_decode(videos, rounds):
+    """Clips a second of one loader process in tpt's 2-frame stage: one clip or several of each decode."""
+    print(f"\n| tpt's loader | frames | clips a decode | ms a video | clips/s | against one |\n{'|---' * 6}|")
+    for sampling in ("stride", "segments"):
+        plan, base = partial(tpt_mae.sample_clip, tpt_mae.Config(sampling=sampling), 2, True, (1, 1)), None
+        for repeats in (1, 2, 4, 8):
+            dataset, times = data.ClipDataset(videos, plan, 224, 0, replace=False, views=repeats), []
+            for epoch in range(4 * rounds):  # other clips of the same video
+                start = time.perf_counter()
+                dataset[epoch, 0]
+                times.append(time.perf_counter() - start)
+            rate = repeats / statistics.median(times)
+            base = base or rate
+            print(f"| {sampling} | 2 | {repeats} | {1000 * repeats / rate:.1f} | {rate:.1f} | {rate / base:.2f}x |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    methods, cuda = ("turbo", "avion", "tpt", "sfa"), torch.cuda.is_available()
+    parser.add_argument("methods", nargs="*", metavar="method", help=f"{', '.join(methods)}; default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="clips a step (2; on CUDA 8)")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count()) if cuda else 1,
+                        help="loader processes (1; on CUDA one a core, at most 16)")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="toy models at 32 x 32: does it run?")
+    args = parser.parse_args()
+    if not {*args.methods} <= {*methods}:
+        parser.error(f"the methods are {', '.join(methods)}")
+    methods, ctx = args.methods or methods, common.launch()
+    level = "tiny" if args.tiny else "cuda" if cuda else "cpu"
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [torch.cuda.get_device_name()] if cuda else []
+    names += re.findall(r"model name\s*: (.*)", info)[:1] or [platform.processor() or platform.machine()]
+    print(f"{', '.join(names)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
+          f"{ctx.precision}", flush=True)  # fmt: skip
+    if "tpt" in methods and find_spec("transformers"):
+        import_module("transformers.models.videomae.modeling_videomae")
+    chosen = [(f"{method}, {title}", rows) for method, title, rows in groups(level) if method in methods]
+    grown = [[None if cuda else peak_memory(build, args.batch) for _, build in rows] for _, rows in chosen]
+    best, side = best_product(ctx, LEVELS[level][2])
+    print(f"`{shlex.join(['python', 'tests/bench_train.py', *sys.argv[1:]])}`: {args.rounds} rounds, batch {args.batch}, "
+          f"loader processes {args.workers}; {' '.join(LEVELS[level][1])}; best matrix product {best / 1e9:.0f} GFLOP/s "
+          f"(side {side})\n\n| method | variant | clips/s | step ms | data wait ms | forward+backward ms | optimizer ms "
+          f"| peak memory GB | % of product | against baseline | spread |\n{'|---' * 11}|", flush=True)  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        film(Path(folder) / "film.mp4", *((86, 64) if args.tiny else (340, 256)))  # Kinetics' usual size
+        videos = data.Captions([("film.mp4", 0.0, 10.0, "")] * max(64, args.batch), folder)
+        for (title, rows), peaks in zip(chosen, grown, strict=True):
+            measure(ctx, title, rows, peaks, videos, args, best)
+        if "tpt" in methods:
+            bench_decode(videos, args.rounds)
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", nargs="?", choices=list(BENCHES), default="turbo")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=2)
-    args = parser.parse_args()
-    context = common.launch()
-    where = (
-        torch.cuda.get_device_name() if context.device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {context.precision}")
-    BENCHES[args.script](context, args.rounds, args.batch)
+    main()

@@ -1,18 +1,36 @@
-"""tests/bench_decode.py still runs, with PyAV as its only peer, and what it measures are the right frames."""
+"""tests/bench_decode.py still runs, with PyAV as its only peer, and what it measures are the right frames; and so does
+tests/bench_train.py, whose numbers fit each other and whose FLOPs are those of a count by hand."""
 
 import re
 import subprocess
 import sys
+import time
+from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
+import bench_train as bench
+import pytest
+import torch
+
+import common
+import data
+import turbo
+
 ROOT = Path(__file__).resolve().parent.parent
+CPU = common.Context(0, 1, torch.device("cpu"), "fp32")
+
+
+def run(*command, timeout):
+    done = subprocess.run([sys.executable, *command], check=False, cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def test_decoding_benchmark():
-    command = [sys.executable, "tests/bench_decode.py", "--quick"]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr[-2000:]
-    head, _, *rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    out = run("tests/bench_decode.py", "--quick", timeout=60)
+    head, _, *rows = [line for line in out.splitlines() if line.startswith("|")]
     assert [row[:4] for row in rows] == ["| a:", "| b:", "| c:", "| d:"]
     columns = [name.strip() for name in head.split("|")]
     for row, count in zip(rows, (16, 4, 32, 2), strict=True):
@@ -21,4 +39,52 @@ def test_decoding_benchmark():
         assert all(float(cells[f"/ {name}"]) > 0 for name in ("floor", "decode, then crop", "PyAV")), row
         assert cells["/ decord2"] == "not measured"
     for line in ("Best peer: geometric mean", "4 views", "2 processes", "Loader"):
-        assert re.search(rf"^{line}.* \d+\.\d+ ", done.stdout, re.MULTILINE), done.stdout
+        assert re.search(rf"^{line}.* \d+\.\d+ ", out, re.MULTILINE), out
+
+
+def test_training_benchmark():
+    """Its real command line with toy models: all rows, each number there, sums and ratios as the columns say."""
+    where, command, _, *lines = run("tests/bench_train.py", "--tiny", "--rounds", "1", timeout=300).splitlines()
+    assert re.search(r"\d cores, \d+ threads; torch \d.*, fp32$", where)
+    assert command.startswith("`python tests/bench_train.py --tiny --rounds 1`: ") and "GFLOP/s" in command
+    end = lines.index("")
+    _, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:end]]
+    groups = {title: [row[2:] for row in group] for title, group in groupby(rows, lambda row: row[0])}
+    tpt = 5 + bool(find_spec("transformers"))
+    assert [len(group) for group in groups.values()] == [5, 2, 3, 4, tpt, 3], list(groups)
+    for group in groups.values():
+        assert group[0][-2] == "baseline"
+        for i, (*numbers, against, spread) in enumerate(group):
+            rate, step, wait, compute, optimizer, memory, share = map(float, numbers)
+            assert wait >= 0 and compute > 0 and optimizer > 0 and 0 < share and spread == "1.00-1.00"
+            assert memory > 0 or not Path("/proc/self/status").exists()
+            assert step == pytest.approx(wait + compute + optimizer, abs=0.3) == pytest.approx(2000 / rate, rel=0.02)
+            if i:
+                assert float(against[:-1]) == pytest.approx(rate / float(group[0][0]), rel=0.02, abs=0.01)
+    assert len(lines[end:]) == 1 + 2 + 8  # the clips of one decode
+
+
+def test_flops_are_those_of_a_step():
+    """All products with their gradients, but none of the pixels'; the same however attention is computed."""
+    rows = {(method, title): dict(rows) for method, title, rows in bench.groups("tiny")}
+    embed, n, width, spec = 32 * 1536 * 128, 1 + 32, 128, turbo.MODELS["vit_toy"]
+    macs = embed + spec["depth"] * (12 * n * width**2 + 2 * n * n * width) + 101 * width
+    whole = rows["turbo", "classes"]["m 0, r 0"](CPU, None)
+    assert bench.count_flops(whole) == 2 * (3 * macs - embed)
+    plain, efficient, again, half = [bench.count_flops(build(CPU, None)) for build in rows["avion", "CLIP"].values()]
+    assert plain == efficient == again > half > 0
+
+
+def test_data_wait_is_measured_behind_a_slow_loader(tmp_path):
+    """A loader that takes 0.2 s a batch of two, and steps of almost nothing: the step waits for nearly all of it."""
+    bench.film(tmp_path / "film.mp4", 86, 64)
+    videos = data.Captions([("film.mp4", 0.0, 10.0, "")] * 8, tmp_path)
+
+    def plan(video, index, view, key):
+        time.sleep(0.1)
+        return [0], None
+
+    net, cfg = torch.nn.Linear(1, 1), turbo.Config(size=16)
+    variant = bench.Variant(CPU, net, cfg, 1, plan, lambda clips, keys, labels: net(clips[:, 0, 0, :1, 0].float()))
+    wait = bench.data_wait(variant, videos, 2, 1)
+    assert 0.15 < wait < 1

@@ -29,7 +29,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     gelu        exact, as in the hub's and timm's copies of these weights; --gelu tanh computes what scenic does.
     frozen      "spatial" is the embedding, CLS and positions too. In half precision its matrices are kept in half.
     adapter     two layers D -> D, GELU between, added to its input, the last one zero: stage 2 starts as stage 1 ended.
-    head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2).
+    head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2). Zero at
+                first (scenic), not in the toy: in an encoder that starts from nothing, too, no gradient gets past that.
     restart     each stage has its own warm-up, cosine and optimizer state: "same schedule".
     epochs      "8 frames for 30 epochs" (Sec. 4.2) is Kinetics'; elsewhere stage 1 has the epochs of Table 7.
     length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and 64 (the others): with
@@ -83,28 +84,12 @@ MODELS = {
 
 # A recipe replaces defaults of Config: a column of Table 7 each. What all columns share is Config's default.
 RECIPES = {
-    "toy": {
-        "train_list": "toy/long/train.csv",
-        "val_list": "toy/long/val.csv",
-        "data_root": "toy/long",
-        "train_clips": 480,
-        "num_classes": 8,
-        "model": "vivit_toy",
-        "stages": "8:40,32:15",
-        "size": 64,
-        "stride": 8,
-        "optimizer": "adamw",  # a small model that starts from nothing learns little by SGD in minutes
-        "lr": 1e-3,
-        "weight_decay": 0.05,
-        "batch_size": 32,
-        "crop": False,
-        "flip": False,  # left is not right
-        "views": 1,
-        "crops": 1,
-        "eval_every": 5,
-        "log_every": 50,
-        "workers": 2,
-    },
+    "toy": {"train_list": "toy/pairs/train.csv", "val_list": "toy/pairs/val.csv", "data_root": "toy/pairs",
+            "train_clips": 1200, "num_classes": 8, "model": "vivit_toy", "stages": "4:18,16:28", "size": 64, "stride": 4,
+            "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,  # from nothing, SGD learns little in minutes
+            "head_std": 0.1,  # DECISION (head)
+            "batch_size": 32, "crop": False, "flip": False,  # left is not right
+            "views": 1, "crops": 1, "eval_every": 5, "log_every": 50, "workers": 2},
     "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
              "temporal_depth": 24},  # DECISION (depth)
     "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
@@ -454,20 +439,17 @@ def image_weights(path):
     state = common.read_weights(path)
     if any(name.startswith(("spatial.", "temporal.")) for name in state):
         return state
-    hub = any(name.endswith("embeddings.position_embeddings") for name in state)
-    state = common.vit_weights(state) or common.videomae_weights(state)
-    place = {"cls_token": "spatial.cls_token", "pos_embed": "spatial.positions"}
-    rename = lambda name: place.get(name) or (f"spatial.{name}" if name.startswith(("blocks.", "norm.")) else name)
-    return {rename(name): x for name, x in state.items()} | ({"spatial.eps": hub_epsilon(path)} if hub else {})
-
-
-def hub_epsilon(path):
-    """LayerNorm's epsilon in the config.json beside a hub's weights, or else what it is by default there."""
-    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    try:
-        return torch.tensor(float(json.loads(config.read_text())["layer_norm_eps"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return torch.tensor(1e-12)
+    ours = {}
+    for name, x in (common.vit_weights(state) or common.videomae_weights(state)).items():
+        name = {"pos_embed": "positions"}.get(name, name)
+        ours[f"spatial.{name}" if name.startswith(("cls_token", "positions", "blocks.", "norm.")) else name] = x
+    if any(name.endswith("embeddings.position_embeddings") for name in state):
+        config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+        try:
+            ours["spatial.eps"] = torch.tensor(float(json.loads(config.read_text())["layer_norm_eps"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            ours["spatial.eps"] = torch.tensor(1e-12)  # what it is there where nothing is said
+    return ours
 
 
 def temporal_weights(path, depth):
@@ -503,11 +485,14 @@ def init_weights(cfg, net):
     if space is not None:
         if math.isqrt(space.shape[1]) ** 2 == space.shape[1]:  # big_vision's: CLS has no position
             space = torch.cat([torch.zeros_like(space[:, :1]), space], dim=1)  # [1, 1 + N, D]
-        grids = [(math.isqrt(n),) * 2 for n in (space.shape[1] - 1, net.tokens)]
+        side = math.isqrt(space.shape[1] - 1)
+        if 1 + side**2 != space.shape[1]:
+            raise UserError(f"{cfg.init}: its {space.shape[1]} positions are not those of CLS and a square of patches")
+        grids = (side,) * 2, (math.isqrt(net.tokens),) * 2
         weights["spatial.positions"] = resize_positions(space, *grids)  # [1, 1 + N, D]
     if time is not None:
         weights["temporal.positions"] = resize_positions(time, (time.shape[1] - 1,), (net.steps,))  # [1, 1 + S, D]
-    needed = [k for k in net.state_dict() if k.startswith(("patch_embed.", "spatial.")) and not k.endswith(".eps")]
+    needed = [k for k, _ in net.named_parameters() if k.startswith(("patch_embed.", "spatial."))]
     absent = [name for name in needed if name not in weights]
     if absent and "spatial" in net.frozen and cfg.init != "random":
         raise UserError(f"{cfg.init}: no {absent[0]} in it; --freeze spatial would keep what nothing has initialised")
@@ -760,7 +745,7 @@ def open_lists(cfg, ctx):
     if cfg.train_list == RECIPES["toy"]["train_list"]:
         if ctx.rank == 0:
             try:
-                data.make_toy("toy", "long")
+                data.make_toy("toy", "pairs")
             except OSError as error:
                 raise UserError(f"can't make the toy videos: {error}") from None
         ctx.barrier()
@@ -795,10 +780,8 @@ def use(cfg, ctx):
         return write_features(net, videos, cfg, ctx, stage)
     result = evaluate(net, videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
     if ctx.rank == 0:
-        print(
-            f"{source} on {cfg.val_list}, {stage.frames} frames, {cfg.views} x {cfg.crops} views: "
-            + "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-        )
+        words = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+        print(f"{source} on {cfg.val_list}, {stage.frames} frames, {cfg.views} x {cfg.crops} views: {words}")
 
 
 @torch.no_grad()
@@ -837,9 +820,7 @@ def write_features(net, videos, cfg, ctx, stage):
     rows.flush()
     unread = failures.collect(ctx, 0)
     if ctx.rank == 0:
-        print(
-            f"{path}: {len(videos)} x {net.width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else "")
-        )
+        print(f"{path}: {len(videos)} x {net.width}{f'; NaN for {len(unread)}: ' * bool(unread)}{'; '.join(unread)}")
 
 
 def augment(cfg, clips, keys):
@@ -891,9 +872,7 @@ def main(cfg):
     def save(*names):
         if at["step"] < total and not meter.healthy(ctx):
             return False  # the last good checkpoint stays
-        state = {
-            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
-        }
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         state |= {"at": at, "stage": tuple(stage), "sums": meter.state(ctx), "classes": videos.classes}
         run.save(state, *names)
         return True
@@ -917,9 +896,8 @@ def main(cfg):
         model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
         plan = partial(sample_clip, cfg, stage.frames, videos, None)
         dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True)
-        schedule = data.GlobalBatches(
-            len(videos), cfg.batch_size, micro, cfg.seed, at["step"], stage.stop, ctx.rank, ctx.world
-        )
+        part = cfg.seed, at["step"], stage.stop, ctx.rank, ctx.world
+        schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, *part)
         batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
         run.say(
             f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "

@@ -1500,8 +1500,8 @@ TOY_VERSION = 5  # a new number remakes every set
 TOY_SIDE = 64  # pixels
 # Speeds are loops a second. Per sampled frame an object moves 3 to 5 pixels or turns 16 to 24 degrees in `actions` (16
 # frames at 5 a second), about as much in `narrated` (8 frames a caption) and 1.5 times that in `long` (32 frames a
-# video). At half of this a small model needs more than 1,000 steps before it sees any motion. `pairs`: as `actions`, per
-# frame of 16 that span the video.
+# video). At half of this a small model needs more than 1,000 steps before it sees any motion. `pairs`: as `actions`, of
+# 16 frames over 6 s.
 TOY_SETS = {
     "actions": {"fps": 10, "speed": (0.22, 0.34), "counts": {"train": 1600, "val": 320}},
     "pairs": {"fps": 10, "speed": (0.11, 0.17), "counts": {"train": 1200, "val": 320}},
@@ -1541,7 +1541,7 @@ TOY_RECIPES = [
 ]
 TOY_RECIPES += [recipe[::-1] for recipe in TOY_RECIPES]
 # A label of `pairs` is a motion and its successor in a ring. Each motion is in two labels: who sees one of the two only
-# is right half of the time, however well. The change is anywhere from 1.5 s to 4.6 s.
+# is right half of the time, however well. The change is anywhere from 1.9 s to 5.6 s, so that 6 s show both.
 TOY_RING = ["left", "grow", "up", "clockwise", "right", "shrink", "down", "counter-clockwise"]
 TOY_CHAT = (  # what narrators say that no picture shows
     "welcome back everyone",
@@ -1632,7 +1632,7 @@ def _toy_frames(rng, low, high, fps):
 
 
 def _toy_script(which, seed, split, index):
-    """(class name, scenes) of a video of `actions`, one motion for 4 s; of `pairs`, two in 6.2 s; or of `long`, three
+    """(class name, scenes) of a video of `actions`, one motion for 4 s; of `pairs`, two in 7.5 s; or of `long`, three
     with rests between them."""
     rng, fps = _toy_rng(seed, which, split, index, "script"), TOY_SETS[which]["fps"]
     actor = TOY_ACTORS[rng.integers(len(TOY_ACTORS))]
@@ -1640,9 +1640,9 @@ def _toy_script(which, seed, split, index):
         motion = _toy_deal(list(TOY_MOTIONS), index, seed, split)
         return motion, [(motion, actor, 4 * fps)]
     if which == "pairs":
-        first, n = _toy_deal(list(range(8)), index, seed, split), _toy_frames(rng, 1.5, 4.6, fps)
+        first, n = _toy_deal(list(range(8)), index, seed, split), _toy_frames(rng, 1.9, 5.6, fps)
         pair = TOY_RING[first], TOY_RING[(first + 1) % 8]
-        return "+".join(pair), [(pair[0], actor, n), (pair[1], actor, 62 - n)]
+        return "+".join(pair), [(pair[0], actor, n), (pair[1], actor, 75 - n)]
     recipe, scenes = _toy_deal(TOY_RECIPES, index, seed, split), [(None, actor, _toy_frames(rng, 1.5, 3, fps))]
     for motion in recipe:
         scenes += [(motion, actor, _toy_frames(rng, 5, 9, fps)), (None, actor, _toy_frames(rng, 1.5, 3, fps))]
@@ -1705,7 +1705,7 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
     """Makes a set of toy videos in root/which, unless it is there as asked for; returns that folder.
 
     actions   one of 8 motions a video: `train.csv`, `val.csv` of `videos/<split>_<index>.mp4,<motion>`
-    pairs     6.2 s, one of 8 pairs of motions, one after the other; each motion is in two pairs: lists of that form
+    pairs     7.5 s, one of 8 pairs of motions, one after the other; each motion is in two pairs: lists of that form
     long      20 to 40 s, one of 8 ordered recipes of motions with rests: lists of that form
     narrated  captions with times: `train.jsonl`, `val.jsonl` of {video, start, end, text, visible}, in seconds;
               `videos/<video>.mp4` whole and `chunks/<video>.mp4/<start second>.mp4` in pieces of 5 s

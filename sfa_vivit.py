@@ -30,7 +30,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     frozen      "spatial" is the embedding, CLS and positions too. In half precision its matrices are kept in half.
     adapter     two layers D -> D, GELU between, added to its input, the last one zero: stage 2 starts as stage 1 ended.
     head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2). Zero at
-                first (scenic), not in the toy: in an encoder that starts from nothing, too, no gradient gets past that.
+                first (scenic), not in the toy: before an encoder that starts from nothing it stays at chance for long.
     restart     each stage has its own warm-up, cosine and optimizer state: "same schedule".
     epochs      "8 frames for 30 epochs" (Sec. 4.2) is Kinetics'; elsewhere stage 1 has the epochs of Table 7.
     length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and 64 (the others): with

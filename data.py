@@ -1504,7 +1504,7 @@ TOY_SIDE = 64  # pixels
 # 16 frames over 6 s.
 TOY_SETS = {
     "actions": {"fps": 10, "speed": (0.22, 0.34), "counts": {"train": 1600, "val": 320}},
-    "pairs": {"fps": 10, "speed": (0.11, 0.17), "counts": {"train": 1200, "val": 320}},
+    "pairs": {"fps": 10, "speed": (0.11, 0.17), "counts": {"train": 1600, "val": 320}},
     "long": {"fps": 8, "speed": (0.08, 0.12), "counts": {"train": 480, "val": 120}},
     "narrated": {"fps": 8, "speed": (0.16, 0.26), "counts": {"train": 240, "val": 48}},
 }

@@ -1029,7 +1029,8 @@ def test_epic_trains_and_scores(kitchen, tmp_path):
     """Two heads, both stages, videos whole and in chunks; accuracy of the pair and of each head."""
     root, path = kitchen
     log = train(tmp_path, "--train-list", path, "--val-list", path, "--data-root", root, *TINY[2:], "--labels", "epic",
-                "--stages", "4:2,8:2", "--num-classes", 0, "--stride", 1, "--warmup-epochs", 0, "--head-std", 0)  # fmt: skip
+                "--stages", "4:2,8:2", "--num-classes", 0, "--stride", 1, "--warmup-epochs", 0,
+                "--head-std", 0)  # fmt: skip
     last = log[-1]
     assert last["val_clips"] == 8 and {"val_top1", "val_top5", "val_verb", "val_noun"} <= set(last)
     assert last["val_top1"] <= min(last["val_verb"], last["val_noun"])

@@ -26,10 +26,11 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and EPIC-Kitchens; 24 in recipes
                 k400 and k600, as scenic's L on Kinetics. For H and g, which scenic lacks, pass --temporal-depth 4.
     patch       16 in B and L; 14 in H and g, because the image models that they start from have 14.
-    gelu        exact, as in the hub's and timm's copies of these weights; scenic computes the tanh approximation.
+    gelu        exact, as in the hub's and timm's copies of these weights; --gelu tanh computes what scenic does.
     frozen      "spatial" is the embedding, CLS and positions too. In half precision its matrices are kept in half.
     adapter     two layers D -> D, GELU between, added to its input, the last one zero: stage 2 starts as stage 1 ended.
-    head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2).
+    head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2). Zero at
+                first (scenic), not in the toy: before an encoder that starts from nothing it stays at chance for long.
     restart     each stage has its own warm-up, cosine and optimizer state: "same schedule".
     epochs      "8 frames for 30 epochs" (Sec. 4.2) is Kinetics'; elsewhere stage 1 has the epochs of Table 7.
     length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and 64 (the others): with
@@ -54,6 +55,7 @@ Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D w
 """
 
 import csv
+import json
 import math
 import time
 from dataclasses import dataclass, replace
@@ -82,28 +84,13 @@ MODELS = {
 
 # A recipe replaces defaults of Config: a column of Table 7 each. What all columns share is Config's default.
 RECIPES = {
-    "toy": {
-        "train_list": "toy/long/train.csv",
-        "val_list": "toy/long/val.csv",
-        "data_root": "toy/long",
-        "train_clips": 480,
-        "num_classes": 8,
-        "model": "vivit_toy",
-        "stages": "8:40,32:15",
-        "size": 64,
-        "stride": 8,
-        "optimizer": "adamw",  # a small model that starts from nothing learns little by SGD in minutes
-        "lr": 1e-3,
-        "weight_decay": 0.05,
-        "batch_size": 32,
-        "crop": False,
-        "flip": False,  # left is not right
-        "views": 1,
-        "crops": 1,
-        "eval_every": 5,
-        "log_every": 50,
-        "workers": 2,
-    },
+    "toy": {"train_list": "toy/pairs/train.csv", "val_list": "toy/pairs/val.csv", "data_root": "toy/pairs",
+            "train_clips": 1600, "num_classes": 8, "model": "vivit_toy", "stages": "4:12,16:18", "size": 64,
+            "stride": 4,  # 4 frames mostly show one motion of two, 16 always both
+            "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,  # from nothing, SGD learns little in minutes
+            "head_std": 0.1,  # DECISION (head)
+            "batch_size": 32, "crop": False, "flip": False,  # left is not right
+            "views": 1, "crops": 1, "eval_every": 3, "log_every": 50, "workers": 2},
     "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
              "temporal_depth": 24},  # DECISION (depth)
     "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
@@ -129,23 +116,18 @@ class Config:
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/sfa-<recipe>", free=True)
-    init: str = opt(
-        "",
-        "weights to start from: an image ViT's .npz or hub folder, ours; `random`: none, and mean it (eval ...: ours)",
-    )
+    init: str = opt("", "weights to start from: an image ViT's .npz or hub folder, ours; `random`: none, and mean it")
     init_temporal: str = opt("", "the temporal transformer's: VideoMAE's .pth or hub folder, or ours (Table 1, row IV)")
-    inflate: str = opt(
-        "central", "an image kernel in a tubelet: in its central frame, or spread", ["central", "average"]
-    )
-    resume: str = opt(
-        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
-    )
+    inflate: str = opt("central", "an image's kernel in a tubelet: in one frame, or in both", ["central", "average"])
+    resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
     gpu_gb: tuple = opt(("11", "16", "24", "80"), "GB of the cards that --plan fits frames into (Table 4)", free=True)
 
     model: str = opt("vivit_l", "model size (Sec. 4.2)", choices=list(MODELS))
     temporal_depth: int = opt(0, "layers of the temporal transformer; 0: the model's own")
+    gelu: str = opt("exact", "exact, as the hub's and timm's ViTs; tanh: its approximation (scenic)", ["exact", "tanh"])
+    head_std: float = opt(0.0, "standard deviation of the classifier's weights at init (scenic: 0)")
     stages: str = opt("8:35,64:35", "frames:epochs of each stage, such as 8:30,32:10,128:10 (Sec. 3.2, App. D)")
     freeze: str = opt("later", "later: spatial, from stage 2 on; or spatial, temporal: in all stages; none (Table 1)")
     adapter: bool = opt(True, "an adapter behind a spatial transformer that is frozen (Table 1, row I without)")
@@ -176,15 +158,9 @@ class Config:
     crops: int = opt(3, "squares of a clip at test, along its long side (scenic); 1 for Table 3")
 
     workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
-    max_bad: float = opt(
-        0.01, "share of an epoch's videos that may be unreadable (at least 1 video) before it stops", free=True
-    )
-    precision: str = opt(
-        "auto", "auto: bf16, fp16 or fp32, the best of the device", ["auto", "fp32", "bf16", "fp16"], True
-    )
-    attention: str = opt(
-        "auto", "auto: flash-attn where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True
-    )
+    max_bad: float = opt(0.01, "share of an epoch's videos that may be unreadable (at least 1 video)", free=True)
+    precision: str = opt("auto", "auto: the best of the device", ["auto", "fp32", "bf16", "fp16"], True)
+    attention: str = opt("auto", "auto: flash-attn if it can run, or sdpa", ["auto", "flash", "sdpa", "plain"], True)
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
     grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
     seed: int = opt(0, "key of every random draw")
@@ -280,13 +256,15 @@ def sample_clip(cfg, frames, videos, views, video, index, view, key):
     return video.at(start + np.array(clip_frames(count, frames, cfg.stride, u)) / fps), box
 
 
-def soft_targets(labels, heads, smoothing):
-    """Targets of each head's classes, one beside the other: int64 [B] -> float32 [B, sum(heads)].
+def head_labels(labels, heads):
+    """Labels of each head: those of two count through pairs, verb * nouns + noun. int64 [B] -> a tuple of [B]."""
+    return (labels,) if len(heads) == 1 else (labels // heads[1], labels % heads[1])
 
-    A label counts through pairs of classes where there are two heads: verb * nouns + noun.
-    """
-    parts = (labels,) if len(heads) == 1 else (labels // heads[1], labels % heads[1])  # [B] each
-    return torch.cat([data.soft_labels(x, n, smoothing) for x, n in zip(parts, heads, strict=True)], 1)
+
+def soft_targets(labels, heads, smoothing):
+    """Targets of each head's classes, one beside the other: int64 [B] -> float32 [B, sum(heads)]."""
+    parts = zip(head_labels(labels, heads), heads, strict=True)
+    return torch.cat([data.soft_labels(part, n, smoothing) for part, n in parts], 1)  # [B, sum(heads)]
 
 
 def vivit_loss(logits, targets, heads):
@@ -303,28 +281,39 @@ def joint_scores(logits, heads):
 
 
 def near_peak(curve):
-    """(first epoch within 1 point of the best top-1, epoch of the best) of [epoch, top-1] pairs (App. E, Table 9)."""
+    """(first step within 1 point of the best top-1, step of the best) of [step, top-1] pairs (App. E, Table 9)."""
     best = max(top1 for _, top1 in curve)
-    near = next(epoch for epoch, top1 in curve if top1 >= best - 1)  # DECISION (peak)
-    return near, next(epoch for epoch, top1 in curve if top1 == best)
+    near = next(step for step, top1 in curve if top1 >= best - 1)  # DECISION (peak)
+    return near, next(step for step, top1 in curve if top1 == best)
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
-    """A ViT's transformer: CLS before the tokens, learned positions, pre-norm blocks, norm. [B, N, D] -> CLS [B, D]."""
+    """A ViT's transformer: CLS before the tokens, learned positions, pre-norm blocks, norm. [B, N, D] -> CLS [B, D].
 
-    def __init__(self, tokens, spec, depth, drop_path=0.0, kind="auto", first=0):
+    LayerNorm's epsilon goes with the weights, in their state dict: 1e-6 in Google's ViTs, 1e-12 in the hub's.
+    """
+
+    def __init__(self, tokens, spec, depth, drop_path=0.0, kind="auto", gelu="exact", first=0):
         super().__init__()
         width, ratio = spec["width"], spec["mlp"] / spec["width"]
+        act = partial(nn.GELU, "tanh" if gelu == "tanh" else "none")  # DECISION (gelu)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))  # scenic: zeros
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + tokens, width))
         rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # DECISION (drop)
-        self.blocks = nn.ModuleList(  # DECISION (gelu): Block's default, the exact one
-            Block(width, spec["heads"], ratio, rate, kind=kind, index=first + i) for i, rate in enumerate(rates)
+        self.blocks = nn.ModuleList(
+            Block(width, spec["heads"], ratio, rate, act=act, kind=kind, index=first + i)
+            for i, rate in enumerate(rates)
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.register_buffer("eps", torch.tensor(1e-6))
+        self.register_load_state_dict_post_hook(Encoder.use_eps)
+
+    def use_eps(self, _):
+        for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
+            norm.eps = self.eps.item()
 
     def embed(self, x):
         """Tokens with CLS and positions: [B, N, D] -> [B, 1 + N, D]."""
@@ -365,7 +354,7 @@ class ViViT(nn.Module):
     """
 
     def __init__(self, num_classes, model="vivit_l", frames=8, size=224, temporal_depth=0, drop_path=0.0,
-                 attention="auto", grad_checkpoint=False, spatial_chunk=32):  # fmt: skip
+                 attention="auto", grad_checkpoint=False, spatial_chunk=32, gelu="exact", head_std=0.0):  # fmt: skip
         super().__init__()
         spec = MODELS[model]
         self.width, self.size, self.patch = spec["width"], size, (2, spec["patch"], spec["patch"])
@@ -373,12 +362,12 @@ class ViViT(nn.Module):
         self.frozen, self.adapter = (), None
         self.tokens, self.steps = (size // spec["patch"]) ** 2, frames // self.patch[0]  # of a time step; time steps
         self.patch_embed = nn.Linear(math.prod(self.patch) * 3, self.width)  # = a Conv3d (common.conv_to_linear)
-        self.spatial = Encoder(self.tokens, spec, spec["depth"], drop_path, attention)
+        self.spatial = Encoder(self.tokens, spec, spec["depth"], drop_path, attention, gelu)
         depth = temporal_depth or spec["temporal"]
-        self.temporal = Encoder(self.steps, spec, depth, drop_path, attention, first=spec["depth"])
+        self.temporal = Encoder(self.steps, spec, depth, drop_path, attention, gelu, first=spec["depth"])
         self.head = nn.Linear(self.width, num_classes)
         self.apply(common.init_linear)
-        nn.init.zeros_(self.head.weight)  # scenic
+        nn.init.normal_(self.head.weight, std=head_std)
 
     def enter(self, stage, half=None):
         """Become the model of a Stage: temporal positions for its frames, adapter, requires_grad as it says.
@@ -435,7 +424,7 @@ class ViViT(nn.Module):
 def build(cfg, heads, stage):
     """The model that a Config describes, in a Stage."""
     net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, cfg.temporal_depth, cfg.drop_path, cfg.attention,
-                cfg.grad_checkpoint, cfg.spatial_chunk)  # fmt: skip
+                cfg.grad_checkpoint, cfg.spatial_chunk, cfg.gelu, cfg.head_std)  # fmt: skip
     net.enter(stage)
     return net
 
@@ -446,15 +435,22 @@ def build(cfg, heads, stage):
 def image_weights(path):
     """An image ViT's weights by ViViT's names, on the CPU, patch_embed's kernel as [D, C, p, p]; or ours as they are.
 
-    path: any file that common.vit_weights knows, or a checkpoint of this script.
+    path: any file that common.vit_weights knows, or a checkpoint of this script. Of a hub's ViT, the epsilon too.
     """
     state = common.read_weights(path)
     if any(name.startswith(("spatial.", "temporal.")) for name in state):
         return state
-    state = common.vit_weights(state) or common.videomae_weights(state)
-    place = {"cls_token": "spatial.cls_token", "pos_embed": "spatial.positions"}
-    rename = lambda name: place.get(name) or (f"spatial.{name}" if name.startswith(("blocks.", "norm.")) else name)
-    return {rename(name): x for name, x in state.items()}
+    ours = {}
+    for name, x in (common.vit_weights(state) or common.videomae_weights(state)).items():
+        name = {"pos_embed": "positions"}.get(name, name)
+        ours[f"spatial.{name}" if name.startswith(("cls_token", "positions", "blocks.", "norm.")) else name] = x
+    if any(name.endswith("embeddings.position_embeddings") for name in state):
+        config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+        try:
+            ours["spatial.eps"] = torch.tensor(float(json.loads(config.read_text())["layer_norm_eps"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            ours["spatial.eps"] = torch.tensor(1e-12)  # what it is there where nothing is said
+    return ours
 
 
 def temporal_weights(path, depth):
@@ -480,17 +476,27 @@ def init_weights(cfg, net):
             weights["patch_embed.weight"] = common.conv_to_linear(inflate(kernel, frames, cfg.inflate))  # [D, P]
             weights.pop("head.weight", None)  # an image classifier's
     if cfg.init_temporal:
-        weights |= temporal_weights(cfg.init_temporal, len(net.temporal.blocks))
+        temporal = temporal_weights(cfg.init_temporal, len(net.temporal.blocks))
+        if not temporal:
+            raise UserError(f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is in it")
+        weights |= temporal
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
     space, time = weights.get("spatial.positions"), weights.get("temporal.positions")  # [1, 1 + N, D], [1, 1 + S, D]
     if space is not None:
         if math.isqrt(space.shape[1]) ** 2 == space.shape[1]:  # big_vision's: CLS has no position
             space = torch.cat([torch.zeros_like(space[:, :1]), space], dim=1)  # [1, 1 + N, D]
-        grids = [(math.isqrt(n),) * 2 for n in (space.shape[1] - 1, net.tokens)]
+        side = math.isqrt(space.shape[1] - 1)
+        if 1 + side**2 != space.shape[1]:
+            raise UserError(f"{cfg.init}: its {space.shape[1]} positions are not those of CLS and a square of patches")
+        grids = (side,) * 2, (math.isqrt(net.tokens),) * 2
         weights["spatial.positions"] = resize_positions(space, *grids)  # [1, 1 + N, D]
     if time is not None:
         weights["temporal.positions"] = resize_positions(time, (time.shape[1] - 1,), (net.steps,))  # [1, 1 + S, D]
+    needed = [k for k, _ in net.named_parameters() if k.startswith(("patch_embed.", "spatial."))]
+    absent = [name for name in needed if name not in weights]
+    if absent and "spatial" in net.frozen and cfg.init != "random":
+        raise UserError(f"{cfg.init}: no {absent[0]} in it; --freeze spatial would keep what nothing has initialised")
     return weights
 
 
@@ -518,17 +524,15 @@ def evaluate(model, videos, cfg, ctx, heads, frames, views=(1, 1), name="val", p
     """
     model.eval()
     failures, k = data.Failures(len(videos), cfg.max_bad), min(5, math.prod(heads))
-    sums = torch.zeros(5, dtype=torch.float64, device=ctx.device)  # clips, top-1, top-k, verb, noun
+    sums = torch.zeros(3 + len(heads), dtype=torch.float64, device=ctx.device)  # clips, top-1, top-k, of each head
     for batch in eval_batches(videos, cfg, ctx, frames, views, failures):
         with ctx.autocast():
             logits = model(batch.clips, batch.keys)  # [V B, classes]
         logits = logits.float().unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
         hits = joint_scores(logits, heads).topk(k).indices == labels[:, None]  # [B, k]
-        verb, noun = (
-            (logits.split(heads, 1)[i].argmax(1) == x) for i, x in ((0, labels // heads[-1]), (-1, labels % heads[-1]))
-        )
-        sums += torch.stack([torch.ones_like(verb), hits[:, 0], hits.any(1), verb, noun]).double().sum(1)  # [5]
+        alone = [x.argmax(1) == y for x, y in zip(logits.split(heads, 1), head_labels(labels, heads), strict=True)]
+        sums += torch.stack([torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(1), *alone]).double().sum(1)
         if picture and ctx.rank == 0:
             with ctx.autocast():
                 write_attention(model, batch.clips[:4], picture)
@@ -619,29 +623,29 @@ def print_plan(cfg):
     """What would run, counted and measured on the model's own parts: no data, no GPU, no training (--plan)."""
     heads = EPIC if cfg.labels == "epic" else (cfg.num_classes or 2,)
     stages = plan_stages(cfg, max(1, cfg.train_clips // cfg.batch_size))
-    last, precision = stages[-1], "fp32" if cfg.precision == "fp32" else "half precision"
-    kinds = [((), False), (("spatial",), cfg.adapter)]  # everything trains; stage 2
-    plain = replace(cfg, attention="sdpa", grad_checkpoint=False)
+    last, kinds = stages[-1], [((), False), (("spatial",), cfg.adapter)]  # everything trains; stage 2
     with torch.device("meta"):
+        plain = replace(cfg, attention="sdpa", grad_checkpoint=False)
         net = build(plain, heads, Stage(0, last.frames, 0, 0, *kinds[1]))
     count = lambda *parts: sum(p.numel() for part in parts if part for p in part.parameters()) / 1e6
     parts = count(net.patch_embed, net.spatial), count(net.temporal), count(net.adapter), count(net.head)
+    names = "spatial", f"temporal ({len(net.temporal.blocks)} layers)", "adapter", "head"
     print(
-        f"model     {cfg.model}: {sum(parts):.1f} M parameters = spatial {parts[0]:.1f} + temporal {parts[1]:.1f} "
-        f"({len(net.temporal.blocks)} layers) + adapter {parts[2]:.1f} + head {parts[3]:.1f}; {sum(parts[1:]):.1f} M "
-        "train where spatial is frozen"
+        f"model     {cfg.model}: {sum(parts):.1f} M parameters = "
+        + " + ".join(f"{name} {part:.1f}" for name, part in zip(names, parts, strict=True))
+        + f"; {sum(parts[1:]):.1f} M train where spatial is frozen"
     )
     grid = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
     cost = {(kind, n): count_gmacs(net, Stage(0, n, 0, 0, *kind)) for kind in kinds for n in grid}
-    costs = [count_gmacs(net, stage) for stage in stages]
-    for stage, gmacs in zip(stages, costs, strict=True):
+    whole, shares = cost[kinds[0], last.frames] * (last.stop - last.start), []
+    for stage in stages:
+        steps, gmacs = stage.stop - stage.start, count_gmacs(net, stage)
+        shares.append(gmacs * steps / whole)
         print(
-            f"stage {stage.number + 1}   {stage.frames} frames, {stage.stop - stage.start} steps at batch "
-            f"{cfg.batch_size}, peak lr {cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}"
-            f"{', with adapter' * stage.adapter}; {gmacs:.0f} GMACs a clip"
+            f"stage {stage.number + 1}   {stage.frames} frames, {steps} steps at batch {cfg.batch_size}, peak lr "
+            f"{cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{', with adapter' * stage.adapter}; "
+            f"{gmacs:.0f} GMACs a clip"
         )
-    whole = cost[kinds[0], last.frames] * (last.stop - last.start)
-    shares = [gmacs * (stage.stop - stage.start) / whole for stage, gmacs in zip(stages, costs, strict=True)]
     print(
         f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training everything on "
         f"{last.frames} frames for as many steps as the last stage"
@@ -649,19 +653,20 @@ def print_plan(cfg):
     memory = memory_model(cfg, net)
     print("\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state")
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
-    for frames in grid:
-        full, frozen = (cost[kind, frames] for kind in kinds)
-        megabytes = " ".join(f"{(fixed + frames // 2 * step) / 1e6:9.0f}" for fixed, step in memory)
-        print(f"{frames:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {megabytes}")
+    for n in grid:
+        full, frozen = (cost[kind, n] for kind in kinds)
+        megabytes = " ".join(f"{(fixed + n // 2 * step) / 1e6:9.0f}" for fixed, step in memory)
+        print(f"{n:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {megabytes}")
+    precision = "fp32" if cfg.precision == "fp32" else "half precision"
     print(f"\nmost frames of a micro-batch of one clip, {precision} (Table 4)")
-    for card in map(float, cfg.gpu_gb):
-        full, frozen = (largest_frames(part, card) for part in memory)
-        if not frozen:
-            raise UserError(
-                f"--gpu-gb {card:g}: the weights and optimizer state of {cfg.model} alone take "
-                f"{memory[1][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
-            )
-        print(f"{card:6g} GB: full {full or 'none'}, frozen {frozen}")
+    for card in sorted(map(float, cfg.gpu_gb), reverse=True):
+        full, frozen = (largest_frames(part, card) or "none" for part in memory)
+        print(f"{card:6g} GB: full {full}, frozen {frozen}")
+    if frozen == "none":
+        raise UserError(
+            f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take {memory[1][0] / 2**30:.1f} GB, "
+            "even with its spatial transformer frozen"
+        )
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -686,16 +691,16 @@ def check(cfg):
             "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage "
             "1's checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
         )
-    for flag in ("stride", "log_every", "eval_every", "spatial_chunk", "views", "crops"):
-        if getattr(cfg, flag) <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
-    for flag in ("max_steps", "workers", "micro_batch", "mixup", "max_bad", "temporal_depth", "warmup_epochs"):
-        if getattr(cfg, flag) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
-    if not (0 <= cfg.rand_augment <= 30 and 0 <= cfg.colour_jitter <= 1):
-        raise UserError("--rand-augment must be in [0, 30], --colour-jitter in [0, 1]")
-    if not (0 <= cfg.drop_path < 1 and 0 <= cfg.label_smoothing < 1):
-        raise UserError("--drop-path and --label-smoothing must be in [0, 1)")
+    above, free = (
+        ("stride", "log_every", "eval_every", "spatial_chunk", "views", "crops"),
+        ("max_steps", "workers", "micro_batch", "mixup", "max_bad", "temporal_depth", "warmup_epochs", "head_std"),
+    )
+    for flag in (*above, *free):
+        if getattr(cfg, flag) < 0 or flag in above and not getattr(cfg, flag):
+            raise UserError(f"--{flag.replace('_', '-')} must {'be above 0' if flag in above else 'not be negative'}")
+    for flag, most in (("rand_augment", 30), ("colour_jitter", 1), ("drop_path", 0.99), ("label_smoothing", 0.99)):
+        if not 0 <= getattr(cfg, flag) <= most:
+            raise UserError(f"--{flag.replace('_', '-')} must be in [0, {most}]")
     if not all(part.replace(".", "", 1).isdecimal() and float(part) for part in cfg.gpu_gb):
         raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 16")
 
@@ -741,7 +746,7 @@ def open_lists(cfg, ctx):
     if cfg.train_list == RECIPES["toy"]["train_list"]:
         if ctx.rank == 0:
             try:
-                data.make_toy("toy", "long")
+                data.make_toy("toy", "pairs")
             except OSError as error:
                 raise UserError(f"can't make the toy videos: {error}") from None
         ctx.barrier()
@@ -762,7 +767,7 @@ def use(cfg, ctx):
     state = common.load_checkpoint(source)
     if not isinstance(state, dict) or not {"model", "config", "classes", "stage"} <= set(state):
         raise UserError(f"{source}: not a checkpoint of sfa_vivit.py")
-    shape = ("model", "temporal_depth", "stride", "size", "labels", "seed")
+    shape = ("model", "temporal_depth", "gelu", "stride", "size", "labels", "seed")
     cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
     heads, stage = EPIC if cfg.labels == "epic" else (len(classes),), Stage(*state["stage"])
     net = build(cfg, heads, stage).to(ctx.device).eval()
@@ -776,10 +781,8 @@ def use(cfg, ctx):
         return write_features(net, videos, cfg, ctx, stage)
     result = evaluate(net, videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
     if ctx.rank == 0:
-        print(
-            f"{source} on {cfg.val_list}, {stage.frames} frames, {cfg.views} x {cfg.crops} views: "
-            + "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-        )
+        words = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+        print(f"{source} on {cfg.val_list}, {stage.frames} frames, {cfg.views} x {cfg.crops} views: {words}")
 
 
 @torch.no_grad()
@@ -818,9 +821,7 @@ def write_features(net, videos, cfg, ctx, stage):
     rows.flush()
     unread = failures.collect(ctx, 0)
     if ctx.rank == 0:
-        print(
-            f"{path}: {len(videos)} x {net.width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else "")
-        )
+        print(f"{path}: {len(videos)} x {net.width}{f'; NaN for {len(unread)}: ' * bool(unread)}{'; '.join(unread)}")
 
 
 def augment(cfg, clips, keys):
@@ -872,9 +873,7 @@ def main(cfg):
     def save(*names):
         if at["step"] < total and not meter.healthy(ctx):
             return False  # the last good checkpoint stays
-        state = {
-            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
-        }
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         state |= {"at": at, "stage": tuple(stage), "sums": meter.state(ctx), "classes": videos.classes}
         run.save(state, *names)
         return True
@@ -898,9 +897,8 @@ def main(cfg):
         model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
         plan = partial(sample_clip, cfg, stage.frames, videos, None)
         dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True)
-        schedule = data.GlobalBatches(
-            len(videos), cfg.batch_size, micro, cfg.seed, at["step"], stage.stop, ctx.rank, ctx.world
-        )
+        part = cfg.seed, at["step"], stage.stop, ctx.rank, ctx.world
+        schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, *part)
         batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
         run.say(
             f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
@@ -912,12 +910,12 @@ def main(cfg):
             step, done = at["step"], at["step"] - stage.start
             if step > at["evaluated"] and (step == stage.stop or done % (cfg.eval_every * epoch_steps) == 0):
                 result = evaluate(net, val_videos, cfg, ctx, heads, stage.frames, picture=run.folder / "attention.png")
-                at["curve"] = [*at["curve"], [round(done / epoch_steps, 3), result["val_top1"]]]
+                at["curve"] = [*at["curve"], [done, result["val_top1"]]]
                 better = result["val_top1"] > at["best"] and meter.healthy(ctx)
                 if step == stage.stop:
                     near, best = near_peak(at["curve"])
-                    result |= {"near_peak_epoch": near, "best_epoch": best}
-                    result["best_step"] = stage.start + round(best * epoch_steps)
+                    result |= {"near_peak_epoch": near / epoch_steps, "best_epoch": best / epoch_steps}
+                    result["best_step"] = stage.start + best
                     at["seconds"] = [*at["seconds"], round(time.time() - run.started, 1)]
                 if step == total and cfg.views * cfg.crops > 1:
                     result |= evaluate(net, val_videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")

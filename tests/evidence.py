@@ -240,9 +240,8 @@ def sfa_images(seed, path, steps=600, batch=64):
     cfg = common.parse(sfa_vivit.Config, sfa_vivit.RECIPES, ["--seed", str(seed)])
     actors = {}
     for split in ("train", "val"):
-        count = data.TOY_SETS["long"]["counts"][split]
-        pairs = [data._toy_script("long", 0, split, i)[1][0][1] for i in range(count)]
-        actors[split] = [data.TOY_ACTORS.index(pair) for pair in pairs]
+        scripts = [data._toy_script("pairs", 0, split, i) for i in range(data.TOY_SETS["pairs"]["counts"][split])]
+        actors[split] = [data.TOY_ACTORS.index(scenes[0][1]) for _, scenes in scripts]
     frames = {}
     for split, number in (("train", 16), ("val", 4)):
         videos = data.VideoList(f"{cfg.data_root}/{split}.csv", cfg.data_root, cfg.num_classes)
@@ -253,7 +252,7 @@ def sfa_images(seed, path, steps=600, batch=64):
                 frames[split].append(video.read(picked, cfg.size))
         frames[split] = torch.stack(frames[split])  # [videos, number, C, H, W]
     torch.manual_seed(seed)
-    net = sfa_vivit.ViViT(len(data.TOY_ACTORS), cfg.model, 2, cfg.size)
+    net = sfa_vivit.ViViT(len(data.TOY_ACTORS), cfg.model, 2, cfg.size, head_std=cfg.head_std)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
     still = lambda images: images[:, None].expand(-1, 2, -1, -1, -1)  # [B, 2, C, H, W]
     logits = lambda images: net.head(net.frames(still(images))[:, 0])  # [B, classes]
@@ -273,12 +272,12 @@ def sfa_images(seed, path, steps=600, batch=64):
 
 
 def sfa_evidence(seeds, out):
-    """Rows of Table 1 on the toy long videos: top-1 of the last step, wall-clock. V is `python sfa_vivit.py`; full
+    """Rows of Table 1 on the toy pairs: top-1 of the last step, wall-clock. V is `python sfa_vivit.py`; full
     training has the epochs of V's second stage, and those of both; I and III start from sfa_images."""
     (few, first), (many, second) = (part.split(":") for part in sfa_vivit.RECIPES["toy"]["stages"].split(","))
     alone, both = f"{many}:{second}", f"{many}:{int(first) + int(second)}"
     out.mkdir(parents=True, exist_ok=True)
-    data.make_toy("toy", "long")
+    data.make_toy("toy", "pairs")
     rows = []
     for seed in seeds:
         image = out / f"sfa-image-{seed}.pt"

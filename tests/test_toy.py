@@ -15,7 +15,8 @@ import pytest
 
 import data
 
-SMALL = {"actions": {"train": 16, "val": 8}, "long": {"train": 2, "val": 1}, "narrated": {"train": 1, "val": 2}}
+SMALL = {"actions": {"train": 16, "val": 8}, "pairs": {"train": 2, "val": 1}, "long": {"train": 2, "val": 1},
+         "narrated": {"train": 1, "val": 2}}  # fmt: skip
 FORK = multiprocessing.get_context("fork")  # starts at once, where a new interpreter would import torch
 
 
@@ -36,7 +37,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """{name: folder} of the three sets, small, made by two workers."""
+    """{name: folder} of the sets, small, made by two workers."""
     root = tmp_path_factory.mktemp("small")
     return {which: data.make_toy(root, which, counts=SMALL[which], workers=2) for which in SMALL}
 
@@ -46,9 +47,10 @@ def small(tmp_path_factory):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["actions", "long"])
+@pytest.mark.parametrize("which", ["actions", "pairs", "long"])
 def test_lists_name_every_video_and_its_label(small, which):
-    kinds = list(data.TOY_MOTIONS) if which == "actions" else ["+".join(r) for r in data.TOY_RECIPES]
+    recipes = data.TOY_RECIPES if which == "long" else itertools.pairwise([*data.TOY_RING, data.TOY_RING[0]])
+    kinds = list(data.TOY_MOTIONS) if which == "actions" else ["+".join(recipe) for recipe in recipes]
     listed = []
     for split, count in SMALL[which].items():
         rows = [line.split(",") for line in (small[which] / f"{split}.csv").read_text().splitlines()]
@@ -60,7 +62,7 @@ def test_lists_name_every_video_and_its_label(small, which):
 
 
 def test_labels_are_balanced_and_file_numbers_do_not_tell_them():
-    for which, kinds in (("actions", 8), ("long", 8)):
+    for which, kinds in (("actions", 8), ("pairs", 8), ("long", 8)):
         for split, count in data.TOY_SETS[which]["counts"].items():
             labels = [data._toy_script(which, 0, split, i)[0] for i in range(count)]
             assert set(Counter(labels).values()) == {count // kinds}
@@ -169,7 +171,7 @@ def state_features(states):
     return np.c_[waves, np.stack(pairs, 1)]
 
 
-@pytest.mark.parametrize("which", ["actions", "long"])
+@pytest.mark.parametrize("which", ["actions", "pairs", "long"])
 def test_no_single_frame_tells_the_label(monkeypatch, which):
     labels, states, draw = watch(monkeypatch, which, 1500)
     limit = 1 / 8 + 4 * np.sqrt(1 / 8 * 7 / 8 / 500)  # four standard errors above chance
@@ -204,6 +206,21 @@ def test_activities_differ_in_order_only_in_pairs():
         assert motions[::2] == [None] * 4 and "+".join(motions[1::2]) == label
         assert len({actor for _, actor, _ in scenes}) == 1
         assert 20 <= sum(n for _, _, n in scenes) / fps <= 40
+
+
+def test_each_motion_is_in_two_pairs():
+    """75 frames of one actor, the first motion in 19 to 56 of them; a motion opens one pair and ends another."""
+    assert sorted(data.TOY_RING) == sorted(data.TOY_MOTIONS)
+    seen, changes = set(), []
+    for i in range(300):
+        label, scenes = data._toy_script("pairs", 0, "train", i)
+        (first, actor, n), (second, other, rest) = scenes
+        assert label == f"{first}+{second}" and actor == other and n + rest == 75
+        seen, changes = seen | {(first, second)}, [*changes, n]
+    assert {min(changes), max(changes)} == {19, 56} and 35 < np.mean(changes) < 40
+    for k in (0, 1):
+        assert sorted(pair[k] for pair in seen) == sorted(data.TOY_MOTIONS)
+    assert len(seen) == 8 and not any(first == second for first, second in seen)
 
 
 def test_captions_are_true_when_visible_and_never_overlap():

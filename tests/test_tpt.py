@@ -250,6 +250,12 @@ def test_normalised_target_and_loss_by_loops():
     for b, n, c in itertools.product(range(2), range(3), range(3)):
         x = patches[b, n, c::3].double() / 255  # colours are fastest
         assert torch.allclose(target[b, n, c::3].double(), (x - x.mean()) / (x.std() + 1e-6), atol=1e-5)
+    dull = torch.full((1, 2, 24), 77.0)  # no detail, or one pixel's; mixup's clips are float, and must stay as they are
+    dull[0, 1, 3] = 78
+    before, flat = dull.clone(), tpt_mae.pixel_target(dull, "normalized")
+    assert (flat[0, 0] == 0).all() and torch.equal(dull, before)
+    x = dull[0, 1, ::3].double() / 255
+    assert torch.allclose(flat[0, 1, ::3].double(), (x - x.mean()) / (x.std() + 1e-6), atol=1e-5)
     mean, std = torch.tensor(data.IMAGENET_MEAN), torch.tensor(data.IMAGENET_STD)
     expected = (patches / 255).unflatten(-1, (-1, 3)).sub(mean).div(std).flatten(-2)
     assert torch.allclose(tpt_mae.pixel_target(patches, "pixels"), expected, atol=1e-6)

@@ -327,7 +327,7 @@ def search_space(frames=(2, 4, 8, 12, 16), most=4, portions=(6.25, 12.5, 25.0, 5
 
 def mae_loss(prediction, target):
     """Sec. 3.1: the mean squared error over masked tokens, a clip at a time: [B, R, P] twice -> [B]."""
-    return (prediction.float() - target).square().mean((1, 2))  # [B]
+    return nn.functional.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))  # [B]
 
 
 def sample_clip(cfg, frames, train, views, video, index, view, key):

@@ -688,7 +688,9 @@ def open_video(path):
 
 def _check_length(info, n):
     if info.num_frames < n:
-        raise ValueError(f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames")
+        raise ValueError(
+            f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames (--stages)"
+        )
 
 
 def fps_frames(info, n, fps, u):

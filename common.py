@@ -311,15 +311,17 @@ def cosine(step, total, warmup, peak, floor=0.0):
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def param_groups(model, weight_decay, layer_decay=1.0, layer_of=None, layers=0):
-    """Optimizer groups: no weight decay on 1-D parameters; `lr_scale` = layer_decay ** (layers + 1 - layer_of(name)).
+def param_groups(model, weight_decay, layer_decay=1.0, layer_of=None, layers=0, no_decay=()):
+    """Optimizer groups: no weight decay on 1-D parameters and on those whose names are in `no_decay`; `lr_scale` =
+    layer_decay ** (layers + 1 - layer_of(name)).
 
     layer_of maps a parameter's name to 0 (patch embedding, CLS) ... layers (last block), layers + 1 (head). (BEiT.)
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = weight_decay if parameter.squeeze().dim() > 1 else 0.0  # squeeze: [1, 1, D] tokens are 1-D too
+            matrix = parameter.squeeze().dim() > 1 and name not in no_decay  # squeeze: [1, 1, D] tokens are 1-D too
+            decay = weight_decay if matrix else 0.0
             scale = layer_decay ** (layers + 1 - layer_of(name)) if layer_of else 1.0
             group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
             group["params"].append(parameter)

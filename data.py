@@ -688,7 +688,9 @@ def open_video(path):
 
 def _check_length(info, n):
     if info.num_frames < n:
-        raise ValueError(f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames")
+        raise ValueError(
+            f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames (--stages)"
+        )
 
 
 def fps_frames(info, n, fps, u):
@@ -1443,9 +1445,11 @@ def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """
     if kind == "pixels":
         return normalize(patches, mean, std)
-    x = (patches.float() / 255).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
-    deviation = x.var(dim=2, keepdim=True, unbiased=True).sqrt()  # [B, R, 1, 3]
-    return ((x - x.mean(dim=2, keepdim=True)) / (deviation + 1e-6)).flatten(2)  # [B, R, P]
+    # On 0-255 pixels, whose sums are exact, and in place: of a whole batch's masked patches each copy takes time.
+    x = patches.to(torch.float32, copy=True).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
+    x -= x.mean(2, keepdim=True)
+    deviation = torch.linalg.vector_norm(x, dim=2, keepdim=True) / math.sqrt(x.shape[2] - 1)  # [B, R, 1, 3]
+    return x.div_(deviation + 255e-6).flatten(2)  # [B, R, P]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ then 4, 8 and 16 frames, each from the weights of the one before. Then the encod
     Table 3, backbones                      DividedBlock, TrajectoryBlock (--backbone)
     Table 6, learning rate cycles           learning_rate (--lr-cycles, --decay)
     Table 7, batch a stage                  RECIPES, Config (--stage-batch)
-    Sec. 5.4, reuse of decoded frames       sample_clip (--repeats)
-    fine-tuning                             Classifier (recipes *_ft, --then)
+    Sec. 5.4, reuse of decoded frames       sample_clip (--repeated)
+    fine-tuning                             Classifier, following (recipes *_ft, --then)
 
 Faithful: stages, budget arithmetic, optimiser, masks, target, sampling, as the paper or the VideoMAE it builds on says.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
@@ -35,10 +35,13 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 positions, because its own are.
     decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out with 4 x 512 for L.
     target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
-Missing: the other methods' rows of Tables 1 and 2; Lion, which AVION's code has for its VideoMAE (its Sec. 5.5).
+Missing: Table 1's SlowFast, MViT, MViTv2, MotionFormer (32 frames), Swin, TimeSformer (64 frames), MaskFeat, ST-MAE;
+Table 2's ImageMAE, MotionMAE, MAM2, M3Video; Lion, which AVION's code has for its VideoMAE (its Sec. 5.5).
 
     python tpt_mae.py                   # toy videos: pretrains on 2, 4, 8 frames, then fine-tunes; 2 CPU cores
     torchrun --nproc_per_node=8 tpt_mae.py --recipe ssv2 --then ssv2_ft --train-list train.csv --val-list val.csv
+    torchrun --nproc_per_node=8 tpt_mae.py --recipe k400 --model vit_l --train-list k400.csv --val-list k400_val.csv \
+        --then ssv2_ft --then-train-list ssv2.csv --then-val-list ssv2_val.csv    # Table 1's SSv2 column
 
 Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R masked ones, S time steps, D width, H heads,
 d = D / H, P pixel values of a patch.
@@ -57,19 +60,7 @@ from torch import nn
 
 import common
 import data
-from common import (
-    Attention,
-    Block,
-    Decoder,
-    UserError,
-    attention,
-    gather_tokens,
-    opt,
-    parse,
-    patchify,
-    uniform,
-    unpatchify,
-)
+from common import Attention, Block, Decoder, UserError, attention, gather_tokens, opt, patchify, uniform, unpatchify
 from data import pixel_target
 
 # Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); frames, height, width of a token.
@@ -81,73 +72,32 @@ MODELS = {
     "vit_h": {"width": 1280, "depth": 32, "heads": 16, "decoder": "12x640", "patch": (2, 16, 16)},
 }
 
-TOY = {
-    "train_list": "toy/actions/train.csv",
-    "val_list": "toy/actions/val.csv",
-    "data_root": "toy/actions",
-    "train_clips": 1600,
-    "num_classes": 8,
-    "model": "vit_toy",
-    "size": 32,
-    "batch_size": 16,
-    "lr": 1e-3,
-    "min_lr": 1e-6,
-    "workers": 2,
-    "log_every": 50,
-}
-# VideoMAE's fine-tuning, which Sec. 4 follows: 384 videos a step, which its rule for the rate counts, of 2 clips each.
-FINETUNE = {
-    "stages": "",
-    "frames": 16,
-    "batch_size": 768,
-    "repeats": "2",
-    "lr": 5e-4 * 384 / 256,
-    "min_lr": 1e-6 * 384 / 256,
-    "warmup_epochs": 5.0,
-    "beta2": 0.999,
-    "layer_decay": 0.75,
-    "drop_path": 0.1,
-    "label_smoothing": 0.1,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "rand_augment": 7.0,
-    "erase": 0.25,
-}
+TOY = {"train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv", "data_root": "toy/actions",
+       "train_clips": 1600, "num_classes": 8, "model": "vit_toy", "size": 32, "sampling": "stride", "batch_size": 16,
+       "lr": 1e-3, "min_lr": 1e-6, "workers": 2, "log_every": 50}  # fmt: skip
 SSV2 = {"train_clips": 168913, "num_classes": 174, "sampling": "segments"}  # Sec. 4
 K400 = {"train_clips": 241258, "num_classes": 400, "sampling": "stride"}
+# An evaluation takes 16 frames of each video: after each epoch of 2 it would cost as much as these.
+PRETRAIN = {"eval_every": 50}
+# VideoMAE's fine-tuning, which Sec. 4 follows: 384 videos a step, which its rule for the rate counts, of 2 clips each.
+FINETUNE = {"stages": "", "frames": 16, "batch_size": 768, "repeated": "2", "lr": 5e-4 * 384 / 256,
+            "min_lr": 1e-6 * 384 / 256, "warmup_epochs": 5.0, "beta2": 0.999, "layer_decay": 0.75, "drop_path": 0.1,
+            "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 7.0, "erase": 0.25}  # fmt: skip
 
 # A recipe replaces defaults of Config, which are Sec. 4's pretraining. A recipe without stages fine-tunes.
 RECIPES = {
-    "toy": TOY
-    | {
-        "sampling": "stride",
-        "stages": "2:25,4:25,8:50",
-        "budget": 8,
-        "budget_frames": 8,
-        "warmup_epochs": 0.4,
-        "mask_ratio": 0.75,
-        "target": "pixels",  # a small model needs long to learn the normalised one
-        "eval_every": 4,
-        "then": "toy_ft",
-    },
-    "toy_ft": TOY
-    | {
-        "sampling": "stride",
-        "stages": "",
-        "frames": 8,
-        "epochs": 3,
-        "warmup_epochs": 0.3,
-        "beta2": 0.999,
-        "layer_decay": 0.75,
-    },
-    "ssv2": SSV2,
-    "k400": K400 | {"budget": 1600},  # Table 1
-    "videomae_k400": K400  # VideoMAE itself: one stage; with this loader, AVION's Sec. 5.5
+    # A small model needs long to learn the normalised target, and learns nothing at 90 % of so few places.
+    "toy": TOY | {"stages": "2:25,4:25,8:50", "budget": 8, "budget_frames": 8, "warmup_epochs": 0.4, "mask_ratio": 0.75,
+                  "target": "pixels", "search_frames": "2,4,8", "eval_every": 4, "then": "toy_ft"},
+    "toy_ft": TOY | {"stages": "", "frames": 8, "epochs": 3, "warmup_epochs": 0.3, "beta2": 0.999, "layer_decay": 0.75},
+    "ssv2": SSV2 | PRETRAIN,
+    "k400": K400 | PRETRAIN | {"budget": 1600},  # Table 1
+    "videomae_k400": K400 | PRETRAIN  # VideoMAE itself: one stage; with this loader, AVION's Sec. 5.5
     | {"stages": "16:100", "budget": 800, "batch_size": 2048, "lr": 1.5e-4 * 2048 / 256, "min_lr": 1e-5 * 2048 / 256},
     "ssv2_ft": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3"},  # Sec. 5.3
     "ssv2_sup": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3", "positions": "learned"},  # Table 3, ImageNet-21k
     "k400_ft": K400 | FINETUNE | {"epochs": 75, "test_views": "5x3", "flip": True},
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -159,15 +109,14 @@ class Config:
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/tpt_mae-<recipe>", free=True)
-    init: str = opt(
-        "", "weights to start from: ours, VideoMAE's .pth or hub folder, a ViT's .npz (eval ...: ours; empty: best.pt)"
-    )
-    resume: str = opt(
-        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
-    )
+    init: str = opt("", "weights: ours, VideoMAE's .pth, a hub folder, a ViT's .npz (eval ...: ours; empty: best.pt)")
+    resume: str = opt("auto", "auto: continue the run folder's last.pt; or a checkpoint to continue", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
-    then: str = opt("", "recipe to go on with from these weights, in <out>_ft", ["", "toy_ft", "ssv2_ft", "k400_ft"])
+    then: str = opt("", "recipe to go on with, in <out>_ft", ["", "toy_ft", "ssv2_ft", "k400_ft"], True)
+    then_train_list: str = opt("", "its training videos, where it has others; empty: the same lists", free=True)
+    then_val_list: str = opt("", "its validation videos", free=True)
+    then_data_root: str = opt("", "folder that its lists' paths are relative to", free=True)
 
     model: str = opt("vit_b", "encoder size", choices=list(MODELS))
     backbone: str = opt("joint", "attention over space and time (Table 3)", ["joint", "divided", "trajectory"])
@@ -182,7 +131,7 @@ class Config:
     decay: str = opt("cosine", "how a cycle's learning rate falls (Table 6)", ["cosine", "step"])
     stage_batch: str = opt("", "batch size of each stage, such as 512,512,512,1024; empty: --batch-size (Table 7)")
     stage_lr: str = opt("", "peak learning rate of each stage; empty: --lr x its batch / --batch-size")
-    repeats: str = opt("1", "clips of a video that one decode gives, for all stages or each: 4,2,1,1 (Sec. 5.4)")
+    repeated: str = opt("1", "clips of a video that one decode gives, for all stages or each: 4,2,1,1 (Sec. 5.4)")
     search_frames: str = opt("2,4,8,12,16", "frames that --task search_schedule tries (Sec. 3.2.1)")
     search_stages: int = opt(4, "largest number of stages that it tries (Sec. 3.2.1)")
     frames: int = opt(0, "frames a clip in fine-tuning")
@@ -218,15 +167,9 @@ class Config:
     test_views: str = opt("1x1", "clips x crops a video of the last evaluation (Sec. 4)")  # DECISION (views)
 
     workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
-    max_bad: float = opt(
-        0.01, "share of an epoch's videos that may be unreadable (at least 1 video) before it stops", free=True
-    )
-    precision: str = opt(
-        "auto", "auto: bf16, fp16 or fp32, the best of the device", ["auto", "fp32", "bf16", "fp16"], True
-    )
-    attention: str = opt(
-        "auto", "auto: flash-attn where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True
-    )
+    max_bad: float = opt(0.01, "share of an epoch's videos (at least 1) that may be unreadable", free=True)
+    precision: str = opt("auto", "auto: the device's best", ["auto", "fp32", "bf16", "fp16"], True)
+    attention: str = opt("auto", "auto: flash-attn or sdpa", ["auto", "flash", "sdpa", "plain"], True)
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
     grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
     seed: int = opt(0, "key of every random draw")
@@ -327,7 +270,7 @@ def search_space(frames=(2, 4, 8, 12, 16), most=4, portions=(6.25, 12.5, 25.0, 5
 
 def mae_loss(prediction, target):
     """Sec. 3.1: the mean squared error over masked tokens, a clip at a time: [B, R, P] twice -> [B]."""
-    return (prediction.float() - target).square().mean((1, 2))  # [B]
+    return nn.functional.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))  # [B]
 
 
 def sample_clip(cfg, frames, train, views, video, index, view, key):
@@ -483,7 +426,7 @@ class VideoMAE(Encoder):
         self.target = target
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
         self.encoder_to_decoder = nn.Linear(self.width, width, bias=False)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02, a=-0.02, b=0.02))
         heads = 8 if width == 640 else max(1, width // 64)
         self.decoder = Decoder(layers, width, heads, self.patch_embed.in_features, attention)
         table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
@@ -494,9 +437,12 @@ class VideoMAE(Encoder):
         """Predicted pixels [B, R, P] of the tokens `masked` [B, R], from encoded visible tokens [B, K, D]."""
         x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
         hidden = self.mask_token + gather_tokens(self.decoder_positions, masked)  # [B, R, D']
-        return self.decoder(
-            torch.cat([x, hidden.to(x.dtype)], dim=1), masked.shape[1], self.grad_checkpoint
-        )  # [B, R, P]
+        x = torch.cat([x, hidden.to(x.dtype)], dim=1)  # [B, K + R, D']
+        return self.decoder(x, masked.shape[1], self.grad_checkpoint)  # [B, R, P]
+
+    def features(self, clips):
+        """clips 0-255 [B, T, C, H, W] -> the normed tokens' mean [B, D]: nothing is masked."""
+        return self.norm(self.encode(patchify(clips, self.patch))).mean(1)  # [B, D]
 
     def forward(self, clips, keys, ratio):
         """clips 0-255 [B, T, C, H, W], keys int64 [B] -> prediction and target [B, R, P] of the masked tokens."""
@@ -516,7 +462,7 @@ class Classifier(Encoder):
         self.head_dropout = head_dropout
         self.fc_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, num_classes)
-        self.init_parameters()
+        self.init_parameters()  # as in pretraining; VideoMAE's is N(0, 0.02), which its weights then replace
         nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # VideoMAE's init_scale: all classes alike at first
 
     def features(self, clips, keys=None):
@@ -531,12 +477,13 @@ class Classifier(Encoder):
         return self.head(x)  # [B, classes]
 
 
-def build(cfg, num_classes):
-    """The model that a Config describes: VideoMAE where there are stages, else a classifier."""
+def build(cfg, num_classes, frames=0):
+    """The model of a Config, for `frames` (0: its longest clip): VideoMAE, or without stages Classifier."""
+    frames = frames or longest(cfg)
     if cfg.stages:
-        return VideoMAE(cfg.model, cfg.decoder, longest(cfg), cfg.size, cfg.target, cfg.backbone, cfg.attention,
+        return VideoMAE(cfg.model, cfg.decoder, frames, cfg.size, cfg.target, cfg.backbone, cfg.attention,
                         cfg.grad_checkpoint)  # fmt: skip
-    return Classifier(num_classes, cfg.model, cfg.frames, cfg.size, cfg.backbone, cfg.drop_path, cfg.head_dropout,
+    return Classifier(num_classes, cfg.model, frames, cfg.size, cfg.backbone, cfg.drop_path, cfg.head_dropout,
                       cfg.positions, cfg.attention, cfg.grad_checkpoint)  # fmt: skip
 
 
@@ -547,7 +494,8 @@ def videomae_state(net):
         if name == "patch_embed.weight":
             tensor = common.linear_to_conv(tensor, net.patch)  # [D, 3, p_t, p_h, p_w]
         own = name.startswith(("patch_embed", "blocks", "norm"))
-        names[(prefix if own else "") + name.replace("patch_embed.", "patch_embed.proj.")] = tensor
+        theirs = name.replace("patch_embed.", "patch_embed.proj.").replace("positions", "pos_embed")
+        names[(prefix if own else "") + theirs] = tensor
     return names
 
 
@@ -591,6 +539,8 @@ def evaluate(model, videos, cfg, ctx, views=(1, 1), picture=None):
             write_recon(model, batch.clips[:4], batch.keys[:4], cfg, picture)
             picture = None
     unread = failures.collect(ctx, 0)
+    if unread and ctx.rank == 0:
+        print("\n".join(f"unreadable, not scored: {line}" for line in unread))
     n, first, second = ctx.sum(sums).tolist()
     model.train()
     if not n:
@@ -648,7 +598,7 @@ class Stage(NamedTuple):
     epochs: int
     batch: int  # clips a step
     lr: float
-    repeats: int  # clips of a video from one decode
+    repeated: int  # clips of a video from one decode
     epoch_steps: int  # of a pass over the list
     steps: int
 
@@ -670,11 +620,11 @@ def schedule(cfg, n):
     batches = one_each("--stage-batch", cfg.stage_batch, cfg.batch_size, len(rows), int)
     lrs = one_each("--stage-lr", cfg.stage_lr, 0.0, len(rows), float) if cfg.stage_lr else [
         cfg.lr * batch / cfg.batch_size for batch in batches]  # DECISION (lr)  # fmt: skip
-    repeats = one_each("--repeats", cfg.repeats, 1, len(rows), int)
+    repeats = one_each("--repeated", cfg.repeated, 1, len(rows), int)
     stages = []
     for (frames, percent, epochs), batch, lr, repeat in zip(rows, batches, lrs, repeats, strict=True):
         if batch % repeat:
-            raise UserError(f"--repeats {cfg.repeats}: a batch of {batch} clips is no whole number of videos")
+            raise UserError(f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos")
         epoch_steps = n // (batch // repeat)
         if not epoch_steps:
             raise UserError(f"{cfg.train_list or '--train-clips'}: {n} videos are less than one batch of {batch} clips")
@@ -688,17 +638,17 @@ def schedule(cfg, n):
         if not all(stage.steps for stage in stages):
             raise UserError(f"--max-steps {cfg.max_steps} leaves one of {len(stages)} stages without a step")
     rounds = 1 if cfg.cycle == "long" else min(stage.epochs for stage in stages)  # DECISION (rounds)
-    cycles = cfg.lr_cycles or (len(stages) if rounds == 1 else 1)
-    return stages, lay_out([stage.steps for stage in stages], rounds, cfg.order, cycles, cfg.seed)
+    cycles = cfg.lr_cycles or (len(stages) if cfg.cycle == "long" else 1)
+    segments = lay_out([stage.steps for stage in stages], rounds, cfg.order, cycles, cfg.seed)
+    if cycles > len(segments):
+        raise UserError(f"--lr-cycles {cycles} are more than the {len(segments)} segments that share them out")
+    return stages, segments
 
 
 def split(cfg, stage, ctx):
-    """(videos of a micro-batch, accumulation steps) of a stage on this rank."""
-    micro = min(cfg.micro_batch, stage.batch // ctx.world)
-    if micro % stage.repeats:
-        raise UserError(f"--micro-batch {cfg.micro_batch} is not divisible by --repeats {stage.repeats}")
-    videos = replace(cfg, batch_size=stage.batch // stage.repeats, micro_batch=micro // stage.repeats)
-    return common.micro_batches(videos, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
+    """(clips of a micro-batch, accumulation steps) of a stage on this rank."""
+    here = replace(cfg, batch_size=stage.batch, micro_batch=min(cfg.micro_batch, stage.batch // ctx.world))
+    return common.micro_batches(here, ctx, bool(cfg.mixup or cfg.cutmix), stage.repeated)
 
 
 def count_gmacs(cfg, classes, frames):
@@ -707,8 +657,8 @@ def count_gmacs(cfg, classes, frames):
     The difference is added explicitly: masked tokens x pixels x width.
     """
     with torch.device("meta"):
-        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
-        steps = -(-frames // model.patch[0])  # 1 frame fills a tubelet
+        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes, frames)
+        steps = model.grid[0]  # 1 frame fills a tubelet
         clips = torch.empty(1, steps * model.patch[0], 3, cfg.size, cfg.size, dtype=torch.uint8)
         ratio = [cfg.mask_ratio] * bool(cfg.stages)
         here = common.count_macs(model, clips, torch.zeros(1, dtype=torch.int64), *ratio)
@@ -716,58 +666,74 @@ def count_gmacs(cfg, classes, frames):
     return here, here + masked * model.patch_embed.weight.numel() / 1e9
 
 
-def saved_megabytes(model, cfg, steps, kept):
+def saved_megabytes(model, cfg, kept):
     """MB that all blocks store for the backward pass of one clip in fp32, from one real block each on the CPU."""
-    block, extra = BLOCKS[cfg.backbone](model.width, MODELS[cfg.model]["heads"]), [] if model.joint else [None, steps]
-    total = len(model.blocks) * common.saved_bytes(block, torch.randn(1, steps * kept, model.width), *extra)
+    steps, heads, total = model.grid[0], MODELS[cfg.model]["heads"], 0
+    jobs = [(model.blocks, BLOCKS[cfg.backbone], model.width, heads, kept, [] if model.joint else [None, steps])]
     if cfg.stages:
-        width = model.decoder.norm.weight.numel()
-        block, x = Block(width, model.decoder.blocks[0].attn.heads), torch.randn(1, steps * model.places, width)
-        total += len(model.decoder.blocks) * common.saved_bytes(block, x)
+        attn = model.decoder.blocks[0].attn
+        jobs.append((model.decoder.blocks, Block, attn.proj.in_features, attn.heads, model.places, []))
+    for blocks, kind, width, heads, places, extra in jobs:
+        total += len(blocks) * common.saved_bytes(kind(width, heads), torch.randn(1, steps * places, width), *extra)
     return total / 1e6
 
 
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     stages, segments = schedule(cfg, cfg.train_clips)
-    classes, full, rate = cfg.num_classes or 2, longest(cfg), cfg.clips_per_second
+    classes, rate, full = cfg.num_classes or 2, cfg.clips_per_second, cfg.budget_frames if cfg.stages else cfg.frames
     with torch.device("meta"):
         model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
     parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
     decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
     kept = model.places - int(cfg.mask_ratio * model.places) if cfg.stages else model.places
-    memory = saved_megabytes(model, cfg, model.grid[0], kept)
     cycles = len({segment.cycle for segment in segments})
     print(f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M parameters, "
-          f"{decoder:.1f} M of them the decoder's")  # fmt: skip
-    print(f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} learning-rate cycles "
-          f"({cfg.decay}); {cfg.train_clips} videos")  # fmt: skip
-    print(f"memory    blocks save {memory:.0f} MB for backward in fp32, a clip of {full} frames\n")
-    print("frames percent  epochs    steps  batch       lr repeats visible tokens    GMACs embedded    PMACs   hours")
-    macs = {stage.frames: count_gmacs(cfg, classes, stage.frames) for stage in stages}
+          f"{decoder:.1f} M of them the decoder's\n"
+          f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} learning-rate cycles "
+          f"({cfg.decay}); {cfg.train_clips} videos\n"
+          f"memory    blocks save {saved_megabytes(model, cfg, kept):.0f} MB for backward in fp32, a clip of "
+          f"{longest(cfg)} frames\n\n"
+          "frames percent  epochs    steps  batch       lr repeated visible tokens    GMACs embedded    PMACs   hours"
+          )  # fmt: skip
+    macs = {frames: count_gmacs(cfg, classes, frames) for frames in {full, longest(cfg), *(s.frames for s in stages)}}
+    hours = lambda pmacs: f"{pmacs * 1e6 / macs[longest(cfg)][0] / rate / 3600:.1f}" if rate else "-"
     total, frames = [0.0, 0.0], 0
-    for f, percent, epochs, batch, lr, repeats, _, steps in stages:
+    for f, percent, epochs, batch, lr, repeated, _, steps in stages:
         clips, n = steps * batch, -(-f // model.patch[0])
-        total, frames = [a + clips * b for a, b in zip(total, macs[f], strict=True)], frames + clips * f
-        hours = f"{clips * macs[f][0] / macs[full][0] / rate / 3600:.1f}" if rate else "-"
-        cost = f"{macs[f][0]:8.3f} {macs[f][1]:8.3f} {clips * macs[f][0] / 1e6:8.3f} {hours:>7}"
-        print(f"{f:6} {percent:7.2f} {epochs:7} {steps:8} {batch:6} {lr:8.3g} {repeats:7} {n * kept:7} "
-              f"{n * model.places:6} {cost}")  # fmt: skip
-    hours = f"{total[0] / macs[full][0] / rate / 3600:.1f} hours" if rate else "hours by --clips-per-second"
-    print(f"total     {segments[-1].stop} steps, {total[0] / 1e6:.3f} PMACs, {hours}. GMACs: multiply-adds of a clip, "
-          "forward (a training step: 3 times that); embedded: with all patches embedded")  # fmt: skip
+        here, embedded = cost = [clips * gmacs / 1e6 for gmacs in macs[f]]
+        total, frames = [total[0] + here, total[1] + embedded], frames + clips * f
+        print(f"{f:6} {percent:7.2f} {epochs:7} {steps:8} {batch:6} {lr:8.3g} {repeated:8} {n * kept:7} "
+              f"{n * model.places:6} {macs[f][0]:8.3f} {macs[f][1]:8.3f} {cost[0]:8.3f} {hours(here):>7}")  # fmt: skip
+    print(f"total     {segments[-1].stop} steps, {total[0]:.3f} PMACs, {hours(total[0])} hours by --clips-per-second. "
+          "GMACs: multiply-adds of a clip, forward (a training step: 3 times that); embedded: with all patches embedded"
+          )  # fmt: skip
     for times, name in ((1, "equal frames"), (2, "twice the frames, the paper's comparison")) if cfg.stages else ():
-        less = [100 - 100 * a / (times * frames / full * b) for a, b in zip(total, macs[full], strict=True)]
+        less = [100 - 100 * a / (times * frames / full * b / 1e6) for a, b in zip(total, macs[full], strict=True)]
         print(f"against   {full} frames only at {name}: {less[0]:.1f} % fewer multiply-adds, embedded {less[1]:.1f} %")
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
 
 
+RANGES = {  # flags: which values, in words
+    "budget budget_frames stride log_every eval_every batch_size search_stages": (
+        lambda x: 0 < x < math.inf,
+        "above 0",
+    ),
+    "max_steps workers micro_batch mixup cutmix max_bad lr_cycles clips_per_second": (lambda x: x >= 0, "at least 0"),
+    "mask_ratio drop_path head_dropout label_smoothing erase": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "rand_augment": (lambda x: 0 <= x <= 10, "in [0, 10]"),
+}
+
+
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
+    for flags, (allowed, words) in RANGES.items():
+        for flag in flags.split():
+            if not allowed(getattr(cfg, flag)):
+                raise UserError(f"--{flag.replace('_', '-')} must be {words}, not {getattr(cfg, flag)}")
     t, h, _ = MODELS[cfg.model]["patch"]
-    places = (cfg.size // h) ** 2
     if cfg.size < h or cfg.size % h:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
     if cfg.stages and (cfg.epochs or cfg.frames):
@@ -777,24 +743,21 @@ def check(cfg):
     if not cfg.stages and (cfg.epochs <= 0 or cfg.frames < t or cfg.frames % t):
         raise UserError(f"without --stages, --epochs {cfg.epochs} must be above 0 and --frames {cfg.frames} a multiple "
                         f"of the token's {t} frames")  # fmt: skip
-    if cfg.stages and not 0 < int(cfg.mask_ratio * places) < places:
-        raise UserError(f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places and leave some")
+    whole, flag = (cfg.budget, "--budget") if cfg.stages else (cfg.epochs, "--epochs")
+    if not 0 <= cfg.warmup_epochs < whole:
+        raise UserError(f"--warmup-epochs {cfg.warmup_epochs:g} must be at least 0 and less than {flag} {whole:g}")
+    places = (cfg.size // h) ** 2
+    if cfg.stages and not int(cfg.mask_ratio * places):
+        raise UserError(f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places")
     layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
     if not (layers.isdecimal() and width.isdecimal() and int(width) and (int(width) < 64 or int(width) % 64 == 0)):
         raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 4x512, in heads of 64")
-    for flag in ("budget", "budget_frames", "stride", "log_every", "eval_every", "batch_size"):
-        if getattr(cfg, flag) <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
-    if not 0 <= cfg.rand_augment <= 10:
-        raise UserError("--rand-augment must be in [0, 10]")
-    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "lr_cycles", "clips_per_second"):
-        if getattr(cfg, flag) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
-    for flag in ("drop_path", "head_dropout", "label_smoothing", "erase"):
-        if not 0 <= getattr(cfg, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be in [0, 1)")
     parse_views(cfg)
     staged(cfg)
+    if bool(cfg.then_train_list) != bool(cfg.then_val_list):
+        raise UserError("--then-train-list and --then-val-list need each other")
+    if cfg.then:
+        check(following(cfg, Path("run")))
 
 
 def parse_views(cfg):
@@ -833,6 +796,8 @@ def init_weights(path, net):
     state = common.read_weights(path)
     image = common.vit_weights(state)
     weights = image or common.videomae_weights(state)
+    if "pos_embed" in weights and not image:
+        weights["positions"] = weights.pop("pos_embed")  # upstream's name of learned ones
     if image and "positions" not in own:
         raise UserError(f"{path}: an image ViT's weights bring their own positions: --positions learned")
     if image:
@@ -879,10 +844,8 @@ def use(cfg, ctx):
         return write_features(net, videos, cfg, ctx)
     result = evaluate(net, videos, cfg, ctx, (1, 1) if cfg.stages else parse_views(cfg))
     if ctx.rank == 0:
-        print(
-            f"{source} on {cfg.val_list}, views {cfg.test_views}: "
-            + "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-        )
+        values = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
+        print(f"{source} on {cfg.val_list}, views {cfg.test_views}: {values}")
 
 
 @torch.no_grad()
@@ -923,26 +886,27 @@ def write_features(net, videos, cfg, ctx):
     rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
     for batch in eval_batches(videos, cfg, ctx, failures):
         with ctx.autocast():
-            if cfg.stages:
-                features = net.norm(net.encode(patchify(batch.clips, net.patch))).mean(1)  # [B, D]
-            else:
-                features = net.features(batch.clips)  # [B, D]
+            features = net.features(batch.clips)  # [B, D]
         rows[batch.index.numpy()] = features.float().cpu().numpy()
     rows.flush()
     unread = failures.collect(ctx, 0)
     if ctx.rank == 0:
-        print(
-            f"{path}: {len(videos)} x {net.width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else "")
-        )
+        missing = f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""
+        print(f"{path}: {len(videos)} x {net.width}{missing}")
 
 
 def following(cfg, folder):
-    """The Config of --then: that recipe, from `folder`'s weights, in <folder>_ft, on this run's data and machine."""
+    """The Config of --then: that recipe, from `folder`'s weights, in <folder>_ft, on this machine and the full length.
+
+    Its videos are this run's, or --then-train-list's (Table 1: pretrained on K400, fine-tuned on SSv2)."""
     new = Config(**{"recipe": cfg.then} | RECIPES[cfg.then])
-    free = [name for name, field in Config.__dataclass_fields__.items() if field.metadata["free"] and name != "recipe"]
+    free = [name for name, field in Config.__dataclass_fields__.items() if field.metadata["free"]]
     same = {name: getattr(cfg, name) for name in [*free, "model", "backbone", "size", "seed", "num_classes"]}
-    same |= {"task": "train", "resume": "auto", "init": str(folder / "last.pt"), "out": f"{folder}_ft"}
-    return replace(new, **same)
+    if cfg.then_train_list:
+        same |= {name: getattr(cfg, f"then_{name}") for name in ("train_list", "val_list", "data_root")}
+        same |= {"train_clips": new.train_clips, "num_classes": 0}  # as many as that list has
+    same |= {"task": "train", "then": "", "resume": "auto", "init": str(folder / "last.pt"), "out": f"{folder}_ft"}
+    return replace(new, **same, frames=cfg.budget_frames if cfg.stages else cfg.frames)
 
 
 def search_schedule(cfg, ctx):
@@ -978,10 +942,13 @@ def main(cfg):
     if cfg.task == "search_schedule":
         return search_schedule(cfg, ctx)
     if cfg.plan:
-        return print_plan(cfg)
+        print_plan(cfg)
+        return main(following(cfg, Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}"))) if cfg.then else None
     if cfg.task != "train":
         return use(cfg, ctx)
     videos, val_videos = open_lists(cfg, ctx)
+    if cfg.then:
+        open_lists(following(cfg, Path("run")), ctx)  # what it would refuse, now
     classes = len(videos.classes)
     stages, segments = schedule(cfg, len(videos))
     for stage in stages:
@@ -992,7 +959,7 @@ def main(cfg):
     total, warmup = segments[-1].stop, cfg.warmup_epochs / (cfg.budget if cfg.stages else cfg.epochs)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, classes).to(ctx.device)
-    groups = common.param_groups(net, cfg.weight_decay, cfg.layer_decay, net.layer_of, len(net.blocks))
+    groups = common.param_groups(net, cfg.weight_decay, cfg.layer_decay, net.layer_of, len(net.blocks), ("positions",))
     # DECISION (carry): one optimizer for all stages
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
@@ -1010,17 +977,14 @@ def main(cfg):
         run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
-    run.say(
-        f"{len(videos)} training and {len(val_videos)} validation videos, {classes} classes; {len(segments)} stages; "
-        f"{ctx.precision} on {ctx.device}; steps {at['step']} to {total}"
-    )
+    run.say(f"{len(videos)} training and {len(val_videos)} validation videos, {classes} classes; {len(segments)} "
+            f"stages; {ctx.precision} on {ctx.device}; steps {at['step']} to {total}")  # fmt: skip
 
     def save(*names):
         if at["step"] < total and not meter.healthy(ctx):
             return False  # the last good checkpoint stays
-        state = {
-            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
-        }
+        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
+        state = {name: part.state_dict() for name, part in parts.items()}
         run.save(state | {"at": at, "sums": meter.state(ctx), "classes": videos.classes}, *names)
         return True
 
@@ -1029,19 +993,18 @@ def main(cfg):
             continue  # done before this process started
         stage, start = stages[segment.stage], max(segment.start, at["step"])
         local = segment.offset - segment.start  # a stage counts its own steps, across the rounds of a short cycle
-        micro, accumulation = split(cfg, stage, ctx)  # in videos
+        micro, accumulation = split(cfg, stage, ctx)
         seed = common.make_key(cfg.seed, "stage", segment.stage).item()
         plan = partial(sample_clip, cfg, stage.frames, True, (1, 1))
-        dataset = data.ClipDataset(videos, plan, cfg.size, seed, replace=True, views=stage.repeats)
+        dataset = data.ClipDataset(videos, plan, cfg.size, seed, replace=True, views=stage.repeated)
         span = start + local, segment.stop + local
-        order = data.GlobalBatches(len(videos), stage.batch // stage.repeats, micro, seed, *span, ctx.rank, ctx.world)
+        parts = stage.batch // stage.repeated, micro // stage.repeated  # in videos
+        order = data.GlobalBatches(len(videos), *parts, seed, *span, ctx.rank, ctx.world)
         batches = data.make_loader(dataset, order, cfg.workers, ctx.device)
         failures, run.batch_size = data.Failures(len(videos), cfg.max_bad), stage.batch
         if start < segment.stop:
-            run.say(
-                f"steps {start} to {segment.stop}: clips of {stage.frames} frames; batch {stage.batch} = {ctx.world} "
-                f"ranks x {micro * stage.repeats} clips x {accumulation}; peak lr {stage.lr:g}"
-            )
+            run.say(f"steps {start} to {segment.stop}: {stage.frames}-frame clips; batch {stage.batch} = {ctx.world} "
+                    f"ranks x {micro} clips x {accumulation}; peak lr {stage.lr:g}")  # fmt: skip
         while True:
             # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
             step = at["step"]
@@ -1065,7 +1028,7 @@ def main(cfg):
             for i in range(accumulation):
                 with run.waiting():
                     batch = next(batches)
-                failures.add(batch, micro * stage.repeats)
+                failures.add(batch, micro)
                 clips = batch.clips  # [B, T, C, H, W], uint8
                 if cfg.rand_augment:
                     clips = data.rand_augment(clips, batch.keys, cfg.rand_augment, layers=4)  # [B, T, C, H, W]
@@ -1114,12 +1077,10 @@ def main(cfg):
     if ctx.rank == 0:
         common.save_atomic(run.folder / "videomae.pth", {"model": videomae_state(net)})
     result = "  ".join(f"{k} {v:.4g}" for k, v in at["last"].items())
-    run.say(
-        f"complete: {result}; best {abs(at['best']):.4g}. Weights in VideoMAE's format: {run.folder}/videomae.pth. "
-        "--overwrite starts anew."
-    )
+    run.say(f"complete: {result}; best {abs(at['best']):.4g}. Weights in VideoMAE's format: {run.folder}/videomae.pth. "
+            "--overwrite starts anew.")  # fmt: skip
     return main(following(cfg, run.folder)) if cfg.then else at["last"]
 
 
 if __name__ == "__main__":
-    main(parse(Config, RECIPES))
+    main(common.parse(Config, RECIPES))

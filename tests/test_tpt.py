@@ -135,13 +135,13 @@ def test_learning_rate_cycles():
 
 
 def test_schedule_of_a_config():
-    """Table 7's batches: rates follow VideoMAE's rule unless given; a pass with repeats shows that many clips."""
+    """Table 7's batches: rates follow VideoMAE's rule unless given; a pass with repeated clips shows that many."""
     stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--stage-batch", "512,512,512,1024"), 168913)
     assert [s.batch for s in stages] == [512, 512, 512, 1024]
     assert [s.lr for s in stages] == pytest.approx([3e-4, 3e-4, 3e-4, 6e-4])
     assert [s.steps for s in stages] == [800 * 329, 400 * 329, 200 * 329, 100 * 164] and len(segments) == 4
-    stages, _ = tpt_mae.schedule(config("--recipe", "ssv2", "--repeats", "4,2,1,1", "--stage-lr", "1e-3"), 168913)
-    assert [s.lr for s in stages] == [1e-3] * 4 and [s.repeats for s in stages] == [4, 2, 1, 1]
+    stages, _ = tpt_mae.schedule(config("--recipe", "ssv2", "--repeated", "4,2,1,1", "--stage-lr", "1e-3"), 168913)
+    assert [s.lr for s in stages] == [1e-3] * 4 and [s.repeated for s in stages] == [4, 2, 1, 1]
     assert [s.epoch_steps for s in stages] == [659, 329, 164, 164]
     assert [s.steps for s in stages] == [800 * 659 // 4, 400 * 329 // 2, 200 * 164, 100 * 164]
     stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--cycle", "short"), 168913)
@@ -149,6 +149,8 @@ def test_schedule_of_a_config():
     assert [s.stop - s.start for s in segments[:4]] == [8 * 164, 4 * 164, 2 * 164, 164]
     (stage,), _ = tpt_mae.schedule(config("--recipe", "k400_ft"), 241258)
     assert (stage.frames, stage.epochs, stage.steps) == (16, 75, 75 * (241258 // 384))
+    stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--cycle", "short", "--lr-cycles", 4), 168913)
+    assert len({s.cycle for s in segments}) == 4
     stages, _ = tpt_mae.schedule(config("--recipe", "ssv2", "--max-steps", 150), 168913)
     assert [s.steps for s in stages] == [80, 40, 20, 10]
 
@@ -250,6 +252,12 @@ def test_normalised_target_and_loss_by_loops():
     for b, n, c in itertools.product(range(2), range(3), range(3)):
         x = patches[b, n, c::3].double() / 255  # colours are fastest
         assert torch.allclose(target[b, n, c::3].double(), (x - x.mean()) / (x.std() + 1e-6), atol=1e-5)
+    dull = torch.full((1, 2, 24), 77.0)  # no detail, or one pixel's; mixup's clips are float, and must stay as they are
+    dull[0, 1, 3] = 78
+    before, flat = dull.clone(), tpt_mae.pixel_target(dull, "normalized")
+    assert (flat[0, 0] == 0).all() and torch.equal(dull, before)
+    x = dull[0, 1, ::3].double() / 255
+    assert torch.allclose(flat[0, 1, ::3].double(), (x - x.mean()) / (x.std() + 1e-6), atol=1e-5)
     mean, std = torch.tensor(data.IMAGENET_MEAN), torch.tensor(data.IMAGENET_STD)
     expected = (patches / 255).unflatten(-1, (-1, 3)).sub(mean).div(std).flatten(-2)
     assert torch.allclose(tpt_mae.pixel_target(patches, "pixels"), expected, atol=1e-6)
@@ -320,7 +328,67 @@ def test_saved_in_videomaes_format(tmp_path):
     state = tpt_mae.videomae_state(tuned)
     assert state["patch_embed.proj.weight"].shape == (128, 3, 2, 16, 16)
     assert {"blocks.3.attn.q_bias", "fc_norm.weight", "head.bias"} <= state.keys() and len(state) == 2 + 13 * 4 + 4
-    assert hub is not None
+    learned = randomise(tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, positions="learned"))
+    torch.save({"model": tpt_mae.videomae_state(learned)}, tmp_path / "learned.pth")
+    assert torch.equal(common.read_weights(tmp_path / "learned.pth")["pos_embed"], learned.positions)  # upstream's name
+    again = tpt_mae.init_weights(tmp_path / "learned.pth", learned)
+    assert all(torch.equal(again[k], v) for k, v in learned.state_dict().items()) and hub is not None
+
+
+@pytest.mark.parametrize("kind", ["VideoMAEForPreTraining", "VideoMAEForVideoClassification"])
+def test_transformers_loads_what_is_saved(kind, tmp_path):
+    """videomae.pth under the hub's names, as its conversion script renames them: transformers' VideoMAE then gives our
+    loss and logits; nothing is left over."""
+    tuned = kind.endswith("Classification")
+    options = {"num_labels": 5} if tuned else {"use_mean_pooling": False}
+    hub = hub_model(tmp_path / "hub", kind, **options)
+    net = randomise(tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE) if tuned else
+                    tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE))  # fmt: skip
+    names = {k: v for k, v in upstream_names({k: k for k in common.read_weights(tmp_path / "hub")} | {
+        k: v for k, v in common.read_weights(tmp_path / "hub").items() if ".query." in k or ".key." in k or
+        ".value." in k}).items() if isinstance(v, str)}  # fmt: skip
+    if tuned:
+        names = {k.removeprefix("encoder."): v for k, v in names.items()}
+    state = {names[k]: v for k, v in tpt_mae.videomae_state(net).items() if k in names}
+    for name, qkv in tpt_mae.videomae_state(net).items():
+        if name.endswith("qkv.weight"):
+            theirs = names[name.replace("qkv.weight", "q_bias")].removesuffix("q_bias")
+            state |= {f"{theirs}{p}.weight": w for p, w in zip(("query", "key", "value"), qkv.chunk(3), strict=True)}
+    layout = common.read_weights(tmp_path / "hub")
+    assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in layout.items()}
+    pytest.importorskip("safetensors.torch").save_file(
+        {k: v.contiguous() for k, v in state.items()}, tmp_path / "hub/model.safetensors", metadata={"format": "pt"}
+    )
+    again = type(hub).from_pretrained(tmp_path / "hub").eval()
+    for module in again.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
+    with torch.no_grad():
+        if tuned:
+            assert relative(net(clips(), KEYS), again(hub_pixels(clips())).logits) < 1e-5
+        else:
+            _, masked = common.tube_split(KEYS, 2, 16, 0.75)
+            bools = torch.zeros(2, 32, dtype=torch.bool).scatter(1, masked, True)
+            loss = tpt_mae.mae_loss(*net(clips(), KEYS, 0.75)).mean()
+            assert abs(loss / again(hub_pixels(clips()), bools).loss - 1) < 1e-5
+
+
+def test_fine_tunings_parameter_groups():
+    """Layer decay by BEiT's ids, the embedding the lowest; no weight decay on norms, biases and learned positions."""
+    net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, positions="learned")
+    groups = common.param_groups(net, 0.05, 0.75, net.layer_of, len(net.blocks), ("positions",))
+    found = {id(p): (g["weight_decay"], g["lr_scale"]) for g in groups for p in g["params"]}
+    expected = {"patch_embed.weight": (0.05, 5), "patch_embed.bias": (0, 5), "positions": (0, 5), "head.bias": (0, 0),
+                "blocks.0.attn.qkv.weight": (0.05, 4), "blocks.3.mlp.fc2.weight": (0.05, 1), "head.weight": (0.05, 0),
+                "blocks.3.norm1.weight": (0, 1), "blocks.0.attn.q_bias": (0, 4), "fc_norm.weight": (0, 0)}  # fmt: skip
+    parameters = dict(net.named_parameters())
+    for name, (decay, power) in expected.items():
+        assert found[id(parameters[name])] == (decay, pytest.approx(0.75**power)), name
+    assert len(found) == len(parameters)
+    assert [block.drop_path for block in tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, drop_path=0.3).blocks] == [
+        pytest.approx(0.1 * i) for i in range(4)]  # fmt: skip
+    mask_token = tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE).mask_token
+    assert 0.015 < mask_token.abs().max() <= 0.02  # VideoMAE cuts it at one deviation
 
 
 def test_fine_tuning_takes_the_encoder_only(tmp_path):
@@ -547,7 +615,13 @@ def test_plan_of_the_headline(capsys):
     assert float(rows[3][12]) == pytest.approx(clips / 500 / 3600, abs=0.06)  # hours at the measured rate
     hours = float(re.search(r"([\d.]+) hours", out)[1])
     assert hours == pytest.approx(sum(float(row[12]) for row in rows), abs=0.3)
-    assert "hours by --clips-per-second" in plan(capsys, "--recipe", "toy")
+    out = plan(capsys, "--recipe", "toy")
+    assert "- hours by --clips-per-second" in out and out.count("model ") == 2  # pretraining, then fine-tuning
+    short = plan(capsys, "--recipe", "ssv2", "--stages", "2:100")  # Fig. 3's last bar: against 16 frames, not its own 2
+    assert "against   16 frames only at equal frames" in short
+    (two, _), (sixteen, _) = (tpt_mae.count_gmacs(config("--recipe", "ssv2"), 174, frames) for frames in (2, 16))
+    saved = re.search(r"equal frames: ([\d.]+) %", short)[1]
+    assert float(saved) == pytest.approx(100 * (1 - 8 * two / sixteen), abs=0.06)
 
 
 UNIFORM = "2:25,4:25,8:25,16:25"
@@ -558,6 +632,8 @@ ROWS = {  # each system, table or figure of the paper, as flags
     "T1 K400 L": ["k400_ft", "--model", "vit_l", "--epochs", 35],
     "T1 K400 H": ["k400_ft", "--model", "vit_h", "--epochs", 50, "--head-dropout", 0.5, "--drop-path", 0.2],
     "T1 SSv2 L": ["ssv2_ft", "--model", "vit_l", "--init", "runs/tpt_mae-k400/last.pt"],
+    "T1 K400 to SSv2 L": ["k400", "--model", "vit_l", "--then", "ssv2_ft", "--then-train-list", "s.csv",
+                          "--then-val-list", "v.csv"],
     "T1 SSv2 H": ["ssv2_ft", "--model", "vit_h", "--init", "runs/tpt_mae-k400/last.pt"],
     "T2": ["ssv2", "--then", "ssv2_ft"],
     "T3 joint sup": ["ssv2_sup", "--init", "B_16.npz"],
@@ -609,8 +685,12 @@ def test_every_row_of_the_paper_has_a_plan(name, capsys, counted, monkeypatch):
     if name == "search":
         assert UNIFORM in out.splitlines() and len(out.splitlines()) == 76
         return
+    last = out.split("model ")[-1]
     assert "nan" not in out and float(re.search(r"([\d.]+) PMACs,", out)[1]) > 50
     assert int(re.search(r"total +(\d+) steps", out)[1]) > 5000
+    assert ("--then" in ROWS[name]) == (out.count("model ") == 2)
+    if "s.csv" in ROWS[name]:  # SSv2's size, 30 epochs
+        assert f"total     {30 * (168913 // 384)} steps" in last and "174" not in out
 
 
 # ---- header, flags, recipes ------------------------------------------------------------------------------------------
@@ -635,11 +715,31 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
     assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 14
 
 
+def test_what_comes_after():
+    """--then: this run's weights, backbone, machine and length; its videos, or another data set's with its classes."""
+    same = ["--recipe", "k400", "--then", "ssv2_ft", "--backbone", "divided", "--budget-frames", 8, "--stages", "2,8",
+            "--train-list", "k.csv", "--val-list", "kv.csv", "--data-root", "k", "--micro-batch", 4]  # fmt: skip
+    new = tpt_mae.following(config(*same), tpt_mae.Path("run"))
+    assert (new.init, new.out, new.frames, new.backbone, new.micro_batch) == ("run/last.pt", "run_ft", 8, "divided", 4)
+    assert (new.train_list, new.data_root, new.num_classes, new.sampling, new.epochs) == (
+        "k.csv",
+        "k",
+        400,
+        "segments",
+        30,
+    )
+    other = ["--then-train-list", "s.csv", "--then-val-list", "sv.csv", "--then-data-root", "s"]
+    new = tpt_mae.following(config(*same, *other), tpt_mae.Path("run"))
+    assert (new.train_list, new.val_list, new.data_root, new.num_classes) == ("s.csv", "sv.csv", "s", 0)
+    assert new.train_clips == 168913 and new.then == ""
+
+
 def test_every_flag_is_read():
     """Each field of Config is read as cfg.<field>, in the script or in the parts of common.py that take the config."""
     source = (ROOT / "tpt_mae.py").read_text() + (ROOT / "common.py").read_text()
     for field in dataclasses.fields(tpt_mae.Config):
-        assert re.search(rf"\bcfg\.{field.name}\b", source), field.name
+        if not field.name.startswith("then_"):  # by name: test_what_comes_after
+            assert re.search(rf"\bcfg\.{field.name}\b", source), field.name
 
 
 def test_recipes_only_set_known_fields_of_the_right_type():
@@ -671,13 +771,13 @@ PATHS = [
     [*FINETUNE, "--backbone", "divided", "--grad-checkpoint"],
     [*FINETUNE, "--backbone", "trajectory", "--attention", "plain"],
     [*FINETUNE, "--mixup", 0.8, "--cutmix", 1, "--label-smoothing", 0.1, "--rand-augment", 7, "--erase", 0.5, "--flip"],
-    [*FINETUNE, "--repeats", 2, "--drop-path", 0.3, "--head-dropout", 0.5, "--clip-grad", 1, "--sampling", "segments"],
+    [*FINETUNE, "--repeated", 2, "--drop-path", 0.3, "--head-dropout", 0.5, "--clip-grad", 1, "--sampling", "segments"],
     [*FINETUNE, "--positions", "learned", "--no-crop"],
     [*FINETUNE, "--test-views", "2x3", "--precision", "bf16"],
     [*PRETRAIN, "--decoder", "1x128", "--no-crop", "--micro-batch", 2],
-    [*PRETRAIN, "--repeats", 4, "--micro-batch", 4],
+    [*PRETRAIN, "--repeated", 4, "--micro-batch", 4],
     [*PRETRAIN, "--stages", "1:12.5,8:87.5"],
-    [*PRETRAIN, "--stages", "2:50,8:50", "--stage-batch", "8,4", "--stage-lr", "1e-3,5e-4", "--repeats", "2,1"],
+    [*PRETRAIN, "--stages", "2:50,8:50", "--stage-batch", "8,4", "--stage-lr", "1e-3,5e-4", "--repeated", "2,1"],
     [*PRETRAIN, "--stages", "4:50,8:50", "--cycle", "short", "--order", "random", "--lr-cycles", 2],
     [*PRETRAIN, "--backbone", "divided", "--grad-checkpoint"],
 ]
@@ -698,7 +798,7 @@ def test_every_path_trains_two_steps(flags, lists, tmp_path):
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def test_views_are_merged_by_video(lists, toy, tmp_path):
+def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
     """The classes of the mean softmax over a video's views, taken here one by one, are top-1 of 100 %. Two videos of
     one file name are two. A video that fails in one of its views is counted, once, and left out."""
     (tmp_path / "a").mkdir()
@@ -740,6 +840,7 @@ def test_views_are_merged_by_video(lists, toy, tmp_path):
             (tmp_path / "val.csv").write_text("\n".join([*labels, f"{cut} 0"]))
             videos = data.VideoList(tmp_path / "val.csv", num_classes=8)
             result = tpt_mae.evaluate(net, videos, cfg, ctx, views)
+            assert re.search(rf"^unreadable, not scored: {cut}: .+", capsys.readouterr().out, re.MULTILINE)
             assert (result["val_clips"], result["val_unread"]) == (9, 1)
             assert result["val_top1"] == pytest.approx(top1) and result["val_top5"] >= top1
 
@@ -771,8 +872,8 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--stage-batch", "4,4"], ["--stage-batch 4,4", "each of 3 stages"]),
         (["--stage-batch", "4,0,4"], ["--stage-batch 4,0,4"]),
         (["--stage-lr", "fast"], ["--stage-lr fast"]),
-        (["--repeats", "3"], ["--repeats 3", "4 clips"]),
-        (["--repeats", "4", "--micro-batch", "2"], ["--micro-batch 2", "--repeats 4"]),
+        (["--repeated", "3"], ["--repeated 3", "4 clips"]),
+        (["--repeated", "4", "--micro-batch", "2"], ["--micro-batch 2", "--repeated"]),
         (["--batch-size", 32], ["train.csv", "16 videos", "32 clips"]),
         (["--max-steps", 2], ["--max-steps 2", "3 stages"]),
         (["--mask-ratio", "0.001"], ["--mask-ratio 0.001", "64 places"]),
@@ -780,6 +881,14 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--size", 30], ["--size 30"]),
         (["--decoder", "big"], ["--decoder big"]),
         (["--budget", 0], ["--budget must be above 0"]),
+        (["--budget", "inf"], ["--budget must be above 0"]),
+        (["--mask-ratio", "nan"], ["--mask-ratio must be in [0, 1)"]),
+        (["--warmup-epochs", 8], ["--warmup-epochs 8", "--budget 8"]),
+        (["--lr-cycles", 4], ["--lr-cycles 4", "3 segments"]),
+        (["--search-stages", 0], ["--search-stages must be above 0"]),
+        (["--budget-frames", 7, "--stages", "2:50,4:50"], ["--frames 7"]),  # of the fine-tuning to come
+        (["--then-train-list", "gone.csv"], ["--then-train-list", "--then-val-list"]),
+        (["--then-train-list", "gone.csv", "--then-val-list", "gone.csv"], ["gone.csv"]),
         (["--positions", "learned"], ["--positions learned"]),
         (["--test-views", "5by3"], ["--test-views 5by3"]),
         (["--erase", "1.5"], ["--erase"]),
@@ -788,7 +897,7 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--task", "predict", "--init", "none.pt"], ["none.pt", "no such checkpoint"]),
         (["--task", "search_schedule", "--search-frames", "2;4", "--then", "toy_ft"], ["--search-frames 2;4"]),
         (["--task", "search_schedule", "--then", ""], ["--then"]),
-        (["--task", "search_schedule", "--budget", "1", "--then", "toy_ft"], ["no epoch", "--budget 1"]),
+        (["--task", "search_schedule", "--budget", "0.5", "--then", "toy_ft"], ["no epoch", "--budget 0.5"]),
     ],
 )
 def test_impossible_flags(flags, words, lists, tmp_path):
@@ -837,7 +946,7 @@ def test_pretraining_then_fine_tuning(trained):
     assert [r["step"] for r in tuned if "val_top1" in r] == [1, 2, 3]  # batches of 16, one a pass
     assert next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.2 and tuned[-1]["val_clips"] == 8
     assert "left at init 4" in stdout and "not used 0" in stdout and "run_ft" in stdout
-    assert stdout.count("complete: ") == 2 and "clips of 2 frames" in stdout
+    assert stdout.count("complete: ") == 2 and "2-frame clips" in stdout
 
 
 def test_weights_come_out_in_videomaes_format(trained, tmp_path):
@@ -914,6 +1023,11 @@ def test_eval_predict_features(trained, toy, tmp_path, capsys):
 
 
 def test_another_schedule_is_refused(trained, lists):
+    """But what comes after may be decided later: no step is taken again."""
+    args = ["--train-list", lists[1], "--val-list", lists[3], "--data-root", lists[5], "--workers", 0, "--log-every", 1]
+    before = weights(trained[0])
+    same = ["--batch-size", 4, "--budget", 6, "--eval-every", 4, "--out", trained[0]]
+    assert "val_mae" in tpt_mae.main(config(*args, *same, "--then", "")) and equal(weights(trained[0]), before)
     with pytest.raises(UserError, match=r"holds another run \(--stages 2:25,4:25,8:50 -> 4:50,8:50"):
         tpt_mae.main(config(*lists, "--budget", 6, "--eval-every", 4, "--out", trained[0], "--stages", "4:50,8:50"))
 
@@ -987,9 +1101,9 @@ def drive(folder, *args, patch="", ranks=1):
 @pytest.mark.parametrize("cycle", ["long", "short"])
 def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
     """Killed at the end of the second stage and in fine-tuning, or amid a short cycle: the same weights and logged
-    losses, bit for bit, as never killed; with repeats, another batch a stage, log intervals across epochs."""
+    losses, bit for bit, as never killed; with repeated sampling, another batch a stage, log intervals across epochs."""
     args = [*lists, "--log-every", 3, "--cycle", cycle, "--budget", 4, "--save-minutes", 0, "--eval-every", 1,
-            "--stage-batch", "8,4,4", "--repeats", "2,1,1"]  # fmt: skip
+            "--stage-batch", "8,4,4", "--repeated", "2,1,1"]  # fmt: skip
     tpt_mae.main(config(*args, "--out", tmp_path / "whole"))
     kills = [(False, 12), (True, 1)] if cycle == "long" else [(False, 9)]
     for when in kills:
@@ -1011,7 +1125,7 @@ def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
 @pytest.mark.parametrize("flags", [PRETRAIN, [*FINETUNE, "--drop-path", 0.3, "--mixup", 0.8, "--head-dropout", 0.5]])
 def test_ranks_and_micro_batches_give_the_same_gradient(flags, lists, tmp_path, monkeypatch):
     """1 process = 2 processes x 2 micro-batches, with two clips of each decode: 1e-6 overall."""
-    args = [*lists, *flags, "--batch-size", 16, "--repeats", 2, "--out", tmp_path]
+    args = [*lists, *flags, "--batch-size", 16, "--repeated", 2, "--out", tmp_path]
     code, text = drive(tmp_path, *args, "--micro-batch", 4, patch=SAVE_GRADIENTS, ranks=2)
     assert code == 0, text
 

@@ -748,6 +748,29 @@ class Run:
             raise SystemExit(128 + (self.stopped or signal.SIGTERM))
 
 
+def write_features(folder, shape, parts, failures, ctx):
+    """Write folder/features.npy, float32 [videos, width], over all ranks; NaN for videos that could not be read.
+
+    parts yields this rank's (index int64 [B], vectors [B, width]); failures is the data.Failures that it fills.
+    """
+    path = Path(folder) / "features.npy"
+    if ctx.rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.float32, shape)[:] = np.nan
+        except OSError as error:
+            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
+    ctx.barrier()
+    rows = np.lib.format.open_memmap(path, "r+")  # [videos, width]
+    for index, vectors in parts:
+        rows[index[: len(vectors)].numpy()] = vectors.float().cpu().numpy()
+    rows.flush()
+    unread = failures.collect(ctx, 0)
+    if ctx.rank == 0:
+        missing = f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""
+        print(f"{path}: {shape[0]} x {shape[1]}{missing}")
+
+
 # ---- 7. Weights ------------------------------------------------------------------------------------------------------
 
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

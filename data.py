@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from av.video.reformatter import Interpolation, VideoReformatter
 from tqdm import tqdm
 
-from common import UserError, make_key, permutation, uniform
+from common import UserError, gather_tokens, make_key, permutation, uniform, unpatchify
 
 try:
     import fcntl
@@ -1455,6 +1455,29 @@ def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_reconstruction(path, patches, visible, masked, prediction, target, patch, grid, fps):
+    """Write a masked autoencoder's pictures (write_panels): a clip below the other, panels in this order:
+
+    original; what the encoder saw (masked patches grey); the model's reconstruction. A normalised-target model can't
+    know a masked patch's mean and deviation: its own panel uses those of the clip's visible pixels, and a fourth panel,
+    framed red, borrows the true ones of each patch from the original.
+
+    patches: 0-255 [B, N, P]; visible, masked: int64 [B, K], [B, R]; prediction [B, R, P] of `target` (pixel_target).
+    """
+    patches, prediction = patches.float(), prediction.float().unflatten(-1, (-1, 3))  # [B, N, P], [B, R, P/3, 3]
+    mean, std = torch.tensor(IMAGENET_MEAN).to(patches), torch.tensor(IMAGENET_STD).to(patches)  # [3] each
+    scales = [(mean * 255, std * 255)]
+    if target == "normalized":
+        seen, hidden = (gather_tokens(patches, i).unflatten(-1, (-1, 3)) for i in (visible, masked))
+        scales = [(x.mean(dims, keepdim=True), x.std(2, keepdim=True).mean(dims, keepdim=True))
+                  for x, dims in ((seen, (1, 2)), (hidden, 2))]  # fmt: skip
+    fill = lambda value: patches.scatter(1, masked[..., None].expand(-1, -1, patches.shape[-1]), value)  # [B, N, P]
+    grey = torch.full_like(prediction, 128).flatten(2)  # [B, R, P]
+    panels = [patches, fill(grey), *(fill((prediction * s + m).flatten(2)) for m, s in scales)]
+    panels = [unpatchify(x.clamp(0, 255).byte(), patch, grid).cpu() for x in panels]  # [B, T, C, H, W]
+    write_panels(path, panels, fps, marked=3)
 
 
 def write_panels(path, panels, fps, marked=None, columns=8):

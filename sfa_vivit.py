@@ -805,23 +805,15 @@ def predict(net, cfg, ctx, heads, stage, classes):
 @torch.no_grad()
 def write_features(net, videos, cfg, ctx, stage):
     """Write features.npy, float32 [videos, D]: CLS of a video's centre clip, in the list's order; NaN if unreadable."""
-    path = Path(cfg.out or f"runs/sfa-{cfg.recipe}") / "features.npy"
-    if ctx.rank == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
-        except OSError as error:
-            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
-    ctx.barrier()
-    rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
-    for batch in eval_batches(videos, cfg, ctx, stage.frames, (1, 1), failures):
-        with ctx.autocast():
-            features = net.encode(batch.clips)  # [B, D]
-        rows[batch.index.numpy()] = features.float().cpu().numpy()
-    rows.flush()
-    unread = failures.collect(ctx, 0)
-    if ctx.rank == 0:
-        print(f"{path}: {len(videos)} x {net.width}{f'; NaN for {len(unread)}: ' * bool(unread)}{'; '.join(unread)}")
+    failures = data.Failures(len(videos), cfg.max_bad)
+
+    def parts():
+        for batch in eval_batches(videos, cfg, ctx, stage.frames, (1, 1), failures):
+            with ctx.autocast():
+                features = net.encode(batch.clips)  # [B, D]
+            yield batch.index, features
+
+    common.write_features(cfg.out or f"runs/sfa-{cfg.recipe}", (len(videos), net.width), parts(), failures, ctx)
 
 
 def augment(cfg, clips, keys):

@@ -54,13 +54,12 @@ from itertools import accumulate, combinations, pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 import common
 import data
-from common import Attention, Block, Decoder, UserError, attention, gather_tokens, opt, patchify, uniform, unpatchify
+from common import Attention, Block, Decoder, UserError, attention, gather_tokens, opt, patchify, uniform
 from data import pixel_target
 
 # Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); frames, height, width of a token.
@@ -550,26 +549,12 @@ def evaluate(model, videos, cfg, ctx, views=(1, 1), picture=None):
 
 
 def write_recon(model, clips, keys, cfg, path):
-    """Write path.png and the animated path_animated.png, a clip below the other, panels in this order (README):
-
-    original; what the encoder saw (masked patches grey); the model's own reconstruction of every masked patch. A
-    normalised-target model can't know a masked patch's mean and deviation: its own panel uses those of the clip's
-    visible pixels, and a fourth panel, framed red, borrows the true ones of each patch from the original.
-    """
-    patches, steps = patchify(clips, model.patch).float(), clips.shape[1] // model.patch[0]  # [B, N, P]
-    visible, masked = common.tube_split(keys, steps, model.places, cfg.mask_ratio)  # [B, K], [B, R]
-    prediction = model(clips, keys, cfg.mask_ratio)[0].float().unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
-    mean, std = torch.tensor(data.IMAGENET_MEAN).to(clips.device), torch.tensor(data.IMAGENET_STD).to(clips.device)
-    scales = [(mean * 255, std * 255)]
-    if cfg.target == "normalized":
-        seen, hidden = (gather_tokens(patches, i).unflatten(-1, (-1, 3)) for i in (visible, masked))  # [B, ., P/3, 3]
-        scales = [(x.mean(dims, keepdim=True), x.std(2, keepdim=True).mean(dims, keepdim=True))
-                  for x, dims in ((seen, (1, 2)), (hidden, 2))]  # fmt: skip
-    fill = lambda value: patches.scatter(1, masked[..., None].expand(-1, -1, patches.shape[-1]), value)  # [B, N, P]
-    grey = torch.full_like(prediction, 128).flatten(2)  # [B, R, P]
-    panels = [patches, fill(grey), *(fill((prediction * s + m).flatten(2)) for m, s in scales)]
-    panels = [unpatchify(x.clamp(0, 255).byte(), model.patch, (steps, *model.grid[1:])).cpu() for x in panels]
-    data.write_panels(path, panels, fps=5, marked=3)
+    """Write path.png and path_animated.png: what the encoder saw of clips, and what it makes of the rest."""
+    grid = clips.shape[1] // model.patch[0], *model.grid[1:]  # of this many frames
+    visible, masked = common.tube_split(keys, grid[0], model.places, cfg.mask_ratio)  # [B, K], [B, R]
+    prediction, _ = model(clips, keys, cfg.mask_ratio)  # [B, R, P]
+    patches = patchify(clips, model.patch)  # [B, N, P]
+    data.write_reconstruction(path, patches, visible, masked, prediction, cfg.target, model.patch, grid, fps=5)
 
 
 # ---- The plan --------------------------------------------------------------------------------------------------------
@@ -875,24 +860,15 @@ def predict(net, cfg, ctx, classes):
 def write_features(net, videos, cfg, ctx):
     """Write features.npy, float32 [videos, D]: the tokens' mean of a video's centre clip, in the list's order; NaN if
     unreadable."""
-    path = Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}") / "features.npy"
-    if ctx.rank == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), net.width))[:] = np.nan
-        except OSError as error:
-            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
-    ctx.barrier()
-    rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
-    for batch in eval_batches(videos, cfg, ctx, failures):
-        with ctx.autocast():
-            features = net.features(batch.clips)  # [B, D]
-        rows[batch.index.numpy()] = features.float().cpu().numpy()
-    rows.flush()
-    unread = failures.collect(ctx, 0)
-    if ctx.rank == 0:
-        missing = f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""
-        print(f"{path}: {len(videos)} x {net.width}{missing}")
+    failures = data.Failures(len(videos), cfg.max_bad)
+
+    def parts():
+        for batch in eval_batches(videos, cfg, ctx, failures):
+            with ctx.autocast():
+                features = net.features(batch.clips)  # [B, D]
+            yield batch.index, features
+
+    common.write_features(cfg.out or f"runs/tpt_mae-{cfg.recipe}", (len(videos), net.width), parts(), failures, ctx)
 
 
 def following(cfg, folder):

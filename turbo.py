@@ -74,7 +74,7 @@ from tqdm import tqdm
 
 import common
 import data
-from common import Block, Decoder, UserError, gather_tokens, opt, parse, patchify, uniform, unpatchify
+from common import Block, Decoder, UserError, gather_tokens, opt, parse, patchify, uniform
 from data import pixel_target
 
 # Width, depth and heads of the encoder; layers x width of the decoder that VideoMAE gives it, in heads of 64.
@@ -709,28 +709,12 @@ def evaluate_alignment(model, captions, text, cfg, ctx, picture=None):
 
 
 def write_recon(model, clips, keys, cfg, path):
-    """Write path.png and the animated path_animated.png, a clip below the other, panels in this order (README):
-
-    original; what the encoder saw (dropped patches grey); the model's own reconstruction of every dropped patch (more
-    than it was trained on at a time where r < m). A normalised-target model can't know a dropped patch's mean and
-    deviation: its own panel uses those of the clip's visible pixels, and a fourth panel, framed red, borrows the true
-    ones of each patch from the original.
-    """
-    patches = patchify(clips, model.patch).float()  # [B, N, P]
+    """Write path.png and path_animated.png: what the encoder saw of clips, and every dropped patch reconstructed, more
+    than it was trained on at a time where r < m (data.write_reconstruction)."""
     visible, masked = token_dropout(keys, model.num_tokens, cfg.mask_ratio, cfg.mask_ratio)  # [B, K], [B, N - K]
     _, prediction, _ = model(clips, keys, cfg.mask_ratio, cfg.mask_ratio)  # the same split: it belongs to the keys
-    prediction = prediction.float().unflatten(-1, (-1, 3))  # [B, N - K, P/3, 3]
-    mean, std = torch.tensor(data.IMAGENET_MEAN).to(clips.device), torch.tensor(data.IMAGENET_STD).to(clips.device)
-    scales = [(mean * 255, std * 255)]
-    if cfg.target == "normalized":
-        seen, hidden = (gather_tokens(patches, i).unflatten(-1, (-1, 3)) for i in (visible, masked))  # [B, ., P/3, 3]
-        scales = [(x.mean(dims, keepdim=True), x.std(2, keepdim=True).mean(dims, keepdim=True))
-                  for x, dims in ((seen, (1, 2)), (hidden, 2))]  # fmt: skip
-    fill = lambda value: patches.scatter(1, masked[..., None].expand(-1, -1, patches.shape[-1]), value)  # [B, N, P]
-    grey = torch.full_like(prediction, 128).flatten(2)
-    panels = [patches, fill(grey), *(fill((prediction * s + m).flatten(2)) for m, s in scales)]
-    panels = [unpatchify(x.clamp(0, 255).byte(), model.patch, model.grid).cpu() for x in panels]  # [B, T, C, H, W]
-    data.write_panels(path, panels, fps=cfg.fps, marked=3)
+    patches = patchify(clips, model.patch)  # [B, N, P]
+    data.write_reconstruction(path, patches, visible, masked, prediction, cfg.target, model.patch, model.grid, cfg.fps)
 
 
 # Table 1 left: (m, r) and the printed "GFLOPs", which are multiply-adds.
@@ -956,30 +940,20 @@ def write_features(net, videos, cfg, ctx):
 
     Of a video-language model its vectors in the joint space, [videos, E].
     """
-    width = net.width if hasattr(net, "head") else 256
-    path = Path(cfg.out or f"runs/turbo-{cfg.recipe}") / "features.npy"
-    if ctx.rank == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.float32, (len(videos), width))[:] = np.nan
-        except OSError as error:
-            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
-    ctx.barrier()
-    rows, failures = np.lib.format.open_memmap(path, "r+"), data.Failures(len(videos), cfg.max_bad)
-    views = cfg.test_clips * cfg.test_crops
-    for batch in eval_batches(videos, cfg, ctx, failures):
-        with ctx.autocast():
-            if hasattr(net, "head"):
-                visible, _ = token_dropout(batch.keys, net.num_tokens, eval_ratios(cfg)[0], 0.0)  # [views B, K]
-                vectors = net.encode(patchify(batch.clips, net.patch), visible)[:, 0]  # [views B, D]
-            else:
-                vectors, _, _ = net(batch.clips, batch.keys, eval_ratios(cfg)[0], 0.0)  # [views B, E]
-        vectors = vectors.float().unflatten(0, (views, -1)).mean(0)  # [B, D] or [B, E]
-        rows[batch.index[: len(vectors)].numpy()] = vectors.cpu().numpy()
-    rows.flush()
-    unread = failures.collect(ctx, 0)
-    if ctx.rank == 0:
-        print(f"{path}: {len(videos)} x {width}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""))
+    views, failures = cfg.test_clips * cfg.test_crops, data.Failures(len(videos), cfg.max_bad)
+
+    def parts():
+        for batch in eval_batches(videos, cfg, ctx, failures):
+            with ctx.autocast():
+                if hasattr(net, "head"):
+                    visible, _ = token_dropout(batch.keys, net.num_tokens, eval_ratios(cfg)[0], 0.0)  # [views B, K]
+                    vectors = net.encode(patchify(batch.clips, net.patch), visible)[:, 0]  # [views B, D]
+                else:
+                    vectors, _, _ = net(batch.clips, batch.keys, eval_ratios(cfg)[0], 0.0)  # [views B, E]
+            yield batch.index, vectors.float().unflatten(0, (views, -1)).mean(0)  # [B, D] or [B, E]
+
+    shape = len(videos), net.width if hasattr(net, "head") else 256
+    common.write_features(cfg.out or f"runs/turbo-{cfg.recipe}", shape, parts(), failures, ctx)
 
 
 def main(cfg):

@@ -1173,7 +1173,7 @@ class Failures:
     """The videos of an epoch that could not be read, over workers and ranks: too many of them end the run."""
 
     def __init__(self, n, fraction):
-        self.limit, self.new, self.lines, self.epoch = max(1, int(fraction * n)), [], {}, 0
+        self.limit, self.new, self.lines, self.epoch = max(1, int(fraction * n)), [], {}, 0  # lines: {video: why}
 
     def add(self, batch, size):
         """Note a training batch's failures; UserError where even its replacements could not be read."""
@@ -1182,19 +1182,20 @@ class Failures:
             raise UserError(f"no replacement found for a clip (--max-bad): {'; '.join(batch.failures[:3])}")
 
     def collect(self, ctx, epoch):
-        """Exchange the failures since the last call; every rank calls it, at an epoch's end at the latest. Returns the
-        lines that are new in this epoch; UserError past the limit."""
+        """Exchange the failures since the last call; every rank calls it, at an epoch's end at the latest. Returns a
+        line of each video that is new in this epoch; UserError past the limit."""
         if epoch != self.epoch:
             self.lines, self.epoch = {}, epoch
-        new = dict.fromkeys(line for part in ctx.gather(self.new) for line in part if line not in self.lines)
+        found = {line.partition(": ")[0]: line for part in ctx.gather(self.new) for line in part}
+        new = {video: line for video, line in found.items() if video not in self.lines}
         self.new = []
         self.lines |= new
         if len(self.lines) > self.limit:
             raise UserError(
                 f"{len(self.lines)} videos could not be read in epoch {epoch}, more than the {self.limit} that "
-                f"--max-bad allows: {'; '.join([*self.lines][:5])}"
+                f"--max-bad allows: {'; '.join([*self.lines.values()][:5])}"
             )
-        return list(new)
+        return list(new.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -42,9 +42,10 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     sentence    the language model's first output token, as Sec. 3.2 says; the model is microsoft/mpnet-base.
     same        pairs with the same sentence are not each other's negatives.
     when        a sentence of HTM-AA has one time: its 3.2 s clip begins in the 3.2 s before that, as in TAN.
-What carries over between tasks (--init): encoder and decoder, by name; heads only where they are the same size.
-Missing: nothing of the paper's tables but CLIP's, MIL-NCE's and TAN's rows. Data: UCF101, HMDB51, HTM-AA and HTM-Align
-(robots.ox.ac.uk/~htd/tan), Breakfast and COIN are published by their authors; `python data.py list` makes the lists.
+What carries over between tasks (--init): the encoder, by name; decoder and heads where they are of the same size.
+Missing of the paper's tables: the rows of other methods (Tables 2, 4, 5). Data and weights, from their authors: UCF101
+(crcv.ucf.edu/data/UCF101.php), HMDB51 and Breakfast (serre-lab.clps.brown.edu), COIN (coin-dataset.github.io), HTM-AA and
+HTM-Align (robots.ox.ac.uk/~htd/tan), VideoMAE (github.com/MCG-NJU/VideoMAE). `python data.py list` makes the lists.
 
     python turbo.py                     # toy videos, made on first use: 2 CPU cores, about 3 minutes
     python turbo.py --recipe toy_vl     # video-language; --recipe toy_long: 32 frames of long video
@@ -79,104 +80,47 @@ from data import pixel_target
 
 # Width, depth and heads of the encoder; layers x width of the decoder that VideoMAE gives it, in heads of 64.
 MODELS = {
-    # Its positions count fivefold: with minutes to train, it would otherwise not learn in which order things happen.
-    "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "positions": 5.0},
+    "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64"},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192"},
     "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384"},  # DECISION (decoder): not Table 6's 8x512
     "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "4x512"},
 }
 
 # A recipe replaces defaults of Config, which are Table 6's column "Act. Classification" on UCF101.
-TOY = {
-    "train_list": "toy/actions/train.csv",
-    "val_list": "toy/actions/val.csv",
-    "data_root": "toy/actions",
-    "train_clips": 1600,
-    "num_classes": 8,
-    "model": "vit_toy",
-    "size": 64,
-    "recon_ratio": 0.25,
-    "target": "pixels",  # a small model needs long to learn the normalised one
-    "epochs": 15,
-    "warmup_epochs": 1.0,
-    "eval_every": 5,
-    "lr": 1e-3,
-    "clip_grad": 1.0,
-    "drop_path": 0.0,
-    "label_smoothing": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "rand_augment": 0.0,
-    "crop": "centre",
-    "flip": False,  # left is not right
-    "workers": 2,
-    "log_every": 50,
-}
+PLAIN = {"drop_path": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "rand_augment": 0.0, "flip": False}
+TOY = PLAIN | {  # left is not right: no flips
+    "train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv", "data_root": "toy/actions",
+    "train_clips": 1600, "num_classes": 8, "model": "vit_toy", "size": 64, "recon_ratio": 0.25,
+    # In minutes a small model would not learn the normalised target, and not in which order things happen.
+    "target": "pixels", "position_scale": 5.0,
+    "epochs": 15, "warmup_epochs": 1.0, "eval_every": 5.0, "lr": 1e-3, "clip_grad": 1.0, "crop": "centre",
+    "workers": 2, "log_every": 50,
+}  # fmt: skip
 LONG = {"sampling": "span", "test_clips": 10, "frames": 32, "mask_ratio": 0.75, "recon_ratio": 0.25, "batch_size": 64,
         "repeated": 4, "lr": 3e-4 * 64 / 256}  # fmt: skip  # DECISION (lr), (repeat); Table 5 C
 RECIPES = {
     "toy": TOY,
-    "toy_vl": TOY
-    | {
-        "objective": "align",
-        "train_list": "toy/narrated/train.jsonl",
-        "val_list": "toy/narrated/val.jsonl",
-        "data_root": "toy/narrated/videos",
-        "train_clips": 240,
-        "num_classes": 0,
-        "text_model": "hashing",
-        "frames": 8,
-        "fps": 3.0,
-        "eval_fps": 3.0,
-        "batch_size": 64,
-        "repeated": 4,
-        "epochs": 60,
-        "warmup_epochs": 4.0,
-        "eval_every": 20,
+    "toy_vl": TOY | {
+        "train_list": "toy/narrated/train.jsonl", "val_list": "toy/narrated/val.jsonl",
+        "data_root": "toy/narrated/videos", "train_clips": 240, "num_classes": 0, "objective": "align",
+        "text_model": "hashing", "frames": 8, "fps": 3.0, "eval_fps": 3.0, "batch_size": 64, "repeated": 4,
+        "epochs": 60, "warmup_epochs": 4.0, "eval_every": 20.0,
     },
-    "toy_long": TOY
-    | {
-        "sampling": "span",
-        "train_list": "toy/long/train.csv",
-        "val_list": "toy/long/val.csv",
-        "data_root": "toy/long",
-        "train_clips": 480,
-        "frames": 32,
-        "mask_ratio": 0.75,
-        "epochs": 50,
-        "warmup_epochs": 2.0,
-        "eval_every": 10,
-        "test_clips": 3,
+    "toy_long": TOY | {
+        "train_list": "toy/long/train.csv", "val_list": "toy/long/val.csv", "data_root": "toy/long",
+        "train_clips": 480, "sampling": "span", "frames": 32, "mask_ratio": 0.75, "test_clips": 3,
+        "epochs": 50, "warmup_epochs": 2.0, "eval_every": 10.0,
     },
-    "ucf101": {
-        "train_clips": 9537,  # split 1
-        "num_classes": 101,
-        "lr": 1e-3 * 16 / 256,  # DECISION (lr): Table 6's base rate by VideoMAE's rule
-    },
+    "ucf101": {"train_clips": 9537, "num_classes": 101, "lr": 1e-3 * 16 / 256},  # split 1  # DECISION (lr)
     "hmdb51": {"train_clips": 3570, "num_classes": 51, "lr": 1e-3 * 16 / 256},  # split 1
-    "htm_aa": {  # Table 6, "V-L Training"; Table 4
-        "objective": "align",
-        "train_clips": 250_000,
-        "mask_ratio": 0.75,
-        "recon_ratio": 0.25,
-        "batch_size": 32,
-        "repeated": 4,
-        "epochs": 5,
-        "warmup_epochs": 0.5,
-        "lr": 1e-4 * 32 / 256,
-        "drop_path": 0.0,
-        "label_smoothing": 0.0,
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "rand_augment": 0.0,
-        "crop": "multi-scale",
-        "flip": False,
-        "eval_fps": 16.0,
-        "save_minutes": 30.0,
+    "htm_aa": PLAIN | {  # Table 6, "V-L Training"; Table 4
+        "objective": "align", "train_clips": 250_000, "mask_ratio": 0.75, "recon_ratio": 0.25, "batch_size": 32,
+        "repeated": 4, "epochs": 5, "warmup_epochs": 0.5, "lr": 1e-4 * 32 / 256, "crop": "multi-scale",
+        "eval_fps": 16.0, "eval_every": 0.1, "save_minutes": 30.0,
     },
     "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # three of the four folds of 1,712
     "coin": LONG | {"train_clips": 9030, "num_classes": 180, "epochs": 50, "warmup_epochs": 5.0},
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -208,8 +152,9 @@ class Config:
     num_classes: int = opt(0, "number of classes; 0: as many as the training list has")
     mask_ratio: float = opt(0.5, "m, the share of tokens dropped in training (Sec. 3.2)")
     recon_ratio: float = opt(0.5, "r <= m, the share of tokens reconstructed; 0: no decoder (Sec. 3.2)")
-    eval_mask_ratios: str = opt("0", "m at test, one or several: 0,0.5,0.9 (Table 1 right; the first is decisive)")
+    eval_mask_ratios: str = opt("0", "m at test; of a classifier also several: 0,0.5,0.9 (Table 1 right)")
     target: str = opt("normalized", "what is predicted of a patch", ["normalized", "pixels"])  # DECISION (target)
+    position_scale: float = opt(1.0, "factor of the encoder's sin-cos positions (1: VideoMAE's)")
 
     text_model: str = opt("microsoft/mpnet-base", "language model: a hub name or folder; hashing: of words (Sec. 4.2)")
     text_features: str = opt("", "folder of the sentences' features (--task encode_text); empty: run folder", free=True)
@@ -247,7 +192,7 @@ class Config:
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
     grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
     seed: int = opt(0, "key of every random draw")
-    eval_every: int = opt(1, "epochs between evaluations; the last step is always evaluated")
+    eval_every: float = opt(1.0, "epochs between evaluations; the last step is always evaluated")
     log_every: int = opt(20, "steps between log records")
     tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
     save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
@@ -370,8 +315,9 @@ def read_captions(path, cfg):
 
     Files as published: HTM-AA's csv (vid, timestamp, text), HTM-Align's json ({vid: [[alignable, start, end, text]]});
     and .jsonl of {video, start, end, text, visible}. A video is <id>.mp4 below --data-root, or its folder of chunks.
+    Left out are up to --max-bad of the sentences: those without a word, or that end before they start.
     """
-    reach, place = cfg.frames / cfg.fps, str(path)
+    reach, place, bad, count = cfg.frames / cfg.fps, str(path), [], 0
 
     def rows(file):
         nonlocal place
@@ -389,28 +335,34 @@ def read_captions(path, cfg):
         else:
             for n, line in enumerate(file, 1):
                 place = f"{path}:{n}"
+                if not line.strip():
+                    continue
                 row = json.loads(line)
                 yield row["video"], row["start"], row["end"], row["text"], row.get("visible", True)
 
     def seen(file):
+        nonlocal count
         for video, start, end, text, visible in rows(file):
+            count += bool(visible)
             if visible and not 0 <= float(start) < float(end) < math.inf:
-                raise ValueError(f"its time is {start} to {end} s: the start must be before the end")
-            if visible and not re.search(r"\w", text):
-                raise ValueError(f"its sentence has no word: {text!r}")
-            if visible:
+                bad.append(f"{place}: its time is {start} to {end} s: the start must be before the end")
+            elif visible and not re.search(r"\w", text):
+                bad.append(f"{place}: its sentence has no word: {text!r}")
+            elif visible:
                 yield f"{video}.mp4", float(start), float(end), text
 
     try:
-        with open(path, encoding="utf-8", newline="" if path.endswith(".csv") else None) as file:
+        with open(path, encoding="utf-8-sig", newline="" if path.endswith(".csv") else None) as file:
             captions = data.Captions(seen(file), cfg.data_root)
     except OSError as error:
         raise UserError(f"{path}: can't read the captions ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{place}: not as HTM-AA, HTM-Align or a .jsonl of captions have it ({error})") from None
+    if len(bad) > cfg.max_bad * count:
+        raise UserError(f"{bad[0]} ({len(bad)} such of {count} sentences, --max-bad {cfg.max_bad:g})")
     if not len(captions):
         raise UserError(f"{path}: no sentence in it that can be seen in its video")
-    captions.path = path
+    captions.path, captions.left_out = path, bad
     return captions
 
 
@@ -425,7 +377,12 @@ def hash_words(text, width=256):
 
 
 def encode_sentences(texts, model, device):
-    """Yields float32 [b, width] of consecutive sentences, by any Hugging Face text model: its first token's output."""
+    """Yields float16 [b, width] of consecutive sentences: the first token's output of a Hugging Face text model (the
+    encoder of an encoder-decoder), or hash_words."""
+    batches = ([texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256))
+    if model == "hashing":
+        yield from (np.stack([hash_words(text) for text in batch]).astype(np.float16) for batch in batches)
+        return
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
@@ -433,26 +390,38 @@ def encode_sentences(texts, model, device):
             f"--text-model {model} needs `pip install transformers`; --text-model hashing doesn't"
         ) from None
     try:
-        tokenizer, net = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).to(device).eval()
+        tokenizer, net = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UserError(f"--text-model {model}: {str(error).splitlines()[0]}") from None
-    for start in range(0, len(texts), 256):
-        batch = [texts[i] for i in range(start, min(start + 256, len(texts)))]
+    net = net.get_encoder() if net.config.is_encoder_decoder else getattr(net, "text_model", net)
+    net = net.to(device).eval()
+    tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
+    for batch in batches:
         tokens = tokenizer(batch, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
         with torch.no_grad():
-            yield net(**tokens).last_hidden_state[:, 0].float().cpu().numpy()  # DECISION (sentence)
+            part = net(**tokens).last_hidden_state[:, 0].half().cpu()  # [b, width]  # DECISION (sentence)
+        # The first token of a causal model sees no other: it says nothing of the sentence.
+        if not part.isfinite().all() or (len(set(batch)) > 1 and (part == part[0]).all()):
+            raise UserError(
+                f"--text-model {model}: its first output token is not finite, or the same for all sentences"
+            )
+        yield part.numpy()
 
 
-def text_file(cfg, path):
+def text_file(cfg, captions):
     """Where the features of a list's sentences are kept."""
-    return Path(cfg.text_features or cfg.out or f"runs/turbo-{cfg.recipe}") / f"{Path(path).stem}.text.npy"
+    name = f"{Path(captions.path).stem}-{captions.texts.digest()[:8]}.text.npy"
+    return Path(cfg.text_features or cfg.out or f"runs/turbo-{cfg.recipe}") / name
 
 
 def write_text(cfg, ctx):
     """--task encode_text: encode each sentence of both lists once, as the language model is frozen (Sec. 4.2)."""
+    if not (cfg.train_list or cfg.val_list):
+        raise UserError("--task encode_text needs --train-list or --val-list")
     for path in filter(None, (cfg.train_list, cfg.val_list)):
-        captions, out, done = read_captions(path, cfg), text_file(cfg, path), 0
-        temporary, rows = out.with_suffix(".tmp"), None
+        captions = read_captions(path, cfg)
+        out, done, rows = text_file(cfg, captions), 0, None
+        temporary = out.with_suffix(".tmp")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with tqdm(total=len(captions), desc=f"encoding {path}", unit="sentence", disable=None) as bar:
@@ -471,11 +440,11 @@ def write_text(cfg, ctx):
         print(f"{out}: {rows.shape[0]} sentences x {rows.shape[1]}")
 
 
-def open_text(cfg, captions):
+def open_text(cfg, captions, width=0):
     """The sentences' features, [sentences, width], memory-mapped; of --text-model hashing made on the spot."""
     if cfg.text_model == "hashing":
-        return np.stack([hash_words(captions.texts[i]) for i in range(len(captions))])
-    path = text_file(cfg, captions.path)
+        return np.concatenate([*encode_sentences(captions.texts, "hashing", None)])
+    path = text_file(cfg, captions)
     again = f"run --task encode_text --text-model {cfg.text_model} with the same lists"
     try:
         about, rows = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
@@ -485,6 +454,8 @@ def open_text(cfg, captions):
         raise UserError(f"{path}: of the model {about.get('model')}, not {cfg.text_model}; {again}")
     if about.get("sentences") != captions.texts.digest() or len(rows) != len(captions):
         raise UserError(f"{path}: of other sentences than those of {captions.path}; {again}")
+    if rows.ndim != 2 or width not in (0, rows.shape[1]):
+        raise UserError(f"{path}: features of shape {rows.shape}, where the model reads {width or 'rows'}; {again}")
     return rows
 
 
@@ -500,7 +471,8 @@ class Turbo(nn.Module):
     patch = (2, 16, 16)  # frames, height, width of a token (App. A)
 
     def __init__(self, num_classes, model="vit_b", decoder="", frames=16, size=224, recon=True, target="normalized",
-                 drop_path=0.1, attention="auto", grad_checkpoint=False, text_width=0):  # fmt: skip
+                 drop_path=0.1, attention="auto", grad_checkpoint=False, text_width=0,
+                 position_scale=1.0):  # fmt: skip
         """num_classes: of the classifier; 0: none. text_width: of the sentences' features, for Eq. 2; 0: none."""
         super().__init__()
         spec = MODELS[model]
@@ -521,7 +493,7 @@ class Turbo(nn.Module):
                 nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 256))  # DECISION (MLP)
                 for width in (self.width, text_width)
             )
-        table = spec.get("positions", 1.0) * common.sinusoid_table(self.num_tokens, self.width)[None]  # [1, N, D]
+        table = position_scale * common.sinusoid_table(self.num_tokens, self.width)[None]  # [1, N, D]
         self.register_buffer("positions", table, persistent=False)
         if recon:
             layers, width = map(int, (decoder or spec["decoder"]).split("x"))
@@ -583,7 +555,7 @@ class Turbo(nn.Module):
 def build(cfg, num_classes, text_width=0):
     """The model that a Config describes."""
     return Turbo(num_classes, cfg.model, cfg.decoder, cfg.frames, cfg.size, cfg.recon_ratio > 0, cfg.target,
-                 cfg.drop_path, cfg.attention, cfg.grad_checkpoint, text_width)  # fmt: skip
+                 cfg.drop_path, cfg.attention, cfg.grad_checkpoint, text_width, cfg.position_scale)  # fmt: skip
 
 
 # ---- Evaluation and pictures -----------------------------------------------------------------------------------------
@@ -681,7 +653,10 @@ def second_features(model, captions, cfg, ctx, failures, picture=None):
         if picture and ctx.rank == 0 and cfg.recon_ratio > 0:
             write_recon(model, batch.clips[:4], batch.keys[:4], cfg, picture)
             picture = None
-    return {video: rows for video, rows in features.items() if rows.isfinite().all()}
+    read = {video: rows for video, rows in features.items() if rows.isfinite().all()}
+    if not failures.new and len(read) < len(features):
+        raise UserError("the model's features of a video are not finite: its weights are broken")
+    return read
 
 
 @torch.no_grad()
@@ -691,21 +666,21 @@ def evaluate_alignment(model, captions, text, cfg, ctx, picture=None):
     text: [sentences, width]. `chance` is the R@1 of a random second. Sentences of unreadable videos don't count.
     """
     model.eval()
-    failures, sums = data.Failures(len(captions.names), cfg.max_bad), torch.zeros(3, dtype=torch.float64)
+    failures, sums = data.Failures(len(captions.names), cfg.max_bad), torch.zeros(4, dtype=torch.float64)
     for video, rows in second_features(model, captions, cfg, ctx, failures, picture).items():
         i = np.flatnonzero(captions.video_of == video)  # [S]
         sentences = model.embed_text(torch.from_numpy(text[i]).float().to(ctx.device)).cpu()  # [S, E]
         start, end = captions.start[i], captions.end[i]
         hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
         chance = (np.minimum(np.ceil(end), len(rows) - 1) - np.floor(start) + 1).clip(0) / len(rows)  # [S]
-        sums += torch.tensor([len(i), hits.sum(), chance.sum()])
+        sums += torch.tensor([len(i), hits.sum(), chance.sum(), (start >= len(rows)).sum()])
     unread = failures.collect(ctx, 0)
-    n, hits, chance = ctx.sum(sums.to(ctx.device)).tolist()
+    n, hits, chance, outside = ctx.sum(sums.to(ctx.device)).tolist()
     model.train()
     if not n:
         raise UserError(f"{captions.path}: no video could be read: {'; '.join(unread[:3])}")
     result = {"val_recall1": 100 * hits / n, "val_chance": 100 * chance / n, "val_clips": int(n)}
-    return result | {"val_unread": len(unread)}
+    return result | {"val_unread": len(unread), "val_outside": int(outside)}  # sentences after their video's end
 
 
 def write_recon(model, clips, keys, cfg, path):
@@ -807,7 +782,7 @@ def print_plan(cfg):
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
     t, h, _ = Turbo.patch
-    if not re.fullmatch(r"[0-9.]+(,[0-9.]+)*", cfg.eval_mask_ratios) or cfg.eval_mask_ratios.count("..") > 0:
+    if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", cfg.eval_mask_ratios):
         raise UserError(f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9")
     if not all(0 <= m < 1 for m in (cfg.mask_ratio, *eval_ratios(cfg))):
         raise UserError("--mask-ratio and --eval-mask-ratios must be in [0, 1): at 1 nothing is left to look at")
@@ -828,13 +803,16 @@ def check(cfg):
             f"--recon-ratio {cfg.recon_ratio} reconstructs none of {tokens} tokens; 0 turns the decoder off"
         )
     layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
-    if not (layers.isdecimal() and width.isdecimal() and int(width) and (int(width) < 64 or int(width) % 64 == 0)):
+    sized = layers.isdecimal() and width.isdecimal() and int(layers) and int(width)
+    if not (sized and (int(width) < 64 or int(width) % 64 == 0)):
         raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 8x512, in heads of 64")
     if cfg.objective == "align":
         if cfg.batch_size < 2:
             raise UserError("--batch-size 1 leaves InfoNCE nothing to tell apart (and 1 / ln 1 infinite): at least 2")
         if cfg.mixup or cfg.cutmix or cfg.label_smoothing:
             raise UserError("--objective align has no labels to mix: --mixup 0 --cutmix 0 --label-smoothing 0")
+        if len(eval_ratios(cfg)) > 1:
+            raise UserError(f"--eval-mask-ratios {cfg.eval_mask_ratios}: --objective align is evaluated at one")
     for flag in ("epochs", "fps", "log_every", "eval_every", "repeated", "test_clips", "test_crops", "temperature"):
         if getattr(cfg, flag) <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be above 0")
@@ -842,16 +820,15 @@ def check(cfg):
         raise UserError("--rand-augment must be in [0, 10]")
     if cfg.test_crops not in (1, 3):
         raise UserError("--test-crops must be 1 or 3")
-    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "eval_fps"):
+    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "eval_fps", "lr", "weight_decay"):
         if getattr(cfg, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} must not be negative")
     if not (0 <= cfg.drop_path < 1 and 0 <= cfg.label_smoothing < 1):
         raise UserError("--drop-path and --label-smoothing must be in [0, 1)")
 
 
-def open_lists(cfg, ctx):
-    """(training, validation) VideoLists, or Pairs and Captions; toy videos are made where a toy recipe's lists are
-    asked for."""
+def make_toys(cfg, ctx):
+    """Make the toy videos where a toy recipe's lists are asked for."""
     toy = next((Path(r["data_root"]) for r in RECIPES.values() if r.get("train_list", "-") == cfg.train_list), None)
     if toy:
         if ctx.rank == 0:
@@ -860,6 +837,11 @@ def open_lists(cfg, ctx):
             except OSError as error:
                 raise UserError(f"can't make the toy videos: {error}") from None
         ctx.barrier()
+
+
+def open_lists(cfg, ctx):
+    """(training, validation) VideoLists, or Pairs and Captions."""
+    make_toys(cfg, ctx)
     for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
         if not path:
             raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`; or captions")
@@ -874,28 +856,42 @@ def open_lists(cfg, ctx):
             f"{cfg.train_list}: {len(videos)} videos x --repeated {cfg.repeated} are less than one --batch-size of "
             f"{cfg.batch_size}"
         )
-    if cfg.objective == "align":
-        return videos, read_captions(cfg.val_list, cfg)
-    return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+    if cfg.objective == "classify":
+        return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+    captions = read_captions(cfg.val_list, cfg)
+    missing = [name for name in captions.names if not os.path.exists(os.path.join(captions.root, name))]
+    if len(missing) > max(1, cfg.max_bad * len(captions.names)):  # said now, not hours later at the first evaluation
+        raise UserError(f"{cfg.val_list}: {len(missing)} of its {len(captions.names)} videos, {missing[0]} among them, "
+                        f"are not in --data-root {captions.root} (--max-bad)")  # fmt: skip
+    return videos, captions
 
 
-def init_weights(path, classes):
-    """Model weights of a checkpoint of ours or VideoMAE's; left out is a classifier of another number of classes, and
-    VideoMAE's, which reads a mean over tokens where ours reads CLS."""
-    weights = common.videomae_weights(common.read_weights(path))
-    keep = "fc_norm.weight" not in weights
-    return {k: v for k, v in weights.items() if not k.startswith("head.") or (keep and len(v) == classes)}
+def init_weights(path, net):
+    """Model weights of a checkpoint of ours or VideoMAE's, without a decoder or heads of other sizes than the model's,
+    and without VideoMAE's classifier, which reads a mean over tokens where ours reads CLS. UserError: half an encoder.
+    """
+    weights, own = common.videomae_weights(common.read_weights(path)), net.state_dict()
+    lacking = [k for k in own if k.startswith(("patch_embed.", "blocks.")) and k not in weights]
+    if lacking and any(k in own and v.shape == own[k].shape for k, v in weights.items()):
+        raise UserError(f"{path}: {len(lacking)} weights of the encoder are not in it ({lacking[0]} ...)")
+    for part in (("head.",), ("video_head.", "text_head."), ("mask_token", "encoder_to_decoder.", "decoder.")):
+        names = [k for k in weights if k.startswith(part)]
+        differ = any(k in own and weights[k].shape != own[k].shape for k in names)
+        if differ or (part == ("head.",) and "fc_norm.weight" in weights):
+            weights = {k: v for k, v in weights.items() if k not in names}
+    return weights
 
 
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
     source = cfg.init or f"{cfg.out or 'runs/turbo-' + cfg.recipe}/best.pt"
     state = common.load_checkpoint(source)
-    if not isinstance(state, dict) or not {"model", "config", "classes"} <= set(state):
+    if not isinstance(state, dict) or not {"model", "config", "classes", "text_width"} <= set(state):
         raise UserError(f"{source}: not a checkpoint of turbo.py")
     shape = ("model", "decoder", "frames", "fps", "size", "mask_ratio", "recon_ratio", "target", "seed", "objective",
-             "sampling", "text_model", "eval_fps")  # fmt: skip
+             "sampling", "text_model", "eval_fps", "position_scale")  # fmt: skip
     cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
+    check(cfg)
     net = build(cfg, len(classes), state["text_width"]).to(ctx.device).eval()
     net.load_state_dict(state["model"])
     if cfg.task == "predict":
@@ -906,7 +902,7 @@ def use(cfg, ctx):
         return write_features(net, data.VideoList(cfg.val_list, cfg.data_root, classes=classes or None), cfg, ctx)
     if cfg.objective == "align":
         captions = read_captions(cfg.val_list, cfg)
-        result = evaluate_alignment(net, captions, open_text(cfg, captions), cfg, ctx)
+        result = evaluate_alignment(net, captions, open_text(cfg, captions, state["text_width"]), cfg, ctx)
     else:
         result = evaluate(net, data.VideoList(cfg.val_list, cfg.data_root, classes=classes), cfg, ctx)
     if ctx.rank == 0:
@@ -950,7 +946,8 @@ def write_features(net, videos, cfg, ctx):
                     vectors = net.encode(patchify(batch.clips, net.patch), visible)[:, 0]  # [views B, D]
                 else:
                     vectors, _, _ = net(batch.clips, batch.keys, eval_ratios(cfg)[0], 0.0)  # [views B, E]
-            yield batch.index, vectors.float().unflatten(0, (views, -1)).mean(0)  # [B, D] or [B, E]
+            vectors = vectors.float().unflatten(0, (views, -1)).mean(0)  # [B, D] or [B, E]
+            yield batch.index, vectors if hasattr(net, "head") else F.normalize(vectors, dim=-1)
 
     shape = len(videos), net.width if hasattr(net, "head") else 256
     common.write_features(cfg.out or f"runs/turbo-{cfg.recipe}", shape, parts(), failures, ctx)
@@ -962,6 +959,7 @@ def main(cfg):
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
     if cfg.task == "encode_text":
+        make_toys(cfg, ctx)
         return write_text(cfg, ctx) if ctx.rank == 0 else None
     if cfg.task != "train":
         return use(cfg, ctx)
@@ -971,10 +969,16 @@ def main(cfg):
     names = [] if align else videos.classes
     classes, text_width, metric = len(names), 0, "val_recall1" if align else "val_top1"
     if align:
-        text, val_text = open_text(cfg, videos.captions), open_text(cfg, val_videos)  # [sentences, text width] each
-        text_width, sentence_ids = text.shape[1], videos.captions.texts.ids()  # int64 [sentences]
+        text, sentence_ids = open_text(cfg, videos.captions), videos.captions.texts.ids()  # [sentences, text width], []
+        text_width = text.shape[1]
+        val_text = open_text(cfg, val_videos, text_width)  # [sentences, text width]
     run = common.Run(cfg, ctx, "turbo")
     state = run.resume()
+    if state and state["text_width"] != text_width:
+        raise UserError(f"{run.folder}: trained on text features of width {state['text_width']}, not {text_width}")
+    for captions in (videos.captions, val_videos) if align else ():
+        if captions.left_out:
+            run.say(f"left out {len(captions.left_out)} sentences of {captions.path}, the first {captions.left_out[0]}")
 
     epoch_steps = len(videos) * cfg.repeated // cfg.batch_size
     total = cfg.max_steps or cfg.epochs * epoch_steps
@@ -993,7 +997,7 @@ def main(cfg):
         at = state["at"]
         meter.load(state["sums"], ctx)
     elif cfg.init:
-        run.say(common.load_weights(net, init_weights(cfg.init, classes), cfg.init))
+        run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
     run.say(
@@ -1023,7 +1027,7 @@ def main(cfg):
     while True:
         # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
         step = at["step"]
-        if step > at["evaluated"] and (step == total or step % (cfg.eval_every * epoch_steps) == 0):
+        if step > at["evaluated"] and (step == total or step % max(1, round(cfg.eval_every * epoch_steps)) == 0):
             if align:
                 result = evaluate_alignment(net, val_videos, val_text, cfg, ctx, run.folder / "recon.png")
             else:
@@ -1104,8 +1108,9 @@ def main(cfg):
     chance = last["val_chance"] if align else 100 / classes
     run.say(
         f"complete: {name} {last[metric]:.1f} % of {last['val_clips']} {'sentences' if align else 'videos'} (chance "
-        f"{chance:.1f} %), best {at['best']:.1f} %. {run.folder}/recon.png: original, seen, reconstruction. "
-        "--overwrite starts anew."
+        f"{chance:.1f} %), best {at['best']:.1f} %. "
+        + f"{run.folder}/recon.png: original, seen, reconstruction. " * (cfg.recon_ratio > 0)
+        + "--overwrite starts anew."
     )
 
 

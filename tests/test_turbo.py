@@ -140,7 +140,7 @@ def test_dropping_equals_dense_attention_over_the_kept_tokens():
     ]
     kernel = common.linear_to_conv(model.patch_embed.weight, model.patch)
     x = F.conv3d(pixels.transpose(1, 2), kernel, model.patch_embed.bias, stride=model.patch).flatten(2).transpose(1, 2)
-    x = torch.cat([model.cls_token.expand(4, -1, -1), x + 5 * common.sinusoid_table(8, 128)], 1)
+    x = torch.cat([model.cls_token.expand(4, -1, -1), x + common.sinusoid_table(8, 128)], 1)
     for block in model.blocks:
         q, k, v = (
             F.linear(
@@ -417,7 +417,16 @@ def test_init_from_own_checkpoint(trained, toy_args, tmp_path, capsys):
     torch.save(
         {"model": state["model"] | {"head.weight": torch.zeros(3, 128), "head.bias": torch.zeros(3)}}, tmp_path / "3.pt"
     )
-    assert "head.weight" not in turbo.init_weights(tmp_path / "3.pt", 8)
+    net = turbo.Turbo(8, "vit_toy", "1x32", 16, 64)
+    weights = turbo.init_weights(tmp_path / "3.pt", net)  # its decoder and head are of other sizes
+    assert (
+        not [k for k in weights if k.startswith(("head.", "decoder.", "mask_token"))]
+        and "blocks.3.norm1.weight" in weights
+    )
+    for part in ("norm.", "patch_embed."):  # half an encoder is no start
+        torch.save({"model": {k: v for k, v in state["model"].items() if k.startswith(part)}}, tmp_path / "half.pt")
+        with pytest.raises(common.UserError, match="half.pt: .* weights of the encoder are not in it"):
+            turbo.init_weights(tmp_path / "half.pt", net)
 
 
 def test_copying_three_files_runs(cli, toy_args, tmp_path):

@@ -221,7 +221,7 @@ def test_fine_tuned_forms(tmp_path):
     assert ours["head.weight"].shape == (5, WIDTH) and len(ours) == 2 + 13 * DEPTH + 4
     torch.save({"module": upstream}, tmp_path / "ft.pth")  # as DeepSpeed names it
     for path in (tmp_path, tmp_path / "ft.pth"):  # its classifier reads the tokens' mean, so Turbo doesn't take it
-        weights = turbo.init_weights(path, classes=5)
+        weights = turbo.init_weights(path, turbo.Turbo(5, "vit_toy", frames=FRAMES, size=SIZE))
         assert weights.keys() == ours.keys() - {"head.weight", "head.bias"}
 
 
@@ -235,7 +235,7 @@ def test_incomplete_attention_is_not_used():
 def load(folder, target="normalized"):
     """A Turbo without CLS, from init_weights: VideoMAE has none, and one more token would take part in attention."""
     net = turbo.Turbo(8, "vit_toy", frames=FRAMES, size=SIZE, target=target, drop_path=0.0).eval()
-    message = common.load_weights(net, turbo.init_weights(folder, 8), folder)
+    message = common.load_weights(net, turbo.init_weights(folder, net), folder)
     net.cls_token = nn.Parameter(torch.zeros(1, 0, WIDTH))  # encode() is the same code, with none of these tokens
     return net, message
 

@@ -31,8 +31,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     stride      K400's stride stays 4 at all lengths, so a short clip is a short time; SSv2's segments span the video.
     views       "3 views", "5 views" are read as VideoMAE's tests, 2 x 3 and 5 x 3 clips x crops.
     search      a schedule ends at the full length, which is the task; shares are powers of two that sum to 100 %.
-    blocks      all backbones: tubelets, no CLS, fixed positions and mean pooling, as VideoMAE; ImageNet's start learns
-                positions, because its own are.
+    blocks      all backbones: tubelets, no CLS, fixed positions, mean pooling and a joint decoder, as VideoMAE;
+                ImageNet's start learns positions, because its own are.
     decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out with 4 x 512 for L.
     target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
 Missing: Table 1's SlowFast, MViT, MViTv2, MotionFormer (32 frames), Swin, TimeSformer (64 frames), MaskFeat, ST-MAE;
@@ -48,6 +48,7 @@ d = D / H, P pixel values of a patch.
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, combinations, pairwise, product
@@ -299,9 +300,10 @@ def sample_clip(cfg, frames, train, views, video, index, view, key):
 class DividedBlock(Block):
     """TimeSformer's divided attention (Bertasius et al. 2021, Sec. 3.1), of the tokens that a tube mask leaves.
 
-    In a layer a token first looks at its own place in all S time steps (their Eq. for alpha^time), then, from what that
-    gave, at all places of its own time step (alpha^space), then passes the MLP: S + K comparisons instead of S K. The
-    mask keeps the same K places in each step, so that both are plain attention over a regular grid [S, K].
+    A token, at place p of step t, first looks at its own place in all S time steps, then, from what that gave, at all
+    places of its own step: S + K comparisons instead of S K.
+        alpha^time_ptt' = softmax_t'(q_pt . k_pt' / sqrt(d)),    alpha^space_ptp' = softmax_p'(q_pt . k_p't / sqrt(d))
+    The mask keeps the same K places in each step, so that both are plain attention over a regular grid [S, K].
     """
 
     def __init__(self, dim, heads, kind="auto", **options):
@@ -535,7 +537,7 @@ def evaluate(model, videos, cfg, ctx, views=(1, 1), picture=None):
             values = torch.stack([torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(1)])  # [3, videos]
         sums += values.double().sum(1)  # [3]
         if picture and ctx.rank == 0 and cfg.stages:
-            write_recon(model, batch.clips[:4], batch.keys[:4], cfg, picture)
+            write_recon(model, batch.clips[:4], batch.keys[:4], outputs[0][:4], cfg, picture)
             picture = None
     unread = failures.collect(ctx, 0)
     if unread and ctx.rank == 0:
@@ -548,11 +550,10 @@ def evaluate(model, videos, cfg, ctx, views=(1, 1), picture=None):
     return result | {"val_clips": int(n), "val_unread": len(unread)}
 
 
-def write_recon(model, clips, keys, cfg, path):
-    """Write path.png and path_animated.png: what the encoder saw of clips, and what it makes of the rest."""
+def write_recon(model, clips, keys, prediction, cfg, path):
+    """Write path.png and path_animated.png: what the encoder saw of clips, and the prediction [B, R, P] of the rest."""
     grid = clips.shape[1] // model.patch[0], *model.grid[1:]  # of this many frames
     visible, masked = common.tube_split(keys, grid[0], model.places, cfg.mask_ratio)  # [B, K], [B, R]
-    prediction, _ = model(clips, keys, cfg.mask_ratio)  # [B, R, P]
     patches = patchify(clips, model.patch)  # [B, N, P]
     data.write_reconstruction(path, patches, visible, masked, prediction, cfg.target, model.patch, grid, fps=5)
 
@@ -594,7 +595,7 @@ def one_each(flag, text, default, count, kind):
         values = [kind(part) for part in text.split(",")] if text else [default]
     except ValueError:
         values = []
-    if len(values) not in (1, count) or min(values, default=0) <= 0:
+    if len(values) not in (1, count) or not all(0 < value < math.inf for value in values):
         raise UserError(f"{flag} {text}: not one number above 0, or one for each of {count} stages, with commas")
     return values * (count // len(values))
 
@@ -668,7 +669,7 @@ def print_plan(cfg):
     stages, segments = schedule(cfg, cfg.train_clips)
     classes, rate, full = cfg.num_classes or 2, cfg.clips_per_second, cfg.budget_frames if cfg.stages else cfg.frames
     with torch.device("meta"):
-        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
+        model = build(cfg, classes)
     parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
     decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
     kept = model.places - int(cfg.mask_ratio * model.places) if cfg.stages else model.places
@@ -702,14 +703,13 @@ def print_plan(cfg):
 
 
 RANGES = {  # flags: which values, in words
-    "budget budget_frames stride log_every eval_every batch_size search_stages": (
-        lambda x: 0 < x < math.inf,
-        "above 0",
-    ),
-    "max_steps workers micro_batch mixup cutmix max_bad lr_cycles clips_per_second": (lambda x: x >= 0, "at least 0"),
-    "mask_ratio drop_path head_dropout label_smoothing erase": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "lr budget budget_frames stride log_every eval_every batch_size search_stages layer_decay":
+        (lambda x: 0 < x < math.inf, "above 0"),
+    "min_lr weight_decay clip_grad max_steps workers micro_batch mixup cutmix max_bad lr_cycles clips_per_second":
+        (lambda x: 0 <= x < math.inf, "at least 0"),
+    "beta2 mask_ratio drop_path head_dropout label_smoothing erase": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "rand_augment": (lambda x: 0 <= x <= 10, "in [0, 10]"),
-}
+}  # fmt: skip
 
 
 def check(cfg):
@@ -734,23 +734,22 @@ def check(cfg):
     places = (cfg.size // h) ** 2
     if cfg.stages and not int(cfg.mask_ratio * places):
         raise UserError(f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places")
-    layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
-    if not (layers.isdecimal() and width.isdecimal() and int(width) and (int(width) < 64 or int(width) % 64 == 0)):
-        raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 4x512, in heads of 64")
-    parse_views(cfg)
+    _, width = two_numbers("--decoder", cfg.decoder or MODELS[cfg.model]["decoder"])
+    if width > 64 and width % 64:
+        raise UserError(f"--decoder {cfg.decoder}: a width of {width} is not in heads of 64")
+    two_numbers("--test-views", cfg.test_views)
     staged(cfg)
     if bool(cfg.then_train_list) != bool(cfg.then_val_list):
         raise UserError("--then-train-list and --then-val-list need each other")
     if cfg.then:
-        check(following(cfg, Path("run")))
+        check(following(cfg))
 
 
-def parse_views(cfg):
-    """--test-views as (clips, crops)."""
-    clips, _, crops = cfg.test_views.partition("x")
-    if not (clips.isdecimal() and crops.isdecimal() and int(clips) and int(crops)):
-        raise UserError(f"--test-views {cfg.test_views} is not clips x crops, such as 5x3")
-    return int(clips), int(crops)
+def two_numbers(flag, text):
+    """(4, 512) of "4x512"; UserError where a flag's text has another form."""
+    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
+        raise UserError(f"{flag} {text} is not two numbers above 0 with an x between them, such as 4x512 or 5x3")
+    return tuple(map(int, text.split("x")))
 
 
 def open_lists(cfg, ctx):
@@ -769,6 +768,15 @@ def open_lists(cfg, ctx):
     if len(videos.classes) < 2 and not cfg.stages:
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
     return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+
+
+def prepare(cfg, ctx):
+    """(training list, validation list, Stages, Segments) of a run; refuses what can't work before a folder is made."""
+    videos, val_videos = open_lists(cfg, ctx)
+    stages, segments = schedule(cfg, len(videos))
+    for stage in stages:
+        split(cfg, stage, ctx)
+    return videos, val_videos, stages, segments
 
 
 def init_weights(path, net):
@@ -811,7 +819,7 @@ def init_weights(path, net):
 
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
-    source = cfg.init or f"{cfg.out or 'runs/tpt_mae-' + cfg.recipe}/best.pt"
+    source = cfg.init or f"{cfg.out}/best.pt"
     state = common.load_checkpoint(source)
     if not isinstance(state, dict) or not {"model", "config", "classes"} <= set(state):
         raise UserError(f"{source}: not a checkpoint of tpt_mae.py")
@@ -827,7 +835,7 @@ def use(cfg, ctx):
     videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     if cfg.task == "features":
         return write_features(net, videos, cfg, ctx)
-    result = evaluate(net, videos, cfg, ctx, (1, 1) if cfg.stages else parse_views(cfg))
+    result = evaluate(net, videos, cfg, ctx, (1, 1) if cfg.stages else two_numbers("--test-views", cfg.test_views))
     if ctx.rank == 0:
         values = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
         print(f"{source} on {cfg.val_list}, views {cfg.test_views}: {values}")
@@ -840,15 +848,15 @@ def predict(net, cfg, ctx, classes):
         raise UserError("--task predict needs --input video.mp4 ...")
     videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
     for number, batch in enumerate(eval_batches(videos, cfg, ctx, failures)):
+        with ctx.autocast():
+            outputs = net(batch.clips, batch.keys, *[cfg.mask_ratio] * bool(cfg.stages))
         if cfg.stages:
-            path = Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}") / f"predict_{number}.png"
+            path = Path(cfg.out) / f"predict_{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_recon(net, batch.clips, batch.keys, cfg, path)
+            write_recon(net, batch.clips, batch.keys, outputs[0], cfg, path)
             print(f"{path}: {', '.join(videos.video(i) for i in batch.index.tolist())}")
             continue
-        with ctx.autocast():
-            logits = net(batch.clips, batch.keys)  # [B, classes]
-        shares, order = logits.float().softmax(-1).sort(-1, descending=True)
+        shares, order = outputs.float().softmax(-1).sort(-1, descending=True)
         for i, share, best in zip(batch.index.tolist(), shares.tolist(), order.tolist(), strict=True):
             words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
             print(f"{videos.video(i)}: {', '.join(words)}")
@@ -868,11 +876,11 @@ def write_features(net, videos, cfg, ctx):
                 features = net.features(batch.clips)  # [B, D]
             yield batch.index, features
 
-    common.write_features(cfg.out or f"runs/tpt_mae-{cfg.recipe}", (len(videos), net.width), parts(), failures, ctx)
+    common.write_features(cfg.out, (len(videos), net.width), parts(), failures, ctx)
 
 
-def following(cfg, folder):
-    """The Config of --then: that recipe, from `folder`'s weights, in <folder>_ft, on this machine and the full length.
+def following(cfg):
+    """The Config of --then: that recipe, from this run's weights, in <out>_ft, on this machine and the full length.
 
     Its videos are this run's, or --then-train-list's (Table 1: pretrained on K400, fine-tuned on SSv2)."""
     new = Config(**{"recipe": cfg.then} | RECIPES[cfg.then])
@@ -881,7 +889,8 @@ def following(cfg, folder):
     if cfg.then_train_list:
         same |= {name: getattr(cfg, f"then_{name}") for name in ("train_list", "val_list", "data_root")}
         same |= {"train_clips": new.train_clips, "num_classes": 0}  # as many as that list has
-    same |= {"task": "train", "then": "", "resume": "auto", "init": str(folder / "last.pt"), "out": f"{folder}_ft"}
+    same |= {"task": "train", "then": "", "resume": "auto", "init": f"{cfg.out}/last.pt", "out": f"{cfg.out}_ft"}
+    same["clips_per_second"] = 0.0  # it was measured in pretraining
     return replace(new, **same, frames=cfg.budget_frames if cfg.stages else cfg.frames)
 
 
@@ -901,9 +910,9 @@ def search_schedule(cfg, ctx):
         return print("\n".join(["schedules to search, as --stages:", *space]))
     if not cfg.then:
         raise UserError("--task search_schedule ranks by fine-tuned accuracy: --then says which recipe fine-tunes")
-    folder, ranking = cfg.out or f"runs/tpt_mae-{cfg.recipe}-search", []
+    ranking = []
     for run in runs:
-        result = main(replace(run, out=f"{folder}/{run.stages.replace(':', '-')}"))
+        result = main(replace(run, out=f"{cfg.out}/{run.stages.replace(':', '-')}"))
         ranking.append((result["val_top1"], run.stages))
     ranking.sort(key=lambda row: -row[0])
     if ctx.rank == 0:
@@ -914,21 +923,22 @@ def search_schedule(cfg, ctx):
 
 def main(cfg):
     check(cfg)
+    search = cfg.task == "search_schedule"
+    cfg = replace(cfg, out=str(Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}{'-search' if search else ''}")))
     ctx = common.launch(cfg.precision)
-    if cfg.task == "search_schedule":
+    if search:
         return search_schedule(cfg, ctx)
+    if cfg.then and (cfg.plan or cfg.task == "train"):
+        if not cfg.plan:
+            prepare(following(cfg), ctx)  # what it would refuse, now
+        main(replace(cfg, then=""))  # a call of its own: its model and optimizer are freed before the next are made
+        return main(following(cfg))
     if cfg.plan:
-        print_plan(cfg)
-        return main(following(cfg, Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}"))) if cfg.then else None
+        return print_plan(cfg)
     if cfg.task != "train":
         return use(cfg, ctx)
-    videos, val_videos = open_lists(cfg, ctx)
-    if cfg.then:
-        open_lists(following(cfg, Path("run")), ctx)  # what it would refuse, now
+    videos, val_videos, stages, segments = prepare(cfg, ctx)
     classes = len(videos.classes)
-    stages, segments = schedule(cfg, len(videos))
-    for stage in stages:
-        split(cfg, stage, ctx)  # refuses what can't be split before a folder is made
     run = common.Run(cfg, ctx, "tpt_mae")
     state = run.resume()
 
@@ -989,7 +999,7 @@ def main(cfg):
                 result = evaluate(net, val_videos, cfg, ctx, picture=run.folder / "recon.png")
                 score = -result["val_mae"] if cfg.stages else result["val_top1"]
                 if step == total and cfg.test_views != "1x1" and not cfg.stages:
-                    test = evaluate(net, val_videos, cfg, ctx, parse_views(cfg))
+                    test = evaluate(net, val_videos, cfg, ctx, two_numbers("--test-views", cfg.test_views))
                     result |= {name.replace("val", "test"): value for name, value in test.items()}
                 run.log(result | {"clips": at["clips"], "frames": at["frames"]}, step, total)
                 better = score > at["best"] and meter.healthy(ctx)
@@ -1055,7 +1065,9 @@ def main(cfg):
     result = "  ".join(f"{k} {v:.4g}" for k, v in at["last"].items())
     run.say(f"complete: {result}; best {abs(at['best']):.4g}. Weights in VideoMAE's format: {run.folder}/videomae.pth. "
             "--overwrite starts anew.")  # fmt: skip
-    return main(following(cfg, run.folder)) if cfg.then else at["last"]
+    run.save_due()  # a signal that came during the last evaluation: what comes after this run is not begun
+    run.leave(total)
+    return at["last"]
 
 
 if __name__ == "__main__":

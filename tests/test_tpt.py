@@ -211,8 +211,10 @@ def test_test_views():
     views = [tpt_mae.sample_clip(cfg, 4, False, (2, 3), FILM, 0, v, None)[0] for v in (0, 3)]
     assert views == [[0, 25, 50, 75], [12, 37, 62, 87]]
     assert tpt_mae.sample_clip(cfg, 4, False, (1, 1), FILM, 0, 0, None) == ([12, 37, 62, 87], (40, 0, 240, 240))
-    with pytest.raises(UserError, match="--test-views 5"):
-        tpt_mae.parse_views(config("--test-views", "5"))
+    assert tpt_mae.two_numbers("--test-views", cfg.test_views) == (2, 3)
+    for text in ("5", "5x", "x3", "0x3", "5x3x1", "5x-3"):
+        with pytest.raises(UserError, match=f"--test-views {text} is not"):
+            tpt_mae.two_numbers("--test-views", text)
 
 
 # ---- VideoMAE --------------------------------------------------------------------------------------------------------
@@ -448,6 +450,38 @@ def test_divided_attention_by_loops():
     assert torch.allclose(block(x, steps=S)[0], y, atol=1e-5)
 
 
+def test_divided_attention_is_timesformers():
+    """transformers' TimesformerLayer, all parameters random. Ours has no CLS; so theirs is one that no query looks at:
+    in one channel of each head all queries are large, by their bias, and the CLS token's key is very negative."""
+    timesformer = pytest.importorskip("transformers.models.timesformer.modeling_timesformer")
+    dim, side = 64, 4
+    config = timesformer.TimesformerConfig(
+        image_size=16 * side, num_frames=S, hidden_size=dim, num_attention_heads=H, intermediate_size=4 * dim,
+        num_hidden_layers=1, layer_norm_eps=1e-6, attention_type="divided_space_time")  # fmt: skip
+    theirs = randomise(timesformer.TimesformerLayer(config, 0))
+    cls = torch.ones(dim).index_fill(0, torch.arange(0, dim, 2), -1.0)  # as its norm leaves it
+    with torch.no_grad():
+        torch.nn.init.ones_(theirs.layernorm_before.weight)
+        torch.nn.init.zeros_(theirs.layernorm_before.bias)
+        qkv, first = theirs.attention.attention.qkv, torch.arange(0, dim, dim // H)
+        qkv.bias[first], qkv.weight[dim + first] = 10.0, -0.5 * cls
+    ours, names = tpt_mae.DividedBlock(dim, H), {"temporal_norm": theirs.temporal_layernorm}
+    names |= {"temporal_fc": theirs.temporal_dense, "norm1": theirs.layernorm_before, "norm2": theirs.layernorm_after}
+    names |= {"mlp.fc1": theirs.intermediate.dense, "mlp.fc2": theirs.output.dense}
+    state = {f"{name}.{k}": v for name, module in names.items() for k, v in module.state_dict().items()}
+    for name, module in (("temporal_attn", theirs.temporal_attention), ("attn", theirs.attention)):
+        q_bias, _, v_bias = module.attention.qkv.bias.chunk(3)  # a key's bias changes nothing
+        state |= {f"{name}.q_bias": q_bias, f"{name}.v_bias": v_bias, f"{name}.qkv.weight": module.attention.qkv.weight}
+        state |= {f"{name}.proj.{k}": v for k, v in module.output.dense.state_dict().items()}
+    ours.load_state_dict(state)
+    x = torch.randn(2, S, side * side, dim)
+    swapped = x.transpose(1, 2).flatten(1, 2)  # their tokens: places, and in each the frames
+    with torch.no_grad():
+        expected = theirs(torch.cat([cls.expand(2, 1, dim), swapped], 1))[0][:, 1:]
+        found = ours(x.flatten(1, 2), steps=S).unflatten(1, (S, -1)).transpose(1, 2).flatten(1, 2)
+    assert relative(found, expected) < 1e-5 and relative(found, swapped) > 0.1
+
+
 def test_trajectory_attention_by_loops():
     attn = randomise(tpt_mae.TrajectoryAttention(32, H))
     x = torch.randn(1, S * K, 32)
@@ -615,6 +649,8 @@ def test_plan_of_the_headline(capsys):
     assert float(rows[3][12]) == pytest.approx(clips / 500 / 3600, abs=0.06)  # hours at the measured rate
     hours = float(re.search(r"([\d.]+) hours", out)[1])
     assert hours == pytest.approx(sum(float(row[12]) for row in rows), abs=0.3)
+    out = plan(capsys, "--recipe", "ssv2", "--then", "ssv2_ft", "--clips-per-second", 500)
+    assert "- hours" in out.split("model ")[-1] and "- hours" not in out.split("model ")[1]  # measured in pretraining
     out = plan(capsys, "--recipe", "toy")
     assert "- hours by --clips-per-second" in out and out.count("model ") == 2  # pretraining, then fine-tuning
     short = plan(capsys, "--recipe", "ssv2", "--stages", "2:100")  # Fig. 3's last bar: against 16 frames, not its own 2
@@ -655,8 +691,10 @@ ROWS = {  # each system, table or figure of the paper, as flags
        for early in (8, 16, 32, 64)},
     **{f"F2 {epochs}": ["k400", "--budget", epochs] for epochs in (400, 800, 1600)},
     "F2 VideoMAE S": ["videomae_k400", "--model", "vit_s"],
+    "T1 VideoMAE L": ["videomae_k400", "--model", "vit_l", "--budget", 1600],
     **{f"F3 {first}": ["k400", "--budget", 400, "--stages", f"2:{first},16:{100 - first}"]
        for first in (6.25, 12.5, 25, 50)},
+    "F3 16f": ["k400", "--budget", 400, "--stages", "16:100"],
     "F3 budget 2f": ["k400", "--budget", 400, "--stages", "2:100", "--budget-frames", 16],
     "AVION Sec. 5.5": ["videomae_k400"],
     "single frame": ["ssv2", "--stages", "1:25,4:25,16:50"],
@@ -718,8 +756,9 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
 def test_what_comes_after():
     """--then: this run's weights, backbone, machine and length; its videos, or another data set's with its classes."""
     same = ["--recipe", "k400", "--then", "ssv2_ft", "--backbone", "divided", "--budget-frames", 8, "--stages", "2,8",
-            "--train-list", "k.csv", "--val-list", "kv.csv", "--data-root", "k", "--micro-batch", 4]  # fmt: skip
-    new = tpt_mae.following(config(*same), tpt_mae.Path("run"))
+            "--train-list", "k.csv", "--val-list", "kv.csv", "--data-root", "k", "--micro-batch", 4,
+            "--out", "run"]  # fmt: skip
+    new = tpt_mae.following(config(*same))
     assert (new.init, new.out, new.frames, new.backbone, new.micro_batch) == ("run/last.pt", "run_ft", 8, "divided", 4)
     assert (new.train_list, new.data_root, new.num_classes, new.sampling, new.epochs) == (
         "k.csv",
@@ -729,7 +768,7 @@ def test_what_comes_after():
         30,
     )
     other = ["--then-train-list", "s.csv", "--then-val-list", "sv.csv", "--then-data-root", "s"]
-    new = tpt_mae.following(config(*same, *other), tpt_mae.Path("run"))
+    new = tpt_mae.following(config(*same, *other))
     assert (new.train_list, new.val_list, new.data_root, new.num_classes) == ("s.csv", "sv.csv", "s", 0)
     assert new.train_clips == 168913 and new.then == ""
 
@@ -749,6 +788,31 @@ def test_recipes_only_set_known_fields_of_the_right_type():
             assert isinstance(value, (int, float) if types[key] is float else types[key]), (name, key)
         tpt_mae.check(config("--recipe", name))
     assert all(tpt_mae.RECIPES[name]["stages"] == "" for name in tpt_mae.RECIPES if name.endswith(("_ft", "_sup")))
+
+
+def test_recipes_are_the_papers():
+    """Sec. 4 and, where it is silent, VideoMAE's scripts; a rate is VideoMAE's at 256 clips (videos, in fine-tuning)."""
+    pretrain = {"lr": 1.5e-4, "min_lr": 1e-5, "warmup_epochs": 40, "weight_decay": 0.05, "beta2": 0.95, "layer_decay": 1,
+                "mask_ratio": 0.9, "target": "normalized", "size": 224, "stride": 4, "flip": False, "mixup": 0,
+                "drop_path": 0, "stages": "2:25,4:25,8:25,16:25", "decay": "cosine", "batch_size": 1024}  # fmt: skip
+    tune = {"lr": 5e-4, "min_lr": 1e-6, "warmup_epochs": 5, "weight_decay": 0.05, "beta2": 0.999, "layer_decay": 0.75,
+            "drop_path": 0.1, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1, "rand_augment": 7, "erase": 0.25,
+            "repeated": "2", "frames": 16, "stages": "", "batch_size": 768}  # fmt: skip
+    expected = {
+        "ssv2": pretrain | {"budget": 400, "sampling": "segments"},
+        "k400": pretrain | {"budget": 1600, "sampling": "stride"},
+        "videomae_k400": pretrain | {"budget": 800, "stages": "16:100", "batch_size": 2048, "sampling": "stride"},
+        "ssv2_ft": tune | {"epochs": 30, "flip": False, "test_views": "2x3", "sampling": "segments"},
+        "ssv2_sup": tune | {"epochs": 30, "flip": False, "test_views": "2x3", "positions": "learned"},
+        "k400_ft": tune | {"epochs": 75, "flip": True, "test_views": "5x3", "sampling": "stride"},
+    }
+    assert expected.keys() == {name for name in tpt_mae.RECIPES if not name.startswith("toy")}
+    for name, values in expected.items():
+        found = dataclasses.asdict(config("--recipe", name))
+        scale = found["batch_size"] / int(found["repeated"]) / 256
+        for key, value in values.items():
+            value = pytest.approx(value * scale) if key in ("lr", "min_lr") else value
+            assert found[key] == value, (name, key)
 
 
 @pytest.fixture
@@ -793,6 +857,33 @@ def test_every_path_trains_two_steps(flags, lists, tmp_path):
     assert ("test_top1" in records[-1]) == ("2x3" in flags)
     stages = [r["stage"] for r in records if "loss" in r]
     assert len(set(stages)) == (2 if any("," in str(flag) for flag in flags) else 1)
+
+
+def test_augmentation_is_of_training_only_and_in_order(lists, tmp_path, monkeypatch):
+    """RandAugment, flip, erasing, mixup: each gets what the one before made; evaluation sees the clips as they are."""
+    calls, seen = [], []
+    for number, name in enumerate(("rand_augment", "flip", "erase", "mix")):
+
+        def change(clips, *rest, number=number, **options):
+            calls.append(number)
+            assert (clips[:, 0, 0, 0, :number] == torch.arange(number)).all()
+            clips = clips.clone()
+            clips[..., number] = number
+            return (clips, rest[0]) if number == 3 else clips
+
+        monkeypatch.setattr(data, name, change)
+    forward = tpt_mae.Classifier.forward
+    monkeypatch.setattr(
+        tpt_mae.Classifier,
+        "forward",
+        lambda net, clips, keys: (
+            seen.append((net.training, (clips[..., :4] == torch.arange(4)).all().item())),
+            forward(net, clips, keys),
+        )[1],
+    )
+    flags = ["--rand-augment", 7, "--flip", "--erase", 0.5, "--mixup", 0.8, "--max-steps", 2, "--out", tmp_path]
+    tpt_mae.main(config(*lists, *FINETUNE, *flags))
+    assert calls == [0, 1, 2, 3] * 2 and {kind for kind in seen} == {(True, True), (False, False)}
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -872,6 +963,12 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--stage-batch", "4,4"], ["--stage-batch 4,4", "each of 3 stages"]),
         (["--stage-batch", "4,0,4"], ["--stage-batch 4,0,4"]),
         (["--stage-lr", "fast"], ["--stage-lr fast"]),
+        (["--stage-lr", "nan"], ["--stage-lr nan"]),
+        (["--lr", "-1"], ["--lr must be above 0"]),
+        (["--beta2", 1], ["--beta2 must be in [0, 1)"]),
+        (["--weight-decay", "-1"], ["--weight-decay must be at least 0"]),
+        (["--decoder", "2x96"], ["--decoder 2x96", "64"]),
+        (["--batch-size", 12, "--micro-batch", 3], ["--micro-batch 3", "--batch-size 16"]),  # of the fine-tuning
         (["--repeated", "3"], ["--repeated 3", "4 clips"]),
         (["--repeated", "4", "--micro-batch", "2"], ["--micro-batch 2", "--repeated"]),
         (["--batch-size", 32], ["train.csv", "16 videos", "32 clips"]),
@@ -945,6 +1042,14 @@ def test_pretraining_then_fine_tuning(trained):
     assert [r["step"] for r in pretrained if "val_mae" in r] == [16, 24, 36, 48]
     assert [r["step"] for r in tuned if "val_top1" in r] == [1, 2, 3]  # batches of 16, one a pass
     assert next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.2 and tuned[-1]["val_clips"] == 8
+    for stage in range(3):  # a full cosine with its own warm-up each (Table 6)
+        rates = [r["lr"] for r in pretrained if r.get("stage") == stage]
+        assert rates[0] == 0 and rates[-1] < 1e-4 and 9e-4 < max(rates) <= 1e-3
+    before, after = (torch.load(folder / "last.pt")["optimizer"] for folder in (out, out.with_name("run_ft")))
+    assert before["state"][0]["step"] == 48 and after["state"][0]["step"] == 3  # AdamW's moments are of all stages
+    groups = [{(g["betas"], g["weight_decay"], g["lr_scale"]) for g in o["param_groups"]} for o in (before, after)]
+    assert groups[0] == {((0.9, 0.95), decay, 1) for decay in (0, 0.05)}
+    assert groups[1] == {((0.9, 0.999), decay, 0.75**k) for decay in (0, 0.05) for k in range(6)}
     assert "left at init 4" in stdout and "not used 0" in stdout and "run_ft" in stdout
     assert stdout.count("complete: ") == 2 and "2-frame clips" in stdout
 
@@ -986,7 +1091,9 @@ def test_borrowed_panel(tmp_path):
     hidden = torch.zeros(1, 8, dtype=torch.bool).scatter(1, masked, True)[..., None]
     pictures = []
     for x in (patches, torch.where(hidden, patches // 3, patches)):
-        tpt_mae.write_recon(net, common.unpatchify(x, net.patch, net.grid), KEYS[:1], cfg, tmp_path / "r.png")
+        pixels = common.unpatchify(x, net.patch, net.grid)
+        prediction = net(pixels, KEYS[:1], 0.75)[0].detach()
+        tpt_mae.write_recon(net, pixels, KEYS[:1], prediction, cfg, tmp_path / "r.png")
         with av.open(str(tmp_path / "r.png")) as file:
             pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, 4, 36, 3))
     assert (pictures[0][3, 0] == [255, 0, 0]).all() and (pictures[0][:3, 0] == 255).all()
@@ -1120,6 +1227,20 @@ def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
         assert a == b
     stages = {r["stage"] for r in records_of(tmp_path / "cut") if "loss" in r}
     assert stages == {0, 1, 2}
+
+
+def test_signal_in_the_last_evaluation(lists, tmp_path, monkeypatch):
+    """What comes after the run is not begun; the same command goes on with it."""
+    evaluate = tpt_mae.evaluate
+    signalled = lambda *args, **more: (signal.raise_signal(signal.SIGTERM), evaluate(*args, **more))[1]
+    monkeypatch.setattr(tpt_mae, "evaluate", signalled)
+    args = [*lists, *PRETRAIN, "--then", "toy_ft", "--max-steps", 1, "--out", tmp_path / "run"]
+    with pytest.raises(SystemExit) as end:
+        tpt_mae.main(config(*args))
+    assert end.value.code == 128 + signal.SIGTERM and not (tmp_path / "run_ft").exists()
+    assert (tmp_path / "run" / "videomae.pth").exists()
+    monkeypatch.setattr(tpt_mae, "evaluate", evaluate)
+    assert "val_top1" in tpt_mae.main(config(*args))
 
 
 @pytest.mark.parametrize("flags", [PRETRAIN, [*FINETUNE, "--drop-path", 0.3, "--mixup", 0.8, "--head-dropout", 0.5]])

@@ -24,9 +24,11 @@ those of its Sec. 4.2: 40 layers of 1408 / 6144 are 1.01 B. A step of its stage 
 in fp32 on a CPU, weights and all (tests/evidence.py sfa_g).
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and EPIC-Kitchens; 24 in recipes
-                k400 and k600, as scenic's L on Kinetics. For H and g, which scenic lacks, pass --temporal-depth 4.
+                k400 and k600, as scenic's L on Kinetics. Pass --temporal-depth 4 there for B, and for H and g, which
+                scenic lacks. Weights of another depth are refused.
     patch       16 in B and L; 14 in H and g, because the image models that they start from have 14.
     gelu        exact, as in the hub's and timm's copies of these weights; --gelu tanh computes what scenic does.
+    class       the image model's class token is loaded with the rest; scenic's loader leaves it behind.
     frozen      "spatial" is the embedding, CLS and positions too. In half precision its matrices are kept in half.
     adapter     two layers D -> D, GELU between, added to its input, the last one zero: stage 2 starts as stage 1 ended.
     head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2). Zero at
@@ -40,7 +42,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     short       a video shorter than the clip is spread over it evenly, its frames repeated where they are too few.
     scale       jitter 0.9 to 1.33 of a short side of 256, then a crop of 224, is a square of 224 / (256 scale) of it.
     colour      Table 7 gives the probability, 0.8; the strengths here are 0.4, 0.4, 0.4, and 0.2 of the hue's circle.
-    RandAug     magnitudes 15 and 20 are read on Cubuk et al.'s scale, 0 to 30; operations are timm's.
+    RandAug     magnitudes 15 and 20 are read on a scale of 0 to 30, as torchvision's is; operations are timm's.
     flip        with probability 0.5 on all data sets, as Table 7 says, though SSv2's labels tell left from right.
     drop        layer drop rises linearly to its rate in each of the two transformers, and scales up what it keeps.
     VMAE        row IV: the temporal transformer's layers are the first of VideoMAE's encoder.
@@ -416,8 +418,8 @@ class ViViT(nn.Module):
         """Features of clips: [B, T, C, H, W] -> [B, D]."""
         return self.over_time(self.frames(clips, keys), keys)  # [B, D]
 
-    def forward(self, clips, keys):
-        """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes]."""
+    def forward(self, clips, keys=None):
+        """clips 0-255 [B, T, C, H, W], keys int64 [B] (for drop path, in training) -> logits [B, classes]."""
         return self.head(self.encode(clips, keys if self.training else None))  # [B, classes]
 
 
@@ -436,14 +438,17 @@ def image_weights(path):
     """An image ViT's weights by ViViT's names, on the CPU, patch_embed's kernel as [D, C, p, p]; or ours as they are.
 
     path: any file that common.vit_weights knows, or a checkpoint of this script. Of a hub's ViT, the epsilon too.
+    UserError where it is neither.
     """
     state = common.read_weights(path)
     if any(name.startswith(("spatial.", "temporal.")) for name in state):
         return state
-    ours = {}
-    for name, x in (common.vit_weights(state) or common.videomae_weights(state)).items():
-        name = {"pos_embed": "positions"}.get(name, name)
-        ours[f"spatial.{name}" if name.startswith(("cls_token", "positions", "blocks.", "norm.")) else name] = x
+    image, ours = common.vit_weights(state), {}
+    if not image:
+        raise UserError(f"{path}: no image ViT's weights are in it, nor ours (it holds {', '.join([*state][:3])} ...)")
+    for name, x in image.items():  # DECISION (class): cls_token too
+        name = name.replace("pos_embed", "positions")
+        ours[name if name.startswith("patch_embed.") else f"spatial.{name}"] = x
     if any(name.endswith("embeddings.position_embeddings") for name in state):
         config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
         try:
@@ -465,7 +470,7 @@ def temporal_weights(path, depth):
 
 def init_weights(cfg, net):
     """The tensors of --init and --init-temporal as `net` takes them: positions resized, an image's kernel inflated, a
-    classifier of other classes left out. UserError where the file's patches have another size."""
+    classifier of other classes left out. UserError where the file's patches or its temporal depth differ."""
     weights = image_weights(cfg.init) if cfg.init not in ("", "random") else {}
     kernel, (frames, patch, _) = weights.get("patch_embed.weight"), net.patch
     if kernel is not None:
@@ -474,12 +479,16 @@ def init_weights(cfg, net):
             raise UserError(f"{cfg.init}: its patches are {side} pixels wide, those of --model {cfg.model} {patch}")
         if kernel.dim() == 4:
             weights["patch_embed.weight"] = common.conv_to_linear(inflate(kernel, frames, cfg.inflate))  # [D, P]
-            weights.pop("head.weight", None)  # an image classifier's
     if cfg.init_temporal:
         temporal = temporal_weights(cfg.init_temporal, len(net.temporal.blocks))
         if not temporal:
             raise UserError(f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is in it")
         weights |= temporal
+    layers = len({name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")})
+    if layers not in (0, len(net.temporal.blocks)):
+        source = cfg.init_temporal or cfg.init
+        raise UserError(f"{source}: its temporal transformer has {layers} layers, this one {len(net.temporal.blocks)}; "
+                        f"give --temporal-depth {layers}")  # fmt: skip
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
     space, time = weights.get("spatial.positions"), weights.get("temporal.positions")  # [1, 1 + N, D], [1, 1 + S, D]
@@ -503,8 +512,8 @@ def init_weights(cfg, net):
 # ---- Evaluation and pictures -----------------------------------------------------------------------------------------
 
 
-def eval_batches(videos, cfg, ctx, frames, views, failures):
-    """Batches of test clips, on the device, that hold each readable video once over all ranks, view by view."""
+def outputs(call, videos, cfg, ctx, frames, views, failures):
+    """(batch, call(its clips)) of test clips, on the device: each readable video once over all ranks, view by view."""
     plan = partial(sample_clip, cfg, frames, videos, views)
     dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views))
     size = max(1, (cfg.micro_batch or cfg.batch_size // ctx.world) // math.prod(views))
@@ -512,39 +521,41 @@ def eval_batches(videos, cfg, ctx, frames, views, failures):
     for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
         failures.new += batch.failures
         if len(batch.labels):
-            yield batch._replace(keys=batch.keys.to(ctx.device))
+            with torch.no_grad(), ctx.autocast():
+                output = call(batch.clips)
+            yield batch, output
 
 
 @torch.no_grad()
 def evaluate(model, videos, cfg, ctx, heads, frames, views=(1, 1), name="val", picture=None):
-    """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each alone (Table 6).
+    """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each alone (Table 6);
+    and the loss (Fig. 4).
 
     views: (clips, squares) of a video, whose logits are averaged (scenic). Every readable video counts once, at any
     number of ranks; `unread` of them could not be.
     """
     model.eval()
     failures, k = data.Failures(len(videos), cfg.max_bad), min(5, math.prod(heads))
-    sums = torch.zeros(3 + len(heads), dtype=torch.float64, device=ctx.device)  # clips, top-1, top-k, of each head
-    for batch in eval_batches(videos, cfg, ctx, frames, views, failures):
-        with ctx.autocast():
-            logits = model(batch.clips, batch.keys)  # [V B, classes]
+    sums = torch.zeros(4 + len(heads), dtype=torch.float64, device=ctx.device)  # clips, loss, top-1, top-k, each head's
+    for batch, logits in outputs(model, videos, cfg, ctx, frames, views, failures):  # [V B, classes]
         logits = logits.float().unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
         hits = joint_scores(logits, heads).topk(k).indices == labels[:, None]  # [B, k]
         alone = [x.argmax(1) == y for x, y in zip(logits.split(heads, 1), head_labels(labels, heads), strict=True)]
-        sums += torch.stack([torch.ones_like(hits[:, 0]), hits[:, 0], hits.any(1), *alone]).double().sum(1)
+        loss = vivit_loss(logits, soft_targets(labels, heads, 0.0), heads)  # [B]
+        sums += torch.stack([torch.ones_like(loss), loss, hits[:, 0], hits.any(1), *alone]).double().sum(1)
         if picture and ctx.rank == 0:
             with ctx.autocast():
                 write_attention(model, batch.clips[:4], picture)
             picture = None
     unread = failures.collect(ctx, 0)
-    n, *hits = ctx.sum(sums).tolist()
+    n, loss, *hits = ctx.sum(sums).tolist()
     model.train()
     if not n:
         raise UserError(f"{cfg.val_list}: no video could be read: {'; '.join(unread[:3])}")
     words = ["top1", f"top{k}", *["verb", "noun"] * (len(heads) > 1)]
     result = {f"{name}_{word}": 100 * hit / n for word, hit in zip(words, hits, strict=False)}
-    return result | {f"{name}_clips": int(n), f"{name}_unread": len(unread)}
+    return result | {f"{name}_loss": loss / n, f"{name}_clips": int(n), f"{name}_unread": len(unread)}
 
 
 def write_attention(model, clips, path):
@@ -685,19 +696,19 @@ def check(cfg):
         if stage.frames % 2:
             raise UserError(f"--stages {cfg.stages}: {stage.frames} frames are not a multiple of the tubelet's 2")
         if {"spatial", "temporal"} <= {*stage.frozen}:
-            raise UserError(f"--freeze {cfg.freeze} freezes everything: nothing but the classifier is left to learn")
+            raise UserError(f"--freeze {cfg.freeze} freezes everything: no transformer is left to learn")
     if "spatial" in stages[0].frozen and not cfg.init and cfg.task == "train" and not cfg.plan:
         raise UserError(
             "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage "
             "1's checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
         )
-    above, free = (
-        ("stride", "log_every", "eval_every", "spatial_chunk", "views", "crops"),
-        ("max_steps", "workers", "micro_batch", "mixup", "max_bad", "temporal_depth", "warmup_epochs", "head_std"),
-    )
-    for flag in (*above, *free):
-        if getattr(cfg, flag) < 0 or flag in above and not getattr(cfg, flag):
-            raise UserError(f"--{flag.replace('_', '-')} must {'be above 0' if flag in above else 'not be negative'}")
+    for flag in ("batch_size", "stride", "log_every", "eval_every", "spatial_chunk", "views", "crops"):
+        if getattr(cfg, flag) <= 0:
+            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
+    for flag in ("max_steps", "workers", "micro_batch", "mixup", "max_bad", "temporal_depth", "warmup_epochs", "head_std",
+                 "num_classes", "train_clips", "lr", "weight_decay", "clip_grad"):  # fmt: skip
+        if getattr(cfg, flag) < 0:
+            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
     for flag, most in (("rand_augment", 30), ("colour_jitter", 1), ("drop_path", 0.99), ("label_smoothing", 0.99)):
         if not 0 <= getattr(cfg, flag) <= most:
             raise UserError(f"--{flag.replace('_', '-')} must be in [0, {most}]")
@@ -767,7 +778,7 @@ def use(cfg, ctx):
     state = common.load_checkpoint(source)
     if not isinstance(state, dict) or not {"model", "config", "classes", "stage"} <= set(state):
         raise UserError(f"{source}: not a checkpoint of sfa_vivit.py")
-    shape = ("model", "temporal_depth", "gelu", "stride", "size", "labels", "seed")
+    shape = ("model", "temporal_depth", "gelu", "stride", "size", "labels")
     cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
     heads, stage = EPIC if cfg.labels == "epic" else (len(classes),), Stage(*state["stage"])
     net = build(cfg, heads, stage).to(ctx.device).eval()
@@ -777,43 +788,29 @@ def use(cfg, ctx):
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
     videos = read_list(cfg, cfg.val_list, classes)
-    if cfg.task == "features":
-        return write_features(net, videos, cfg, ctx, stage)
+    if cfg.task == "features":  # float32 [videos, D]: CLS of a video's centre clip, in the list's order
+        failures = data.Failures(len(videos), cfg.max_bad)
+        vectors = outputs(net.encode, videos, cfg, ctx, stage.frames, (1, 1), failures)  # [B, D] each
+        parts, folder = ((batch.index, x) for batch, x in vectors), cfg.out or f"runs/sfa-{cfg.recipe}"
+        return common.write_features(folder, (len(videos), net.width), parts, failures, ctx)
     result = evaluate(net, videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
     if ctx.rank == 0:
         words = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
         print(f"{source} on {cfg.val_list}, {stage.frames} frames, {cfg.views} x {cfg.crops} views: {words}")
 
 
-@torch.no_grad()
 def predict(net, cfg, ctx, heads, stage, classes):
     """Print the five likeliest classes of each --input video; of verb and noun, the likeliest pairs."""
     if not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
     videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
-    for batch in eval_batches(videos, cfg, ctx, stage.frames, (1, 1), failures):
-        with ctx.autocast():
-            logits = net(batch.clips, batch.keys)  # [B, classes]
+    for batch, logits in outputs(net, videos, cfg, ctx, stage.frames, (1, 1), failures):  # [B, classes]
         shares, order = joint_scores(logits, heads).exp().sort(-1, descending=True)
         for i, share, best in zip(batch.index.tolist(), shares.tolist(), order.tolist(), strict=True):
             words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
             print(f"{videos.video(i)}: {', '.join(words)}")
     if failures.new:
         raise UserError("; ".join(failures.new))
-
-
-@torch.no_grad()
-def write_features(net, videos, cfg, ctx, stage):
-    """Write features.npy, float32 [videos, D]: CLS of a video's centre clip, in the list's order; NaN if unreadable."""
-    failures = data.Failures(len(videos), cfg.max_bad)
-
-    def parts():
-        for batch in eval_batches(videos, cfg, ctx, stage.frames, (1, 1), failures):
-            with ctx.autocast():
-                features = net.encode(batch.clips)  # [B, D]
-            yield batch.index, features
-
-    common.write_features(cfg.out or f"runs/sfa-{cfg.recipe}", (len(videos), net.width), parts(), failures, ctx)
 
 
 def augment(cfg, clips, keys):

@@ -8,7 +8,7 @@ long videos are cut into chunks of 15 s, so that a clip reads little. CPU: the r
     Sec. 4.1, Figs. 3-4: memory of attention    common.attention (--attention plain), common.run_blocks
     Sec. 4.2, Eqs. 1-2, Fig. 8b: DecodeCrop     sample_clip, data.random_resized_box, data.Video
     Fig. 8a: decode, then crop                  decode_then_crop (--loader)
-    Sec. 4.3: chunks; Eq. 3                     data.Chunks, chunk_seconds
+    Sec. 4.3: chunks; Eq. 3                     data.Chunks, data.largest_chunk
     Sec. 5.2: joint space-time ViT, PE_t        VideoEncoder, stretch_time
     Sec. 5.2: GPT-like text encoder, BPE        TextEncoder, BPETokenizer
     Sec. 5.2: total batch of 2,048              common.cached_step
@@ -28,9 +28,11 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 which all frames are first; from scratch sines, because a small model finds order slowly.
     temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns it, at most 100.
     crop        App. B asks for "short side 256, take 224" and for RRC (0.5, 1). Only the second is fused, and run.
+    frames      "randomly sample 4 frames": one in each of 4 equal parts of the narration's time, as the released code.
     text        which text a clip is fine-tuned with is not said. As the released code: any sentence with a relevancy
                 above 0.1 to it, drawn anew each time.
     duplicates  pairs of one text count as each other's negatives, as in the released code; --skip-duplicates: not.
+    epochs      of retrieval's fine-tuning are not said: 100, as the released code and as App. B.3.
     classify    App. B.3's weight decay 5e-4, 1 epoch of warm-up, flips, no cutmix; the released command has 4e-5, 2,
                 none and 1.0.
     rate        stochastic depth at one rate in all blocks, as the released code, not rising.
@@ -100,7 +102,7 @@ RECIPES = {
     "toy_cls": _TOY_TUNED | {"loss": "cross_entropy", "lr": 3e-4},
     "ego4d": {"train_clips": 4_000_000},
     "ego4d_llm": {"train_clips": 8_000_000},  # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
-    "ek100_mir": _TUNED | {"loss": "max_margin"},
+    "ek100_mir": _TUNED | {"loss": "max_margin"},  # DECISION (epochs)
     "ek100_cls": _TUNED | {"loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012, "flip": True,
                            "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1,
                            "mixup": 0.8},  # DECISION (classify)
@@ -178,14 +180,6 @@ class Config:
 # ---- The paper's ideas -----------------------------------------------------------------------------------------------
 
 
-def chunk_seconds(batch, bitrate=1e6, read_speed=500e6, step_seconds=4.0):
-    """The longest chunk, in seconds, that a disk can read for each clip of a batch within a step (Eq. 3).
-
-    B rho T <= S_r Delta: bitrate in bits a second, read_speed in bytes a second. The paper's values give 15.6.
-    """
-    return read_speed * 8 * step_seconds / (batch * bitrate)
-
-
 def sample_clip(cfg, train, videos, video, index, view, key):
     """(frames, box) of a narration: a frame in each of T equal parts of its time, and a crop (App. B).
 
@@ -193,7 +187,7 @@ def sample_clip(cfg, train, videos, video, index, view, key):
     the centre square.
     """
     n = cfg.frames if train else cfg.eval_frames or cfg.frames
-    u = uniform(key, "frames", n).numpy() if train else 0.5
+    u = uniform(key, "frames", n).numpy() if train else 0.5  # DECISION (frames)
     frames = data.between_frames(video, videos.start[index], videos.end[index], n, u)  # opens the chunks it touches
     if cfg.loader == "decode_then_crop":
         for part in video._chunks.values() if isinstance(video, data.Chunks) else [video]:
@@ -317,6 +311,26 @@ _BYTES = {byte: chr(byte) for byte in _PRINTABLE}
 _BYTES |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
 
 
+@lru_cache(1)
+def word_patterns():
+    """What CLIP cuts a text into: its own two marks, English endings, letters, single digits, and runs of anything else
+    (marks, emoji). -> a pattern for any text, and its like for texts in ASCII, six times as fast."""
+    spans = {"L": "", "N": ""}  # letters and numbers, which `re` has no classes for
+    for kind, run in groupby(map(chr, range(sys.maxunicode + 1)), key=lambda c: unicodedata.category(c)[0]):
+        if kind in spans:
+            first, *rest = run
+            spans[kind] += f"{first}-{rest[-1]}" if rest else first
+    # Unicode's white space (Python's has \x1c-\x1f too); and U+0345, which CLIP drops because its pattern ignores case.
+    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0345"
+    return [
+        re.compile(
+            rf"<\|startoftext\|>|<\|endoftext\|>|'(?:[sſtmd]|re|ve|ll)|"
+            rf"[{letter}]+|[{number}]|[^{space}{letter}{number}]+"
+        )
+        for space, letter, number in ((space, spans["L"], spans["N"]), ("\t-\r ", "a-z", "0-9"))
+    ]
+
+
 class BPETokenizer:
     """CLIP's byte-pair encoding (Sennrich et al. 2016): text -> ids, equal to CLIP's after its cleaning of the text.
 
@@ -325,8 +339,6 @@ class BPETokenizer:
     missing. merges: path of CLIP's file, or its lines; without any, ids are bytes.
     """
 
-    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's has \x1c-\x1f too
-
     def __init__(self, merges=(), context=77):
         self.merges = read_merges(merges) if isinstance(merges, (str, Path)) else list(merges)
         self.context, self.ranks = context, {tuple(pair.split(" ")): n for n, pair in enumerate(self.merges)}
@@ -334,18 +346,7 @@ class BPETokenizer:
         vocabulary += [pair.replace(" ", "") for pair in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {symbol: n for n, symbol in enumerate(vocabulary)}
         self.size, self.start, self.end = len(vocabulary), len(vocabulary) - 2, len(vocabulary) - 1
-        spans = {"L": "", "N": ""}  # letters and numbers, which `re` has no classes for
-        for kind, run in groupby(map(chr, range(sys.maxunicode + 1)), key=lambda c: unicodedata.category(c)[0]):
-            if kind in spans:
-                first, *rest = run
-                spans[kind] += f"{first}-{rest[-1]}" if rest else first
-        # A word: a special token, an English ending, letters, one digit, or a run of anything else (marks, emoji).
-        letter, number = spans["L"], spans["N"]
-        self.words = re.compile(
-            r"<\|startoftext\|>|<\|endoftext\|>|'(?:[sſtmd]|re|ve|ll)|"
-            f"[{letter}]+|[{number}]|[^{self.space}{letter}{number}]+"
-        )
-        self.blanks = re.compile(f"[{self.space}]+")
+        self.words, self.ascii_words = word_patterns()
         self.word_ids = lru_cache(1 << 18)(self._word_ids)
 
     def _word_ids(self, word):
@@ -366,25 +367,18 @@ class BPETokenizer:
             parts = merged
         return tuple(self.ids[part] for part in parts)
 
-    def encode(self, text, limit=None):
-        """The ids of a text, a list, without start and end; no more than `limit` if given."""
-        text = unicodedata.normalize("NFC", html.unescape(html.unescape(text))).strip()
-        ids = []
-        for match in self.words.finditer(self.blanks.sub(" ", text).strip().lower()):
-            ids += self.word_ids(match[0])
-            if limit is not None and len(ids) >= limit:
-                break
-        return ids[:limit]
+    def encode(self, text):
+        """The ids of a text, a list, without start and end."""
+        text = unicodedata.normalize("NFC", html.unescape(html.unescape(text))).strip().lower()
+        words = (self.ascii_words if text.isascii() else self.words).findall(text)
+        return [i for word in words for i in self.word_ids(word)]
 
     def __call__(self, texts):
         """int64 [B, L] of texts: start, ids, end, zeros; a text that is too long is cut and keeps its end. L is what
         the longest needs, rounded up to 16, at most the context of 77: nothing behind the end is ever looked at."""
-        rows = [[self.start, *self.encode(text, self.context - 2), self.end] for text in texts]
+        rows = [[self.start, *self.encode(text)[: self.context - 2], self.end] for text in texts]
         length = min(self.context, -(-max(map(len, rows)) // 16) * 16)
-        out = np.zeros((len(rows), length), np.int64)  # [B, L]
-        for place, row in zip(out, rows, strict=True):
-            place[: len(row)] = row
-        return torch.from_numpy(out)
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows])  # [B, L]
 
 
 # ---- Lists -----------------------------------------------------------------------------------------------------------
@@ -421,6 +415,8 @@ def read_rows(path):
     with open(path, newline="", encoding="utf-8-sig") as file:
         if path.endswith(".jsonl"):
             for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
                 row, action, noun = json.loads(line), None, ""
                 if row.get("visible", True):
                     if "visible" in row:
@@ -601,11 +597,11 @@ class TextEncoder(nn.Module):
                  grad_checkpoint=False):  # fmt: skip
         super().__init__()
         self.width, depth, heads = MODELS[model]["text"]
-        self.grad_checkpoint, kind = grad_checkpoint, "auto" if attention == "flash" else attention
+        self.grad_checkpoint = grad_checkpoint
         self.token_embedding = nn.Embedding(vocabulary, self.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, self.width))
         self.blocks = nn.ModuleList(
-            Block(self.width, heads, eps=1e-5, act=STYLES[style][0], kind=kind, causal=True) for _ in range(depth)
+            Block(self.width, heads, eps=1e-5, act=STYLES[style][0], kind=attention, causal=True) for _ in range(depth)
         )
         self.ln_final = nn.LayerNorm(self.width, eps=1e-5)
         self.apply(common.init_linear)
@@ -648,13 +644,18 @@ class VideoClassifier(nn.Module):
 
     def __init__(self, visual, classes, dropout=0.0):
         super().__init__()
-        self.visual, self.head, self.dropout = visual, nn.Linear(visual.width, classes), dropout
+        self.visual, self.embed_dim, self.dropout = visual, visual.width, dropout
+        self.head = nn.Linear(visual.width, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
+    def encode_video(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] -> [B, D]; keys int64 [B] in training."""
+        return self.visual(clips, keys)  # [B, D]
+
     def forward(self, clips, keys=None):
         """Clips 0-255 [B, T, C, H, W] -> logits [B, A]; keys int64 [B] in training."""
-        x = self.visual(clips, keys)  # [B, D]
+        x = self.encode_video(clips, keys)  # [B, D]
         if keys is not None and self.dropout:
             x = x * (uniform(keys, "dropout", x.shape[1]) >= self.dropout) / (1 - self.dropout)  # [B, D]
         return self.head(x)  # [B, A]
@@ -783,7 +784,10 @@ def read_init(path):
     if any(name.endswith("/constants.pkl") for name in names):
         state = torchscript_weights(path)
     elif names:
-        state = common.load_checkpoint(path)
+        number = np.float64().__reduce__()[0]  # AVION's files keep their best score as a numpy float, which is data too
+        allowed = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype(np.float64))]):
+            state = common.load_checkpoint(path)
         if isinstance(state, dict) and {"model", "style", "config"} <= state.keys():
             return state
         state = state.get("state_dict") if isinstance(state, dict) else None  # AVION's
@@ -823,11 +827,9 @@ def fit_weights(start, net, cfg):
 
 
 @torch.no_grad()
-def encode_clips(model, videos, cfg, ctx):
-    """Features of each entry's centre clip, float32 [V, E] on the CPU ([V, D] of a classifier); which could be read,
-    bool [V]; lines of those that could not. Ranks share the work; every readable clip counts once."""
-    clip, failures = isinstance(model, VideoCLIP), data.Failures(len(videos), cfg.max_bad)
-    out = torch.zeros(len(videos), 1 + (model.embed_dim if clip else model.visual.width), device=ctx.device)
+def clip_features(model, videos, cfg, ctx, failures):
+    """Yields (places int64 [B], features [B, E]; of a classifier [B, D]) of this rank's share of the entries' centre
+    clips, those that could be read; the others fill `failures`."""
     dataset = data.ClipDataset(videos, partial(sample_clip, cfg, False, videos), cfg.size, cfg.seed, replace=False)
     size = cfg.micro_batch or max(1, cfg.batch_size // ctx.world)
     batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
@@ -835,8 +837,17 @@ def encode_clips(model, videos, cfg, ctx):
         failures.new += batch.failures
         if len(batch.labels):
             with ctx.autocast():
-                x = model.encode_video(batch.clips) if clip else model.visual(batch.clips)  # [B, E]
-            out[batch.index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
+                features = model.encode_video(batch.clips)  # [B, E]
+            yield batch.index, features
+
+
+def encode_clips(model, videos, cfg, ctx):
+    """Features of each entry's centre clip, float32 [V, E] on the CPU ([V, D] of a classifier); which could be read,
+    bool [V]; lines of those that could not. Ranks share the work; every readable clip counts once."""
+    failures = data.Failures(len(videos), cfg.max_bad)
+    out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)
+    for index, x in clip_features(model, videos, cfg, ctx, failures):
+        out[index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
     out, unread = ctx.sum(out).cpu(), failures.collect(ctx, 0)
     if not out[:, -1].any():
         raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
@@ -913,13 +924,16 @@ def evaluate(model, videos, actions, tokenizer, cfg, ctx):
 def saved_megabytes(model, tokens, kind):
     """MB that the video encoder's blocks store for the backward pass of one clip in fp32, (LayerNorm, attention, MLP),
     from the parts of one real block on the CPU (Fig. 3; GELU, as measured there). kind: "plain", "sdpa", or
-    "checkpoint": all blocks' inputs, and one block's parts while that is recomputed. None where it needs gigabytes."""
+    "checkpoint": all blocks' inputs, and one block's parts while that is recomputed."""
     width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
-    if kind == "plain" and tokens > 1600:
-        return None
-    block, n = Block(width, heads, kind="plain" if kind == "plain" else "sdpa"), tokens if kind == "plain" else 64
-    parts, x = [(block.norm1, block.norm2), (block.attn,), (block.mlp,)], torch.randn(1, n, width)  # [1, n, D]
-    sizes = [sum(common.saved_bytes(module, x) for module in group) * tokens / n / 1e6 for group in parts]  # linear
+    block = Block(width, heads, kind="plain" if kind == "plain" else "sdpa")
+
+    def measured(*modules):  # a N + b N^2, found at two lengths: the real one may need gigabytes
+        one, two = (sum(common.saved_bytes(m, torch.randn(1, n, width)) for m in modules) for n in (64, 128))
+        square = (two - 2 * one) / (128**2 - 2 * 64**2)
+        return ((one / 64 - 64 * square) * tokens + square * tokens**2) / 1e6
+
+    sizes = [measured(block.norm1, block.norm2), measured(block.attn), measured(block.mlp)]
     if kind == "checkpoint":
         return [sizes[0] + depth * tokens * width * 4 / 1e6, *sizes[1:]]
     return [depth * size for size in sizes]
@@ -944,14 +958,14 @@ schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {c
 {cfg.optimizer}, peak lr {cfg.lr:g}
 GMACs     {macs}
 Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a step, in chunks of up to \
-{chunk_seconds(cfg.batch_size):.1f} s
+{data.largest_chunk(cfg.batch_size, 1, 500, 4):.1f} s
 
 MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half)
 {"":<24} {"LayerNorm":>10} {"attention":>10} {"MLP":>10} {"all":>10} {"attention %":>12}""")
     for kind, name in (("plain", "plain"), ("sdpa", "memory-efficient"), ("checkpoint", "efficient, recomputed")):
         sizes = saved_megabytes(cfg.model, kept, kind)
-        cells = sizes and " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)]) + f" {100 * sizes[1] / sum(sizes):12.1f}"
-        print(f"{name:<24} {cells or 'not measured above 1,600 tokens'}")
+        cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
+        print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -1045,8 +1059,11 @@ def use(cfg, ctx):
         search(net, videos, tokenizer, cfg, ctx)
     elif cfg.task == "predict":
         predict(net, videos, actions, tokenizer, cfg, ctx)
-    elif cfg.task == "features":
-        write_features(net, videos, cfg, ctx)
+    elif cfg.task == "features":  # in the list's order: of length 1, or CLS of a classifier
+        failures = data.Failures(len(videos), cfg.max_bad)
+        parts = clip_features(net, videos, cfg, ctx, failures)
+        folder = cfg.out or f"runs/avion-{cfg.recipe}"
+        common.write_features(folder, (len(videos), net.embed_dim), parts, failures, ctx)
     else:
         result = evaluate(net, videos, actions, tokenizer, cfg, ctx)
         if ctx.rank == 0:
@@ -1088,21 +1105,6 @@ def search(net, videos, tokenizer, cfg, ctx):
             shown.append((path, start, end))
             if ctx.rank == 0:
                 print(f"{scores[i]:.3f}  {start:7.1f} - {end:.1f} s  {path}")
-
-
-def write_features(net, videos, cfg, ctx):
-    """Write features.npy, float32 [clips, E], in the list's order: of length 1, or CLS of a classifier; NaN: unread."""
-    features, read, unread = encode_clips(net, videos, cfg, ctx)
-    features[~read] = math.nan
-    path = Path(cfg.out or f"runs/avion-{cfg.recipe}") / "features.npy"
-    if ctx.rank == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, features.numpy())
-        except OSError as error:
-            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
-        shape = " x ".join(map(str, features.shape))
-        print(f"{path}: {shape}" + (f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""))
 
 
 def main(cfg):
@@ -1249,7 +1251,17 @@ def main(cfg):
         if (run.save_due() or epoch_ends) and save("last.pt"):
             run.leave(step)
 
-    names = ("val_map", "shuffled_map", "val_ndcg", "val_r1_v2t", "val_r1_t2v", "val_action", "val_verb", "val_noun")
+    names = (
+        "val_map",
+        "shuffled_map",
+        "val_ndcg",
+        "shuffled_ndcg",
+        "val_r1_v2t",
+        "val_r1_t2v",
+        "val_action",
+        "val_verb",
+        "val_noun",
+    )
     numbers = ", ".join(f"{name} {at['last'][name]:.1f} %" for name in names if name in at["last"])
     run.say(
         f"complete: {numbers} of {at['last']['val_clips']} validation clips; best {metric} {at['best']:.1f} %. "

@@ -29,11 +29,16 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 8 x 512 misses by up to 117 %, and would not save memory at m = 0.5). Default: 4 x 384; --decoder 8x512.
     mask        per-token random: with tubes Table 1's last rows miss by 1-2 %.
     CLS         VideoMAE has none. Here: learned, no position, not shown to the decoder (Sec. 3.2 counts N_i + N_r).
+                All tokens attend to it; with cls_token emptied, [1, 0, D], features and loss are VideoMAE's.
     target      normalised per patch and channel, as VideoMAE; the toy recipes predict raw pixels (--target).
     embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan shows both.
     lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, at the paper's batches.
     short       a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
-    RandAug     "(9, 0.5)" is read as timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5.
+    RandAug     "(9, 0.5)" is read as timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5. Crops and
+                flips are VideoMAE's; its random erasing and layer-wise rates are not in Table 6, and not here.
+    mixed       mixup and cutmix: what is reconstructed is the mixed clip, as the encoder sees no other.
+    split       UCF101 and HMDB51: the first. Breakfast: three of the usual four folds of its people train.
+    views       Sec. 4.1 names no test views: one clip and crop. VideoMAE's: --test-clips 5 --test-crops 3.
     repeat      repeated sampling: one decode gives 4 clips, each with its own frames, crop and, in video-language
                 training, sentence. "Batch size of 16 videos" (Sec. 4.3) is read as 16 x 4 clips; an epoch has each
                 video once. Batch sizes count clips.
@@ -111,14 +116,14 @@ RECIPES = {
         "train_clips": 480, "sampling": "span", "frames": 32, "mask_ratio": 0.75, "test_clips": 3,
         "epochs": 50, "warmup_epochs": 2.0, "eval_every": 10.0,
     },
-    "ucf101": {"train_clips": 9537, "num_classes": 101, "lr": 1e-3 * 16 / 256},  # split 1  # DECISION (lr)
-    "hmdb51": {"train_clips": 3570, "num_classes": 51, "lr": 1e-3 * 16 / 256},  # split 1
+    "ucf101": {"train_clips": 9537, "num_classes": 101, "lr": 1e-3 * 16 / 256},  # DECISION (lr)
+    "hmdb51": {"train_clips": 3570, "num_classes": 51, "lr": 1e-3 * 16 / 256},  # DECISION (split)
     "htm_aa": PLAIN | {  # Table 6, "V-L Training"; Table 4
         "objective": "align", "train_clips": 250_000, "mask_ratio": 0.75, "recon_ratio": 0.25, "batch_size": 32,
         "repeated": 4, "epochs": 5, "warmup_epochs": 0.5, "lr": 1e-4 * 32 / 256, "crop": "multi-scale",
         "eval_fps": 16.0, "eval_every": 0.1, "save_minutes": 30.0,
     },
-    "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # three of the four folds of 1,712
+    "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # of 1,712
     "coin": LONG | {"train_clips": 9030, "num_classes": 180, "epochs": 50, "warmup_epochs": 5.0},
 }  # fmt: skip
 
@@ -133,9 +138,7 @@ class Config:
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/turbo-<recipe>", free=True)
     init: str = opt("", "weights to start from: ours, VideoMAE's .pth or hub folder (eval ...: ours; empty: best.pt)")
-    resume: str = opt(
-        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint to continue", free=True
-    )
+    resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
 
@@ -147,7 +150,7 @@ class Config:
     objective: str = opt("classify", "classify: Eq. 1; align: video and text, Eq. 2", ["classify", "align"])
     sampling: str = opt("clip", "clip: at --fps; span: --frames over the whole video (Sec. 4.3)", ["clip", "span"])
     repeated: int = opt(1, "clips of a video in a batch, from one decode (Table 6: repeated sampling)")
-    test_clips: int = opt(1, "clips of a video at test, whose probabilities are averaged (Sec. 4.3: 10)")
+    test_clips: int = opt(1, "clips of a video at test, averaged as probabilities (Sec. 4.3: 10)")  # DECISION (views)
     test_crops: int = opt(1, "crops of each of them, along the long side (1 or 3)")
     num_classes: int = opt(0, "number of classes; 0: as many as the training list has")
     mask_ratio: float = opt(0.5, "m, the share of tokens dropped in training (Sec. 3.2)")
@@ -180,15 +183,9 @@ class Config:
     flip: bool = opt(True, "random left-right flips in training (VideoMAE)")
 
     workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
-    max_bad: float = opt(
-        0.01, "share of an epoch's videos that may be unreadable (at least 1 video) before it stops", free=True
-    )
-    precision: str = opt(
-        "auto", "auto: bf16, fp16 or fp32, the best of the device", ["auto", "fp32", "bf16", "fp16"], True
-    )
-    attention: str = opt(
-        "auto", "auto: flash-attn where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True
-    )
+    max_bad: float = opt(0.01, "share of an epoch's videos that may be unreadable (at least 1)", free=True)
+    precision: str = opt("auto", "auto: the device's best of the others", ["auto", "fp32", "bf16", "fp16"], True)
+    attention: str = opt("auto", "auto: flash where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True)
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
     grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
     seed: int = opt(0, "key of every random draw")
@@ -274,9 +271,8 @@ class Pairs:
     def __init__(self, captions):
         self.captions, self.path = captions, captions.path
         self._order = np.argsort(captions.video_of, kind="stable").astype(np.int32)  # [sentences], video by video
-        self._first = np.searchsorted(
-            captions.video_of[self._order], np.arange(len(captions.names) + 1)
-        )  # [videos + 1]
+        edges = np.arange(len(captions.names) + 1)
+        self._first = np.searchsorted(captions.video_of[self._order], edges)  # [videos + 1]
         self.labels = np.broadcast_to(np.int32(0), len(captions.names))  # none
 
     def __len__(self):
@@ -301,7 +297,7 @@ def sample_pair(cfg, pairs, video, index, view, key):
 def recall_at_1(similarity, start, end):
     """Hits of the sentences of one video, bool [S]: is the second that fits best within the sentence's time?
 
-    similarity [S, seconds]; start, end [S] in seconds. HTM-Align's rule: floor(start) <= argmax <= ceil(end).
+    Arrays: similarity [S, seconds]; start, end [S] in seconds. HTM-Align's rule: floor(start) <= argmax <= ceil(end).
     """
     best = similarity.argmax(1)  # [S]
     return (np.floor(start) <= best) & (best <= np.ceil(end))
@@ -317,7 +313,7 @@ def read_captions(path, cfg):
     and .jsonl of {video, start, end, text, visible}. A video is <id>.mp4 below --data-root, or its folder of chunks.
     Left out are up to --max-bad of the sentences: those without a word, or that end before they start.
     """
-    reach, place, bad, count = cfg.frames / cfg.fps, str(path), [], 0
+    reach, place, bad = cfg.frames / cfg.fps, path, []
 
     def rows(file):
         nonlocal place
@@ -335,16 +331,13 @@ def read_captions(path, cfg):
         else:
             for n, line in enumerate(file, 1):
                 place = f"{path}:{n}"
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                yield row["video"], row["start"], row["end"], row["text"], row.get("visible", True)
+                if line.strip():
+                    row = json.loads(line)
+                    yield row["video"], row["start"], row["end"], row["text"], row.get("visible", True)
 
     def seen(file):
-        nonlocal count
         for video, start, end, text, visible in rows(file):
-            count += bool(visible)
-            if visible and not 0 <= float(start) < float(end) < math.inf:
+            if visible and not 0 <= float(start) <= float(end) < math.inf:
                 bad.append(f"{place}: its time is {start} to {end} s: the start must be before the end")
             elif visible and not re.search(r"\w", text):
                 bad.append(f"{place}: its sentence has no word: {text!r}")
@@ -358,6 +351,7 @@ def read_captions(path, cfg):
         raise UserError(f"{path}: can't read the captions ({error.strerror})") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"{place}: not as HTM-AA, HTM-Align or a .jsonl of captions have it ({error})") from None
+    count = len(captions) + len(bad)
     if len(bad) > cfg.max_bad * count:
         raise UserError(f"{bad[0]} ({len(bad)} such of {count} sentences, --max-bad {cfg.max_bad:g})")
     if not len(captions):
@@ -386,31 +380,30 @@ def encode_sentences(texts, model, device):
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise UserError(
-            f"--text-model {model} needs `pip install transformers`; --text-model hashing doesn't"
-        ) from None
+        raise UserError(f"--text-model {model} needs `pip install transformers`; hashing doesn't") from None
     try:
         tokenizer, net = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--text-model {model}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # no such folder or name, no network, a package that is missing: anything is raised
+        raise UserError(f"--text-model {model}: {(str(error) or repr(error)).splitlines()[0]}") from error
     net = net.get_encoder() if net.config.is_encoder_decoder else getattr(net, "text_model", net)
     net = net.to(device).eval()
     tokenizer.padding_side, tokenizer.pad_token = "right", tokenizer.pad_token or tokenizer.eos_token
+    places = (getattr(net.config, "max_position_embeddings", 0) or 512) - 2  # MPNet's and RoBERTa's begin at 2
+    cut = {"truncation": True, "max_length": min(128, places, tokenizer.model_max_length)}
     for batch in batches:
-        tokens = tokenizer(batch, padding=True, truncation=True, max_length=128, return_tensors="pt").to(device)
+        tokens = tokenizer(batch, padding=True, **cut, return_tensors="pt").to(device)
         with torch.no_grad():
             part = net(**tokens).last_hidden_state[:, 0].half().cpu()  # [b, width]  # DECISION (sentence)
         # The first token of a causal model sees no other: it says nothing of the sentence.
         if not part.isfinite().all() or (len(set(batch)) > 1 and (part == part[0]).all()):
-            raise UserError(
-                f"--text-model {model}: its first output token is not finite, or the same for all sentences"
-            )
+            raise UserError(f"--text-model {model}: its first output token is not finite, or the same for all")
         yield part.numpy()
 
 
 def text_file(cfg, captions):
-    """Where the features of a list's sentences are kept."""
-    name = f"{Path(captions.path).stem}-{captions.texts.digest()[:8]}.text.npy"
+    """Where the features of a list's sentences are kept: its name tells list, model and sentences apart."""
+    code = zlib.crc32(f"{cfg.text_model} {captions.texts.digest()}".encode())
+    name = f"{Path(captions.path).stem}-{Path(cfg.text_model).name}-{code:08x}.text.npy"
     return Path(cfg.text_features or cfg.out or f"runs/turbo-{cfg.recipe}") / name
 
 
@@ -420,42 +413,36 @@ def write_text(cfg, ctx):
         raise UserError("--task encode_text needs --train-list or --val-list")
     for path in filter(None, (cfg.train_list, cfg.val_list)):
         captions = read_captions(path, cfg)
+        parts, total = encode_sentences(captions.texts, cfg.text_model, ctx.device), -(-len(captions) // 256)
         out, done, rows = text_file(cfg, captions), 0, None
-        temporary = out.with_suffix(".tmp")
+        temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            with tqdm(total=len(captions), desc=f"encoding {path}", unit="sentence", disable=None) as bar:
-                for part in encode_sentences(captions.texts, cfg.text_model, ctx.device):
-                    if rows is None:
-                        shape = (len(captions), part.shape[1])
-                        rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)  # [sentences, width]
-                    rows[done : done + len(part)], done = part, done + len(part)
-                    bar.update(len(part))
+            for part in tqdm(parts, f"encoding {path}", total, unit="batch", disable=None):
+                if rows is None:
+                    shape = len(captions), part.shape[1]
+                    rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)  # [sentences, width]
+                rows[done : done + len(part)], done = part, done + len(part)
             rows.flush()
             os.replace(temporary, out)
-            about = {"model": cfg.text_model, "sentences": captions.texts.digest()}
-            out.with_suffix(".json").write_text(json.dumps(about))
         except OSError as error:
             raise UserError(f"{out}: can't write the sentences' features ({error.strerror})") from None
         print(f"{out}: {rows.shape[0]} sentences x {rows.shape[1]}")
 
 
 def open_text(cfg, captions, width=0):
-    """The sentences' features, [sentences, width], memory-mapped; of --text-model hashing made on the spot."""
-    if cfg.text_model == "hashing":
+    """The sentences' features, [sentences, width], memory-mapped; of hashing made on the spot where there is no file."""
+    path, again = text_file(cfg, captions), f"run --task encode_text --text-model {cfg.text_model} with the same lists"
+    if cfg.text_model == "hashing" and not path.exists():
         return np.concatenate([*encode_sentences(captions.texts, "hashing", None)])
-    path = text_file(cfg, captions)
-    again = f"run --task encode_text --text-model {cfg.text_model} with the same lists"
     try:
-        about, rows = json.loads(path.with_suffix(".json").read_text()), np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no features of the sentences of {captions.path} ({error}); {again}") from None
-    if about.get("model") != cfg.text_model:
-        raise UserError(f"{path}: of the model {about.get('model')}, not {cfg.text_model}; {again}")
-    if about.get("sentences") != captions.texts.digest() or len(rows) != len(captions):
-        raise UserError(f"{path}: of other sentences than those of {captions.path}; {again}")
-    if rows.ndim != 2 or width not in (0, rows.shape[1]):
-        raise UserError(f"{path}: features of shape {rows.shape}, where the model reads {width or 'rows'}; {again}")
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        why = f"no features of the sentences of {captions.path} by {cfg.text_model}"
+        raise UserError(f"{path}: {why} ({getattr(error, 'strerror', error)}); {again}") from None
+    if rows.ndim != 2 or len(rows) != len(captions) or width not in (0, rows.shape[1]):
+        shape = len(captions), width or "any width"
+        raise UserError(f"{path}: features of shape {rows.shape}, where {shape} are needed; {again}")
     return rows
 
 
@@ -469,6 +456,7 @@ class Turbo(nn.Module):
     """
 
     patch = (2, 16, 16)  # frames, height, width of a token (App. A)
+    embed_dim = 256  # of the joint space of video and text
 
     def __init__(self, num_classes, model="vit_b", decoder="", frames=16, size=224, recon=True, target="normalized",
                  drop_path=0.1, attention="auto", grad_checkpoint=False, text_width=0,
@@ -490,7 +478,7 @@ class Turbo(nn.Module):
             self.head = nn.Linear(self.width, num_classes)  # App. A: CLS into one linear layer
         if text_width:
             self.video_head, self.text_head = (
-                nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 256))  # DECISION (MLP)
+                nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, self.embed_dim))  # DECISION (MLP)
                 for width in (self.width, text_width)
             )
         table = position_scale * common.sinusoid_table(self.num_tokens, self.width)[None]  # [1, N, D]
@@ -523,9 +511,8 @@ class Turbo(nn.Module):
         """Predicted pixels [B, R, P] of the tokens `recon` [B, R], from encoded visible tokens [B, K, D] (no CLS)."""
         x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
         masked = self.mask_token + gather_tokens(self.decoder_positions, recon)  # [B, R, D']
-        return self.decoder(
-            torch.cat([x, masked.to(x.dtype)], dim=1), recon.shape[1], self.grad_checkpoint
-        )  # [B, R, P]
+        x = torch.cat([x, masked.to(x.dtype)], dim=1)  # [B, K + R, D']
+        return self.decoder(x, recon.shape[1], self.grad_checkpoint)  # [B, R, P]
 
     def forward(self, clips, keys, m, r, text=None):
         """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes], prediction and target [B, R, P].
@@ -566,18 +553,15 @@ def eval_ratios(cfg):
     return [float(m) for m in cfg.eval_mask_ratios.split(",")]
 
 
-def eval_batches(videos, cfg, ctx, failures, plan=None, views=0, entries=None):
-    """Batches, on the device, of the clips of each readable video, over all ranks once (of `entries` on this one).
+def eval_batches(videos, cfg, ctx, failures, plan=None, views=0, shared=True):
+    """Batches, on the device, of the clips of each readable video, view by view; by default test clips x test crops.
 
-    By default cfg.test_clips x cfg.test_crops clips of a video, view by view.
+    shared: every rank has the same videos and takes its part of them; else it has videos of its own.
     """
     plan, views = plan or partial(sample_clip, cfg, False), views or cfg.test_clips * cfg.test_crops
     dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=views)
     size = max(1, (cfg.micro_batch or cfg.batch_size // ctx.world) // views)
-    if entries is None:
-        batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
-    else:
-        batches = [[(0, i) for i in entries[start : start + size]] for start in range(0, len(entries), size)]
+    batches = data.every_sample(len(videos), size, *((ctx.rank, ctx.world) if shared else (0, 1)))
     for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
         failures.new += batch.failures
         if len(batch.labels):
@@ -633,7 +617,7 @@ def second_features(model, captions, cfg, ctx, failures, picture=None):
         try:
             with data.open_video(path) as opened:
                 seconds = max(1, int(opened.clamp(math.inf)))
-            features[video] = torch.full((seconds, 256), math.nan)  # [seconds, E]
+            features[video] = torch.full((seconds, model.embed_dim), math.nan)  # [seconds, E]
             blocks += [(path, video, first, seconds) for first in range(0, seconds, views)]
         except data.VideoError as error:
             failures.new.append(str(error))
@@ -644,7 +628,7 @@ def second_features(model, captions, cfg, ctx, failures, picture=None):
         return data.second_frames(video, second, cfg.frames, cfg.eval_fps or cfg.fps), data.centre_box(video.info)
 
     listed = data.VideoList.of([path for path, *_ in blocks])
-    for batch in eval_batches(listed, cfg, ctx, failures, plan, views, range(len(blocks))):
+    for batch in eval_batches(listed, cfg, ctx, failures, plan, views, shared=False):
         with ctx.autocast():
             vectors, _, _ = model(batch.clips, batch.keys, eval_ratios(cfg)[0], 0.0)  # [views B, E]
         for i, vector in zip(batch.index.tolist(), vectors.unflatten(0, (views, -1)).unbind(1), strict=False):
@@ -693,24 +677,18 @@ def write_recon(model, clips, keys, cfg, path):
 
 
 # Table 1 left: (m, r) and the printed "GFLOPs", which are multiply-adds.
-TABLE_1 = {
-    (0.0, 0.0): 180.6,
-    (0.5, 0.5): 99.3,
-    (0.75, 0.75): 57.6,
-    (0.75, 0.25): 45.9,
-    (0.9, 0.9): 35.2,
-    (0.9, 0.1): 18.3,
-}
+TABLE_1 = {(0.0, 0.0): 180.6, (0.5, 0.5): 99.3, (0.75, 0.75): 57.6,
+           (0.75, 0.25): 45.9, (0.9, 0.9): 35.2, (0.9, 0.1): 18.3}  # fmt: skip
 
 
-def count_gmacs(cfg, classes, m, r):
+def count_gmacs(cfg, classes, m, r, text_width=0):
     """(GMACs of a clip's forward pass counted here, the same with all patches embedded) at mask ratios (m, r).
 
     The paper's GFLOPs include embedding every patch; a step needs only the visible ones. The difference is added
     explicitly: dropped tokens x pixels x width.
     """
     with torch.device("meta"):
-        model = build(replace(cfg, recon_ratio=r, attention="sdpa", grad_checkpoint=False), classes)
+        model = build(replace(cfg, recon_ratio=r, attention="sdpa", grad_checkpoint=False), classes, text_width)
         clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
         here = common.count_macs(model, clips, torch.zeros(1, dtype=torch.int64), m, r)
     dropped = model.num_tokens - num_kept(model.num_tokens, m, r)[0]
@@ -737,43 +715,37 @@ def largest_batch(gigabytes, parameters, saved):
 
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
-    classes, m, r = cfg.num_classes or 2, cfg.mask_ratio, cfg.recon_ratio
+    classes, text_width, m, r = cfg.num_classes or 2, 0, cfg.mask_ratio, cfg.recon_ratio
+    if cfg.objective == "align":
+        classes, text_width = 0, 256 if cfg.text_model == "hashing" else 768  # as MPNet's
     with torch.device("meta"):
-        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes)
+        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes, text_width)
     parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
+    total = sum(parameters.values())
     decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
     visible, recon = num_kept(model.num_tokens, m, r)
     steps = cfg.max_steps or cfg.train_clips * cfg.repeated // cfg.batch_size * cfg.epochs
-    print(f"model     {cfg.model}: {sum(parameters.values()):.1f} M parameters, {decoder:.1f} M of them the decoder's")
+    schedule = f"{cfg.epochs} epochs of {cfg.train_clips} videos x {cfg.repeated} at batch {cfg.batch_size}"
+    print(f"model     {cfg.model}: {total:.1f} M parameters, {decoder:.1f} M of them the decoder's")
     print(f"tokens    {visible} visible, {recon} reconstructed of {model.num_tokens} (m = {m}, r = {r})")
-    print(
-        f"schedule  {cfg.epochs} epochs of {cfg.train_clips} videos x {cfg.repeated} at batch {cfg.batch_size}: "
-        f"{steps} steps, "
-        f"peak lr {cfg.lr:g}"
-    )
-    print(
-        "\nMB that the blocks save for backward, a clip in fp32, and the largest batch in 11, 24 and 80 GB (Figure 2):"
-    )
+    print(f"schedule  {schedule}: {steps} steps, peak lr {cfg.lr:g}")
+    print("\nMB that the blocks save for backward, a clip in fp32, and the largest batch in 11, 24 and 80 GB (Fig. 2)")
     print(f"{'frames':>6} {'m = 0':>9} {'batch':>13} {f'm = {m:g}, r = {r:g}':>17} {'batch':>13} {'less':>6}")
     for frames in sorted({16, 32, 64, cfg.frames}):
-        cells = []
+        tokens, cells = model.num_tokens // cfg.frames * frames, []
         for ratios in ((0.0, 0.0), (m, r)):
-            saved = saved_megabytes(model, model.num_tokens // cfg.frames * frames, *ratios)
-            batches = [largest_batch(size, sum(parameters.values()), saved) for size in (11, 24, 80)]
-            cells += [saved, "/".join(map(str, batches))]
+            saved = saved_megabytes(model, tokens, *ratios)
+            cells += [saved, "/".join(str(largest_batch(size, total, saved)) for size in (11, 24, 80))]
         print(f"{frames:6} {cells[0]:9.0f} {cells[1]:>13} {cells[2]:17.0f} {cells[3]:>13} {cells[0] / cells[2]:5.2f}x")
     print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds)')
     print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'cheaper':>8}")
     is_paper = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes) == ("vit_b", "4x384", 16, 224, 101)
-    base, _ = count_gmacs(cfg, classes, 0.0, 0.0)
+    base, _ = count_gmacs(cfg, classes, 0.0, 0.0, text_width)
     for row in dict.fromkeys([*TABLE_1, (m, r)]):
-        (here, embedded), (vis, rec) = count_gmacs(cfg, classes, *row), num_kept(model.num_tokens, *row)
+        (here, embedded), kept = count_gmacs(cfg, classes, *row, text_width), num_kept(model.num_tokens, *row)
         paper = f"{TABLE_1[row]:.1f}" if is_paper and row in TABLE_1 else "-"
-        mark = "  <- this run" if row == (m, r) else ""
-        print(
-            f"{row[0]:5.2f} {row[1]:5.2f} {vis:8} {rec:6} {here:8.2f} {embedded:13.2f} {paper:>7} "
-            f"{base / here:7.2f}x{mark}"
-        )
+        left = f"{row[0]:5.2f} {row[1]:5.2f} {kept[0]:8} {kept[1]:6} {here:8.2f} {embedded:13.2f} {paper:>7}"
+        print(f"{left} {base / here:7.2f}x" + "  <- this run" * (row == (m, r)))
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -787,10 +759,7 @@ def check(cfg):
     if not all(0 <= m < 1 for m in (cfg.mask_ratio, *eval_ratios(cfg))):
         raise UserError("--mask-ratio and --eval-mask-ratios must be in [0, 1): at 1 nothing is left to look at")
     if not 0 <= cfg.recon_ratio <= cfg.mask_ratio:
-        raise UserError(
-            f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]: only dropped tokens are "
-            "reconstructed"
-        )
+        raise UserError(f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]")
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     if cfg.size < h or cfg.size % h:
@@ -799,9 +768,7 @@ def check(cfg):
     if not all(num_kept(tokens, m, 0)[0] for m in (cfg.mask_ratio, *eval_ratios(cfg))):
         raise UserError(f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one")
     if cfg.recon_ratio and not num_kept(tokens, cfg.mask_ratio, cfg.recon_ratio)[1]:
-        raise UserError(
-            f"--recon-ratio {cfg.recon_ratio} reconstructs none of {tokens} tokens; 0 turns the decoder off"
-        )
+        raise UserError(f"--recon-ratio {cfg.recon_ratio} is none of {tokens} tokens; 0 turns the decoder off")
     layers, _, width = (cfg.decoder or MODELS[cfg.model]["decoder"]).partition("x")
     sized = layers.isdecimal() and width.isdecimal() and int(layers) and int(width)
     if not (sized and (int(width) < 64 or int(width) % 64 == 0)):
@@ -813,14 +780,15 @@ def check(cfg):
             raise UserError("--objective align has no labels to mix: --mixup 0 --cutmix 0 --label-smoothing 0")
         if len(eval_ratios(cfg)) > 1:
             raise UserError(f"--eval-mask-ratios {cfg.eval_mask_ratios}: --objective align is evaluated at one")
-    for flag in ("epochs", "fps", "log_every", "eval_every", "repeated", "test_clips", "test_crops", "temperature"):
+    for flag in ("epochs", "fps", "log_every", "eval_every", "repeated", "test_clips", "temperature"):
         if getattr(cfg, flag) <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be above 0")
     if not 0 <= cfg.rand_augment <= 10:
         raise UserError("--rand-augment must be in [0, 10]")
     if cfg.test_crops not in (1, 3):
         raise UserError("--test-crops must be 1 or 3")
-    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "eval_fps", "lr", "weight_decay"):
+    for flag in ("max_steps", "workers", "micro_batch", "mixup", "cutmix", "max_bad", "eval_fps", "lr", "min_lr",
+                 "warmup_epochs", "weight_decay", "clip_grad"):  # fmt: skip
         if getattr(cfg, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} must not be negative")
     if not (0 <= cfg.drop_path < 1 and 0 <= cfg.label_smoothing < 1):
@@ -852,10 +820,8 @@ def open_lists(cfg, ctx):
         if len(videos.classes) < 2:
             raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
     if len(videos) * cfg.repeated < cfg.batch_size:
-        raise UserError(
-            f"{cfg.train_list}: {len(videos)} videos x --repeated {cfg.repeated} are less than one --batch-size of "
-            f"{cfg.batch_size}"
-        )
+        few = f"{len(videos)} videos x --repeated {cfg.repeated}"
+        raise UserError(f"{cfg.train_list}: {few} are less than one --batch-size of {cfg.batch_size}")
     if cfg.objective == "classify":
         return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
     captions = read_captions(cfg.val_list, cfg)
@@ -867,19 +833,26 @@ def open_lists(cfg, ctx):
 
 
 def init_weights(path, net):
-    """Model weights of a checkpoint of ours or VideoMAE's, without a decoder or heads of other sizes than the model's,
-    and without VideoMAE's classifier, which reads a mean over tokens where ours reads CLS. UserError: half an encoder.
+    """Weights for `net` of a checkpoint of ours or VideoMAE's; UserError where only a part of them is there.
+
+    Not used, and renamed to say so: decoder or heads of other sizes than the model's, and VideoMAE's classifier, which
+    reads the tokens' mean where ours reads CLS.
     """
     weights, own = common.videomae_weights(common.read_weights(path)), net.state_dict()
-    lacking = [k for k in own if k.startswith(("patch_embed.", "blocks.")) and k not in weights]
-    if lacking and any(k in own and v.shape == own[k].shape for k, v in weights.items()):
-        raise UserError(f"{path}: {len(lacking)} weights of the encoder are not in it ({lacking[0]} ...)")
-    for part in (("head.",), ("video_head.", "text_head."), ("mask_token", "encoder_to_decoder.", "decoder.")):
-        names = [k for k in weights if k.startswith(part)]
-        differ = any(k in own and weights[k].shape != own[k].shape for k in names)
-        if differ or (part == ("head.",) and "fc_norm.weight" in weights):
-            weights = {k: v for k, v in weights.items() if k not in names}
-    return weights
+    parts = {"classifier": ("head.",), "heads": ("video_head.", "text_head."),
+             "decoder": ("mask_token", "encoder_to_decoder.", "decoder."),
+             "encoder": ("patch_embed.", "blocks.")}  # fmt: skip
+    known, unused = own.keys() & weights.keys(), set()
+    for part, names in parts.items():
+        mine, theirs = ({k: v.shape for k, v in x.items() if k.startswith(names)} for x in (own, weights))
+        lacking = [k for k in mine if k not in theirs]
+        if part == "classifier" and "fc_norm.weight" in weights:
+            unused |= theirs.keys()
+        elif any(theirs.get(k, shape) != shape for k, shape in mine.items()):
+            unused |= theirs.keys() if part != "encoder" else set()  # whose shape common.load_weights refuses
+        elif lacking and (theirs or (part == "encoder" and known)):
+            raise UserError(f"{path}: {len(lacking)} weights of the {part} are not in it ({lacking[0]} ...)")
+    return {f"its {k}" if k in unused else k: v for k, v in weights.items()}
 
 
 def use(cfg, ctx):
@@ -890,10 +863,14 @@ def use(cfg, ctx):
         raise UserError(f"{source}: not a checkpoint of turbo.py")
     shape = ("model", "decoder", "frames", "fps", "size", "mask_ratio", "recon_ratio", "target", "seed", "objective",
              "sampling", "text_model", "eval_fps", "position_scale")  # fmt: skip
-    cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
+    classes = state["classes"]
+    try:
+        cfg = replace(cfg, **{key: state["config"][key] for key in shape})
+        net = build(cfg, len(classes), state["text_width"]).to(ctx.device).eval()
+        net.load_state_dict(state["model"])
+    except (LookupError, TypeError, RuntimeError) as error:
+        raise UserError(f"{source}: its weights are not its config's ({' '.join(str(error).split())[:160]})") from None
     check(cfg)
-    net = build(cfg, len(classes), state["text_width"]).to(ctx.device).eval()
-    net.load_state_dict(state["model"])
     if cfg.task == "predict":
         return predict(net, cfg, ctx, classes)
     if not cfg.val_list:
@@ -949,7 +926,7 @@ def write_features(net, videos, cfg, ctx):
             vectors = vectors.float().unflatten(0, (views, -1)).mean(0)  # [B, D] or [B, E]
             yield batch.index, vectors if hasattr(net, "head") else F.normalize(vectors, dim=-1)
 
-    shape = len(videos), net.width if hasattr(net, "head") else 256
+    shape = len(videos), net.width if hasattr(net, "head") else net.embed_dim
     common.write_features(cfg.out or f"runs/turbo-{cfg.recipe}", shape, parts(), failures, ctx)
 
 
@@ -967,7 +944,8 @@ def main(cfg):
     videos, val_videos = open_lists(cfg, ctx)
     align = cfg.objective == "align"
     names = [] if align else videos.classes
-    classes, text_width, metric = len(names), 0, "val_recall1" if align else "val_top1"
+    classes, text_width = len(names), 0
+    metric, name, unit = ("val_recall1", "R@1", "sentences") if align else ("val_top1", "top-1", "videos")
     if align:
         text, sentence_ids = open_text(cfg, videos.captions), videos.captions.texts.ids()  # [sentences, text width], []
         text_width = text.shape[1]
@@ -1001,11 +979,9 @@ def main(cfg):
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
     run.say(
-        f"{len(videos)} training videos, {len(val_videos)} {'sentences' if align else 'videos'} to validate, "
-        f"{classes or 'no'} classes; "
-        f"batch {cfg.batch_size} = "
-        f"{ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; "
-        f"steps {at['step']} to {total}"
+        f"{len(videos)} training videos, {len(val_videos)} {unit} to validate, {classes or 'no'} classes; batch "
+        f"{cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; "
+        f"{ctx.precision} on {ctx.device}; steps {at['step']} to {total}"
     )
 
     plan = partial(sample_pair, cfg, videos) if align else partial(sample_clip, cfg, True)
@@ -1018,9 +994,7 @@ def main(cfg):
     def save(*files):
         if at["step"] < total and not meter.healthy(ctx):
             return False  # the last good checkpoint stays
-        state = {
-            name: part.state_dict() for name, part in (("model", net), ("optimizer", optimizer), ("scaler", scaler))
-        }
+        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         run.save(state | {"at": at, "sums": meter.state(ctx), "classes": names, "text_width": text_width}, *files)
         return True
 
@@ -1028,10 +1002,11 @@ def main(cfg):
         # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
         step = at["step"]
         if step > at["evaluated"] and (step == total or step % max(1, round(cfg.eval_every * epoch_steps)) == 0):
+            picture = run.folder / "recon.png"
             if align:
-                result = evaluate_alignment(net, val_videos, val_text, cfg, ctx, run.folder / "recon.png")
+                result = evaluate_alignment(net, val_videos, val_text, cfg, ctx, picture)
             else:
-                result = evaluate(net, val_videos, cfg, ctx, run.folder / "recon.png")
+                result = evaluate(net, val_videos, cfg, ctx, picture)
             run.log(result | {"clips": step * cfg.batch_size}, step, total)
             better = result[metric] > at["best"] and meter.healthy(ctx)
             at |= {"evaluated": step, "best": result[metric] if better else at["best"], "last": result}
@@ -1064,14 +1039,13 @@ def main(cfg):
                 (z_v, z_t), prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words)
                 return (z_v, z_t, ids), partial_mae(prediction, target)  # [B, E], [B, E], [B]; [B]
 
-            nce, pmae = common.cached_step(
-                ctx, model, encode, ready, partial(nce_loss, temperature=cfg.temperature), scaler
-            )
+            loss_fn = partial(nce_loss, temperature=cfg.temperature)
+            nce, pmae = common.cached_step(ctx, model, encode, ready, loss_fn, scaler)
             meter.add(torch.cat([batch.index for batch, _, _ in ready]), nce + pmae, nce, pmae)
         else:  # Eq. 1: a sum over clips, so gradients of micro-batches add up
             for i, (batch, clips, keys) in enumerate(ready):
                 labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, classes]
-                clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
+                clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)  # DECISION (mixed)
                 with ctx.sync(model, last=i == accumulation - 1):
                     with ctx.autocast():
                         logits, prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
@@ -1104,13 +1078,11 @@ def main(cfg):
         if (run.save_due() or epoch_ends) and save("last.pt"):
             run.leave(step)
 
-    last, name = at["last"], "R@1" if align else "top-1"
+    last, shown = at["last"], f"{run.folder}/recon.png: original, seen, reconstruction. " * (cfg.recon_ratio > 0)
     chance = last["val_chance"] if align else 100 / classes
     run.say(
-        f"complete: {name} {last[metric]:.1f} % of {last['val_clips']} {'sentences' if align else 'videos'} (chance "
-        f"{chance:.1f} %), best {at['best']:.1f} %. "
-        + f"{run.folder}/recon.png: original, seen, reconstruction. " * (cfg.recon_ratio > 0)
-        + "--overwrite starts anew."
+        f"complete: {name} {last[metric]:.1f} % of {last['val_clips']} {unit} (chance {chance:.1f} %), "
+        f"best {at['best']:.1f} %. {shown}--overwrite starts anew."
     )
 
 

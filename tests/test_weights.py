@@ -222,7 +222,28 @@ def test_fine_tuned_forms(tmp_path):
     torch.save({"module": upstream}, tmp_path / "ft.pth")  # as DeepSpeed names it
     for path in (tmp_path, tmp_path / "ft.pth"):  # its classifier reads the tokens' mean, so Turbo doesn't take it
         weights = turbo.init_weights(path, turbo.Turbo(5, "vit_toy", frames=FRAMES, size=SIZE))
-        assert weights.keys() == ours.keys() - {"head.weight", "head.bias"}
+        assert weights.keys() ^ ours.keys() == {"head.weight", "head.bias", "its head.weight", "its head.bias"}
+
+
+def test_parts_of_a_checkpoint(tmp_path):
+    """A part that is not whole is refused by its name; a decoder of another width is left at init, as a whole."""
+    hub_model(tmp_path, use_mean_pooling=False)
+    whole = upstream_names(common.read_weights(tmp_path))
+    net = turbo.Turbo(8, "vit_toy", frames=FRAMES, size=SIZE)
+    cases = {"encoder.blocks.2.attn.q_bias": "1 weights of the encoder are not in it .blocks.2.attn.q_bias",
+             "encoder.patch_embed": "2 weights of the encoder", "encoder.": "54 weights of the encoder",
+             "decoder.blocks.1": "13 weights of the decoder", "mask_token": "1 weights of the decoder"}  # fmt: skip
+    for lost, words in cases.items():
+        torch.save({"model": {k: v for k, v in whole.items() if not k.startswith(lost)}}, tmp_path / "part.pth")
+        with pytest.raises(UserError, match=f"part.pth: {words}"):
+            turbo.init_weights(tmp_path / "part.pth", net)
+    torch.save({"model": whole}, tmp_path / "whole.pth")
+    wider = turbo.Turbo(8, "vit_toy", "2x128", FRAMES, SIZE)
+    message = common.load_weights(wider, turbo.init_weights(tmp_path / "whole.pth", wider), "whole.pth")
+    assert f"loaded {13 * DEPTH + 4} " in message and "left at init 35 (cls_token" in message
+    assert "not used 32 (its " in message
+    torch.save({"model": {k: v for k, v in whole.items() if k.startswith("encoder.")}}, tmp_path / "encoder.pth")
+    assert len(turbo.init_weights(tmp_path / "encoder.pth", net)) == 13 * DEPTH + 4
 
 
 def test_incomplete_attention_is_not_used():
@@ -284,6 +305,18 @@ def test_outputs_are_videomaes(form, tmp_path):
     assert relative(prediction, output.logits) < 1e-5
     assert abs(loss / output.loss - 1) < 1e-5
     assert loss > 0.5 and expected.std() > 0.1  # no trivial values
+
+
+@torch.no_grad()
+def test_features_of_fine_tuned_weights(tmp_path):
+    """The encoder of a fine-tuned file, which has no final norm (its fc_norm is for the mean): transformers' to 1e-5."""
+    model = hub_model(tmp_path, "VideoMAEForVideoClassification", num_labels=5)
+    net, message = load(tmp_path)
+    assert f"loaded {2 + 13 * DEPTH} " in message and "not used 4 (its head." in message
+    net.norm = nn.Identity()
+    clips, pixels, *_, bools = clips_and_split()
+    features = net.encode(common.patchify(clips, net.patch), torch.arange(bools.shape[1]).expand(2, -1))
+    assert relative(features, model.videomae(pixels).last_hidden_state) < 1e-5
 
 
 @torch.no_grad()

@@ -150,7 +150,8 @@ def fig4(args, ctx):
         torch.manual_seed(0)
         encoder = avion.VideoEncoder(args.model, args.frames, args.size, "avion", 0.0, 0.0, attention, recompute)
         if shape == "divided":
-            encoder.blocks = torch.nn.ModuleList(Divided(tpt_mae, encoder.width, b.attn.heads, attention, args.frames)
+            steps = args.frames // encoder.patch[0]
+            encoder.blocks = torch.nn.ModuleList(Divided(tpt_mae, encoder.width, b.attn.heads, attention, steps)
                                                  for b in encoder.blocks)  # fmt: skip
         encoder.to(ctx.device)
 

@@ -640,10 +640,10 @@ def test_weights_of_another_width_or_vocabulary(tiny, tmp_path, args, trained):
     assert "avion.py" in message
 
 
-def test_patch_dropout_equals_dense_attention_over_the_kept():
+def test_patch_dropout_equals_dense_attention_over_the_kept(tiny):
     """Left-out patches change nothing: the encoder on K kept ones = all tokens embedded, kept ones picked, blocks."""
     torch.manual_seed(0)
-    encoder, keys = avion.VideoEncoder("clip_toy", 4, 32, patch_dropout=0.5), make_key(torch.arange(3))
+    encoder, keys = avion.VideoEncoder("tiny", 4, 32, patch_dropout=0.5), make_key(torch.arange(3))
     clips = torch.randint(0, 256, (3, 4, 3, 32, 32), dtype=torch.uint8)
     got = encoder(clips, keys)
     pixels = (clips.float() / 255 - torch.tensor(avion.CLIP_MEAN)[:, None, None]) / torch.tensor(avion.CLIP_STD)[
@@ -653,11 +653,11 @@ def test_patch_dropout_equals_dense_attention_over_the_kept():
     for b in range(3):
         x = F.conv2d(pixels[b], kernel, stride=16).flatten(2).transpose(1, 2)  # [T, 4, D]
         x = x + encoder.positional_embedding[1:] + encoder.temporal_embedding[:, None]
-        x = x.reshape(16, 128)[common.random_split(keys, 16, 8)[0][b]]
+        x = x.reshape(16, 64)[common.random_split(keys, 16, 8)[0][b]]
         x = torch.cat([(encoder.class_embedding + encoder.positional_embedding[0])[None], x])[None]
         expected = encoder.ln_post(common.run_blocks(encoder.blocks, encoder.ln_pre(x)))[0, 0]
         torch.testing.assert_close(got[b], expected, atol=1e-5, rtol=1e-5)
-    assert encoder(clips).shape == (3, 128) and not torch.allclose(encoder(clips), got, atol=1e-2)
+    assert encoder(clips).shape == (3, 64) and not torch.allclose(encoder(clips), got, atol=1e-2)
 
 
 def test_text_encoder_sees_nothing_behind_the_end():
@@ -673,10 +673,10 @@ def test_text_encoder_sees_nothing_behind_the_end():
     assert not torch.allclose(encoder(tokens), encoder(tokenizer(["square red a"])), atol=1e-3)
 
 
-def test_other_numbers_of_frames():
+def test_other_numbers_of_frames(tiny):
     """A model of 4 frames takes 16 (--eval-frames): as one whose PE_t was interpolated."""
     torch.manual_seed(0)
-    short, long = avion.VideoEncoder("clip_toy", 4, 32), avion.VideoEncoder("clip_toy", 16, 32)
+    short, long = avion.VideoEncoder("tiny", 4, 32), avion.VideoEncoder("tiny", 16, 32)
     state = short.state_dict()
     long.load_state_dict(state | {"temporal_embedding": avion.stretch_time(state["temporal_embedding"], 16)})
     clips = torch.randint(0, 256, (2, 16, 3, 32, 32), dtype=torch.uint8)
@@ -1347,13 +1347,13 @@ def test_copying_three_files_runs(cli, args, tmp_path):
     assert code == 0 and (tmp_path / "runs/avion-toy/last.pt").exists(), err
 
 
-def test_keyed_dropout():
+def test_keyed_dropout(tiny):
     """Half of the features, the same for a clip anywhere, scaled up; none at test."""
     torch.manual_seed(0)
-    encoder = avion.VideoEncoder("clip_toy", 1, 32)
+    encoder = avion.VideoEncoder("tiny", 1, 32)
     net = avion.VideoClassifier(encoder, 3, dropout=0.5)
     clips, keys = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8), make_key(torch.arange(2))
-    mask = (uniform(keys, "dropout", 128) >= 0.5).float() * 2
+    mask = (uniform(keys, "dropout", 64) >= 0.5).float() * 2
     torch.testing.assert_close(net(clips, keys), net.head(encoder(clips) * mask), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(net(clips[1:], keys[1:]), net(clips, keys)[1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(net(clips), net.head(encoder(clips)), atol=1e-6, rtol=1e-6)

@@ -27,7 +27,8 @@ FRAMES, SIZE = 4, 64  # of the hub's models in test_weights
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """On tensors this small threads only wait for each other. And a tiny model with VideoMAE's patches."""
-    monkeypatch.setitem(tpt_mae.MODELS, "vit_16", tpt_mae.MODELS["vit_toy"] | {"patch": (2, 16, 16)})
+    spec = tpt_mae.MODELS["vit_toy"] | {"patch": (2, 16, 16), "position_scale": 1.0}
+    monkeypatch.setitem(tpt_mae.MODELS, "vit_16", spec)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -968,7 +969,6 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--beta2", 1], ["--beta2 must be in [0, 1)"]),
         (["--weight-decay", "-1"], ["--weight-decay must be at least 0"]),
         (["--decoder", "2x96"], ["--decoder 2x96", "64"]),
-        (["--batch-size", 12, "--micro-batch", 3], ["--micro-batch 3", "--batch-size 16"]),  # of the fine-tuning
         (["--repeated", "3"], ["--repeated 3", "4 clips"]),
         (["--repeated", "4", "--micro-batch", "2"], ["--micro-batch 2", "--repeated"]),
         (["--batch-size", 32], ["train.csv", "16 videos", "32 clips"]),
@@ -1002,6 +1002,14 @@ def test_impossible_flags(flags, words, lists, tmp_path):
         tpt_mae.main(config(*lists, "--out", tmp_path / "run", "--search-frames", "2,4,8", *flags))
     message = str(error.value)
     assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
+
+
+def test_what_comes_after_is_refused_before_pretraining(lists, tmp_path):
+    """Micro-batches that divide the pretraining's batch, but not the fine-tuning's of 16 clips: nothing is trained."""
+    flags = ["--recipe", "toy", "--batch-size", 12, "--micro-batch", 3, "--out", tmp_path / "run"]
+    with pytest.raises(UserError, match="--batch-size 16 .* --micro-batch 3"):
+        tpt_mae.main(config(*lists, *flags))
+    assert not (tmp_path / "run").exists()
 
 
 # ---- the real command line -------------------------------------------------------------------------------------------

@@ -378,7 +378,10 @@ class BPETokenizer:
         the longest needs, rounded up to 16, at most the context of 77: nothing behind the end is ever looked at."""
         rows = [[self.start, *self.encode(text)[: self.context - 2], self.end] for text in texts]
         length = min(self.context, -(-max(map(len, rows)) // 16) * 16)
-        return torch.tensor([row + [0] * (length - len(row)) for row in rows])  # [B, L]
+        out = np.zeros((len(rows), length), np.int64)  # [B, L]
+        for place, row in zip(out, rows, strict=True):
+            place[: len(row)] = row
+        return torch.from_numpy(out)
 
 
 # ---- Lists -----------------------------------------------------------------------------------------------------------

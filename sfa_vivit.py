@@ -583,8 +583,7 @@ def count_gmacs(net, stage):
     x = torch.empty(1, net.steps, net.width, device="meta", requires_grad=not frozen)  # [1, S, D]
 
     def look():
-        with torch.set_grad_enabled(not frozen):
-            y = net.spatial(net.tubelets(image))  # [1, D]
+        y = net.spatial(net.tubelets(image))  # [1, D]
         return None if frozen else y.sum().backward()
 
     def all_layers(encoder, step):
@@ -669,7 +668,7 @@ def print_plan(cfg):
         megabytes = " ".join(f"{(fixed + n // 2 * step) / 1e6:9.0f}" for fixed, step in memory)
         print(f"{n:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {megabytes}")
     precision = "fp32" if cfg.precision == "fp32" else "half precision"
-    print(f"\nmost frames of a micro-batch of one clip, {precision} (Table 4)")
+    print(f"\nmost frames of a micro-batch of one clip, {precision}, nothing recomputed (Table 4)")
     for card in sorted(map(float, cfg.gpu_gb), reverse=True):
         full, frozen = (largest_frames(part, card) or "none" for part in memory)
         print(f"{card:6g} GB: full {full}, frozen {frozen}")

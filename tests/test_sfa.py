@@ -679,6 +679,9 @@ def test_every_row_of_the_paper_plans(row, quick_counts, capsys):
     assert [(int(n), int(f), int(s)) for n, f, s, _ in printed] == [
         (s.number + 1, s.frames, s.stop - s.start) for s in stages
     ]
+    total, *parts = map(float, re.findall(r" ([\d.]+)(?= M parameters| \+|;)", out.splitlines()[0]))
+    assert total == pytest.approx(sum(parts), abs=0.25) and len(parts) == 4
+    assert parts[0] == pytest.approx(MILLIONS[cfg.model][0], rel=2e-3)
     shares = [float(x) for x in re.search(r"cost +([\d.+ ]+) = ", out)[1].split(" + ")]
     for stage, share in zip(stages, shares, strict=True):
         steps = (stage.stop - stage.start) / (stages[-1].stop - stages[-1].start)

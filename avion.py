@@ -39,6 +39,9 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     decay       no weight decay of 1-D parameters; the released code spares PE_s too.
     prompts     zero-shot classes: the mean feature of an action's narrations, as LaViLa.
     corpus      35.0M pairs hold many phrasings a clip; "10 effective epochs" is read as 5 of a list twice as long.
+    toy         so that a small model sees motion in minutes from nothing, its tokens span 2 frames, its positions are
+                5 times as large, and its text encoder learns at 0.02 of the rate: at the full rate captions of one
+                colour become alike before the video encoder can tell their motions apart.
 Missing: mojibake repair (ftfy) before the tokenizer; LaViLa's narrator and rephraser, whose texts are read, not made;
 the rows of EgoVLP and LaViLa in Tables 1-3, whose TimeSformer is no recipe; Lion, which the released VideoMAE command
 uses in place of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/bench_avion.py.
@@ -69,6 +72,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 
 import av
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: on the CPU the loader needs their cores
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -84,6 +90,7 @@ MODELS = {
     "clip_b16": {"width": 768, "depth": 12, "heads": 12, "patch": 16, "text": (512, 12, 8)},
     "clip_l14": {"width": 1024, "depth": 24, "heads": 16, "patch": 14, "text": (768, 12, 12)},
 }
+MODELS["clip_toy"] |= {"tubelet": 2, "position_scale": 5.0}  # DECISION (toy): frames a token; factor of positions
 # Activation and the video encoder's LayerNorm eps, by who trained the weights; the text encoder's eps is 1e-5.
 STYLES = {"clip": (common.QuickGELU, 1e-5), "avion": (nn.GELU, 1e-6), "gelu": (nn.GELU, 1e-5)}  # DECISION (activation)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -91,13 +98,13 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 # A recipe replaces defaults of Config, which are App. B.1's.
 _TOY = {"train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/val.jsonl", "train_clips": 1920,
         "data_root": "toy/narrated/chunks", "model": "clip_toy", "frames": 8, "size": 64, "embed_dim": 64,
-        "patch_dropout": 0.5, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1.0,
+        "patch_dropout": 0.5, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1.0, "clip_grad": 1.0,
         "crop": False, "workers": 2, "log_every": 30, "eval_every": 5}  # fmt: skip
 _TOY_TUNED = _TOY | {"init": "runs/avion-toy/best.pt", "epochs": 5}
 _TUNED = {"train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6, "min_lr": 1e-5,
           "warmup_epochs": 1.0, "drop_path": 0.1, "eval_every": 5}  # fmt: skip
 RECIPES = {
-    "toy": _TOY | {"epochs": 25, "freeze_temperature": False, "skip_duplicates": True},
+    "toy": _TOY | {"epochs": 25, "freeze_temperature": False, "skip_duplicates": True, "text_lr": 0.02},
     "toy_mir": _TOY_TUNED | {"loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True},
     "toy_cls": _TOY_TUNED | {"loss": "cross_entropy", "lr": 3e-4},
     "ego4d": {"train_clips": 4_000_000},
@@ -153,6 +160,7 @@ class Config:
     warmup_epochs: float = opt(0.0, "epochs of linear warm-up (App. B.1: none)")
     weight_decay: float = opt(0.01, "weight decay (App. B.1)")  # DECISION (decay)
     clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped")
+    text_lr: float = opt(1.0, "factor of the text encoder's learning rate; 0: it keeps its weights")  # DECISION (toy)
     drop_path: float = opt(0.0, "stochastic depth of every block of the video encoder")  # DECISION (rate)
     dropout: float = opt(0.0, "dropout before the classifier (App. B.3)")
     label_smoothing: float = opt(0.0, "share of a label spread over all classes (App. B.3)")
@@ -561,13 +569,14 @@ class VideoEncoder(nn.Module):
                  attention="auto", grad_checkpoint=False):  # fmt: skip
         super().__init__()
         spec, (act, eps) = MODELS[model], STYLES[style]
-        self.width, self.patch, self.patch_dropout = spec["width"], (1, spec["patch"], spec["patch"]), patch_dropout
-        self.grad_checkpoint, places = grad_checkpoint, (size // spec["patch"]) ** 2
-        self.patch_embed = nn.Linear(3 * spec["patch"] ** 2, self.width, bias=False)  # CLIP's Conv2d, as a product
+        self.width, self.grad_checkpoint, self.patch_dropout = spec["width"], grad_checkpoint, patch_dropout
+        self.patch = spec.get("tubelet", 1), spec["patch"], spec["patch"]
+        places, steps, scale = (size // spec["patch"]) ** 2, frames // self.patch[0], spec.get("position_scale", 1.0)
+        self.patch_embed = nn.Linear(3 * math.prod(self.patch), self.width, bias=False)  # CLIP's Conv2d, as a product
         self.class_embedding = nn.Parameter(0.02 * torch.randn(self.width))
-        self.positional_embedding = nn.Parameter(common.sinusoid_table(1 + places, self.width))  # row 0: CLS
+        self.positional_embedding = nn.Parameter(scale * common.sinusoid_table(1 + places, self.width))  # row 0: CLS
         # DECISION (temporal): flipped, so that channels where places vary fast vary slowly in time
-        self.temporal_embedding = nn.Parameter(common.sinusoid_table(frames, self.width).flip(1))  # [T, D]
+        self.temporal_embedding = nn.Parameter(scale * common.sinusoid_table(steps, self.width).flip(1))  # [T, D]
         self.ln_pre = nn.LayerNorm(self.width, eps=eps)
         self.blocks = nn.ModuleList(  # DECISION (rate)
             Block(self.width, spec["heads"], drop_path=drop_path, eps=eps, act=act, kind=attention, index=i)
@@ -575,12 +584,13 @@ class VideoEncoder(nn.Module):
         )
         self.ln_post = nn.LayerNorm(self.width, eps=eps)
         self.apply(common.init_linear)
+        self.patch_embed.reset_parameters()  # PyTorch's default, as of a convolution
 
     def forward(self, clips, keys=None):
         """Clips 0-255 [B, T, C, H, W] of any number of frames -> [B, D]. keys int64 [B] turn on drop path and patch
         dropout: left-out patches are neither normalised nor embedded."""
         patches = patchify(clips, self.patch)  # [B, N, P]
-        time = stretch_time(self.temporal_embedding, clips.shape[1])[:, None]  # [T, 1, D]
+        time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])[:, None]  # [T, 1, D]
         positions = (time + self.positional_embedding[1:]).flatten(0, 1)[None]  # [1, N, D]
         if keys is not None and self.patch_dropout:
             n = patches.shape[1]
@@ -811,7 +821,7 @@ def fit_weights(start, net, cfg):
     weights, own = dict(start["model"]), net.state_dict()
     if "visual.patch_embed.weight" in weights:
         time = weights.get("visual.temporal_embedding", torch.zeros(1, len(weights["visual.patch_embed.weight"])))
-        weights["visual.temporal_embedding"] = stretch_time(time, cfg.frames)  # [T, D]
+        weights["visual.temporal_embedding"] = stretch_time(time, cfg.frames // net.visual.patch[0])  # [T, D]
     projection = weights.get("visual_projection.weight", ())
     if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
         for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
@@ -951,7 +961,7 @@ def print_plan(cfg):
         if isinstance(net, VideoCLIP):
             words = torch.zeros(1, 77, dtype=torch.int64)
             macs += f"; {common.count_macs(net.textual, words):.2f} of a text of 77 tokens"
-    tokens = cfg.frames * (cfg.size // net.visual.patch[1]) ** 2
+    tokens = cfg.frames // net.visual.patch[0] * (cfg.size // net.visual.patch[1]) ** 2
     kept = 1 + max(1, int(round(tokens * (1 - cfg.patch_dropout), 6)))
     whole, visual = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (net, net.visual))
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
@@ -977,7 +987,10 @@ MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
     contrastive, side = cfg.loss != "cross_entropy", MODELS[cfg.model]["patch"]
+    tubelet = MODELS[cfg.model].get("tubelet", 1)
     wrong = {
+        f"--frames and --eval-frames must be multiples of {tubelet}, the frames of a token of --model {cfg.model}":
+            cfg.frames % tubelet or cfg.eval_frames % tubelet,
         f"--size {cfg.size} is not a multiple of the patch's {side} pixels": cfg.size < side or cfg.size % side,
         "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed":
             contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing),
@@ -988,7 +1001,7 @@ def check(cfg):
     }  # fmt: skip
     for flags, words, fits in (
         ("frames epochs log_every eval_every embed_dim window crop_min", "above 0", lambda x: x > 0),
-        ("eval_frames max_steps workers micro_batch mixup cutmix max_bad", "0 or more", lambda x: x >= 0),
+        ("eval_frames max_steps workers micro_batch mixup cutmix max_bad text_lr", "0 or more", lambda x: x >= 0),
         ("patch_dropout drop_path dropout label_smoothing", "in [0, 1)", lambda x: 0 <= x < 1),
     ):
         wrong |= {f"--{f.replace('_', '-')} must be {words}": not fits(getattr(cfg, f)) for f in flags.split()}
@@ -1142,7 +1155,9 @@ def main(cfg):
     style = start.get("style", "clip")
     net = build(cfg, style, tokenizer.size, classes).to(ctx.device)
     kind = partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
-    optimizer = kind(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)  # DECISION (decay)
+    slow = lambda name: 0 if name.startswith("textual.") else 1  # text_lr is what a layer below the others would get
+    groups = common.param_groups(net, cfg.weight_decay, cfg.text_lr, slow)  # DECISION (decay)
+    optimizer = kind(groups, lr=cfg.lr, fused=True)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
     meter = common.Meter(ctx.device, "loss")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.

@@ -59,12 +59,15 @@ Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D w
 import csv
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: on the CPU the loader needs their cores
 
 import numpy as np
 import torch

@@ -72,6 +72,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: on the CPU the loader needs their cores
+
 import numpy as np
 import torch
 import torch.nn.functional as F

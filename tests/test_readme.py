@@ -12,7 +12,7 @@ MORE = {  # what makes a command small; a flag given twice takes its last value
     "python turbo.py --task": "--workers 0",
     "python avion.py": SMALL,
     "python avion.py --task": "--workers 0",
-    "python tpt_mae.py": SMALL.replace("2", "3", 1),  # a step a stage
+    "python tpt_mae.py": SMALL.replace("2", "4", 1),  # a step a stage
     "python sfa_vivit.py": SMALL,
     "python data.py": "",
     "torchrun": f"{SMALL} --model vit_toy --size 64 --num-classes 8",

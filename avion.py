@@ -809,8 +809,11 @@ def read_init(path):
     style = "avion" if any(name.endswith(marks) for name in state) else "clip"  # DECISION (activation)
     config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
     if style == "clip" and config.is_file():
-        text = json.loads(config.read_text())
-        style = "gelu" if text.get("vision_config", text).get("hidden_act") == "gelu" else style
+        try:
+            text = json.loads(config.read_text())
+            style = "gelu" if text.get("vision_config", text).get("hidden_act") == "gelu" else style
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{config}: not the settings of a CLIP model ({error})") from None
     return {"model": clip_weights(state), "style": style}
 
 

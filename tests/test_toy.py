@@ -322,7 +322,7 @@ def test_what_is_no_toy_set_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="no toy set"):
         data.make_toy(tmp_path, "long")
     assert files(tmp_path / "long") == {"thesis.txt": b"mine"}
-    with pytest.raises(ValueError, match="choose from actions, long, narrated"):
+    with pytest.raises(ValueError, match="choose from actions, pairs, long, narrated"):
         data.make_toy(tmp_path, "short")
 
 

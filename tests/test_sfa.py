@@ -605,7 +605,7 @@ ROWS = {
     "T1 IV": ["ssv2", "--stages", "32:35", "--freeze", "spatial", *IMAGE, "--init-temporal", "videomae.pth"],
     "T1 V": ["ssv2", "--stages", "8:35,32:35", *IMAGE],
     "T1 V, B": ["ssv2", "--stages", "8:35,32:35", "--model", "vivit_b", "--init", "B_16.npz"],
-    "T2 K400 to SSv2": ["ssv2", "--stages", "64:35", "--freeze", "spatial", "--init", "k400.pt", "--temporal-depth", 24],
+    "T2 K400 to SSv2": ["ssv2", "--stages", "64:35", "--freeze", "spatial", "--init", "k400.pt"],
     "T2 SSv2 to K400": ["k400", "--stages", "128:30", "--freeze", "spatial", "--init", "ssv2.pt", "--temporal-depth", 4],
     "T4 2080 Ti": ["k400", "--precision", "fp16", "--gpu-gb", "11"],
     "T5 K400": ["k400"],

@@ -35,6 +35,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 ImageNet's start learns positions, because its own are.
     decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out with 4 x 512 for L.
     target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
+    toy         so that minutes are enough, positions are 5 times as large, and the classifier's weights 5,000 times.
 Missing: Table 1's SlowFast, MViT, MViTv2, MotionFormer (32 frames), Swin, TimeSformer (64 frames), MaskFeat, ST-MAE;
 Table 2's ImageMAE, MotionMAE, MAM2, M3Video; Lion, which AVION's code has for its VideoMAE (its Sec. 5.5).
 
@@ -69,12 +70,13 @@ from data import pixel_target
 # Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); frames, height, width of a token.
 MODELS = {
     # A small model learns where and when in minutes only if positions stand out from the pixels: 5 x VideoMAE's.
-    "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4), "position_scale": 5.0},
+    "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4)},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192", "patch": (2, 16, 16)},
     "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384", "patch": (2, 16, 16)},
     "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "12x512", "patch": (2, 16, 16)},  # DECISION (decoder)
     "vit_h": {"width": 1280, "depth": 32, "heads": 16, "decoder": "12x640", "patch": (2, 16, 16)},
 }
+MODELS["vit_toy"] |= {"position_scale": 5.0, "head_std": 0.1}  # DECISION (toy)
 
 TOY = {"train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv", "data_root": "toy/actions",
        "train_clips": 1600, "num_classes": 8, "model": "vit_toy", "size": 32, "sampling": "stride", "batch_size": 16,
@@ -93,7 +95,7 @@ RECIPES = {
     # A small model needs long to learn the normalised target, and learns nothing at 90 % of so few places.
     "toy": TOY | {"stages": "2:25,4:25,8:50", "budget": 8, "budget_frames": 8, "warmup_epochs": 0.4, "mask_ratio": 0.75,
                   "target": "pixels", "search_frames": "2,4,8", "eval_every": 4, "then": "toy_ft"},
-    "toy_ft": TOY | {"stages": "", "frames": 8, "epochs": 3, "warmup_epochs": 0.3, "beta2": 0.999},
+    "toy_ft": TOY | {"stages": "", "frames": 8, "epochs": 3, "lr": 2e-3, "warmup_epochs": 0.3, "beta2": 0.999},
     "ssv2": SSV2 | PRETRAIN,
     "k400": K400 | PRETRAIN | {"budget": 1600},  # Table 1
     "videomae_k400": K400 | PRETRAIN  # VideoMAE itself: one stage; with this loader, AVION's Sec. 5.5
@@ -469,7 +471,8 @@ class Classifier(Encoder):
         self.fc_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, num_classes)
         self.init_parameters()  # as in pretraining; VideoMAE's is N(0, 0.02), which its weights then replace
-        nn.init.trunc_normal_(self.head.weight, std=0.02 * 0.001)  # VideoMAE's init_scale: all classes alike at first
+        # VideoMAE's init_scale, so that all classes are alike at first; what has few steps can't wait for that.
+        nn.init.trunc_normal_(self.head.weight, std=MODELS[model].get("head_std", 0.02 * 0.001))
 
     def features(self, clips, keys=None):
         """clips 0-255 [B, T, C, H, W] -> the normed mean of all tokens [B, D]; keys: drop path."""

@@ -5,6 +5,7 @@
     fig4    Fig. 4: joint attention against TimeSformer's divided attention (tpt_mae.py's): speed, memory, batch
     fig5    Fig. 5: the loader alone, against the number of processes, decode-then-crop and fused
     fig7    Fig. 7: VideoMAE (tpt_mae.py's, 16 frames) on the same loaders: waiting and whole steps, against processes
+    text    what stands beside the training: the tokenizer (--merges: CLIP's), and mAP and nDCG at the size of EK-100
 
 By default on toy videos with a small model; on a GPU: ViT-B, 4 x 224 x 224. Your own chunks:
     python tests/bench_avion.py --list ego4d.pkl --short-root chunks_15s --long-root chunks_300s --batch 64 256
@@ -17,6 +18,8 @@ import argparse
 import itertools
 import os
 import platform
+import random
+import resource
 import statistics
 import sys
 import time
@@ -242,9 +245,33 @@ def fig7(args, ctx):
     table(["processes", "loader", "loading s/it", "step s/it", "clips/s", "paper, 4 GPUs: loading", "step"], rows)
 
 
+def text(args, ctx):
+    """Sentences of six words a second, of words that are new and known; seconds of the metrics of EK-100's size."""
+    rng, rows, (V, S) = random.Random(0), [], args.pairs
+    words = ["".join(rng.choices("abcdefghilmnoprstu", k=rng.randint(2, 8))) for _ in range(2000)]
+    sentences = [" ".join(rng.choices(words, k=6)) for _ in range(10_000)]
+    for _ in range(args.rounds):
+        tokenizer, row = avion.BPETokenizer(args.merges or ()), []
+        for _ in ("first", "again"):
+            start = time.perf_counter()
+            tokenizer(sentences)
+            row.append(len(sentences) / (time.perf_counter() - start))
+        rows.append(row)
+    verbs, nouns = torch.randint(0, 97, (V,)), torch.zeros(V, 300).scatter_(1, torch.randint(0, 300, (V, 2)), 1.0)
+    relevant = avion.relevancy(verbs, nouns, verbs[:S], nouns[:S])
+    relevant[torch.arange(V), torch.arange(V) % S] = 1
+    start = time.perf_counter()
+    avion.retrieval_metrics(torch.rand(V, S), relevant)
+    seconds = time.perf_counter() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    table(["tokenizer", "sentences/s, new words", "known words", "mAP, nDCG: seconds", "the process's GB"],
+          [(args.merges or "bytes", *map(statistics.median, zip(*rows, strict=True)), seconds, memory)])  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda, parts = torch.cuda.is_available(), {"table4": table4, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig7": fig7}
+    parts["text"] = text
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--list", nargs="+", help="a list that avion.py reads; default: the toy narrated videos")
     parser.add_argument("--short-root", help="folder of short chunks; default: the toy's, 5 s")
@@ -256,6 +283,8 @@ def main():
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() - 1))
     parser.add_argument("--processes", type=int, nargs="+", default=[8, 16, 32, 64] if cuda else [1, 2])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--merges", default="", help="CLIP's merges file")
+    parser.add_argument("--pairs", type=int, nargs=2, default=[9668, 3842], help="clips and texts of the metrics")
     args = parser.parse_args()
     if not args.list and {"table4", "fig5", "fig7"} & set(args.only):
         folder = data.make_toy("toy", "narrated")

@@ -5,6 +5,7 @@ Runs the script's own command line (a run that is already complete is only read)
 
 import argparse
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -191,7 +192,7 @@ def tpt_evidence(seeds, out):
     """Progressive against full length only at equal frames: masked error; then top-1 after fine-tuning on few labels.
 
     Two budgets, the second the toy recipe's own and four times the first. The fine-tuning curves, at 1/3, 2/3 and all
-    of 162 steps, are beside those from scratch: where pretraining pays is what they show.
+    of 216 steps, are beside those from scratch: where pretraining pays is what they show.
     """
     budgets, kinds = (2, 8), {"progressive": "2:25,4:25,8:50", "full length only": "8:100"}
     flags = lambda *argv: common.parse(tpt_mae.Config, tpt_mae.RECIPES, list(map(str, argv)))
@@ -219,14 +220,14 @@ def tpt_evidence(seeds, out):
     for labels in (100, 300):
         few = out / f"tpt-{labels}.csv"
         few.write_text("\n".join(lines[:labels]))
-        steps = labels // 16  # of a pass; 162 steps in all
+        steps = labels // 16  # of a pass; 216 steps in all
         for budget, kind in [("-", "scratch"), *((b, k) for b in budgets for k in kinds)]:
             curves = []
             for seed in seeds:
                 start = ["--init", sources[budget, seed, kind]] if kind != "scratch" else []
                 folder = out / f"tpt-ft-{labels}-{seed}-{budget}-{kind.split()[0]}"
                 records = run("tpt_mae", folder, "--recipe", "toy_ft", "--seed", seed, "--train-list", few, *start,
-                              "--epochs", 162 // steps, "--eval-every", 54 // steps)  # fmt: skip
+                              "--epochs", 216 // steps, "--eval-every", 72 // steps)  # fmt: skip
                 curves.append([r["val_top1"] for r in records if "val_top1" in r])
             cells = [
                 f"{statistics.mean(c):.1f} ({', '.join(f'{x:.0f}' for x in c)})" for c in zip(*curves, strict=True)
@@ -292,7 +293,7 @@ def sfa_evidence(seeds, out):
             "random, frozen": [*frozen, "random"],
         }
         for name, extra in flags.items():
-            folder = out / f"sfa-{name.replace(' ', '-').replace(',', '')}-{seed}"
+            folder = out / f"sfa-{re.sub('[^A-Za-z0-9]+', '-', name.replace(chr(39), ''))}-{seed}"
             evaluations = [r for r in run("sfa_vivit", folder, "--seed", seed, *extra) if "near_peak_epoch" in r]
             rows.append((name, seed, told, evaluations))
     print(f"\n| row | seed | top-1 % | clips | its stage 1 at {few} frames % | near-peak epoch | seconds |")
@@ -328,7 +329,7 @@ def sfa_g_evidence(seeds, out):
         raise SystemExit("the step did not train, or took more than 16 GB")
 
 
-def avion_evidence(seeds, out, clips=16_384, batches=(16, 32, 64, 128)):
+def avion_evidence(seeds, out, clips=12_288, batches=(16, 32, 64, 128)):
     """`python avion.py`, last step: retrieval and zero-shot motion; then the global batch at equal clips seen, in
     micro-batches of 16 through the cached-gradient step (Fig. 6 at toy size)."""
     last = lambda name, *flags: [r for r in run("avion", out / f"avion-{name}", *flags) if "val_map" in r][-1]

@@ -163,17 +163,6 @@ def test_ids_equal_those_of_an_independent_tokenizer():
     assert ours.encode("a\u0345 b") == [320, 321]  # CLIP's pattern ignores case, and so drops this one character
 
 
-def test_tokenizer_is_fast():
-    """Over 50,000 short sentences a second of CPU time once words are known."""
-    rng, tokenizer = random.Random(0), avion.BPETokenizer(SMALL_MERGES)
-    words = ["".join(rng.choices("acehst", k=rng.randint(2, 8))) for _ in range(2000)]
-    texts = [" ".join(rng.choices(words, k=6)) for _ in range(10_000)]
-    tokenizer(texts)
-    start = time.process_time()
-    tokenizer(texts)
-    assert len(texts) / (time.process_time() - start) > 50_000
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -293,9 +282,9 @@ def test_metrics_need_a_relevant_item():
 
 
 def test_metrics_at_the_size_of_ek100():
-    """9,668 x 3,842: all four numbers in under 20 s of CPU time and 4 GB, in a process of its own."""
+    """9,668 x 3,842: all four numbers in 4 GB, in a process of its own (tests/bench_avion.py --only text has the time)."""
     program = """
-import resource, sys, time
+import resource, sys
 sys.path.insert(0, ".")
 import torch, avion
 torch.set_num_threads(1)
@@ -303,14 +292,11 @@ V, S = 9668, 3842
 verbs, nouns = torch.randint(0, 97, (V,)), torch.zeros(V, 300).scatter_(1, torch.randint(0, 300, (V, 2)), 1.0)
 relevant = avion.relevancy(verbs, nouns, verbs[:S], nouns[:S])
 relevant[torch.arange(V), torch.arange(V) % S] = 1
-start = time.process_time()
 avion.retrieval_metrics(torch.rand(V, S), relevant)
-print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
     out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    seconds, gigabytes = map(float, out.stdout.split())
-    print(seconds, "s", gigabytes, "GB")
-    assert seconds < 20 and gigabytes < 4
+    assert float(out.stdout) < 4
 
 
 def test_relevancy_by_sets():
@@ -1321,15 +1307,17 @@ def test_unread_clips_are_left_out(trained, told, tmp_path, capsys):
 
 
 def test_bench_prints_the_papers_tables(told, capsys, monkeypatch):
-    """Table 4 and Figs. 3, 4, 5, 7, measured here, with the paper's numbers beside them."""
+    """Table 4 and Figs. 3, 4, 5, 7, measured here, with the paper's numbers beside them; and the tokenizer and metrics."""
     import bench_avion
 
     flags = ["--list", told / "train.jsonl", "--short-root", told / "chunks", "--long-root", told / "videos", "--rounds",
-             1, "--batch", 4, "--workers", 0, "--processes", 0]  # fmt: skip
+             1, "--batch", 4, "--workers", 0, "--processes", 0, "--pairs", 60, 40]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["bench_avion.py", *map(str, flags)])
     bench_avion.main()
     tables = [part.splitlines()[2:] for part in capsys.readouterr().out.split("\n\n")[1:]]
-    table4, fig3, fig4, fig5, fig7 = ([line.strip("| ").split(" | ") for line in part] for part in tables)
+    table4, fig3, fig4, fig5, fig7, ((merges, new, known, seconds, memory),) = (
+        [line.strip("| ").split(" | ") for line in part] for part in tables
+    )
     assert len(table4) == 8 and table4[-1][-3:] == ["0.9", "5.9", "347"]
     assert all(float(row[5]) > float(row[4]) > 0 for row in table4)
     assert len(fig3) == 3 and fig3[0][5] == "62.4%"
@@ -1339,6 +1327,7 @@ def test_bench_prints_the_papers_tables(told, capsys, monkeypatch):
         assert saved[shape, "plain"] > saved[shape, "efficient"] > saved[shape, "recomputed"]
     assert len(fig5) == 2 and all(float(row[2]) * float(row[4]) == pytest.approx(1000, rel=0.02) for row in fig5)
     assert [row[-2:] for row in fig7] == [["0.74", "2.4"], ["0.25", "1.55"]]
+    assert merges == "bytes" and min(map(float, (new, known, seconds, memory))) > 0
 
 
 def test_copying_three_files_runs(cli, args, tmp_path):

@@ -64,12 +64,18 @@ def test_impossible_flags(flags, words, toy_args, tmp_path):
     assert all(word in message for word in words), message
 
 
-def test_unknown_flag_recipe_and_type(fails):
-    """Through the real command line, status 2, the choices listed."""
+def test_unknown_flag_recipe_and_type(fails, capsys):
+    """Status 2, the choices listed: once through the real command line, then in this process."""
     fails(["turbo.py", "--mask-ration", "0.5"], "did you mean --mask-ratio", "--weight-decay", status=2)
-    fails(["turbo.py", "--recipe", "imagenet"], "--recipe", "toy", "ucf101", status=2)
-    fails(["turbo.py", "--epochs", "many"], "--epochs", "many", status=2)
-    fails(["turbo.py", "--model", "vit_x"], "vit_b", status=2)
+    for flag, wrong, *words in (
+        ("--recipe", "imagenet", "toy", "ucf101"),
+        ("--epochs", "many", "many"),
+        ("--model", "vit_x", "vit_b"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            common.parse(turbo.Config, turbo.RECIPES, [flag, wrong])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and all(word in error for word in (flag, *words)), error
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------

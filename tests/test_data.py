@@ -493,12 +493,12 @@ def test_an_error_in_a_plan_is_not_hidden(toy):
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_memory_does_not_grow_over_10_000_clips(toy):
     """After a warm-up of 1,000 clips, 9,000 more take no more than 8 MiB, in the worker and in the trainer."""
-    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True, views=4)
+    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True, views=8)
     batches = data.make_loader(dataset, ([(e, i) for i in range(10)] for e in range(10**9) for _ in range(1)), 1, CPU)
     sizes = []
-    for n in range(250):  # of 40 clips
+    for n in range(125):  # of 80 clips
         next(batches)
-        if n in (24, 249):
+        if n in (12, 124):
             worker = int(dataset.watch[0, 0])
             with open(f"/proc/{worker}/statm") as file:
                 sizes.append((rss(), int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")))

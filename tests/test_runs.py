@@ -119,7 +119,7 @@ def test_ten_kills(tmp_path):
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 2**32))
     print(f"KILL_SEED={seed}")
     rng, steps, deaths = random.Random(seed), [], 0
-    args = ["--max-steps", "240", "--workers", "2", "--save-minutes", "0.005", "--micro-batch", "4"]
+    args = ["--max-steps", "120", "--workers", "2", "--save-minutes", "0.005", "--micro-batch", "4"]
     for patch in (TOY_HALF_MADE, HALF_WRITTEN, NOT_RENAMED):
         process = drive(tmp_path, *args, "--out", tmp_path / "cut", patch=patch)
         process.communicate(timeout=120)
@@ -144,7 +144,7 @@ def test_ten_kills(tmp_path):
             else 0
         )
     print("checkpoints after the kills at steps", steps)
-    assert steps == sorted(steps) and steps[-1] < 240
+    assert steps == sorted(steps) and steps[-1] < 120
     finish(drive(tmp_path, *args, "--out", tmp_path / "cut"))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")

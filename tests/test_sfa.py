@@ -1003,7 +1003,9 @@ def test_views_are_averaged_as_logits(trained, pairs):
     for i in range(8):
         with data.Video(videos.video(i)) as video:
             n = video.info.num_frames
-            views = [video.read(sfa.clip_frames(n, 16, 4, u), 64, data.centre_box(video.info)) for u in (0.0, 1.0)]
+            views = [
+                video.read(sfa.clip_frames(n, 16, cfg.stride, u), 64, data.centre_box(video.info)) for u in (0.0, 1.0)
+            ]
         logits = net(torch.stack(views), None).mean(0)
         hits += (logits.argmax() == videos.labels[i]).item()
         loss += F.cross_entropy(logits, torch.tensor(int(videos.labels[i]))).item() / 8

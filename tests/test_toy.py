@@ -209,15 +209,15 @@ def test_activities_differ_in_order_only_in_pairs():
 
 
 def test_each_motion_is_in_two_pairs():
-    """75 frames of one actor, the first motion in 19 to 56 of them; a motion opens one pair and ends another."""
+    """38 frames of one actor, the first motion in 10 to 28 of them; a motion opens one pair and ends another."""
     assert sorted(data.TOY_RING) == sorted(data.TOY_MOTIONS)
     seen, changes = set(), []
     for i in range(300):
         label, scenes = data._toy_script("pairs", 0, "train", i)
         (first, actor, n), (second, other, rest) = scenes
-        assert label == f"{first}+{second}" and actor == other and n + rest == 75
+        assert label == f"{first}+{second}" and actor == other and n + rest == 38
         seen, changes = seen | {(first, second)}, [*changes, n]
-    assert {min(changes), max(changes)} == {19, 56} and 35 < np.mean(changes) < 40
+    assert {min(changes), max(changes)} == {10, 28} and 18 < np.mean(changes) < 20
     for k in (0, 1):
         assert sorted(pair[k] for pair in seen) == sorted(data.TOY_MOTIONS)
     assert len(seen) == 8 and not any(first == second for first, second in seen)

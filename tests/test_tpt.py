@@ -751,7 +751,7 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
     listed = re.findall(r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
     tagged = re.findall(r"DECISION \((\w+)\)", (ROOT / "tpt_mae.py").read_text())
-    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 14
+    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 15
 
 
 def test_what_comes_after():
@@ -1059,7 +1059,7 @@ def test_pretraining_then_fine_tuning(trained):
     assert ends == {0: (24, 192), 1: (36, 384), 2: (48, 768)}  # 25, 25 and 50 % of 6 epochs of 16 x 8 frames
     assert [r["step"] for r in pretrained if "val_mae" in r] == [16, 24, 36, 48]
     assert [r["step"] for r in tuned if "val_top1" in r] == [1, 2, 3]  # batches of 16, one a pass
-    assert next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.2 and tuned[-1]["val_clips"] == 8
+    assert next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.5 and tuned[-1]["val_clips"] == 8
     peak = config("--recipe", "toy").lr
     for stage in range(3):  # a full cosine with its own warm-up each (Table 6)
         rates = [r["lr"] for r in pretrained if r.get("stage") == stage]

@@ -296,14 +296,16 @@ def sfa_evidence(seeds, out):
             folder = out / f"sfa-{re.sub('[^A-Za-z0-9]+', '-', name.replace(chr(39), ''))}-{seed}"
             evaluations = [r for r in run("sfa_vivit", folder, "--seed", seed, *extra) if "near_peak_epoch" in r]
             rows.append((name, seed, told, evaluations))
-    print(f"\n| row | seed | top-1 % | clips | its stage 1 at {few} frames % | near-peak epoch | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for name, seed, _, evaluations in rows:
-        last = evaluations[-1]
-        stage_1 = f"{evaluations[0]['val_top1']:.1f}" if len(evaluations) > 1 else "-"
+    print(f"\n| row | top-1 %, mean (seeds) | its stage 1 at {few} frames % | near-peak epochs | seconds |")
+    print("|---|---|---|---|---|")
+    listed = lambda values, form: ", ".join(f"{x:{form}}" for x in values)
+    for name in flags:
+        runs = [evaluations for row, _, _, evaluations in rows if row == name]
+        top1, peaks, seconds = ([run[-1][key] for run in runs] for key in ("val_top1", "near_peak_epoch", "seconds"))
+        first = listed([run[0]["val_top1"] for run in runs], ".0f") if name == "V" else "-"
         print(
-            f"| {name} | {seed} | {last['val_top1']:.1f} | {last['val_clips']} | {stage_1} | "
-            f"{last['near_peak_epoch']:g} | {last['seconds']:.0f} |"
+            f"| {name} | {statistics.mean(top1):.1f} ({listed(top1, '.1f')}) | {first} | {listed(peaks, 'g')} | "
+            f"{listed(seconds, '.0f')} |"
         )
     print("frozen image transformers: colour and shape of validation frames", {seed: told for _, seed, told, _ in rows})
 

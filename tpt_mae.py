@@ -69,13 +69,13 @@ from data import pixel_target
 
 # Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); frames, height, width of a token.
 MODELS = {
-    # A small model learns where and when in minutes only if positions stand out from the pixels: 5 x VideoMAE's.
     "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4)},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192", "patch": (2, 16, 16)},
     "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384", "patch": (2, 16, 16)},
     "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "12x512", "patch": (2, 16, 16)},  # DECISION (decoder)
     "vit_h": {"width": 1280, "depth": 32, "heads": 16, "decoder": "12x640", "patch": (2, 16, 16)},
 }
+# In minutes a small model learns where and when only if positions stand out from the pixels: 5 x VideoMAE's.
 MODELS["vit_toy"] |= {"position_scale": 5.0, "head_std": 0.1}  # DECISION (toy)
 
 TOY = {"train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv", "data_root": "toy/actions",

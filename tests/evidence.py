@@ -5,7 +5,6 @@ Runs the script's own command line (a run that is already complete is only read)
 
 import argparse
 import json
-import re
 import resource
 import statistics
 import subprocess
@@ -285,15 +284,15 @@ def sfa_evidence(seeds, out):
         told = sfa_images(seed, image) if not image.exists() else float("nan")
         frozen = ["--stages", alone, "--freeze", "spatial", "--init"]
         flags = {
-            "full, stage 2's steps": ["--stages", alone],
-            "full, both stages' steps": ["--stages", both],
+            "full, steps of stage 2": ["--stages", alone],
+            "full, steps of both stages": ["--stages", both],
             "I": [*frozen, image, "--no-adapter"],
             "III": [*frozen, image],
             "V": [],
             "random, frozen": [*frozen, "random"],
         }
         for name, extra in flags.items():
-            folder = out / f"sfa-{re.sub('[^A-Za-z0-9]+', '-', name.replace(chr(39), ''))}-{seed}"
+            folder = out / f"sfa-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             evaluations = [r for r in run("sfa_vivit", folder, "--seed", seed, *extra) if "near_peak_epoch" in r]
             rows.append((name, seed, told, evaluations))
     print(f"\n| row | top-1 %, mean (seeds) | its stage 1 at {few} frames % | near-peak epochs | seconds |")

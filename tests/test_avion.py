@@ -1019,6 +1019,21 @@ def test_frozen_and_learned_temperature(args, tmp_path):
     assert values["frozen"] == pytest.approx(math.log(1 / 0.07)) and values["hot"] == pytest.approx(math.log(100))
 
 
+def test_text_lr_is_of_the_text_encoder_only(args, tmp_path):
+    """--text-lr 0: after two steps its weights are as built, weight decay included; all others' rate is the run's."""
+    avion.main(config(*args, "--max-steps", 2, "--warmup-epochs", 0, "--text-lr", 0, "--out", tmp_path / "still"))
+    avion.main(config(*args, "--max-steps", 2, "--warmup-epochs", 0, "--text-lr", 0.5, "--out", tmp_path / "half"))
+    still, half = (torch.load(tmp_path / name / "last.pt") for name in ("still", "half"))
+    torch.manual_seed(0)
+    built = avion.build(config(*args), "clip", 514).state_dict()
+    text = {k for k in built if k.startswith("textual.")}
+    assert text and all(torch.equal(still["model"][k], built[k]) for k in text)
+    assert not torch.equal(still["model"]["visual.patch_embed.weight"], built["visual.patch_embed.weight"])
+    assert not torch.equal(half["model"]["textual.token_embedding.weight"], built["textual.token_embedding.weight"])
+    rates = {g["lr"] for g in half["optimizer"]["param_groups"]}
+    assert len(rates) == 2 and min(rates) == pytest.approx(0.5 * max(rates))
+
+
 def test_learning_rates(args, tmp_path):
     """App. B.2: from 1e-6 in a line to the peak in the first epoch, then a cosine to the end; B.1: fixed."""
     avion.main(

@@ -69,9 +69,13 @@ def _mix(z):
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
-@torch.compiler.assume_constant_result
 def _crc32(text):
-    return zlib.crc32(text.encode())  # a constant to torch.compile, which can't look inside
+    return zlib.crc32(text.encode())
+
+
+# A constant to torch.compile, which can't look inside. torch.compiler.assume_constant_result sets this too, but to do so
+# it imports the compiler, which takes as long as torch itself: too long for --help or a mistyped flag.
+_crc32._dynamo_marked_constant = True
 
 
 def make_key(*parts):
@@ -489,14 +493,19 @@ def micro_batches(cfg, ctx, pairs=False, repeated=1):
 
 
 def save_atomic(path, state):
-    """torch.save that leaves either the old file or the whole new one, whenever the process or the machine dies."""
+    """torch.save that leaves either the old file or the whole new one, whenever the process or the machine dies.
+
+    UserError where the disk is full or can't be written."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: can't write it ({error.strerror}); the one before is kept") from None
 
 
 def load_checkpoint(path):
@@ -710,12 +719,7 @@ class Run:
             state |= {"config": self.config(), "versions": versions(), "precision": self.ctx.precision}
             state |= {"seconds": time.time() - self.started, "records": self.logged_records}
             for name in names:
-                try:
-                    save_atomic(self.folder / name, state)
-                except OSError as error:
-                    raise UserError(
-                        f"{self.folder / name}: can't write it ({error.strerror}); the one before is kept"
-                    ) from None
+                save_atomic(self.folder / name, state)
 
     def guard(self, clips, steps, before, scale):
         """Name the clips whose loss was not finite; returns how many of `steps` skipped updates count, beside the
@@ -744,7 +748,8 @@ class Run:
     def leave(self, step):
         """Once saved after a signal on any rank: say so and end as a program that the signal ended (128 + number)."""
         if self.leaving:
-            self.say(f"stopped at step {step}; the same command continues from {self.folder / 'last.pt'}")
+            command = "the same command without --overwrite" if self.cfg.overwrite else "the same command"
+            self.say(f"stopped at step {step}; {command} continues from {self.folder / 'last.pt'}")
             raise SystemExit(128 + (self.stopped or signal.SIGTERM))
 
 

@@ -658,7 +658,11 @@ class Chunks:
         return places
 
     def read_views(self, views):
-        """Views as `Video.read_views` takes them, with frames of `at` -> a list of uint8 [T, 3, h, w]."""
+        """Views as `Video.read_views` takes them, with frames of `at` -> a list of uint8 [T, 3, h, w].
+
+        VideoError: numbers of frames, which a folder doesn't have."""
+        if any(np.ndim(places) != 2 for places, _, _ in views):
+            raise VideoError(self.path, "is a folder of chunks, which only lists with times can read; list its files")
         clips, parts = [None] * len(views), defaultdict(list)  # parts: {chunk: [(view, its places, frames)]}
         for n, (places, _, _) in enumerate(views):
             for k in sorted({k for k, _ in places}):

@@ -1,7 +1,7 @@
 """Efficient VideoMAE via Temporal Progressive Training (TPT-MAE): self-supervised video pretraining, in one file.
 
 VideoMAE hides 90 % of a clip's places in all of its frames and learns to paint them. Most of what it learns is spatial,
-and 2 frames teach that for an eighth of the price of 16: so TPT spends its budget of frames in stages, on clips of 2,
+and 2 frames teach that for a tenth of the price of 16: so TPT spends its budget of frames in stages, on clips of 2,
 then 4, 8 and 16 frames, each from the weights of the one before. Then the encoder is fine-tuned to classify.
 
     paper                                   here
@@ -23,13 +23,15 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 epochs = share x budget x 16 / frames, rounded to whole epochs.
     carry       weights and AdamW's moments go on through all stages; beta2 = 0.95 forgets the old ones in warm-up.
     warmup      40 epochs are 10 % of Sec. 4's budget of 400: each learning-rate cycle has that share of its own.
-    lr          Sec. 4 says 1.5e-4, Sec. 3.2's example 0.01. Here 1.5e-4 x batch / 256, VideoMAE's rule, at each stage.
+    lr          Sec. 4 says 1.5e-4, Sec. 3.2's example 0.01. Here 1.5e-4 x batch / 256, VideoMAE's rule, at each stage;
+                --min-lr, the cosine's end, stays the same share of the peak.
     step        Table 6's "step": a tenth after each third of a cycle.
     rounds      a short cycle's round holds one epoch of the stage that has the fewest, and its like of the others.
     random      all stages are shuffled, the longest too; a short cycle shuffles each round anew.
     single      a 1-frame stage ("single frame", Secs. 3.2.1 and 6) repeats the frame to fill the tubelet.
     stride      K400's stride stays 4 at all lengths, so a short clip is a short time; SSv2's segments span the video.
     views       "3 views", "5 views" are read as VideoMAE's tests, 2 x 3 and 5 x 3 clips x crops.
+    sizes       fine-tuning is VideoMAE's of ViT-B at every size; its K400 S, L and H differ (k400_ft says how).
     search      a schedule ends at the full length, which is the task; shares are powers of two that sum to 100 %.
     blocks      all backbones: tubelets, no CLS, fixed positions, mean pooling and a joint decoder, as VideoMAE;
                 ImageNet's start learns positions, because its own are.
@@ -102,6 +104,8 @@ RECIPES = {
     | {"stages": "16:100", "budget": 800, "batch_size": 2048, "lr": 1.5e-4 * 2048 / 256, "min_lr": 1e-5 * 2048 / 256},
     "ssv2_ft": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3"},  # Sec. 5.3
     "ssv2_sup": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3", "positions": "learned"},  # Table 3, ImageNet-21k
+    # DECISION (sizes). VideoMAE's others on K400: S 150 epochs; L 35, rate 2e-3 per 256 videos; H 50, 1e-3, drop path 0.2
+    # and head dropout 0.5.
     "k400_ft": K400 | FINETUNE | {"epochs": 75, "test_views": "5x3", "flip": True},
 }  # fmt: skip
 
@@ -123,6 +127,7 @@ class Config:
     then_train_list: str = opt("", "its training videos, where it has others; empty: the same lists", free=True)
     then_val_list: str = opt("", "its validation videos", free=True)
     then_data_root: str = opt("", "folder that its lists' paths are relative to", free=True)
+    then_of: str = opt("", "set by --then: a digest of the pretraining that the weights are from")
 
     model: str = opt("vit_b", "encoder size", choices=list(MODELS))
     backbone: str = opt("joint", "attention over space and time (Table 3)", ["joint", "divided", "trajectory"])
@@ -155,7 +160,7 @@ class Config:
     batch_size: int = opt(1024, "clips per optimizer step over all ranks, repeats included (Sec. 4)")
     micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True)
     lr: float = opt(1.5e-4 * 1024 / 256, "peak learning rate at this batch, as used")  # DECISION (lr): VideoMAE's rule
-    min_lr: float = opt(1e-5 * 1024 / 256, "learning rate at the end of the cosine (VideoMAE)")
+    min_lr: float = opt(1e-5 * 1024 / 256, "learning rate at the end of the cosine at peak --lr (VideoMAE)")
     warmup_epochs: float = opt(40.0, "epochs of the whole budget, or of fine-tuning, that warm up (Sec. 4)")
     weight_decay: float = opt(0.05, "AdamW's weight decay (Sec. 4)")
     beta2: float = opt(0.95, "AdamW's second beta (VideoMAE)")
@@ -179,7 +184,7 @@ class Config:
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
     grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
     seed: int = opt(0, "key of every random draw")
-    eval_every: int = opt(1, "epochs between evaluations; a stage's last step is always evaluated")
+    eval_every: int = opt(1, "a stage's epochs between evaluations; its end (in a short cycle: the run's) is one too")
     log_every: int = opt(20, "steps between log records")
     tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
     save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
@@ -227,18 +232,20 @@ class Segment(NamedTuple):
     cycle: tuple  # (first, last) step of the learning-rate cycle that it is in
 
 
-def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0):
+def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None):
     """The Segments of stages of steps[i] optimizer steps each, in the order they are run (Tables 5 and 6).
 
     rounds: 1 is the long cycle, each stage once; more is the short cycle, in which every round has 1 / rounds of each.
-    cycles: how many learning-rate cycles the segments are cut into, as evenly as they can be.
+    cycles: how many learning-rate cycles the segments are cut into, as evenly as they can be. frames: of each stage;
+    None: they rise.
     """
     parts, at = [], 0
+    rising = sorted(range(len(steps)), key=(frames or range(len(steps))).__getitem__)
     for i in range(rounds):
         turn = list(range(len(steps)))
         for attempt in range(100) if order == "random" and len(steps) > 1 else ():
             turn = common.permutation(common.make_key(seed, i, attempt), "stages", len(steps)).tolist()
-            if turn != sorted(turn):  # DECISION (random): any order but the progressive one
+            if turn != rising:  # DECISION (random): any order but the progressive one
                 break
         for stage in turn:
             offset, end = (steps[stage] * k // rounds for k in (i, i + 1))
@@ -396,11 +403,11 @@ class Encoder(nn.Module):
             self.register_buffer("positions", table, persistent=False)
 
     def init_parameters(self):
-        self.apply(common.init_linear)
+        self.apply(common.init_linear)  # encoder_to_decoder too, which VideoMAE leaves at PyTorch's default
         self.patch_embed.reset_parameters()  # PyTorch's default, as VideoMAE's convolution: positions must stand out
         for block in self.blocks:
             if isinstance(block, DividedBlock):
-                nn.init.zeros_(block.temporal_fc.weight)  # as TimeSformer: an image model's features at first
+                nn.init.zeros_(block.temporal_fc.weight)  # an image model's features at first, as TimeSformer's
 
     def encode(self, patches, visible=None, keys=None):
         """Last block's tokens [B, K, D] of the visible ones [B, K] (None: all) of 0-255 patches [B, N, P].
@@ -621,7 +628,9 @@ def schedule(cfg, n):
             raise UserError(f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos")
         epoch_steps = n // (batch // repeat)
         if not epoch_steps:
-            raise UserError(f"{cfg.train_list or '--train-clips'}: {n} videos are less than one batch of {batch} clips")
+            raise UserError(
+                f"{'--train-clips' if cfg.plan else cfg.train_list}: {n} videos are less than one batch of {batch} clips"
+            )
         # The budget counts clips, of which a pass shows `repeat` a video; fine-tuning's epochs are passes (VideoMAE).
         steps = max(1, round(epochs * epoch_steps / repeat)) if cfg.stages else epochs * epoch_steps
         stages.append(Stage(frames, percent, epochs, batch, lr, repeat, epoch_steps, steps))
@@ -633,7 +642,8 @@ def schedule(cfg, n):
             raise UserError(f"--max-steps {cfg.max_steps} leaves one of {len(stages)} stages without a step")
     rounds = 1 if cfg.cycle == "long" else min(stage.epochs for stage in stages)  # DECISION (rounds)
     cycles = cfg.lr_cycles or (len(stages) if cfg.cycle == "long" else 1)
-    segments = lay_out([stage.steps for stage in stages], rounds, cfg.order, cycles, cfg.seed)
+    frames = [stage.frames for stage in stages]
+    segments = lay_out([stage.steps for stage in stages], rounds, cfg.order, cycles, cfg.seed, frames)
     if cycles > len(segments):
         raise UserError(f"--lr-cycles {cycles} are more than the {len(segments)} segments that share them out")
     return stages, segments
@@ -711,9 +721,10 @@ def print_plan(cfg):
 
 
 RANGES = {  # flags: which values, in words
-    "lr budget budget_frames stride log_every eval_every batch_size search_stages layer_decay":
-        (lambda x: 0 < x < math.inf, "above 0"),
-    "min_lr weight_decay clip_grad max_steps workers micro_batch mixup cutmix max_bad lr_cycles clips_per_second":
+    "lr stride log_every eval_every batch_size search_stages layer_decay": (lambda x: 0 < x < math.inf, "above 0"),
+    "budget budget_frames": (lambda x: 0 < x <= 1e6, "above 0 and at most 1000000"),
+    "min_lr weight_decay clip_grad max_steps workers micro_batch mixup cutmix max_bad lr_cycles clips_per_second "
+    "train_clips num_classes":
         (lambda x: 0 <= x < math.inf, "at least 0"),
     "beta2 mask_ratio drop_path head_dropout label_smoothing erase": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "rand_augment": (lambda x: 0 <= x <= 10, "in [0, 10]"),
@@ -726,6 +737,8 @@ def check(cfg):
         for flag in flags.split():
             if not allowed(getattr(cfg, flag)):
                 raise UserError(f"--{flag.replace('_', '-')} must be {words}, not {getattr(cfg, flag)}")
+    if cfg.min_lr > cfg.lr:
+        raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
     t, h, _ = MODELS[cfg.model]["patch"]
     if cfg.size < h or cfg.size % h:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
@@ -843,10 +856,11 @@ def use(cfg, ctx):
     videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     if cfg.task == "features":
         return write_features(net, videos, cfg, ctx)
-    result = evaluate(net, videos, cfg, ctx, (1, 1) if cfg.stages else two_numbers("--test-views", cfg.test_views))
+    views = "1x1" if cfg.stages else cfg.test_views  # the masked error is of one view
+    result = evaluate(net, videos, cfg, ctx, two_numbers("--test-views", views))
     if ctx.rank == 0:
         values = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-        print(f"{source} on {cfg.val_list}, views {cfg.test_views}: {values}")
+        print(f"{source} on {cfg.val_list}, views {views}: {values}")
 
 
 @torch.no_grad()
@@ -899,6 +913,9 @@ def following(cfg):
         same |= {"train_clips": new.train_clips, "num_classes": 0}  # as many as that list has
     same |= {"task": "train", "then": "", "resume": "auto", "init": f"{cfg.out}/last.pt", "out": f"{cfg.out}_ft"}
     same["clips_per_second"] = 0.0  # it was measured in pretraining
+    # Another pretraining in the same folder is thereby refused by what an earlier one was fine-tuned to.
+    settings = [getattr(cfg, name) for name in Config.__dataclass_fields__ if name not in free]
+    same["then_of"] = f"{common.make_key(repr(settings)).item():x}"
     return replace(new, **same, frames=cfg.budget_frames if cfg.stages else cfg.frames)
 
 
@@ -1003,7 +1020,8 @@ def main(cfg):
             # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
             step = at["step"]
             due = step == total or (step == segment.stop and cfg.cycle == "long")
-            if step > at["evaluated"] and (due or (step + local) % (cfg.eval_every * stage.epoch_steps) == 0):
+            whole = step > segment.start and (step + local) % (cfg.eval_every * stage.epoch_steps) == 0
+            if step > at["evaluated"] and (due or whole):
                 result = evaluate(net, val_videos, cfg, ctx, picture=run.folder / "recon.png")
                 score = -result["val_mae"] if cfg.stages else result["val_top1"]
                 if step == total and cfg.test_views != "1x1" and not cfg.stages:
@@ -1016,7 +1034,8 @@ def main(cfg):
             if step == segment.stop:
                 break
 
-            lr = learning_rate(step, segment.cycle, stage.lr, cfg.min_lr, warmup, cfg.decay)  # DECISION (warmup)
+            floor = cfg.min_lr * stage.lr / cfg.lr  # DECISION (lr)
+            lr = learning_rate(step, segment.cycle, stage.lr, floor, warmup, cfg.decay)  # DECISION (warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             for i in range(accumulation):

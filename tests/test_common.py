@@ -8,7 +8,7 @@ import os
 import pickle
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -1057,7 +1057,11 @@ def test_signal_stops_between_two_steps(start, number, capsys):
     with pytest.raises(SystemExit) as error:
         run.leave(3)
     assert error.value.code == 128 + number
-    assert "stopped at step 3" in capsys.readouterr().out
+    assert "stopped at step 3; the same command continues" in capsys.readouterr().out
+    run.cfg = replace(run.cfg, overwrite=True)
+    with pytest.raises(SystemExit):
+        run.leave(3)
+    assert "the same command without --overwrite continues" in capsys.readouterr().out
 
 
 def test_signal_after_save_due_waits_for_the_next_step(start):

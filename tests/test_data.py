@@ -253,11 +253,13 @@ def test_only_what_a_clip_touches_is_opened(chunks):
 
 
 def test_short_and_missing_chunks(chunks):
-    """A chunk that ends a frame early holds its last frame; a hole, a time before the first chunk, an empty folder and
+    """A chunk that ends a frame early holds its last frame; numbers of frames, a hole, a time before the first chunk, an empty folder and
     other files are errors that name the place, and come at once."""
     with data.Chunks(chunks / "short.mp4") as video:
         places = video.at([9.9334, 9.9667, 9.99, 10.0])
         assert read_numbers(video.read_views([(places, 64, None)])[0]) == [298, 298, 298, 300]
+        with pytest.raises(data.VideoError, match="short.mp4: is a folder of chunks"):
+            video.read_views([([0, 1], 64, None)])
     began = time.monotonic()
     with data.Chunks(chunks / "hole.mp4") as video:
         assert video.at([5.0, 21.0]) == [(0, 150), (1, 30)]

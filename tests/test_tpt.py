@@ -118,6 +118,7 @@ def test_random_order():
     """Never the progressive order of a long cycle; another one for another seed; short rounds differ."""
     orders = {tuple(s.stage for s in tpt_mae.lay_out([1] * 4, order="random", seed=seed)) for seed in range(200)}
     assert (0, 1, 2, 3) not in orders and len(orders) == 23 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert [s.stage for s in tpt_mae.lay_out([1, 1], order="random", frames=[16, 2])] == [0, 1]  # which is not 2, 16
     rounds = tpt_mae.lay_out([6] * 4, rounds=6, order="random")
     assert len({tuple(s.stage for s in rounds[i : i + 4]) for i in range(0, 24, 4)}) > 2
 
@@ -751,7 +752,7 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
     listed = re.findall(r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
     tagged = re.findall(r"DECISION \((\w+)\)", (ROOT / "tpt_mae.py").read_text())
-    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 15
+    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 16
 
 
 def test_what_comes_after():
@@ -976,6 +977,9 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--stage-lr", "fast"], ["--stage-lr fast"]),
         (["--stage-lr", "nan"], ["--stage-lr nan"]),
         (["--lr", "-1"], ["--lr must be above 0"]),
+        (["--lr", "1e-7"], ["--min-lr 1e-06", "--lr 1e-07"]),
+        (["--num-classes", "-1"], ["--num-classes must be at least 0"]),
+        (["--budget", "1e300"], ["--budget must be above 0 and at most"]),
         (["--beta2", 1], ["--beta2 must be in [0, 1)"]),
         (["--weight-decay", "-1"], ["--weight-decay must be at least 0"]),
         (["--decoder", "2x96"], ["--decoder 2x96", "64"]),
@@ -1143,6 +1147,35 @@ def test_eval_predict_features(trained, toy, tmp_path, capsys):
     text = run("--task", "features", "--init", tuned / "last.pt", "--out", tmp_path, "--val-list", tmp_path / "val.csv")
     rows = np.load(tmp_path / "features.npy")
     assert "none.mp4" in text and np.isnan(rows[0]).all() and np.allclose(rows[1:], features, atol=1e-5)
+
+
+def test_each_stages_rate(lists, tmp_path):
+    """Peak and end of a stage's cosine, in the log: both in proportion to its batch (VideoMAE's rule)."""
+    flags = ["--stages", "4:50,8:50", "--stage-batch", "2,4", "--lr", "4e-3", "--min-lr", "1e-3", "--then", ""]
+    tpt_mae.main(config(*lists, *flags, "--budget", 2, "--warmup-epochs", 0, "--out", tmp_path))
+    rates = [[r["lr"] for r in records_of(tmp_path) if r.get("stage") == i] for i in (0, 1)]
+    assert [len(r) for r in rates] == [16, 4] and [r[0] for r in rates] == pytest.approx([2e-3, 4e-3])
+    last = [0.5 * (1 + math.cos(math.pi * (n - 1) / n)) for n in (16, 4)]  # of the way from the end to the peak
+    assert [r[-1] for r in rates] == pytest.approx([5e-4 + 1.5e-3 * last[0], 1e-3 + 3e-3 * last[1]])
+
+
+def test_evaluations_of_a_short_cycle(lists, tmp_path):
+    """Once after each --eval-every epochs of a stage's own, and at the end: none before a stage's first step."""
+    flags = [*lists, "--stages", "4:50,8:50", "--cycle", "short", "--budget", 4, "--warmup-epochs", 0, "--then", ""]
+    for every, expected in ((2, [8, 20, 24]), (4, [20, 24])):  # two rounds of 8 steps, then 4; 4 steps an epoch
+        tpt_mae.main(config(*flags, "--eval-every", every, "--out", tmp_path / str(every)))
+        assert [r["step"] for r in records_of(tmp_path / str(every)) if "val_mae" in r] == expected
+
+
+def test_fine_tuning_of_another_pretraining_is_refused(lists, tmp_path):
+    """Pretrained anew in the same folder: what an earlier one was fine-tuned to is not taken for the new one's."""
+    flags = [*lists, *PRETRAIN, "--max-steps", 3, "--warmup-epochs", 0, "--out", tmp_path / "run"]
+    first = tpt_mae.main(config(*flags, "--then", "toy_ft"))
+    assert tpt_mae.main(config(*flags, "--then", "toy_ft")) == first  # complete
+    other = [*flags, "--mask-ratio", "0.5"]
+    tpt_mae.main(config(*other, "--then", "", "--overwrite"))
+    with pytest.raises(UserError, match="run_ft holds another run .--then-of .*--overwrite"):
+        tpt_mae.main(config(*other, "--then", "toy_ft"))
 
 
 def test_another_schedule_is_refused(trained, lists):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import Forked, Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,11 +39,20 @@ def toy_args(toy):
     return ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, *TINY]
 
 
-def command(*args, env=None, **options):
-    """Start `python *args` from the repository with one thread; returns the Popen, output captured as text."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    return subprocess.Popen([sys.executable, *map(str, args)], env=env, **(pipes | options))
+def command(*args, cwd=ROOT, **options):
+    """Start `python *args` from the repository with one thread; returns the Popen, output captured as text.
+
+    Without further options of Popen a script, and the ranks of torchrun, are forks, which spares them the imports."""
+    args = [str(arg) for arg in args]
+    if args[0].endswith(".py") and not options:
+        return Forked(args, str(cwd))
+    if args[1] == "torch.distributed.run" and not options:
+        first = next(i for i, arg in enumerate(args) if arg.endswith(".py"))
+        ranks = next(int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc-per-node="))
+        return Ranks(ranks, args[first:], str(cwd))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *args], cwd=cwd, env=env, **(pipes | options))
 
 
 @pytest.fixture

@@ -185,7 +185,6 @@ def worker(rank, world, folder):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world, tmp_path):
     """2 and 4 processes (DistributedDataParallel on gloo), with 1 and 2 micro-batches each: the same on every rank."""
-    torch.multiprocessing.set_forkserver_preload(["torch._dynamo", "test_contrastive"])  # import torch once for all
     torch.multiprocessing.start_processes(worker, (world, tmp_path), nprocs=world, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for micro in (1, 2):

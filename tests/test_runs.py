@@ -127,13 +127,13 @@ def test_ten_kills(tmp_path):
         deaths += 1
     start = time.time()
     process = drive(tmp_path, *args, "--out", tmp_path / "whole")
-    process.stdout.readline()
+    process.first_line()
     ready = time.time() - start  # until the first step; a life below gets up to a tenth of the steps done
     finish(process)
     training = time.time() - start - ready
     while deaths < 10:
         process = drive(tmp_path, *args, "--out", tmp_path / "cut")
-        time.sleep(ready + rng.uniform(-0.05, 0.12) * training)
+        time.sleep(max(0.0, ready + rng.uniform(-0.05, 0.12) * training))
         assert process.poll() is None, "the run ended before its kill"
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
@@ -161,8 +161,8 @@ def test_ranks_and_micro_batches_give_the_same_gradient(work, mixing):
         ("four", 1, ["--micro-batch", "2"]),
         ("both", 2, ["--micro-batch", "2"]),
     ):
-        if len(mixing) > 2 and name in ("two", "four"):
-            continue
+        if mixing != ["--mixup", "0.8"] and name in ("two", "four"):
+            continue  # those of one mixing are enough
         out = work / f"grad-{name}-{len(mixing)}{mixing[0]}"
         finish(drive(work, *args, *extra, "--out", out, patch=SAVE_GRADIENTS, ranks=ranks))
         gradients.append(torch.load(out / "gradients.pt", weights_only=True))
@@ -243,7 +243,7 @@ def test_signal_saves_and_leaves(work, number):
     step = torch.load(out / "last.pt", weights_only=True)["at"]["step"]
     assert f"stopped at step {step};" in stdout
     process = drive(work, *args)
-    assert f"steps {step} to 4000" in process.stdout.readline()
+    assert f"steps {step} to 4000" in process.first_line()
     process.kill()
     process.communicate()
 
@@ -251,7 +251,8 @@ def test_signal_saves_and_leaves(work, number):
 def test_signal_on_two_ranks(work):
     """SIGTERM to torchrun: both ranks stop at the same step, and rank 0 saves it."""
     out = work / "signal-two"
-    process = drive(work, "--max-steps", "4000", "--workers", "0", "--log-every", "1", "--out", out, ranks=2)
+    process = drive(work, "--max-steps", "4000", "--workers", "0", "--log-every", "1", "--out", out, ranks=2,
+                    start_new_session=True)  # fmt: skip
     while "loss" not in process.stdout.readline():
         assert process.poll() is None, process.stderr.read()
     process.terminate()

@@ -73,8 +73,8 @@ def _crc32(text):
     return zlib.crc32(text.encode())
 
 
-# A constant to torch.compile, which can't look inside. torch.compiler.assume_constant_result sets this too, but to do so
-# it imports the compiler, which takes as long as torch itself: too long for --help or a mistyped flag.
+# A constant to torch.compile, which can't look inside. torch.compiler.assume_constant_result sets this too, but imports
+# the compiler for it, which takes as long as torch itself: too long for --help or a mistyped flag.
 _crc32._dynamo_marked_constant = True
 
 

@@ -104,8 +104,8 @@ RECIPES = {
     | {"stages": "16:100", "budget": 800, "batch_size": 2048, "lr": 1.5e-4 * 2048 / 256, "min_lr": 1e-5 * 2048 / 256},
     "ssv2_ft": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3"},  # Sec. 5.3
     "ssv2_sup": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3", "positions": "learned"},  # Table 3, ImageNet-21k
-    # DECISION (sizes). VideoMAE's others on K400: S 150 epochs; L 35, rate 2e-3 per 256 videos; H 50, 1e-3, drop path 0.2
-    # and head dropout 0.5.
+    # DECISION (sizes). VideoMAE's others on K400: S 150 epochs; L 35, rate 2e-3 per 256 videos; H 50, 1e-3, drop path
+    # 0.2 and head dropout 0.5.
     "k400_ft": K400 | FINETUNE | {"epochs": 75, "test_views": "5x3", "flip": True},
 }  # fmt: skip
 
@@ -628,9 +628,8 @@ def schedule(cfg, n):
             raise UserError(f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos")
         epoch_steps = n // (batch // repeat)
         if not epoch_steps:
-            raise UserError(
-                f"{'--train-clips' if cfg.plan else cfg.train_list}: {n} videos are less than one batch of {batch} clips"
-            )
+            source = "--train-clips" if cfg.plan else cfg.train_list
+            raise UserError(f"{source}: {n} videos are less than one batch of {batch} clips")
         # The budget counts clips, of which a pass shows `repeat` a video; fine-tuning's epochs are passes (VideoMAE).
         steps = max(1, round(epochs * epoch_steps / repeat)) if cfg.stages else epochs * epoch_steps
         stages.append(Stage(frames, percent, epochs, batch, lr, repeat, epoch_steps, steps))

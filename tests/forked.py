@@ -1,4 +1,4 @@
-"""Scripts as `python script.py` runs them, started as forks of a process that has imported torch: 5 seconds less each."""
+"""Scripts as `python script.py` runs them, as forks of a process that has imported torch: 5 seconds less each."""
 
 import atexit
 import multiprocessing
@@ -88,8 +88,8 @@ class Ranks:
     def returncode(self):
         return next((rank.returncode for rank in self.ranks if rank.returncode), 0)
 
-    def communicate(self, timeout=None):
-        """All ranks' output; one that fails ends the others, which would wait for it."""
+    def communicate(self, timeout):
+        """All ranks' output; one that fails, or the timeout, ends the others, which would wait for it."""
         deadline = time.monotonic() + timeout
         while any(rank.poll() is None for rank in self.ranks):
             if self.returncode or time.monotonic() > deadline:

@@ -253,8 +253,8 @@ def test_only_what_a_clip_touches_is_opened(chunks):
 
 
 def test_short_and_missing_chunks(chunks):
-    """A chunk that ends a frame early holds its last frame; numbers of frames, a hole, a time before the first chunk, an empty folder and
-    other files are errors that name the place, and come at once."""
+    """A chunk that ends a frame early holds its last frame; numbers of frames, a hole, a time before the first chunk,
+    an empty folder and other files are errors that name the place, and come at once."""
     with data.Chunks(chunks / "short.mp4") as video:
         places = video.at([9.9334, 9.9667, 9.99, 10.0])
         assert read_numbers(video.read_views([(places, 64, None)])[0]) == [298, 298, 298, 300]

@@ -997,6 +997,7 @@ def check(cfg):
         f"--size {cfg.size} is not a multiple of the patch's {side} pixels": cfg.size < side or cfg.size % side,
         "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed":
             contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing),
+        f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}": cfg.min_lr > cfg.lr,
         f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips":
             contrastive and cfg.batch_size < 2,
         '--task search needs --query "what to look for"': cfg.task == "search" and not cfg.query.strip(),

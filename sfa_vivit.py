@@ -708,9 +708,11 @@ def check(cfg):
         if getattr(cfg, flag) <= 0:
             raise UserError(f"--{flag.replace('_', '-')} must be above 0")
     for flag in ("max_steps", "workers", "micro_batch", "mixup", "max_bad", "temporal_depth", "warmup_epochs", "head_std",
-                 "num_classes", "train_clips", "lr", "weight_decay", "clip_grad"):  # fmt: skip
+                 "num_classes", "train_clips", "lr", "min_lr", "weight_decay", "clip_grad"):  # fmt: skip
         if getattr(cfg, flag) < 0:
             raise UserError(f"--{flag.replace('_', '-')} must not be negative")
+    if cfg.min_lr > cfg.lr:
+        raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
     for flag, most in (("rand_augment", 30), ("colour_jitter", 1), ("drop_path", 0.99), ("label_smoothing", 0.99)):
         if not 0 <= getattr(cfg, flag) <= most:
             raise UserError(f"--{flag.replace('_', '-')} must be in [0, {most}]")

@@ -762,6 +762,8 @@ def check(cfg):
         raise UserError("--mask-ratio and --eval-mask-ratios must be in [0, 1): at 1 nothing is left to look at")
     if not 0 <= cfg.recon_ratio <= cfg.mask_ratio:
         raise UserError(f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]")
+    if cfg.min_lr > cfg.lr:
+        raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     if cfg.size < h or cfg.size % h:

@@ -806,6 +806,7 @@ def test_no_relevant_item(tmp_path, told, args, trained):
     [
         (["--batch-size", "6", "--micro-batch", "4"], ["--batch-size 6", "--micro-batch 4"]),
         (["--batch-size", "1"], ["--batch-size 1", "negatives"]),
+        (["--lr", "1e-7"], ["--min-lr 1e-06", "--lr 1e-07"]),
         (["--batch-size", "100"], ["24 clips", "--batch-size of 100"]),
         (["--size", "60"], ["--size 60"]),
         (["--frames", "0"], ["--frames"]),

@@ -38,6 +38,7 @@ def refused(*argv):
         (["--mask-ratio", "-0.1"], ["--mask-ratio"]),
         (["--eval-mask-ratios", "0,1.5"], ["--eval-mask-ratios"]),
         (["--mask-ratio", "0.9999"], ["--mask-ratio", "at least one"]),
+        (["--lr", "1e-7"], ["--min-lr 1e-06", "--lr 1e-07"]),
         (["--frames", "15"], ["--frames 15"]),
         (["--frames", "0"], ["--frames 0"]),
         (["--size", "60"], ["--size 60"]),

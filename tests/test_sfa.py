@@ -1119,6 +1119,7 @@ def refused(*argv):
         (["--plan", "--gpu-gb", "big"], ["--gpu-gb big"]),
         (["--spatial-chunk", "0"], ["--spatial-chunk"]),
         (["--stride", "0"], ["--stride"]),
+        (["--min-lr", "1"], ["--min-lr 1", "--lr"]),
         (["--plan", "--batch-size", "0"], ["--batch-size"]),
         (["--plan", "--num-classes", "-1"], ["--num-classes"]),
         (["--views", "0"], ["--views"]),

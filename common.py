@@ -8,7 +8,7 @@
     6. A run              folder, log, checkpoints that can't be lost, signals
     7. Weights            published files (.pth, safetensors) read as tensors, their names made ours
     8. Contrastive step   InfoNCE over the whole global batch, at any number of ranks and micro-batches
-    9. Counting           multiply-adds and saved activations of a real model, for --plan
+    9. Counting           multiply-adds, saved activations and memory of a real model, for --plan
 
 Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads, P pixel values in a patch.
 """
@@ -30,6 +30,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -466,6 +467,15 @@ def parse(config_class, recipes, argv=None):
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
 
 
+def need_init(cfg, recipes, source):
+    """UserError where one of `recipes`, which start from `source` (in words), would train from random weights unasked:
+    it would run for days and end far below the paper. `--init random` asks for it."""
+    if cfg.task == "train" and not cfg.plan and not cfg.init and cfg.recipe in recipes:
+        raise UserError(
+            f"--recipe {cfg.recipe} starts from {source}: give them as --init; --init random trains from nothing"
+        )
+
+
 def micro_batches(cfg, ctx, pairs=False, repeated=1):
     """(micro-batch, accumulation steps) of a rank, from the global --batch-size; UserError where it doesn't divide.
 
@@ -525,6 +535,23 @@ def load_checkpoint(path):
     except Exception as error:  # a damaged file raises anything: EOFError, IndexError, struct.error, ...
         why = (str(error) or "it ends too early").splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint ({why})") from error
+
+
+def open_trained(source, script, keys, build):
+    """build(state) of a checkpoint of `script` that has `keys`: (cfg, model), the model with the checkpoint's weights.
+
+    UserError, one line, where the file is damaged, another script's, or of a version whose settings or weights differ.
+    """
+    state = load_checkpoint(source)
+    if not isinstance(state, dict) or not {"model", "config", *keys} <= set(state):
+        raise UserError(f"{source}: not a checkpoint of {script}")
+    try:
+        cfg, model = build(state)
+        model.load_state_dict(state["model"])
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"{source}: not a checkpoint of this version of {script} ({why})") from None
+    return cfg, model.eval()
 
 
 class Meter:
@@ -1025,3 +1052,74 @@ def saved_bytes(module, *args):
     for parameter in module.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(storages.values())
+
+
+# What a step holds beside weights and activations, roughly: CUDA's own memory; and of each pixel of a clip its byte in
+# this batch, in the next one and augmented, its float as a normalised patch, and that patch in half precision.
+CUDA_BYTES = 2**30
+PIXEL_BYTES = 10
+
+
+class Phase(NamedTuple):
+    """A phase of training as `print_memory` sees it."""
+
+    name: str
+    batch: int  # clips a step over all GPUs
+    micro: int  # clips that a GPU holds at once; 0: batch / GPUs
+    state: float  # bytes whatever the batch: see state_bytes
+    clip: float  # bytes more a clip: its pixels, and what is kept for backward: see block_bytes
+    group: int = 1  # clips that a micro-batch holds together
+
+
+def state_bytes(trained, frozen=0, optimizer="adamw", half=True, gpus=1):
+    """Bytes of a model's state: of a trained parameter weight, gradient, AdamW's two moments or SGD's one, autocast's
+    copy of the weight in half precision, and on several GPUs the gradient's place in an exchanged bucket; of a frozen
+    one the weight, in half precision the copy too. trained, frozen: numbers of parameters."""
+    moments = {"adamw": 8, "sgd": 4}[optimizer]
+    copy = 2 if half else 0
+    bucket = 4 if gpus > 1 else 0
+    return trained * (8 + moments + copy + bucket) + frozen * (4 + copy)
+
+
+def block_bytes(block, depth, shape, *args, half=True, grad_checkpoint=False):
+    """Bytes that `depth` blocks like `block` hold of one clip in training, inputs [1, *shape] with shape (N, D).
+
+    What one block saves for backward is measured on the CPU, as the growth from one clip to two, so that autocast's
+    copies of weights don't count. Recomputed blocks keep their inputs. One block more is at work.
+    """
+    saved = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        for clips in (1, 2):
+            saved.append(saved_bytes(block, torch.randn(clips, *shape, requires_grad=True), *args))
+    one = saved[1] - saved[0]
+    kept = 4 * math.prod(shape) if grad_checkpoint else one  # a block's input is float32
+    return depth * kept + one
+
+
+def print_memory(cfg, phases):
+    """Print GB a GPU of each Phase on --gpus GPUs, and the largest micro-batch that fits each of --gpu-gb."""
+    for phase in phases:
+        per_gpu, rest = divmod(phase.batch, cfg.gpus)
+        if rest or not per_gpu:
+            raise UserError(f"--batch-size {phase.batch} ({phase.name}) is not divisible by --gpus {cfg.gpus}")
+        micro = phase.micro or per_gpu
+        gigabytes = (CUDA_BYTES + phase.state + micro * phase.clip) / 2**30
+        fits = []
+        for card in cfg.gpu_gb:
+            room = float(card) * 2**30 - CUDA_BYTES - phase.state
+            sizes = [n for n in range(phase.group, per_gpu + 1, phase.group) if per_gpu % n == 0]
+            fitting = [n for n in sizes if n * phase.clip <= room]
+            fits.append(f"{card} GB: {max(fitting, default='none')}")
+        print(
+            f"memory    {phase.name}: {micro} clips at once on each of {cfg.gpus} GPUs, {per_gpu // micro} times a step: "
+            f"{gigabytes:.1f} GB a GPU, an estimate; largest --micro-batch in {', '.join(fits)}"
+        )
+
+
+def check_gpus(cfg):
+    """UserError where --gpus or --gpu-gb, which print_memory reads, make no sense."""
+    if cfg.gpus < 1:
+        raise UserError("--gpus must be above 0")
+    for card in cfg.gpu_gb:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", card) or not float(card):
+            raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 24")

@@ -403,7 +403,7 @@ class Encoder(nn.Module):
             self.register_buffer("positions", table, persistent=False)
 
     def init_parameters(self):
-        self.apply(common.init_linear)  # encoder_to_decoder too, which VideoMAE leaves at PyTorch's default
+        self.apply(common.init_linear)
         self.patch_embed.reset_parameters()  # PyTorch's default, as VideoMAE's convolution: positions must stand out
         for block in self.blocks:
             if isinstance(block, DividedBlock):
@@ -447,6 +447,7 @@ class VideoMAE(Encoder):
         table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
         self.register_buffer("decoder_positions", table, persistent=False)
         self.init_parameters()
+        self.encoder_to_decoder.reset_parameters()  # PyTorch's default: VideoMAE inits its encoder and decoder alone
 
     def decode(self, tokens, visible, masked):
         """Predicted pixels [B, R, P] of the tokens `masked` [B, R], from encoded visible tokens [B, K, D]."""

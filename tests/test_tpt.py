@@ -417,6 +417,14 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
             tpt_mae.init_weights(path, tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, b))
 
 
+def test_the_layer_between_encoder_and_decoder_starts_as_videomaes():
+    """VideoMAE leaves it at nn.Linear's own start, uniform in +-1 / sqrt(inputs): a spread of 1 / sqrt(3 x 384)."""
+    torch.manual_seed(0)
+    weight = tpt_mae.VideoMAE("vit_s", frames=2).encoder_to_decoder.weight.detach()  # [192, 384]
+    assert weight.abs().max() <= 0.051032  # 1 / sqrt(384)
+    assert abs(weight.std().item() - 0.029463) < 0.0003  # Xavier's is 0.058926
+
+
 # ---- backbones -------------------------------------------------------------------------------------------------------
 
 S, K, H = 3, 5, 2  # time steps, kept places, heads

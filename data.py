@@ -1032,6 +1032,10 @@ class ClipDataset(torch.utils.data.Dataset):
         if self.watch is not None:
             self.watch[torch.utils.data.get_worker_info().id, 1:] = torch.tensor([index, since], dtype=torch.float64)
 
+    def plans(self, video, index, keys):
+        """`plan` of each view of a sample, keys int64 [V]. Views that depend on each other: a subclass says how."""
+        return [self.plan(video, index, view, key) for view, key in enumerate(keys)]
+
     def _load(self, epoch, index):
         keys, failures = make_key(self.seed, epoch, index, torch.arange(self.views)), []  # [V]
         for attempt in range(10 if self.replace else 1):
@@ -1042,7 +1046,7 @@ class ClipDataset(torch.utils.data.Dataset):
             try:
                 with open_video(path) as video:
                     try:
-                        plans = [self.plan(video, index, view, key) for view, key in enumerate(keys)]
+                        plans = self.plans(video, index, keys)
                     except ValueError as error:  # a clip that this video is too short for
                         raise VideoError(path, str(error)) from error
                     clips = video.read_views([(frames, self.size, box) for frames, box in plans])

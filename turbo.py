@@ -40,8 +40,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     split       UCF101 and HMDB51: the first. Breakfast: three of the usual four folds of its people train.
     views       Sec. 4.1 names no test views: one clip and crop. VideoMAE's: --test-clips 5 --test-crops 3.
     repeat      repeated sampling: one decode gives 4 clips, each with its own frames, crop and, in video-language
-                training, sentence. "Batch size of 16 videos" (Sec. 4.3) is read as 16 x 4 clips; an epoch has each
-                video once. Batch sizes count clips.
+                training, sentence: four different ones where the video has them, as in TAN. "Batch size of 16 videos"
+                (Sec. 4.3) is read as 16 x 4 clips; an epoch has each video once. Batch sizes count clips.
     cosine      Eq. 2 is written with bare products. Here: unit vectors and temperature 0.07, as in the authors' TAN.
     MLP         "2-layer MLP": width -> width -> 256 with GELU, for video and for text.
     sentence    the language model's first output token, as Sec. 3.2 says; the model is microsoft/mpnet-base.
@@ -82,7 +82,7 @@ from tqdm import tqdm
 
 import common
 import data
-from common import Block, Decoder, UserError, gather_tokens, opt, parse, patchify, uniform
+from common import Block, Decoder, UserError, gather_tokens, opt, parse, patchify, permutation, uniform
 from data import pixel_target
 
 # Width, depth and heads of the encoder; layers x width of the decoder that VideoMAE gives it, in heads of 64.
@@ -268,7 +268,7 @@ def sample_clip(cfg, train, video, index, view, key):
 
 
 class Pairs:
-    """Captions as training takes them: an entry is a video, and a clip of it draws one of its sentences by its key."""
+    """Captions as training takes them: an entry is a video, and each clip of it shows one of its sentences."""
 
     def __init__(self, captions):
         self.captions, self.path = captions, captions.path
@@ -283,16 +283,35 @@ class Pairs:
     def video(self, index):
         return self.captions.video(self._order[self._first[index]])
 
-    def sentence(self, index, keys):
-        """Which caption a clip shows: videos [...] and keys int64 [...] -> [...]."""
-        first, count = self._first[index], self._first[np.add(index, 1)] - self._first[index]
-        return self._order[first + (uniform(keys, "sentence").numpy() * count).astype(np.int64)]
+    def sentences(self, index, key, views):
+        """Which captions `views` clips of video `index` show, [views]: all different, where it has as many.
+
+        key: the first clip's. The loader draws them (PairDataset), and by the same key the trainer again (sentences_of).
+        """
+        first, last = self._first[index : index + 2].tolist()
+        order = first + permutation(key, "sentence", last - first).numpy()  # [sentences of the video]
+        return self._order[np.resize(order, views)]  # from its beginning again, where they are fewer
+
+    def sentences_of(self, batch, views):
+        """Which captions the clips of a data.Batch show, view by view as they are: [B]."""
+        samples = len(batch.index) // views
+        pairs = zip(batch.index[:samples].tolist(), batch.keys[:samples], strict=True)
+        drawn = [self.sentences(index, key, views) for index, key in pairs]
+        return np.stack(drawn, axis=1).ravel()
 
 
-def sample_pair(cfg, pairs, video, index, view, key):
-    """(frames, box) of a training clip around the time of its sentence (Sec. 4.2)."""
-    i, u = pairs.sentence(index, key), uniform(key, "start").item()
-    frames = data.moment_frames(video, pairs.captions.start[i], pairs.captions.end[i], cfg.frames, cfg.fps, u)
+class PairDataset(data.ClipDataset):
+    """Training clips of Pairs, whose plan is sample_pair: each is told its sentence."""
+
+    def plans(self, video, index, keys):
+        sentences = self.videos.sentences(index, keys[0], len(keys))
+        return [self.plan(video, sentence, key) for sentence, key in zip(sentences, keys, strict=True)]
+
+
+def sample_pair(cfg, captions, video, i, key):
+    """(frames, box) of a training clip around the time of sentence i (Sec. 4.2)."""
+    u = uniform(key, "start").item()
+    frames = data.moment_frames(video, captions.start[i], captions.end[i], cfg.frames, cfg.fps, u)
     return frames, random_box(cfg, video.info, key)
 
 
@@ -988,8 +1007,11 @@ def main(cfg):
         f"{ctx.precision} on {ctx.device}; steps {at['step']} to {total}"
     )
 
-    plan = partial(sample_pair, cfg, videos) if align else partial(sample_clip, cfg, True)
-    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True, views=cfg.repeated)
+    if align:
+        plan, make_dataset = partial(sample_pair, cfg, videos.captions), PairDataset
+    else:
+        plan, make_dataset = partial(sample_clip, cfg, True), data.ClipDataset
+    dataset = make_dataset(videos, plan, cfg.size, cfg.seed, replace=True, views=cfg.repeated)
     sizes = cfg.batch_size // cfg.repeated, micro // cfg.repeated  # in videos  # DECISION (repeat)
     schedule = data.GlobalBatches(len(videos), *sizes, cfg.seed, at["step"], total, ctx.rank, ctx.world)
     batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
@@ -1037,7 +1059,7 @@ def main(cfg):
 
             def encode(item, replay):
                 batch, clips, keys = item
-                i = videos.sentence(batch.index.numpy(), batch.keys)  # [B]
+                i = videos.sentences_of(batch, cfg.repeated)  # [B], as the loader drew them
                 words = torch.from_numpy(text[i]).float().to(ctx.device, non_blocking=True)  # [B, text width]
                 ids = torch.from_numpy(sentence_ids[i]).to(ctx.device, non_blocking=True)  # [B]
                 (z_v, z_t), prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words)

@@ -164,19 +164,69 @@ def test_a_few_bad_captions_are_left_out(tmp_path):
         turbo.read_captions(str(tmp_path / "a.jsonl"), config("--recipe", "toy_vl", "--max-bad", 0.001))
 
 
-def test_pairs_draw_a_sentence_of_the_clips_video():
-    captions = data.Captions([(f"v{i % 3}", i, i + 1, f"s{i}") for i in range(11)])
+def pairs_of(counts):
+    """Pairs of videos v0, v1, ... of as many sentences, whose captions alternate in the file."""
+    rows = [
+        (f"v{video}", i, i + 1, f"{video} {i}") for i in range(max(counts)) for video, n in enumerate(counts) if i < n
+    ]
+    captions = data.Captions(rows)
     captions.path = "list"
-    pairs = turbo.Pairs(captions)
+    return turbo.Pairs(captions), captions
+
+
+def test_pairs_draw_a_sentence_of_the_clips_video():
+    pairs, captions = pairs_of([4, 4, 3])
     assert len(pairs) == 3 and [pairs.video(i) for i in range(3)] == ["v0", "v1", "v2"]
     keys = make_key(torch.arange(3000))
     for video in range(3):
-        drawn = pairs.sentence(np.full(3000, video), keys)
+        drawn = [pairs.sentences(video, key, 1).item() for key in keys]
         counts = np.bincount(drawn, minlength=11)
-        assert set(np.flatnonzero(counts)) == {i for i in range(11) if i % 3 == video} and counts.max() < 1.4 * 3000 / 3
-        assert all(
-            pairs.sentence(video, keys[n]) == drawn[n] for n in range(20)
-        )  # the worker's view of it, and the loop's
+        assert set(np.flatnonzero(counts)) == {
+            i for i in range(11) if captions.names[captions.video_of[i]] == f"v{video}"
+        }
+        assert counts.max() < 1.4 * 3000 / 3
+
+
+def test_a_videos_clips_show_different_sentences():
+    """Without replacement, in every order and place alike; from the beginning again only where a video has too few."""
+    pairs, captions = pairs_of([13, 4, 2])
+    keys = make_key(torch.arange(2000))
+    drawn = np.array([pairs.sentences(0, key, 4) for key in keys])  # [samples, V]
+    assert all(len(set(row)) == 4 for row in drawn.tolist())
+    for view in range(4):
+        counts = np.bincount(drawn[:, view], minlength=len(captions))[captions.video_of == 0]  # 154 each
+        assert 100 < counts.min() and counts.max() < 210
+    assert len({tuple(pairs.sentences(1, key, 4)) for key in keys}) == 24  # all orders of 4
+    for key in keys[:20]:
+        few = pairs.sentences(2, key, 4).tolist()
+        assert few[:2] == few[2:] and len(set(few)) == 2
+
+
+def test_the_trainer_draws_the_sentences_that_the_loader_drew(vl, narrated):
+    """Also of a video that replaces an unreadable one: the sentence belongs to the video that is shown."""
+    cfg = config(*vl, "--repeated", 4)
+    pairs = turbo.Pairs(turbo.read_captions(cfg.train_list, cfg))
+    loaded = {}
+
+    def plan(video, sentence, key):
+        loaded[key.item()] = sentence
+        return turbo.sample_pair(cfg, pairs.captions, video, sentence, key)
+
+    broken, opened = pairs.video(1), data.open_video
+    dataset = turbo.PairDataset(pairs, plan, cfg.size, cfg.seed, replace=True, views=4)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def open_video(path):
+            if path == broken:
+                raise data.VideoError(path, "broken")
+            return opened(path)
+
+        patch.setattr(data, "open_video", open_video)
+        batch = data.collate([dataset[2, index] for index in (3, 1, 0)])
+    drawn = pairs.sentences_of(batch, 4)
+    assert len(batch.failures) == 1 and drawn.tolist() == [loaded[key] for key in batch.keys.tolist()]
+    assert pairs.captions.video_of[drawn].tolist() == batch.index.tolist()
+    assert all(len(set(drawn[sample::3])) == 4 for sample in range(3))
 
 
 @pytest.fixture(scope="module")

@@ -538,9 +538,10 @@ def load_checkpoint(path):
 
 
 def open_trained(source, script, keys, build):
-    """build(state) of a checkpoint of `script` that has `keys`: (cfg, model), the model with the checkpoint's weights.
+    """(cfg, model, state) of a checkpoint of `script` that has `keys`: build(state) -> (cfg, model), here loaded.
 
-    UserError, one line, where the file is damaged, another script's, or of a version whose settings or weights differ.
+    UserError, one line that names the file, where it is damaged, another script's, or of a version whose settings or
+    weights differ; and where `build` refuses, which may check the settings.
     """
     state = load_checkpoint(source)
     if not isinstance(state, dict) or not {"model", "config", *keys} <= set(state):
@@ -548,10 +549,12 @@ def open_trained(source, script, keys, build):
     try:
         cfg, model = build(state)
         model.load_state_dict(state["model"])
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix('error: ')}") from None
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{source}: not a checkpoint of this version of {script} ({why})") from None
-    return cfg, model.eval()
+    return cfg, model.eval(), state
 
 
 class Meter:

@@ -980,6 +980,18 @@ class Captions:
         return self.texts[first + int(u * (stop - first))]
 
 
+def need_videos(videos, max_bad):
+    """UserError where more of a validation list's videos are missing than its evaluation would forgive: said before the
+    first step, and not hours later."""
+    paths = {videos.video(i) for i in range(len(videos))}
+    missing = sorted(path for path in paths if not os.path.exists(path))
+    if len(missing) > max(1, max_bad * len(paths)):
+        raise UserError(
+            f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing ({missing[0]} ...): is --data-root "
+            f"right? (--max-bad {max_bad:g} allows a few)"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The loader
 # ----------------------------------------------------------------------------------------------------------------------

@@ -845,14 +845,12 @@ def open_lists(cfg, ctx):
     if len(videos) * cfg.repeated < cfg.batch_size:
         few = f"{len(videos)} videos x --repeated {cfg.repeated}"
         raise UserError(f"{cfg.train_list}: {few} are less than one --batch-size of {cfg.batch_size}")
-    if cfg.objective == "classify":
-        return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
-    captions = read_captions(cfg.val_list, cfg)
-    missing = [name for name in captions.names if not os.path.exists(os.path.join(captions.root, name))]
-    if len(missing) > max(1, cfg.max_bad * len(captions.names)):  # said now, not hours later at the first evaluation
-        raise UserError(f"{cfg.val_list}: {len(missing)} of its {len(captions.names)} videos, {missing[0]} among them, "
-                        f"are not in --data-root {captions.root} (--max-bad)")  # fmt: skip
-    return videos, captions
+    if cfg.objective == "align":
+        val_videos = read_captions(cfg.val_list, cfg)
+    else:
+        val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+    data.need_videos(val_videos, cfg.max_bad)
+    return videos, val_videos
 
 
 def init_weights(path, net):
@@ -881,19 +879,16 @@ def init_weights(path, net):
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
     source = cfg.init or f"{cfg.out or 'runs/turbo-' + cfg.recipe}/best.pt"
-    state = common.load_checkpoint(source)
-    if not isinstance(state, dict) or not {"model", "config", "classes", "text_width"} <= set(state):
-        raise UserError(f"{source}: not a checkpoint of turbo.py")
     shape = ("model", "decoder", "frames", "fps", "size", "mask_ratio", "recon_ratio", "target", "seed", "objective",
              "sampling", "text_model", "eval_fps", "position_scale")  # fmt: skip
+
+    def build_from(state):
+        its_cfg = replace(cfg, **{key: state["config"][key] for key in shape})
+        check(its_cfg)
+        return its_cfg, build(its_cfg, len(state["classes"]), state["text_width"]).to(ctx.device)
+
+    cfg, net, state = common.open_trained(source, "turbo.py", ("classes", "text_width"), build_from)
     classes = state["classes"]
-    try:
-        cfg = replace(cfg, **{key: state["config"][key] for key in shape})
-        net = build(cfg, len(classes), state["text_width"]).to(ctx.device).eval()
-        net.load_state_dict(state["model"])
-    except (LookupError, TypeError, RuntimeError) as error:
-        raise UserError(f"{source}: its weights are not its config's ({' '.join(str(error).split())[:160]})") from None
-    check(cfg)
     if cfg.task == "predict":
         return predict(net, cfg, ctx, classes)
     if not cfg.val_list:

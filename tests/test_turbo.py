@@ -394,6 +394,63 @@ def test_eval_predict_features(trained, toy, capsys):
     assert features.shape == (8, 128) and np.isfinite(features).all()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config": None}, "not a checkpoint of turbo.py"),
+        ({"text_width": None}, "not a checkpoint of turbo.py"),  # as another script's
+        ({"config": {}}, "not a checkpoint of this version of turbo.py"),
+        ({"config": {"frames": 15}}, "--frames 15 is not a multiple"),
+        ({"config": {"model": "vit_s"}}, "not a checkpoint of this version of turbo.py"),
+        ({"config": {"model": "vit_x"}}, "not a checkpoint of this version of turbo.py"),
+        ({"classes": ["one"]}, "not a checkpoint of this version of turbo.py"),
+        ({"classes": 3}, "not a checkpoint of this version of turbo.py"),
+        ({"model": {}}, "not a checkpoint of this version of turbo.py"),
+        ({"model": 3}, "not a checkpoint of this version of turbo.py"),
+    ],
+)
+@pytest.mark.parametrize("task", ["eval", "predict"])
+def test_a_foreign_checkpoint_is_one_line(change, words, task, trained, toy, tmp_path):
+    """Of another script, an older version, another shape: the file's name and why, whatever is wrong with it."""
+    state = torch.load(trained[0] / "best.pt", weights_only=True)
+    for key, value in change.items():
+        if value is None:
+            del state[key]
+        elif key == "config" and value:
+            state[key] = state[key] | value
+        else:
+            state[key] = value
+    torch.save(state, tmp_path / "other.pt")
+    args = ["--task", task, "--init", tmp_path / "other.pt", "--val-list", toy / "val.csv", "--data-root", toy]
+    with pytest.raises(UserError) as error:
+        turbo.main(config(*args))
+    message = str(error.value)
+    assert message.startswith(f"error: {tmp_path / 'other.pt'}: {words}") and "\n" not in message
+
+
+def test_a_cut_checkpoint_is_one_line(trained, tmp_path):
+    whole = (trained[0] / "best.pt").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        with pytest.raises(UserError, match=f"^error: {tmp_path / 'cut.pt'}: ") as error:
+            turbo.main(config("--task", "eval", "--init", tmp_path / "cut.pt"))
+        assert "\n" not in str(error.value)
+
+
+def test_missing_validation_videos_are_said_before_training(toy, toy_args, tmp_path):
+    """Not at the first evaluation: no run folder is made. One missing video of eight is forgiven, and counted."""
+    lines = (toy / "val.csv").read_text().splitlines()
+    (tmp_path / "val.csv").write_text("\n".join([*lines, "gone/a.mp4,left", "gone/b.mp4,left"]))
+    args = [*toy_args, "--val-list", tmp_path / "val.csv", "--max-steps", 1, "--out", tmp_path / "run"]
+    with pytest.raises(UserError, match="val.csv: 2 of its 10 videos are missing .*gone/a.mp4 .*--data-root"):
+        turbo.main(config(*args))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "val.csv").write_text("\n".join([*lines, "gone/a.mp4,left"]))
+    turbo.main(config(*args))
+    last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert last["val_clips"] == 8 and last["val_unread"] == 1
+
+
 def test_features_of_an_unreadable_video_are_nan(trained, toy, capsys, tmp_path):
     out = trained[0]
     lines = (toy / "val.csv").read_text().splitlines()

@@ -686,8 +686,9 @@ def open_video(path):
 # Frame sampling
 # ----------------------------------------------------------------------------------------------------------------------
 # Pure functions -> frames in the order shown, for `read`. u in [0, 1) is the uniform draw that picks among what the
-# paper picks from at random, and 0.5 is the middle. n different frames, always, unless said otherwise; ValueError where
-# the video has fewer than n.
+# paper picks from at random, the first and the last of it included; 0.5 is the middle, 1 the last too. n different
+# frames, always, unless said otherwise; ValueError where the video has fewer than n. What a paper states in seconds goes
+# by the frames' times, not by their number: frame rates vary.
 
 
 def _check_length(info, n):
@@ -697,16 +698,19 @@ def _check_length(info, n):
         )
 
 
-def fps_frames(info, n, fps, u):
-    """n frames at `fps` from a random start (Turbo, Sec. 4.1: 16 frames at 5 fps, about 3.2 s).
+def fps_frames(video, n, fps, u):
+    """n frames of a Video at `fps`, by its times, from a random start (Turbo, Sec. 4.1: 16 frames at 5 fps, 3 s).
 
-    Where the video is too short for that the frames are spread evenly over all of it, and a video slower than `fps`
-    gives consecutive frames.
+    The first is any frame behind which the clip still fits. Where the video is too short for that the frames are spread
+    evenly over all of it; a video slower than `fps` gives consecutive frames. A frame repeats where the video pauses.
     """
-    _check_length(info, n)
-    stride = min(max(1.0, info.fps / fps), (info.num_frames - 1) / max(1, n - 1))
-    start = u * (info.num_frames - 1 - (n - 1) * stride)
-    return [int(start + i * stride + 1e-6) for i in range(n)]  # 1e-6: 3 * (1 / 3) must not round down to frame 0
+    _check_length(video.info, n)
+    step = max(1 / fps, 1 / video.info.fps)  # seconds
+    last = video.times[-1] - (n - 1) * step  # second of the last start
+    starts = max(1, int(np.searchsorted(video.times, last + 1e-3, "right")))  # 1e-3: as `Video.at` rounds
+    step = min(step, video.times[-1] / max(1, n - 1))
+    start = video.times[min(int(u * starts), starts - 1)]
+    return video.at(start + step * np.arange(n))
 
 
 def stride_frames(info, n, stride, u):
@@ -763,13 +767,18 @@ def second_frames(video, second, n, fps=0):
     return moment_frames(video, second, second + 1, n, fps or n)
 
 
-def span_frames(info, n, u):
-    """n frames, evenly spread, from one in the first 20 % to one in the last 20 % (Turbo, long video); u: two draws."""
-    _check_length(info, n)
-    first, last = 0.2 * u[0] * (info.num_frames - 1), (1 - 0.2 * u[1]) * (info.num_frames - 1)
+def span_frames(video, n, u):
+    """n frames of a Video, evenly spread in time, from one in its first 20 % to one in its last 20 % (Turbo, long
+    video); u: two draws, of the first and of the last. A frame repeats where the video pauses."""
+    _check_length(video.info, n)
+    times, end = video.times, video.times[-1]
+    early = int(np.searchsorted(times, 0.2 * end + 1e-3, "right"))  # frames in the first 20 %
+    late = len(times) - int(np.searchsorted(times, 0.8 * end - 1e-3))  # frames in the last 20 %
+    first = min(int(u[0] * early), early - 1)
+    last = len(times) - 1 - min(int(u[1] * late), late - 1)
     if last - first < n - 1:
-        first, last = 0, info.num_frames - 1
-    return [int(first + i * (last - first) / max(1, n - 1) + 1e-6) for i in range(n)]
+        first, last = 0, len(times) - 1
+    return video.at(np.linspace(times[first], times[last], n))
 
 
 def view_frames(info, n, stride, k, views):

@@ -235,30 +235,41 @@ def resize_positions(positions, grid, new):
     return torch.cat([cls, rest.movedim(1, -1).flatten(1, -2)], dim=1)  # [1, 1 + N, D]
 
 
-def clip_frames(count, n, stride, u):
-    """Indices of n frames, `stride` apart, of a video of `count`: from the start of it (u = 0) to its end (u = 1)."""
+def last_start(count, n, stride):
+    """The last frame of a video of `count` from which n frames, `stride` apart, still fit; 0 if none."""
+    return max(0, count - 1 - (n - 1) * stride)
+
+
+def clip_frames(count, n, stride, start):
+    """Indices of n frames, `stride` apart, of a video of `count`, from frame `start` of 0 ... last_start."""
     step = min(stride, (count - 1) / max(1, n - 1))  # DECISION (short): spread, not looped
-    start = u * (count - 1 - (n - 1) * step)
     return [min(count - 1, int(start + i * step + 1e-6)) for i in range(n)]  # 1e-6: 3 * (1 / 3) is to be 1
 
 
 def sample_clip(cfg, frames, videos, views, video, index, view, key):
     """(frames, box) of a clip. views: None in training, a random start and square; else (clips, squares) of a video at
     test, evenly placed, of which this is number `view`, squares fastest."""
+    start, end = 0.0, 0.0  # the action's, in seconds
+    count = video.info.num_frames
+    if cfg.labels == "epic":
+        start, end = videos.start[index], video.clamp(videos.end[index])
+        if start >= end:
+            raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the action's")
+        count = max(1, round((end - start) * video.info.fps))
+    last = last_start(count, frames, cfg.stride)
     if views is None:
-        u, share = uniform(key, "start").item(), 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()
+        first = int(uniform(key, "start").item() * (last + 1))
+        share = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()
         share = 224 / (256 * share)  # DECISION (scale): of the short side
         box = data.random_box(video.info, key, share) if cfg.crop else data.centre_box(video.info)
     else:
         clip, square = divmod(view, views[1])
-        u, box = clip / (views[0] - 1) if views[0] > 1 else 0.5, data.crop_box(video.info, square, views[1])
+        first = last * clip // (views[0] - 1) if views[0] > 1 else last // 2
+        box = data.crop_box(video.info, square, views[1])
+    chosen = clip_frames(count, frames, cfg.stride, first)
     if cfg.labels == "classes":
-        return clip_frames(video.info.num_frames, frames, cfg.stride, u), box
-    start, end = videos.start[index], video.clamp(videos.end[index])
-    if start >= end:
-        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the action's")
-    count, fps = max(1, round((end - start) * video.info.fps)), video.info.fps
-    return video.at(start + np.array(clip_frames(count, frames, cfg.stride, u)) / fps), box
+        return chosen, box
+    return video.at(start + np.array(chosen) / video.info.fps), box
 
 
 def head_labels(labels, heads):

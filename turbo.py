@@ -262,9 +262,9 @@ def sample_clip(cfg, train, video, index, view, key):
         box = data.crop_box(video.info, crop, cfg.test_crops)
     if cfg.sampling == "span":
         u = uniform(key, "span", 2).tolist() if train or cfg.test_clips > 1 else (0.5, 0.5)
-        return data.span_frames(video.info, cfg.frames, u), box
+        return data.span_frames(video, cfg.frames, u), box
     u = uniform(key, "start").item() if train else view / (cfg.test_clips - 1) if cfg.test_clips > 1 else 0.5
-    return data.fps_frames(video.info, cfg.frames, cfg.fps, u), box  # DECISION (short): spread over a short video
+    return data.fps_frames(video, cfg.frames, cfg.fps, u), box  # DECISION (short): spread over a short video
 
 
 class Pairs:

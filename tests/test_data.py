@@ -55,16 +55,17 @@ def read_numbers(clip):
 
 @pytest.mark.parametrize("num_frames", [16, 17, 30, 63, 64, 65, 300, 1001])
 def test_samples_are_in_range_in_order_and_different(num_frames):
-    video = info(num_frames)
+    film = fake_video(num_frames)
+    video = film.info
     rng = random.Random(num_frames)
     for _ in range(50):
         u, row = rng.random(), [rng.random() for _ in range(16)]
         samples = [
-            data.fps_frames(video, 16, 5, u),
+            data.fps_frames(film, 16, 5, u),
             data.stride_frames(video, 16, 4, u),
             data.segment_frames(video, 16, row),
             data.segment_frames(video, 16, u),
-            data.span_frames(video, 16, row[:2]),
+            data.span_frames(film, 16, row[:2]),
             data.view_frames(video, 16, 4, rng.randrange(5), 5),
         ]
         for frames in samples:
@@ -75,13 +76,62 @@ def test_samples_are_in_range_in_order_and_different(num_frames):
 def test_too_short_a_video_is_refused():
     for sample in (
         lambda v: data.fps_frames(v, 16, 5, 0.5),
-        lambda v: data.stride_frames(v, 16, 4, 0.5),
-        lambda v: data.segment_frames(v, 16, 0.5),
+        lambda v: data.stride_frames(v.info, 16, 4, 0.5),
+        lambda v: data.segment_frames(v.info, 16, 0.5),
         lambda v: data.span_frames(v, 16, (0.5, 0.5)),
-        lambda v: data.view_frames(v, 16, 4, 0, 5),
+        lambda v: data.view_frames(v.info, 16, 4, 0, 5),
     ):
         with pytest.raises(ValueError, match="15 frames"):
-            sample(info(15))
+            sample(fake_video(15))
+
+
+def test_fps_frames_by_hand():
+    """5 fps of 25: every fifth frame; 16 of them end 75 frames on, which 77 frames allow from frame 0 and frame 1."""
+    starts = [data.fps_frames(fake_video(77, 25.0), 16, 5, u)[0] for u in (0, 0.25, 0.499, 0.5, 0.999, 1.0)]
+    assert starts == [0, 0, 0, 1, 1, 1]
+    assert data.fps_frames(fake_video(77, 25.0), 16, 5, 0.0) == list(range(0, 76, 5))
+    assert data.fps_frames(fake_video(76, 25.0), 16, 5, 0.999) == list(range(0, 76, 5))
+    assert data.fps_frames(fake_video(31, 25.0), 16, 5, 0.9) == list(range(0, 31, 2))  # too short: spread over it
+    assert data.fps_frames(fake_video(20, 4.0), 16, 5, 0.999) == list(range(4, 20))  # slower than 5 fps
+
+
+def test_fps_frames_and_spans_go_by_time():
+    """A film of 10 s at 30 frames a second, then 10 s at 6: 16 frames at 5 fps are 3 s apart wherever they start."""
+    times = np.concatenate([np.arange(300) / 30, 10 + np.arange(60) / 6])
+    film = fake_video(360, 18.0, times)
+    for u in np.arange(0, 1, 0.01):
+        shown = times[data.fps_frames(film, 16, 5, u)]
+        assert 3 - 1 / 6 <= shown[-1] - shown[0] <= 3 + 1 / 6
+        assert np.abs(np.diff(shown) - 0.2).max() <= 1 / 6 + 1e-6
+    starts = times[[data.span_frames(film, 16, (u, 0))[0] for u in (0, 0.999)]]
+    ends = times[[data.span_frames(film, 16, (0, u))[-1] for u in (0, 0.999)]]
+    assert starts[0] == 0 and starts[1] == pytest.approx(0.2 * times[-1], abs=1 / 30)
+    assert ends[0] == times[-1] and ends[1] == pytest.approx(0.8 * times[-1], abs=1 / 6)
+    assert np.diff(times[data.span_frames(film, 16, (0, 0))]) == pytest.approx(times[-1] / 15, abs=1 / 6)
+
+
+def test_every_start_and_corner_is_drawn_the_first_and_the_last_too():
+    """Of what a paper picks at random every value occurs, the ends as often as the rest."""
+    film, draws = fake_video(40, 10.0), np.arange(0.0005, 1, 0.001)
+    starts = [data.fps_frames(film, 16, 5, u)[0] for u in draws]  # 40 - 30 = 10 of them
+    assert np.bincount(starts).tolist() == [100] * 10
+    spans = [data.span_frames(fake_video(101), 16, (u, u)) for u in draws]
+    firsts, lasts = np.bincount([s[0] for s in spans]), np.bincount([100 - s[-1] for s in spans])
+    assert len(firsts) == len(lasts) == 21 and min(firsts.min(), lasts.min()) >= 47  # 0 ... 20 and 80 ... 100
+    keys = make_key("corners", torch.arange(4000))
+    boxes = [data.random_box(info(width=40, height=32), key, 0.75) for key in keys]  # sides of 24
+    assert {x for x, _, _, _ in boxes} == set(range(0, 17, 2)) and {y for _, y, _, _ in boxes} == set(range(0, 9, 2))
+    boxes = [data.random_resized_box(info(width=40, height=32), key, (0.5, 0.5), (1, 1)) for key in keys]
+    assert {(w, h) for _, _, w, h in boxes} == {(26, 26)}  # 26 ** 2 is about half of 40 x 32
+    assert {x for x, _, _, _ in boxes} == set(range(0, 15, 2)) and {y for _, y, _, _ in boxes} == set(range(0, 7, 2))
+    boxes = [data.multi_scale_box(info(width=40, height=40), key, (0.6,)) for key in keys]  # sides of 24
+    assert {(x, y) for x, y, _, _ in boxes} == {
+        (4 * i, 4 * j) for i in range(5) for j in range(5) if i % 2 == j % 2
+    }  # fmt: skip
+    moments = [data.moment_frames(fake_video(40, 10.0), 0.0, 2.0, 8, 8.0, u)[0] for u in draws]  # 1 s within 2 s
+    assert set(moments) == set(range(11))
+    pieces = [data.between_frames(fake_video(40, 10.0), 1.0, 3.0, 2, [u, u]) for u in draws[:-1]]
+    assert {a for a, _ in pieces} == set(range(10, 20)) and {b for _, b in pieces} == set(range(20, 30))
 
 
 def test_stride_starts_are_videomaes():
@@ -112,13 +162,14 @@ def test_test_clips_are_evenly_placed():
 
 
 def test_span_starts_and_ends_in_the_outer_fifths():
-    frames = [data.span_frames(info(1001), 32, (a, b)) for a in (0, 0.999) for b in (0, 0.999)]
-    assert [(f[0], f[-1]) for f in frames] == [(0, 1000), (0, 800), (199, 1000), (199, 800)]
+    frames = [data.span_frames(fake_video(1001), 32, (a, b)) for a in (0, 0.999) for b in (0, 0.999)]
+    assert [(f[0], f[-1]) for f in frames] == [(0, 1000), (0, 800), (200, 1000), (200, 800)]
 
 
-def fake_video(num_frames=300, fps=30.0):
-    """The part of a Video that `between_frames` uses, over exact times."""
-    video = SimpleNamespace(path="v", info=info(num_frames, fps=fps), times=np.arange(num_frames) / fps)
+def fake_video(num_frames=300, fps=30.0, times=None):
+    """The part of a Video that samplers use, over exact times."""
+    times = np.arange(num_frames) / fps if times is None else times
+    video = SimpleNamespace(path="v", info=info(num_frames, fps=fps), times=times)
     video.at, video.clamp = functools.partial(data.Video.at, video), functools.partial(data.Video.clamp, video)
     return video
 

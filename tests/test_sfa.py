@@ -237,14 +237,15 @@ def test_near_peak():
 
 
 def test_clip_frames_by_hand():
-    assert sfa.clip_frames(20, 4, 2, 0.0) == [0, 2, 4, 6] and sfa.clip_frames(20, 4, 2, 1.0) == [13, 15, 17, 19]
-    assert sfa.clip_frames(20, 4, 2, 0.5) == [6, 8, 10, 12]
-    assert sfa.clip_frames(10, 4, 8, 0.7) == [0, 3, 6, 9]  # too short for the stride: spread
-    assert sfa.clip_frames(3, 6, 2, 0.3) == [0, 0, 0, 1, 1, 2]  # too short for the frames: repeated, in order
-    assert sfa.clip_frames(1, 2, 1, 0.0) == [0, 0]
+    """4 frames, 2 apart, of 20 reach 6 further than their start: the last start is 13."""
+    assert sfa.last_start(20, 4, 2) == 13
+    assert sfa.clip_frames(20, 4, 2, 0) == [0, 2, 4, 6] and sfa.clip_frames(20, 4, 2, 13) == [13, 15, 17, 19]
+    assert sfa.last_start(10, 4, 8) == 0 and sfa.clip_frames(10, 4, 8, 0) == [0, 3, 6, 9]  # too short: spread
+    assert sfa.clip_frames(3, 6, 2, 0) == [0, 0, 0, 1, 1, 2]  # too short for the frames: repeated, in order
+    assert sfa.clip_frames(1, 2, 1, 0) == [0, 0]
     for count in range(1, 60):
-        for u in (0.0, 0.37, 0.999):
-            frames = sfa.clip_frames(count, 8, 3, u)
+        for start in {0, sfa.last_start(count, 8, 3)}:
+            frames = sfa.clip_frames(count, 8, 3, start)
             assert frames == sorted(frames) and 0 <= frames[0] and frames[-1] < count
 
 
@@ -275,6 +276,11 @@ def test_training_clips_vary_in_place_and_scale():
     drawn = [sfa.sample_clip(cfg, 8, None, None, videos, 0, 0, key) for key in make_key(torch.arange(300))]
     starts, sides = {f[0] for f, _ in drawn}, [box[2] for _, box in drawn]
     assert min(starts) == 0 and max(starts) >= 83 and len(starts) > 60
+    # 16 frames are one more than 8 frames, 2 apart, span: both starts are drawn, as often.
+    short = FakeVideo()
+    short.info = FakeVideo.info._replace(num_frames=16)
+    starts = [sfa.sample_clip(cfg, 8, None, None, short, 0, 0, key)[0][0] for key in make_key(torch.arange(300))]
+    assert set(starts) == {0, 1} and 110 < sum(starts) < 190
     low, high = 60 * 224 / 256 / 1.33, 60 * 224 / 256 / 0.9
     assert low - 2 <= min(sides) < low + 3 and high - 3 < max(sides) <= high + 2
     assert {box[1] for _, box in drawn} != {0}
@@ -1004,7 +1010,8 @@ def test_views_are_averaged_as_logits(trained, pairs):
         with data.Video(videos.video(i)) as video:
             n = video.info.num_frames
             views = [
-                video.read(sfa.clip_frames(n, 16, cfg.stride, u), 64, data.centre_box(video.info)) for u in (0.0, 1.0)
+                video.read(sfa.clip_frames(n, 16, cfg.stride, start), 64, data.centre_box(video.info))
+                for start in (0, n - 1 - 15 * cfg.stride)
             ]
         logits = net(torch.stack(views), None).mean(0)
         hits += (logits.argmax() == videos.labels[i]).item()

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,13 +91,15 @@ def test_hashed_words_tell_order_and_word():
 def test_clips_of_long_video_and_of_test_views():
     """span: first and last fifth, drawn anew for each test clip; clip: evenly placed; crops along the long side."""
     info = data.VideoInfo(320, 240, 30.0, 3000, 100.0, 0, "h264")
-    video = type("V", (), {"info": info})
+    video = SimpleNamespace(info=info, times=np.arange(3000) / 30, path="v")
+    video.at = lambda seconds: data.Video.at(video, seconds)
     cfg = config("--recipe", "toy_long")
     clips = [turbo.sample_clip(cfg, False, video, 0, v, make_key(v))[0] for v in range(10)]
-    assert len({tuple(c) for c in clips}) == 10 and all(c[0] < 600 and c[-1] >= 2399 and len(c) == 32 for c in clips)
+    assert len({tuple(c) for c in clips}) == 10 and all(c[0] <= 600 and c[-1] >= 2399 and len(c) == 32 for c in clips)
     cfg = config("--test-clips", 5, "--test-crops", 3)
     views = [turbo.sample_clip(cfg, False, video, 0, v, make_key(v)) for v in range(15)]
-    assert [f[0] for f, _ in views[::3]] == [0, 727, 1454, 2181, 2909] and views[14][0][-1] == 2999
+    # 16 frames, 6 apart, start at one of frames 0 ... 2909: the first, a quarter of the way, half of it ...
+    assert [f[0] for f, _ in views[::3]] == [0, 727, 1455, 2182, 2909] and views[14][0][-1] == 2999
     assert [box for _, box in views[:3]] == [data.crop_box(info, k) for k in range(3)]
 
 

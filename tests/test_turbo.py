@@ -191,6 +191,14 @@ def test_decoder_is_a_plain_transformer_on_ordered_tokens():
     assert torch.allclose(model.decode(tokens, visible, recon), expected, atol=1e-5)
 
 
+def test_the_layer_between_encoder_and_decoder_starts_as_videomaes():
+    """nn.Linear's own start, uniform in +-1 / sqrt(inputs): a spread of 1 / sqrt(3 x 768)."""
+    torch.manual_seed(0)
+    weight = turbo.Turbo(2, "vit_b", frames=2).encoder_to_decoder.weight.detach()  # [384, 768]
+    assert weight.abs().max() <= 0.036085  # 1 / sqrt(768)
+    assert abs(weight.std().item() - 0.020833) < 0.0002  # Xavier's is 0.041667
+
+
 def test_drop_path_only_in_training():
     model = small(drop_path=0.5)
     a, b = (model(clips(), KEYS + i, 0.0, 0.0)[0] for i in (0, 1))

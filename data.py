@@ -72,10 +72,34 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 1 << 26  # of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
 HOLD = 0.25  # seconds that a last frame stays on the screen: cuts are rounded to frames, and headers round too
 KEEP_BYTES = 256 << 20  # packets of a video stay in memory up to this size; those of a larger one are read again
+# The containers that are opened, by FFmpeg's names, and how their files are called. A file is what its content says:
+# the suffixes only tell which files of a folder, and which words of a list, are meant as videos (`_named_video`).
+CONTAINERS = {
+    "mov": "mp4 mov qt 3gp 3g2 f4v mj2",
+    "matroska": "mkv mk3d",
+    "webm": "webm",
+    "avi": "avi divx",
+    "mpegts": "ts mts m2ts m2t",
+    "mpeg": "mpg mpeg vob",
+    "mpegvideo": "m1v m2v",
+    "flv": "flv",
+    "asf": "asf wmv",
+    "ogg": "ogv ogg ogm",
+    "h264": "h264 264 avc",
+    "hevc": "hevc h265 265",
+    "m4v": "m4v",
+    "mxf": "mxf",
+    "rm": "rm rmvb",
+    "dv": "dv dif",
+    "gif": "gif",
+    "ivf": "ivf",
+    "obu": "obu",
+}
+SUFFIXES = {f".{suffix}" for suffix in " ".join(CONTAINERS.values()).split()}
 # Local files and containers of video only. Without this, a text that lists other files or addresses is a video too.
 OPEN = {
     "protocol_whitelist": "file",
-    "format_whitelist": "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,mxf,rm,dv,gif,ivf,obu",
+    "format_whitelist": ",".join(CONTAINERS),
     "max_pixels": str(MAX_PIXELS),
 }
 # FFmpeg learns about a stream by decoding its first frames. The headers of these containers and codecs say enough.
@@ -881,8 +905,56 @@ class Strings:
         return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
+def _named_video(name):
+    """True if a name ends as those of videos do."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
+_WORDS = re.compile("[ ,;]")
+_QUOTED = '"((?:[^"]|"")++)"'
+_SPLIT = {at: re.compile(f'(?:{_QUOTED}|([^"{at}]++)) *{at} *(?:{_QUOTED}|([^"{at}]++))') for at in SEPARATORS}
+
+
+def _fields(line, separator):
+    """(path, label) of a line; None where it isn't these two. One that holds the separator is quoted, as in csv."""
+    if '"' not in line:  # nearly always: the pattern takes twice as long
+        path, _, label = line.partition(separator)
+        if separator in label.strip():
+            return None
+    else:
+        match = _SPLIT[separator].fullmatch(line)
+        if not match:
+            return None
+        quoted_path, path, quoted_label, label = match.groups()
+        path = path or quoted_path.replace('""', '"')
+        label = label or quoted_label.replace('""', '"')
+    path = path.strip()
+    label = label.strip()
+    return (path, label) if path and label else None
+
+
+def _separators(line):
+    """Those of SEPARATORS that may split a line in two: a tab where there is one; of the others the one that doesn't
+    cut through a video's name, where one does."""
+    found, uncut = set(), set()
+    for separator in "\t" if "\t" in line else ", ":
+        fields = _fields(line, separator)
+        if fields:
+            found.add(separator)
+            path, label = map(_WORDS.split, fields)
+            if not any(map(_named_video, path[:-1] + label)):
+                uncut.add(separator)
+    return uncut or found
+
+
 class VideoList:
-    """A list file in memory: one video a line, `path label` or `path,label`; labels all integers or class names.
+    """A list file in memory: one video a line, `path,label`; labels all integers or class names.
+
+    One separator holds for the whole file: tab, comma or spaces. The first line that only one of them can split in two
+    decides: a line with a tab; `a.mp4 x`; `a b.mp4,x` and `a,b.mp4 x`, where the other would cut a video's name; but
+    not `a,b c`. A path or label that holds the separator is quoted, "a,b.mp4",x. Refused are a line that is not these
+    two fields, a file that can be split in two ways, a header, and a label that names a video.
 
     `classes` (names, in order) checks a list against the training list's; without it they are this list's own: sorted
     names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
@@ -893,15 +965,21 @@ class VideoList:
         numbers, seen = array("i"), {}  # seen: {label: (its number, the line that has it first)}
         try:
             with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                for line_number, line in enumerate(file, 1):
-                    if not line.isspace():
-                        video, label = self._split(line, line_number)
+                head, separator = self._separator(file)
+                for line_number, line in enumerate(chain(head, file), 1):
+                    line = line.strip()
+                    if line:
+                        fields = _fields(line, separator)
+                        if not fields:
+                            self._refuse(line, line_number, f"; its separator is a {SEPARATORS[separator]}")
+                        video, label = fields
                         self._paths.append(video)
                         numbers.append(seen.setdefault(label, (len(seen), line_number))[0])
         except OSError as error:
             raise UserError(f"{path}: can't read the list ({error.strerror})") from None
         if not seen:
             raise UserError(f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`")
+        self._refuse_other_tables(seen)
         if classes is None and all(re.fullmatch("-?[0-9]+", label) for label in seen):
             largest = max((int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0)
             classes = [str(i) for i in range(num_classes or largest + 1)]
@@ -927,22 +1005,47 @@ class VideoList:
         videos._paths = Strings(map(os.fsdecode, paths))
         return videos
 
-    def _split(self, line, line_number):
-        if '"' not in line:  # nearly always, and csv takes five times as long
-            video, *label = line.split(",") if "," in line else line.split()
-            if len(label) == 1 and video and not video.isspace() and not label[0].isspace():
-                return video.strip(), label[0].strip()
-        for separator in ", ":  # the quote character keeps a path together that holds the separator
-            try:
-                fields = next(csv.reader([line.strip()], delimiter=separator, skipinitialspace=True))
-            except csv.Error:
-                break
-            if len(fields) == 2 and all(fields):
-                return fields[0].strip(), fields[1].strip()
+    def _separator(self, file):
+        """(the lines that were read to find it, the file's separator)."""
+        head, left, first = [], set(SEPARATORS), ""
+        for line in file:
+            head.append(line)
+            line = line.strip()
+            if line:
+                left &= _separators(line)
+                if not left:
+                    self._refuse(line, len(head))
+                if len(left) == 1:
+                    return head, left.pop()
+                first = first or f"{self.path}:{len(head)}: {line[:80]!r}"
+        if first:
+            raise UserError(
+                f"{first} can be split at its comma and at its space, and no other line tells which: quote what belongs "
+                'together, "my,video.mp4" label or video.mp4,"my label"'
+            )
+        return head, ","
+
+    def _refuse(self, line, line_number, own=""):
         raise UserError(
-            f"{self.path}:{line_number}: not `path label` or `path,label`: {line.strip()[:80]!r} (quote a path that "
-            'holds the separator: "path with spaces" label)'
+            f"{self.path}:{line_number}: not `path,label` or `path label`{own}: {line[:80]!r} (quote a field that holds "
+            'the separator: "path with spaces" label)'
         )
+
+    def _refuse_other_tables(self, seen):
+        """UserError for a header, and for labels that are paths: they would be taken for a class without a word."""
+        first, second = self._paths[0], self._paths[min(1, len(self._paths) - 1)]
+        label, (_, line_number) = next(iter(seen.items()))
+        if not _named_video(first) and (label.lower() in ("label", "class") or _named_video(second)):
+            raise UserError(
+                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: remove it (and `data.py "
+                "list` makes lists of published tables)"
+            )
+        for label, (_, line_number) in seen.items():
+            if any(map(_named_video, _WORDS.split(label))):
+                raise UserError(
+                    f"{self.path}:{line_number}: the label {label!r} names a video: a line is `path,label`, and a path "
+                    'that holds the separator is quoted, "a,b.mp4",label'
+                )
 
     def __len__(self):
         return len(self.labels)
@@ -1824,17 +1927,15 @@ def _toy_fill(folder, which, seed, counts, workers):
 # Lists from published annotations, checking, chunking
 # ----------------------------------------------------------------------------------------------------------------------
 
-VIDEO_FILE = re.compile(r"[^.].*\.(mp4|m4v|mov|avi|mkv|webm|mpe?g|ts|wmv|flv|3gp)", re.IGNORECASE | re.DOTALL)
-
 # Readers: a source, as published, to (place, entry) pairs; the place is for messages.
 
 
-def _lines(source, fold=None):
+def _lines(source, *_):
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
         yield from ((f"{source}:{n}", line.strip()) for n, line in enumerate(file, 1) if line.strip())
 
 
-def _entries(source, fold=None):
+def _entries(source, *_):
     with open(source, encoding="utf-8-sig") as file:
         entries = json.load(file)
     if isinstance(entries, dict):  # COIN
@@ -1842,14 +1943,51 @@ def _entries(source, fold=None):
     yield from ((f"{source}, entry {n}", entry) for n, entry in enumerate(entries, 1))
 
 
-def _videos(source, fold=None):
-    for folder, folders, names in os.walk(source, followlinks=True):
-        folders.sort()
-        for name in filter(VIDEO_FILE.fullmatch, sorted(names)):
-            yield source, os.path.relpath(os.path.join(folder, name), source)
+def _videos(source, _, skipped):
+    """Videos below a folder, by their suffixes. skipped gets, at the end, a note on each kind of what was left out.
+
+    Links are followed after all that lies in the folder itself, and each folder is visited once, by whatever names."""
+    source = os.fspath(source)
+    waiting, visited, videoless, counts, examples = [source], set(), set(), defaultdict(int), defaultdict(list)
+
+    def skip(kind, path):
+        counts[kind] += 1
+        if counts[kind] <= 3:
+            examples[kind].append(path.replace("\n", "\\n"))
+
+    def unreadable(error):
+        if error.filename == source:
+            raise error
+        skip("unreadable folder", os.path.relpath(error.filename, source))
+
+    while waiting:
+        for folder, folders, names in os.walk(waiting.pop(0), onerror=unreadable):
+            real = os.path.realpath(folder)
+            if real in visited:
+                skip("folder visited by another name", os.path.relpath(folder, source))
+                folders.clear()
+                continue
+            visited.add(real)
+            folders.sort()
+            if folder == source:
+                videoless.update(folders)
+            waiting += filter(os.path.islink, [os.path.join(folder, name) for name in folders])
+            for name in sorted(names):
+                path = os.path.relpath(os.path.join(folder, name), source)
+                if name.startswith("."):
+                    skip("hidden", path)
+                elif not _named_video(name):
+                    skip(os.path.splitext(name)[1].lower() or "without a suffix", path)
+                else:
+                    videoless.discard(path.split(os.sep)[0])
+                    yield source, path
+    for name in sorted(videoless):
+        skip("folder without a video", name)
+    for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
+        skipped.append(f"{count} {kind} ({', '.join(examples[kind])}{' ...' if count > 3 else ''})")
 
 
-def _split_files(source, fold):
+def _split_files(source, fold, _):
     end = f"_test_split{fold}.txt"
     for path in sorted(Path(source).glob(f"*{end}")):
         yield from ((place, (path.name.removesuffix(end), line)) for place, line in _lines(path))
@@ -1927,11 +2065,12 @@ def _class_numbers(path):
     return {name: int(first) - 1 if first else int(last) for first, name, last in rows}
 
 
-def list_videos(form, source, split=None, fold=1, labels=None):
+def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
     """(path, label) of each video in a published source that FORMATS names. UserError: a mistake, with its place.
 
     Labels are the published numbers, from 0, where there are any; else names, and `VideoList` sorts the training
     list's. So every list of a data set has the same classes. split: train, or val or test, which mean the same.
+    skipped, a list, gets notes on the files of a folder that are left out.
     """
     expected, example, index, splits, read, convert = FORMATS[form]
     if bool(splits) != bool(split) or not 1 <= fold <= max(splits, 1) or (labels and not index):
@@ -1939,11 +2078,12 @@ def list_videos(form, source, split=None, fold=1, labels=None):
         raise UserError(f"{form} takes {known}{'' if index else ', and no --labels'}")
     names = labels or (index and os.path.join(os.path.dirname(source), index))
     place, entry, classes, listed = names, "", {}, []
+    skipped = [] if skipped is None else skipped
     try:
         if index:
             classes = _class_numbers(names)
         place = source
-        for place, entry in read(source, fold):
+        for place, entry in read(source, fold, skipped):
             path, label, *training = convert(entry, classes, fold)
             if not label and label != 0 or path != path.strip() or len(path.splitlines()) > 1:
                 raise ValueError("no label, or a name that a list can't hold")
@@ -1956,8 +2096,14 @@ def list_videos(form, source, split=None, fold=1, labels=None):
         why = f"{error} is missing, or not in {names}" if isinstance(error, KeyError) else error
         raise UserError(f"{place}: not as published for {form}, `{example}`: {entry!r:.80} ({why})") from None
     if not listed:
-        raise UserError(f"{source}: no such video in it; for {form} give {expected}, with entries as `{example}`")
+        found = f"{source}: no such video in it{_but(skipped)}"
+        raise UserError(f"{found}; for {form} give {expected}, with entries as `{example}`")
     return listed
+
+
+def _but(skipped):
+    """The notes of `_videos` for a message."""
+    return f" (skipped {'; '.join(skipped)})" if skipped else ""
 
 
 def _in_threads(work, jobs, workers, total, **bar):
@@ -1990,6 +2136,18 @@ def _in_threads(work, jobs, workers, total, **bar):
     return sorted(failures, key=str)
 
 
+def _try_to_write(path):
+    """UserError where a file can't be written, before the work that it is for; one that is there stays as it is."""
+    there = os.path.exists(path)
+    try:
+        with open(path, "ab"):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: can't be written ({error.strerror})") from None
+    if not there:
+        os.unlink(path)
+
+
 def _check(path, full=False):
     """Read a few frames, the last among them, or all; returns the Video, closed. VideoError: not fit for training."""
     with Video(path) as video:
@@ -2000,8 +2158,14 @@ def _check(path, full=False):
 
 def check_list(path, root="", full=False, workers=None, out=None, good=None):
     """Check each video of a list; write those that can't be read, `path: reason`, to out (default: <path>.bad), and the
-    list without them to good. Returns (number of videos, [VideoError])."""
-    videos = VideoList(path, root)
+    list without them to good. Returns (number of videos, [VideoError]). UserError where these can't be written, first.
+    """
+    videos, out = VideoList(path, root), out or f"{path}.bad"
+    files = [str(file) for file in (path, out, good) if file]
+    if len(set(map(os.path.realpath, files))) < len(files):
+        raise UserError(f"{' and '.join(files)}: the list, --out and --good must be different files")
+    for file in files[1:]:
+        _try_to_write(file)
     names = list(dict.fromkeys(map(videos.video, range(len(videos)))))
 
     def work(name, tick):
@@ -2011,7 +2175,7 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
             tick(1)
 
     failures = _in_threads(work, names, workers, len(names), desc="checking", unit="video")
-    Path(out or f"{path}.bad").write_text("".join(f"{error}\n" for error in failures), "utf-8")
+    Path(out).write_text("".join(f"{error}\n" for error in failures), "utf-8")
     if good:
         lost, text = {error.path for error in failures}, {"encoding": "utf-8", "errors": "surrogateescape"}
         with open(path, newline="", **text) as old, open(good, "w", newline="", **text) as new:
@@ -2144,25 +2308,26 @@ def _chunk_video(job, tick, seconds, short_side, options):
     part.rename(folder)
 
 
-def chunk_videos(source, target, seconds=15, short_side=288, encoding="fast", crf=None, workers=None):
+def chunk_videos(source, target, seconds=15, short_side=288, encoding="fast", crf=None, workers=None, skipped=None):
     """Cut the videos below a folder into chunks: source/a/b.avi -> target/a/b.mp4/<start second>.mp4 (AVION, Sec. 4.3).
 
     A chunk holds the frames at start <= t < start + seconds, t from the first frame: upright, scaled down to
     short_side, without sound, at their own times. A video's folder is there when all of its chunks are, read back. The
     same call continues where a killed one was; one with other settings is a UserError. Returns (number of videos,
-    [VideoError]).
+    [VideoError]). skipped, a list, gets notes on the files that are left out.
     """
     target, folders, jobs = Path(target), {}, []
+    skipped = [] if skipped is None else skipped
     if os.path.commonpath(map(os.path.realpath, (source, target))) == os.path.realpath(source):
         raise UserError(f"{target} is in {source}: give a folder outside it, or the chunks would be cut next time")
-    for _, name in _videos(source):
+    for _, name in _videos(source, None, skipped):
         path, folder = os.path.join(source, name), (target / name).with_suffix(".mp4")
         if folder in folders:
             raise UserError(f"{folders[folder]} and {path} would have the same chunks, {folder}: rename one")
         folders[folder] = path
         jobs.append((path, folder, os.path.getsize(path) if os.path.exists(path) else 0))
     if not jobs:
-        raise UserError(f"{source}: no video in it (.mp4, .mkv, .webm, .avi ...)")
+        raise UserError(f"{source}: no video in it (.mp4, .mkv, .webm, .avi ...){_but(skipped)}")
     options = ENCODINGS[encoding] | ({"crf": f"{crf:g}"} if crf else {})
     settings = {"seconds": seconds, "short-side": short_side, "encoding": encoding, "crf": options["crf"]}
     target.mkdir(parents=True, exist_ok=True)
@@ -2242,6 +2407,7 @@ def main():
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
+    bad, skipped = [], []
     try:
         if args.command == "toy":
             for which in TOY_SETS:
@@ -2250,13 +2416,12 @@ def main():
             if hasattr(signal, "SIGPIPE"):
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-            listed = list_videos(args.format, args.source, args.split, args.fold, args.labels)
+            listed = list_videos(args.format, args.source, args.split, args.fold, args.labels, skipped)
             csv.writer(sys.stdout, lineterminator="\n").writerows(listed)
         elif args.command == "check":
             args.out = args.out or f"{args.list}.bad"
             n, bad = check_list(args.list, args.data_root, args.full, args.workers, args.out, args.good)
             print(f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {args.out}", *bad[:1], sep="\n")
-            sys.exit(bool(bad))
         elif args.plan:
             values = args.batch_size, args.mbps, args.disk, args.step_seconds
             print("AVION, Eq. 3, {} clips of {} Mb/s from {} MB/s in {} s:".format(*values), end=" ")
@@ -2265,9 +2430,12 @@ def main():
             parser.error("chunk needs SRC and DST, or --plan")
         else:
             keys = "source", "target", "seconds", "short_side", "encoding", "crf", "workers"
-            n, bad = chunk_videos(**{key: getattr(args, key) for key in keys})
+            n, bad = chunk_videos(**{key: getattr(args, key) for key in keys}, skipped=skipped)
             print(*bad, f"{n - len(bad)} of {n} videos are in {args.target}", sep="\n")
-            sys.exit(bool(bad))
+        if skipped:
+            print(f"skipped {'; '.join(skipped)}", file=sys.stderr)
+        if bad:
+            sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -166,6 +166,34 @@ def test_settings_and_targets(cut, tmp_path):
         data.chunk_videos(cut / "src", tmp_path / "d", **QUICK)
 
 
+def test_which_files_are_cut(tmp_path, cli):
+    """Other containers of video, once each in spite of a link in a ring; what is left out is counted and named."""
+    src = tmp_path / "src"
+    src.mkdir()
+    for name in ("a.mts", "b.gif", "c.vob"):
+        codec = {"b.gif": ("gif", "rgb8"), "c.vob": ("mpeg2video", "yuv420p")}.get(name, ("libx264", "yuv420p"))
+        make(src / name, n=10, codec=codec[0], pix=codec[1])
+    (src / "notes.txt").touch()
+    (src / "up").symlink_to(src)
+    code, out, err = cli("data.py", "chunk", src, tmp_path / "dst")
+    assert (code, out.splitlines()) == (0, [f"3 of 3 videos are in {tmp_path / 'dst'}"])
+    assert sorted(path.name for path in (tmp_path / "dst").glob("*.mp4")) == ["a.mp4", "b.mp4", "c.mp4"]
+    for note in ("1 .txt (notes.txt)", "1 folder visited by another name (up)"):
+        assert note in err
+
+
+def test_a_target_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
+    make(tmp_path / "src.mp4", n=3)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src.mp4").rename(tmp_path / "src" / "a.mp4")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(data, "_chunk_video", lambda *_: pytest.fail("it began to cut"))
+    for target in ("file", "file/dst"):
+        monkeypatch.setattr(sys, "argv", ["data.py", "chunk", str(tmp_path / "src"), str(tmp_path / target)])
+        with pytest.raises(UserError, match="file"):
+            data.main()
+
+
 def test_same_stem(tmp_path):
     for name in ("a.mp4", "a.avi"):
         (tmp_path / "src").mkdir(exist_ok=True)

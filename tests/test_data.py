@@ -330,28 +330,107 @@ def test_short_and_missing_chunks(chunks):
 # ---- Lists -----------------------------------------------------------------------------------------------------------
 
 
-def test_list_forms(tmp_path):
-    """Commas, spaces, quotes, blanks, a byte-order mark, CRLF, bytes that are no UTF-8."""
-    lines = [
-        "a.mp4,x",
-        "b b.mp4, y",
-        "c.mp4 x",
-        '"d,d.mp4",x',
-        '"e e.mp4" y',
-        "  f.mp4   z  ",
-        "",
-        ' g.mp4 ,"x"',
-        "h\ty",
-    ]
-    (tmp_path / "list.csv").write_bytes("\n".join(lines).encode("utf-8-sig") + b"\r\n\xff\xfe.mp4,z\r\n")
-    videos = data.VideoList(tmp_path / "list.csv", "root")
-    assert videos.classes == ["x", "y", "z"]
-    names = [b"a.mp4", b"b b.mp4", b"c.mp4", b"d,d.mp4", b"e e.mp4", b"f.mp4", b"g.mp4", b"h", b"\xff\xfe.mp4"]
-    assert [os.fsencode(videos.video(i)) for i in range(len(videos))] == [b"root/" + name for name in names]
-    assert videos.labels.tolist() == [0, 1, 0, 0, 1, 2, 0, 1, 2]
+def read_list(path, lines, encoding="utf-8"):
+    """What VideoList reads in these lines: [(path, class)]."""
+    path.write_bytes("\n".join(lines).encode(encoding, "surrogateescape"))
+    videos = data.VideoList(path)
+    return [(videos.video(i), videos.classes[label]) for i, label in enumerate(videos.labels)]
 
 
-@pytest.mark.parametrize("line", ["a.mp4", "a b c", "a.mp4,", ",x", '"a.mp4,x', "a, b, c"])
+COMMA = {
+    "a.mp4,x": ("a.mp4", "x"),
+    "b b.mp4, y z": ("b b.mp4", "y z"),
+    '"d,d.mp4",x': ("d,d.mp4", "x"),
+    "  f.mp4  ,\tz  ": ("f.mp4", "z"),
+    ' g.mp4 ,"x"': ("g.mp4", "x"),
+    '"q ""q"".mp4" , "w,w"': ('q "q".mp4', "w,w"),
+    "h,w\r": ("h", "w"),
+    "\udcff\udcfe.mp4,x": ("\udcff\udcfe.mp4", "x"),
+}
+SPACE = {
+    "a.mp4 x": ("a.mp4", "x"),
+    "c,c.mp4   x": ("c,c.mp4", "x"),
+    '"e e.mp4"  y': ("e e.mp4", "y"),
+    "  f.mp4   z  ": ("f.mp4", "z"),
+    'g,.mp4 "y z"': ("g,.mp4", "y z"),
+    "h w\r": ("h", "w"),
+}
+TAB = {
+    "a b.mp4\tx": ("a b.mp4", "x"),
+    "c,c.mp4\ty z": ("c,c.mp4", "y z"),
+    " f.mp4 \t z ": ("f.mp4", "z"),
+    '"t\tt.mp4"\tw,w': ("t\tt.mp4", "w,w"),
+    "h\tw\r": ("h", "w"),
+}
+
+
+@pytest.mark.parametrize("lines", [COMMA, SPACE, TAB], ids=["comma", "space", "tab"])
+def test_list_forms(tmp_path, lines):
+    """One separator a file; quotes, blank lines, a byte-order mark, CRLF, bytes that are no UTF-8."""
+    assert read_list(tmp_path / "l.csv", lines) == [*lines.values()]
+    assert read_list(tmp_path / "l.csv", ["\ufeff", *lines, " \t", ""]) == [*lines.values()]
+    assert read_list(tmp_path / "l.csv", ["\ufeff" + line + "\r\n" for line in lines][:1]) == [*lines.values()][:1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "rows"),
+    [
+        # Split in two at comma and at space; but one would cut a video's name
+        (["a,b.mp4 3"], [("a,b.mp4", "3")]),
+        (["a b.mp4,3"], [("a b.mp4", "3")]),
+        (["a b.mp4, x"], [("a b.mp4", "x")]),
+        (["my clip.mp4/0.mp4,x"], [("my clip.mp4/0.mp4", "x")]),
+        (["a.mp4,two words"], [("a.mp4", "two words")]),
+        # What is quoted is one field, so there is one way
+        (['"a",two words'], [("a", "two words")]),
+        (['"a.avi b.mp4",3'], [("a.avi b.mp4", "3")]),
+        # A later line tells
+        (["a,two words", "b,one"], [("a", "two words"), ("b", "one")]),
+        (["", "a,b 3", "c 4"], [("a,b", "3"), ("c", "4")]),
+        (["a.avi b.mp4,x", "c.mp4,y"], [("a.avi b.mp4", "x"), ("c.mp4", "y")]),
+        # And it holds for the rest
+        (["c.mp4,x", "a b,two words"], [("c.mp4", "x"), ("a b", "two words")]),
+    ],
+)
+def test_the_separator_is_decided_once_a_file(tmp_path, lines, rows):
+    assert read_list(tmp_path / "list.csv", lines) == rows
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["", "a,two words", "b,more words"], ["list.csv:2: 'a,two words'", "comma", "space", "quote"]),
+        (["a.avi b.mp4,x"], ["list.csv:1", "comma", "space", "quote"]),
+        (["a,b 3"], ["list.csv:1: 'a,b 3'", "quote"]),
+        (["a.mp4,x", "b.mp4 y"], ["list.csv:2", "comma"]),
+        (["a.mp4,x", "b.mp4\ty"], ["list.csv:2", "comma"]),
+        (["a.mp4 x", "b.mp4,y"], ["list.csv:2", "space"]),
+        (["a.mp4 x", "my b.mp4 y"], ["list.csv:2", "space"]),
+        (["a.mp4\tx", "b.mp4 y"], ["list.csv:2", "tab"]),
+        (["a,b.mp4 3", "c\t4"], ["list.csv:2"]),
+        (["a.mp4,1", "a,b.mp4 3"], ["list.csv:2", "'b.mp4 3'"]),
+        (["my a.mp4", "my b.mp4"], ["list.csv:1", "'a.mp4'"]),  # no label
+        (["my a.mp4;3", "my b.mp4;3"], ["list.csv:1", "'a.mp4;3'"]),
+        (["3,a.mp4", "4,b.mp4"], ["list.csv:1", "'a.mp4'"]),
+        (["path,label", "a.mp4,x"], ["list.csv:1", "header", "'path'"]),
+        (["video,Class", "a,x"], ["list.csv:1", "header"]),
+        (["", "file_name activity", "a.mp4 3"], ["list.csv:2", "header", "'activity'"]),
+        (["youtube_id\ttarget", "a b.avi\tx"], ["list.csv:1", "header"]),
+        (["label,youtube_id,time_start,time_end,split", "x,y,1,2,train"], ["list.csv:1"]),
+        (["a.mp4 30 4", "b.mp4 30 5"], ["list.csv:1"]),
+    ],
+)
+def test_what_is_ambiguous_or_another_table_is_refused(tmp_path, lines, words):
+    with pytest.raises(UserError) as error:
+        read_list(tmp_path / "list.csv", lines)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+def test_a_class_may_be_called_label(tmp_path):
+    assert read_list(tmp_path / "l.csv", ["a.mp4,label", "b.mp4,class"]) == [("a.mp4", "label"), ("b.mp4", "class")]
+
+
+@pytest.mark.parametrize("line", ["a.mp4", "a b c", "a.mp4,", ",x", '"a.mp4,x', "a, b, c", '"" x', '"a.mp4"b x'])
 def test_bad_lines_are_named(tmp_path, line):
     (tmp_path / "list.csv").write_text(f"a.mp4 x\n\n{line}\n")
     with pytest.raises(UserError, match=r"list.csv:3: .*path,label"):

@@ -164,6 +164,137 @@ def test_folder_per_class(tmp_path, run):
     assert videos.classes == ["riding a bike", 'say "hi"', "swim"]
 
 
+# A file of each suffix: its muxer and encoder.
+MUXED = {
+    "mp4 m4v qt f4v": ("mp4", "libx264"),
+    "mov mj2": ("mov", "mjpeg"),
+    "3gp": ("3gp", "libx264"),
+    "3g2": ("3g2", "libx264"),
+    "mkv mk3d": ("matroska", "libx264"),
+    "webm": ("webm", "libvpx"),
+    "avi divx": ("avi", "mpeg4"),
+    "ts mts m2ts m2t": ("mpegts", "libx264"),
+    "mpg mpeg": ("mpeg", "mpeg2video"),
+    "vob": ("vob", "mpeg2video"),
+    "m1v": ("mpeg1video", "mpeg1video"),
+    "m2v": ("mpeg2video", "mpeg2video"),
+    "flv": ("flv", "flv"),
+    "asf wmv": ("asf", "wmv2"),
+    "ogv ogg ogm": ("ogv", "libvpx"),
+    "h264 264 avc": ("h264", "libx264"),
+    "hevc h265 265": ("hevc", "libx265"),
+    "mxf": ("mxf", "mpeg2video"),
+    "rm rmvb": ("rm", "rv10"),
+    "dv dif": ("dv", "dvvideo"),
+    "gif": ("gif", "gif"),
+    "ivf": ("ivf", "libvpx"),
+    "obu": ("obu", "libsvtav1"),
+}
+
+
+@pytest.mark.parametrize("suffixes", MUXED)
+def test_each_suffix_opens(tmp_path, suffixes):
+    """`Video` opens a file of each kind that `list folders` and `chunk` take, and so does the walk list it."""
+    muxer, codec = MUXED[suffixes]
+    if codec not in av.codecs_available:
+        pytest.skip(f"no encoder {codec}")
+    size = (720, 576) if codec == "dvvideo" else (64, 48)
+    path = tmp_path / "one"
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    with av.open(os.fspath(path), "w", format=muxer) as out:
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height = size
+        stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
+        for i in range(10):
+            image = np.full((size[1], size[0], 3), 20 * i, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+        out.mux(stream.encode())
+    names = [f"a.{suffix}" for suffix in suffixes.split()]
+    (tmp_path / "root" / "class").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "root" / "class" / name).symlink_to(path)
+        with data.Video(tmp_path / "root" / "class" / name) as video:
+            assert video.read([0, 5], 32).shape == (2, 3, 32, 32)
+    listed = data.list_videos("folders", tmp_path / "root")
+    assert sorted(listed) == sorted((f"class/{name}", "class") for name in names)
+
+
+def test_suffixes_are_those_of_what_opens():
+    """Each container that `Video` opens has its suffixes, and each suffix was tried above."""
+    assert data.OPEN["format_whitelist"].split(",") == list(data.CONTAINERS)
+    assert all(data.CONTAINERS.values())
+    assert data.SUFFIXES == {f".{suffix}" for suffix in " ".join(MUXED).split()}
+
+
+def test_links_lead_to_each_folder_once(tmp_path, cli):
+    """A link to a parent, links in a ring, a folder by two names; its own name counts, whatever is sorted first."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for name in ("b/x.mp4", "c/deep/y.avi"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "a").mkdir()
+    outside.mkdir()
+    (outside / "z.mp4").touch()
+    (root / "a" / "also_b").symlink_to(root / "b")
+    (root / "b" / "up").symlink_to(root)
+    (root / "c" / "deep" / "up").symlink_to(root / "c")
+    (root / "d").symlink_to(outside)
+    (outside / "back").symlink_to(root)
+    code, out, err = cli("data.py", "list", "folders", root)
+    assert (code, sorted(out.splitlines())) == (0, ["b/x.mp4,b", "c/deep/y.avi,c", "d/z.mp4,d"])
+    assert "4 folder visited by another name" in err
+    assert "1 folder without a video (a)" in err
+
+
+def test_what_is_skipped_is_counted_and_named(tmp_path, cli):
+    root = tmp_path / "root"
+    names = ["run/a.mts", "run/a.jpg", "run/b.JPG", "run/.hidden.mp4", "jump/README", "jump/a.y4m", "run/b.gif"]
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "fall").mkdir()
+    code, out, err = cli("data.py", "list", "folders", root)
+    assert (code, out) == (0, "run/a.mts,run\nrun/b.gif,run\n")
+    assert len(err.splitlines()) == 1
+    notes = ["2 .jpg (run/a.jpg, run/b.JPG)", "1 .y4m (jump/a.y4m)", "1 without a suffix (jump/README)"]
+    notes += ["1 hidden (run/.hidden.mp4)", "2 folder without a video (fall, jump)"]
+    assert err.startswith("skipped ") and sorted(err[8:].strip().split("; ")) == sorted(notes)
+    (root / "run/a.mts").unlink()
+    (root / "run/b.gif").unlink()
+    with pytest.raises(UserError, match=r"no such video.*2 \.jpg"):
+        data.list_videos("folders", root)
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    for name in ("a/x.mp4", "b/y.mp4"):
+        (tmp_path / "root" / name).parent.mkdir(parents=True)
+        (tmp_path / "root" / name).touch()
+    scandir, skipped = os.scandir, []
+
+    def locked(path):
+        if path == str(tmp_path / "root/b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    assert data.list_videos("folders", str(tmp_path / "root"), skipped=skipped) == [("a/x.mp4", "a")]
+    assert "1 unreadable folder (b)" in skipped
+
+
+def test_own_lists_are_never_ambiguous(tmp_path, run):
+    """Classes of two words alone, and paths with commas: read back as they are."""
+    names = ["riding bike/a.mp4", "brush hair/b,c d.mp4", 'say "hi"/e.mp4']
+    for name in names:
+        (tmp_path / "root" / name).parent.mkdir(parents=True)
+        (tmp_path / "root" / name).touch()
+    for name in names:
+        label = name.split("/")[0]
+        (tmp_path / "one" / label).parent.mkdir(exist_ok=True)
+        (tmp_path / "one" / label).symlink_to(tmp_path / "root" / label)
+        assert run("folders", tmp_path / "one")[1] == [(name, label)]
+        (tmp_path / "one" / label).unlink()
+
+
 def test_pipe_and_raw_names(tmp_path):
     """`| head` ends the command quietly; a name that is no UTF-8 passes through as its bytes."""
     folder = tmp_path / "root" / "a"
@@ -208,7 +339,9 @@ BAD = [  # format, flags, {file: text}, what the message must hold
     ("folders", (), {"s/x.avi": ""}, ["x.avi", "<class>/<video>"]),
     ("folders", (), {"s/a/x\ny.avi": ""}, ["can't hold"]),
     ("folders", ("--labels", "x"), {"s/a/x.avi": ""}, ["no --labels"]),
-    ("folders", (), {}, ["no such video"]),
+    ("folders", (), {}, ["s: No such file"]),
+    ("folders", (), {"s": ""}, ["s: Not a directory"]),
+    ("folders", (), {"s/a/b.txt": ""}, ["no such video", "1 .txt (a/b.txt)"]),
 ]
 
 
@@ -267,6 +400,37 @@ def test_check(damaged, cli):
     assert rows == [("good one.mp4", 0), ("good2.mp4", 1), ("good2.mp4", 0)]
     assert data.check_list(damaged / "good.csv", damaged, full=True, out=damaged / "b") == (2, [])
     assert (damaged / "b").read_text() == ""
+
+
+@pytest.mark.parametrize("flag", ["--out", "--good"])
+def test_check_says_first_where_it_cannot_write(damaged, cli, fails, flag, monkeypatch):
+    """Before a video is opened; and a file that is there stays whole until the result is known."""
+    monkeypatch.setattr(data, "_check", lambda *_: pytest.fail("it began to decode"))
+    check = ["check", damaged / "l.csv", "--data-root", damaged]
+    for target, words in ((damaged / "no" / "file", "No such file"), (damaged, "directory")):
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, check), flag, str(target)])
+        with pytest.raises(UserError, match=rf"{target}: can't be written.*{words}"):
+            data.main()
+    text = (damaged / "l.csv").read_text()
+    for target in (damaged / "l.csv", damaged / "." / "l.csv", damaged / "l.csv.bad" if flag == "--good" else None):
+        if target:
+            monkeypatch.setattr(sys, "argv", ["data.py", *map(str, check), flag, str(target)])
+            with pytest.raises(UserError, match="must be different files"):
+                data.main()
+    assert (damaged / "l.csv").read_text() == text
+    assert not (damaged / "l.csv.bad").exists()
+
+
+def test_an_interrupted_check_leaves_old_results(damaged, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    (damaged / "old.bad").write_text("old")
+    monkeypatch.setattr(data, "_check", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        data.check_list(damaged / "l.csv", damaged, out=damaged / "old.bad", good=damaged / "new.good")
+    assert (damaged / "old.bad").read_text() == "old"
+    assert not (damaged / "new.good").exists()
 
 
 def test_check_decodes_the_end_and_full_decodes_all(tmp_path):

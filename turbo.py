@@ -47,7 +47,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     sentence    the language model's first output token, as Sec. 3.2 says; the model is microsoft/mpnet-base.
     same        pairs with the same sentence are not each other's negatives.
     when        a sentence of HTM-AA has one time: its 3.2 s clip begins in the 3.2 s before that, as in TAN.
-What carries over between tasks (--init): the encoder, by name; decoder and heads where they are of the same size.
+What --init takes over: the encoder, by name; decoder and heads where they are of the same size; it says what it left.
 Missing of the paper's tables: the rows of other methods (Tables 2, 4, 5). Data and weights, from their authors: UCF101
 (crcv.ucf.edu/data/UCF101.php), HMDB51 and Breakfast (serre-lab.clps.brown.edu), COIN (coin-dataset.github.io), HTM-AA and
 HTM-Align (robots.ox.ac.uk/~htd/tan), VideoMAE (github.com/MCG-NJU/VideoMAE). `python data.py list` makes the lists.
@@ -85,7 +85,8 @@ import data
 from common import Block, Decoder, UserError, gather_tokens, opt, parse, patchify, permutation, uniform
 from data import pixel_target
 
-# Width, depth and heads of the encoder; layers x width of the decoder that VideoMAE gives it, in heads of 64.
+# Width, depth and heads of the encoder; layers x width of its decoder, in heads of 64: VideoMAE's, but that its files of
+# ViT-L have 12 layers (--decoder 12x512).
 MODELS = {
     "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64"},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192"},
@@ -855,27 +856,65 @@ def open_lists(cfg, ctx):
     return videos, val_videos
 
 
-def init_weights(path, net):
-    """Weights for `net` of a checkpoint of ours or VideoMAE's; UserError where only a part of them is there.
+# What of another checkpoint is taken whole or not at all, by how the names of its weights begin.
+ENCODER = ("patch_embed.", "blocks.")
+OTHER_PARTS = {
+    "decoder": ("mask_token", "encoder_to_decoder.", "decoder."),
+    "classifier": ("head.",),
+    "heads": ("video_head.", "text_head."),
+}
 
-    Not used, and renamed to say so: decoder or heads of other sizes than the model's, and VideoMAE's classifier, which
-    reads the tokens' mean where ours reads CLS.
+
+def part_of(weights, names):
+    """{name: shape} of the weights that begin so, and the number of their blocks."""
+    shapes = {name: weights[name].shape for name in weights if name.startswith(names)}
+    blocks = {name.split("blocks.")[1].split(".")[0] for name in shapes if "blocks." in name}
+    return shapes, len(blocks)
+
+
+def init_weights(path, net):
+    """Start `net` from a checkpoint of ours or VideoMAE's; returns what was loaded and what not, as a line to print.
+
+    The encoder must be of the model's size. A decoder or head of another size is not used, and named; nor is VideoMAE's
+    classifier, which reads the tokens' mean where ours reads CLS. UserError where some weights of a part are missing.
     """
-    weights, own = common.videomae_weights(common.read_weights(path)), net.state_dict()
-    parts = {"classifier": ("head.",), "heads": ("video_head.", "text_head."),
-             "decoder": ("mask_token", "encoder_to_decoder.", "decoder."),
-             "encoder": ("patch_embed.", "blocks.")}  # fmt: skip
-    known, unused = own.keys() & weights.keys(), set()
-    for part, names in parts.items():
-        mine, theirs = ({k: v.shape for k, v in x.items() if k.startswith(names)} for x in (own, weights))
-        lacking = [k for k in mine if k not in theirs]
+    weights = common.videomae_weights(common.read_weights(path))
+    own = net.state_dict()
+    unused = []
+
+    def refuse_gaps(part, mine, theirs):
+        gaps = [name for name in mine if name not in theirs]
+        if gaps:
+            raise UserError(f"{path}: {len(gaps)} weights of the {part} are not in it ({gaps[0]} ...)")
+
+    mine, depth = part_of(own, ENCODER)
+    theirs, their_depth = part_of(weights, ENCODER)
+    fits = all(theirs.get(name, shape) == shape for name, shape in mine.items())
+    if fits and own.keys() & weights.keys():  # otherwise load_weights names what is wrong
+        if their_depth > depth:
+            raise UserError(
+                f"{path}: its encoder has {their_depth} blocks, the model's {depth}; is --model the file's?"
+            )
+        refuse_gaps("encoder", mine, theirs)
+
+    for part, names in OTHER_PARTS.items():
+        mine, depth = part_of(own, names)
+        theirs, their_depth = part_of(weights, names)
+        if not mine or not theirs:
+            continue
+        same_size = depth == their_depth and all(theirs.get(name, shape) == shape for name, shape in mine.items())
         if part == "classifier" and "fc_norm.weight" in weights:
-            unused |= theirs.keys()
-        elif any(theirs.get(k, shape) != shape for k, shape in mine.items()):
-            unused |= theirs.keys() if part != "encoder" else set()  # whose shape common.load_weights refuses
-        elif lacking and (theirs or (part == "encoder" and known)):
-            raise UserError(f"{path}: {len(lacking)} weights of the {part} are not in it ({lacking[0]} ...)")
-    return {f"its {k}" if k in unused else k: v for k, v in weights.items()}
+            why = "reads the tokens' mean, not CLS"
+        elif part == "decoder" and not same_size and "mask_token" in theirs:
+            why = f"--decoder {their_depth}x{theirs['mask_token'][-1]} would fit it"
+        elif not same_size:
+            why = "of another size"
+        else:
+            refuse_gaps(part, mine, theirs)
+            continue
+        unused.append(f"; its {part} is not used: {why}")
+        weights = {name: tensor for name, tensor in weights.items() if name not in theirs}
+    return common.load_weights(net, weights, path) + "".join(unused)
 
 
 def use(cfg, ctx):
@@ -995,7 +1034,7 @@ def main(cfg):
         at = state["at"]
         meter.load(state["sums"], ctx)
     elif cfg.init:
-        run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
+        run.say(init_weights(cfg.init, net))
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
     run.say(

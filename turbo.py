@@ -19,10 +19,28 @@ action classification, video-language training, and long video, which then fits 
     Sec. 4.3, first and last 20 %           sample_clip (--sampling span)
     Sec. 4.3, ten samplings at test         evaluate (--test-clips)
     Sec. 5.2, R@1 on HTM-Align              recall_at_1, evaluate_alignment
-    Table 1 left, GFLOPs; Figure 2          TABLE_1, count_gmacs, print_plan (--plan)
+    Sec. 4.2, 5.1.1, start from VideoMAE    init_weights (--init videomae.pth)
+    Tables 2, 5, start from HTM-AA          init_weights (--init runs/turbo-htm_aa/last.pt)
+    Table 1 left, GFLOPs; Figure 2          TABLE_1, count_gmacs, saved_megabytes (--plan)
     Table 1 right, m at inference           evaluate (--eval-mask-ratios)
     Table 6                                 Config (defaults), RECIPES
 
+    row of the paper                        flags
+    Table 1 left, 0 (no MAE)                --recipe ucf101 --init videomae.pth --mask-ratio 0 --recon-ratio 0
+    Table 1 left, 75, 25; Figure 3          --recipe ucf101 --init videomae.pth --mask-ratio 0.75 --recon-ratio 0.25
+    Table 1 right, of that run              --recipe ucf101 --task eval --eval-mask-ratios 0.75,0.5,0
+    Table 2, from VideoMAE, UCF101          --recipe ucf101 --init videomae.pth
+    Table 2, from HTM-AA, HMDB51            --recipe hmdb51 --init vl.pt
+    Table 3, 50, 50                         --recipe htm_aa --init videomae.pth --mask-ratio 0.5 --recon-ratio 0.5
+    Table 4, ours                           --recipe htm_aa --init videomae.pth
+    Table 5 A, Breakfast                    --recipe breakfast --init videomae.pth
+    Table 5 B, Breakfast                    --recipe breakfast --init vl.pt --frames 16 --mask-ratio .5 --recon-ratio .5
+    Table 5 C, COIN                         --recipe coin --init vl.pt
+    Table 5 D, COIN                         --recipe coin --init vl.pt --frames 64 --mask-ratio .875 --recon-ratio .125
+    Figure 2, 75, 25                        --recipe ucf101 --mask-ratio 0.75 --recon-ratio 0.25 --plan
+
+Beside them each row has its lists and an --out of its own. videomae.pth is VideoMAE's ViT-B, pretrained on Kinetics-400;
+vl.pt is last.pt of Table 4's run. Figure 3 and Table 3 draw runs' log.jsonl.
 Faithful: m, r, losses and their weights, encoder, optimiser, schedule, sampling, as the paper states them.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     decoder     Table 6 states 8 layers x 512. Table 1's GFLOPs come out only with VideoMAE-B's own 4 x 384 (0.12 %;
@@ -33,6 +51,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     target      normalised per patch and channel, as VideoMAE; the toy recipes predict raw pixels (--target).
     embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan shows both.
     lr          "base learning rate 1e-3" is read as VideoMAE's rule, lr = base * batch / 256, at the paper's batches.
+    positions   32 and 64 frames continue the 1-D table of 16, which numbers the tokens: nothing is interpolated.
     short       a video shorter than 16 frames at 5 fps is spread over, not padded; one of under 16 frames is refused.
     RandAug     "(9, 0.5)" is read as timm's rand-m9-mstd0.5-inc1: two operations, each with probability 0.5. Crops and
                 flips are VideoMAE's; its random erasing and layer-wise rates are not in Table 6, and not here.
@@ -54,7 +73,7 @@ HTM-Align (robots.ox.ac.uk/~htd/tan), VideoMAE (github.com/MCG-NJU/VideoMAE). `p
 
     python turbo.py                     # toy videos, made on first use: 2 CPU cores, about 3 minutes
     python turbo.py --recipe toy_vl     # video-language; --recipe toy_long: 32 frames of long video
-    torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --train-list train.csv --val-list val.csv --data-root UCF-101
+    torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --init videomae.pth --train-list train.csv --val-list val.csv
 
 Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R reconstructed ones, D width, P pixel values,
 E width of the joint space of video and text, S seconds or sentences.
@@ -102,10 +121,11 @@ TOY = PLAIN | {  # left is not right: no flips
     # In minutes a small model would not learn the normalised target, and not in which order things happen.
     "target": "pixels", "position_scale": 5.0,
     "epochs": 15, "warmup_epochs": 1.0, "eval_every": 5.0, "lr": 1e-3, "clip_grad": 1.0, "crop": "centre",
-    "workers": 2, "log_every": 50,
+    "workers": 2, "log_every": 50, "gpus": 1,
 }  # fmt: skip
 LONG = {"sampling": "span", "test_clips": 10, "frames": 32, "mask_ratio": 0.75, "recon_ratio": 0.25, "batch_size": 64,
         "repeated": 4, "lr": 3e-4 * 64 / 256}  # fmt: skip  # DECISION (lr), (repeat); Table 5 C
+# The paper names one card, for video-language training: an A40 of 48 GB. --plan counts 8 GPUs for the other recipes.
 RECIPES = {
     "toy": TOY,
     "toy_vl": TOY | {
@@ -125,10 +145,12 @@ RECIPES = {
         "objective": "align", "train_clips": 250_000, "mask_ratio": 0.75, "recon_ratio": 0.25, "batch_size": 32,
         "repeated": 4, "epochs": 5, "warmup_epochs": 0.5, "lr": 1e-4 * 32 / 256, "crop": "multi-scale",
         "eval_fps": 16.0, "eval_every": 0.1, "save_minutes": 30.0,
+        "gpus": 1, "gpu_gb": ("24", "48", "80"),
     },
     "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # of 1,712
     "coin": LONG | {"train_clips": 9030, "num_classes": 180, "epochs": 50, "warmup_epochs": 5.0},
 }  # fmt: skip
+FROM_VIDEOMAE = ("ucf101", "hmdb51", "htm_aa", "breakfast", "coin")  # by itself, or by way of htm_aa (Tables 2 and 5)
 
 
 @dataclass
@@ -140,10 +162,14 @@ class Config:
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/turbo-<recipe>", free=True)
-    init: str = opt("", "weights to start from: ours, VideoMAE's .pth or hub folder (eval ...: ours; empty: best.pt)")
+    init: str = opt(
+        "", "weights to start from: ours, VideoMAE's .pth or hub folder; random (eval ...: ours, or best.pt)"
+    )
     resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+    gpus: int = opt(8, "GPUs that --plan counts memory for (the paper's)", free=True)
+    gpu_gb: tuple = opt(("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True)
 
     model: str = opt("vit_b", "encoder size", choices=list(MODELS))
     decoder: str = opt("", "layers x width of the decoder, such as 8x512; empty: the model's own")
@@ -504,7 +530,7 @@ class Turbo(nn.Module):
                 for width in (self.width, text_width)
             )
         table = position_scale * common.sinusoid_table(self.num_tokens, self.width)[None]  # [1, N, D]
-        self.register_buffer("positions", table, persistent=False)
+        self.register_buffer("positions", table, persistent=False)  # DECISION (positions)
         if recon:
             layers, width = map(int, (decoder or spec["decoder"]).split("x"))
             self.encoder_to_decoder = nn.Linear(self.width, width, bias=False)
@@ -719,22 +745,24 @@ def count_gmacs(cfg, classes, m, r, text_width=0):
     return here, here + dropped * math.prod(model.patch) * 3 * model.width / 1e9
 
 
-def saved_megabytes(model, tokens, m, r):
-    """MB that all blocks store for the backward pass of one clip of `tokens` in fp32, from one real block each on the
-    CPU; the model itself may be on the meta device."""
-    (visible, recon), total = num_kept(tokens, m, r), 0
+def training_blocks(model, tokens, m, r):
+    """[(a block on the CPU, how many such, (N, D) of its input)]: what a clip of `tokens` passes in training.
+
+    The model itself may be on the meta device.
+    """
+    visible, recon = num_kept(tokens, m, r)
     parts = [(model.blocks, visible + 1, model.width)]  # 1: CLS
     if r > 0:
         parts.append((model.decoder.blocks, visible + recon, model.decoder.norm.weight.numel()))
-    for blocks, n, width in parts:
-        block = copy.deepcopy(blocks[0]).to_empty(device="cpu")
-        total += len(blocks) * common.saved_bytes(block, torch.zeros(1, n, width))
+    return [(copy.deepcopy(blocks[0]).to_empty(device="cpu"), len(blocks), (n, width)) for blocks, n, width in parts]
+
+
+def saved_megabytes(model, tokens, m, r):
+    """MB that all blocks store for the backward pass of one clip of `tokens` in fp32, from one real block each."""
+    total = 0
+    for block, depth, shape in training_blocks(model, tokens, m, r):
+        total += depth * common.saved_bytes(block, torch.zeros(1, *shape))
     return total / 1e6
-
-
-def largest_batch(gigabytes, parameters, saved):
-    """Clips that a GPU holds: its memory less 16 bytes a parameter (weight, gradient, AdamW), by `saved` MB a clip."""
-    return max(0, int((gigabytes * 1e3 - 16 * parameters) / saved))
 
 
 def print_plan(cfg):
@@ -744,24 +772,33 @@ def print_plan(cfg):
         classes, text_width = 0, 256 if cfg.text_model == "hashing" else 768  # as MPNet's
     with torch.device("meta"):
         model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes, text_width)
-    parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
+    parameters = {name: p.numel() for name, p in model.named_parameters()}
     total = sum(parameters.values())
     decoder = sum(n for name, n in parameters.items() if name.startswith(("decoder", "encoder_to", "mask")))
     visible, recon = num_kept(model.num_tokens, m, r)
     steps = cfg.max_steps or cfg.train_clips * cfg.repeated // cfg.batch_size * cfg.epochs
     schedule = f"{cfg.epochs} epochs of {cfg.train_clips} videos x {cfg.repeated} at batch {cfg.batch_size}"
-    print(f"model     {cfg.model}: {total:.1f} M parameters, {decoder:.1f} M of them the decoder's")
+    print(f"model     {cfg.model}: {total / 1e6:.1f} M parameters, {decoder / 1e6:.1f} M of them the decoder's")
     print(f"tokens    {visible} visible, {recon} reconstructed of {model.num_tokens} (m = {m}, r = {r})")
     print(f"schedule  {schedule}: {steps} steps, peak lr {cfg.lr:g}")
-    print("\nMB that the blocks save for backward, a clip in fp32, and the largest batch in 11, 24 and 80 GB (Fig. 2)")
-    print(f"{'frames':>6} {'m = 0':>9} {'batch':>13} {f'm = {m:g}, r = {r:g}':>17} {'batch':>13} {'less':>6}")
+
+    half = cfg.precision != "fp32"
+    clip = common.PIXEL_BYTES * cfg.frames * 3 * cfg.size**2
+    for block, depth, shape in training_blocks(model, model.num_tokens, m, r):
+        clip += common.block_bytes(block, depth, shape, half=half, grad_checkpoint=cfg.grad_checkpoint)
+    group = cfg.repeated * (2 if cfg.mixup or cfg.cutmix else 1)  # as common.micro_batches has it
+    state = common.state_bytes(total, half=half, gpus=cfg.gpus)
+    common.print_memory(cfg, [common.Phase("training", cfg.batch_size, cfg.micro_batch, state, clip, group)])
+
+    print("\nFigure 2 (drawn, without numbers): MB that the blocks alone save for backward, a clip in fp32")
+    print(f"{'frames':>6} {'m = 0':>9} {f'm = {m:g}, r = {r:g}':>20} {'less':>6}")
     for frames in sorted({16, 32, 64, cfg.frames}):
-        tokens, cells = model.num_tokens // cfg.frames * frames, []
-        for ratios in ((0.0, 0.0), (m, r)):
-            saved = saved_megabytes(model, tokens, *ratios)
-            cells += [saved, "/".join(str(largest_batch(size, total, saved)) for size in (11, 24, 80))]
-        print(f"{frames:6} {cells[0]:9.0f} {cells[1]:>13} {cells[2]:17.0f} {cells[3]:>13} {cells[0] / cells[2]:5.2f}x")
-    print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds)')
+        tokens = model.num_tokens // cfg.frames * frames
+        whole = saved_megabytes(model, tokens, 0.0, 0.0)
+        ours = saved_megabytes(model, tokens, m, r)
+        print(f"{frames:6} {whole:9.0f} {ours:20.0f} {whole / ours:5.2f}x")
+
+    print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds; matrix products only)')
     print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'cheaper':>8}")
     is_paper = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes) == ("vit_b", "4x384", 16, 224, 101)
     base, _ = count_gmacs(cfg, classes, 0.0, 0.0, text_width)
@@ -770,6 +807,10 @@ def print_plan(cfg):
         paper = f"{TABLE_1[row]:.1f}" if is_paper and row in TABLE_1 else "-"
         left = f"{row[0]:5.2f} {row[1]:5.2f} {kept[0]:8} {kept[1]:6} {here:8.2f} {embedded:13.2f} {paper:>7}"
         print(f"{left} {base / here:7.2f}x" + "  <- this run" * (row == (m, r)))
+    if not is_paper:
+        print(
+            "paper: of ViT-B with a decoder of 4 x 384, 16 frames of 224 x 224 and 101 classes, which this run is not"
+        )
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -777,6 +818,8 @@ def print_plan(cfg):
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
+    common.need_init(cfg, FROM_VIDEOMAE, "VideoMAE's weights")
+    common.check_gpus(cfg)
     t, h, _ = Turbo.patch
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", cfg.eval_mask_ratios):
         raise UserError(f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9")
@@ -991,6 +1034,8 @@ def write_features(net, videos, cfg, ctx):
 
 def main(cfg):
     check(cfg)
+    if cfg.init == "random":
+        cfg = replace(cfg, init="")
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)

@@ -5,7 +5,10 @@ import shlex
 import subprocess
 
 import pytest
+import torch
 from conftest import ROOT, command
+
+import turbo
 
 SMALL = "--max-steps 2 --batch-size 4 --workers 0 --log-every 1"
 MORE = {  # what makes a command small; a flag given twice takes its last value
@@ -40,6 +43,7 @@ def folder(tmp_path_factory):
         (work / "videos" / label / "a.mp4").symlink_to(work / "toy/actions/videos/val_00000.mp4")
     for split in ("train", "val"):
         (work / f"{split}.csv").symlink_to(work / f"toy/actions/{split}.csv")
+    torch.save(turbo.Turbo(8, "vit_toy", size=64).state_dict(), work / "videomae.pth")
     return work
 
 

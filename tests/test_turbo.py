@@ -242,6 +242,83 @@ def test_plan_prints_the_table_without_data(capsys):
     assert "59600 steps" in out and out.count("<- this run") == 1  # 9,537 // 16 * 100
 
 
+def memory(capsys, *flags):
+    """(GB a GPU, {GB of a card: largest micro-batch}) of --plan's line."""
+    turbo.main(config("--plan", *flags))
+    line = re.search(r"^memory +training: .*", capsys.readouterr().out, re.MULTILINE)[0]
+    fits = dict(re.findall(r"([\d.]+) GB: (\w+)", line.split("largest")[1]))
+    return float(re.search(r"([\d.]+) GB a GPU", line)[1]), fits
+
+
+def test_plan_memory_by_hand(capsys, monkeypatch):
+    """Without the blocks: CUDA's 1 GiB, 22 bytes a parameter on several GPUs and 18 on one, 10 a pixel of a clip."""
+    monkeypatch.setattr(common, "block_bytes", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(common, "saved_bytes", lambda *args: 1)
+    monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
+    parameters = 94.3e6  # of ViT-B (86 M) with a decoder of 4 x 384 (8 M)
+    for flags, gpus, per_parameter, micro in (
+        (["--recipe", "ucf101"], 8, 22, 2),
+        (["--recipe", "ucf101", "--gpus", 1], 1, 18, 16),
+        (["--recipe", "ucf101", "--gpus", 2, "--micro-batch", 4], 2, 22, 4),
+        (["--recipe", "ucf101", "--precision", "fp32"], 8, 20, 2),
+    ):
+        expected = 1 + (parameters * per_parameter + micro * 10 * 16 * 3 * 224 * 224) / 2**30
+        assert memory(capsys, *flags)[0] == pytest.approx(expected, abs=0.06), flags
+    assert memory(capsys, "--recipe", "breakfast", "--gpus", 1, "--gpu-gb", 3)[1] == {"3": "8"}  # 2 videos x 4 clips
+
+
+def test_plan_memory_is_what_a_step_saves(capsys, monkeypatch):
+    """Beside the tensors that a whole step in bf16 saves for backward, decoder, embedding and target with it."""
+    monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(turbo, "saved_megabytes", lambda *args: 1.0)
+    flags = [
+        "--recipe",
+        "ucf101",
+        "--model",
+        "vit_s",
+        "--gpus",
+        1,
+        "--num-classes",
+        5,
+        "--frames",
+        8,
+        "--batch-size",
+        512,
+    ]
+    net = turbo.build(config(*flags), 5).train()
+    x = torch.randint(0, 256, (2, 8, 3, 224, 224), dtype=torch.uint8)
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    saved = []
+    for n in (1, 2):
+        storages.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            logits, prediction, target = net(x[:n], KEYS[:n], 0.5, 0.5)
+            loss = turbo.turbo_loss(logits, torch.full((n, 5), 0.2), prediction, target)[0].sum()
+        saved.append(sum(storages.values()))
+        del logits, prediction, target, loss
+    step = (saved[1] - saved[0]) / 2**30
+    many, half = (memory(capsys, *flags, "--micro-batch", n)[0] for n in (512, 256))
+    assert 0.9 * step < (many - half) / 256 < 1.6 * step
+    recomputed = memory(capsys, *flags, "--micro-batch", 512, "--grad-checkpoint")[0]
+    assert recomputed < 0.6 * many
+    print("a clip's GB", step, (many - half) / 256, "recomputed", recomputed / many)
+
+
+def test_plan_of_every_recipe_fits_its_cards(capsys, monkeypatch):
+    """As printed: video-language training, also without dropout (Table 3), on one A40 of 48 GB; the rest on 8 of 24."""
+    monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(turbo, "saved_megabytes", lambda *args: 1.0)
+    gigabytes, fits = memory(capsys, "--recipe", "htm_aa", "--mask-ratio", 0, "--recon-ratio", 0)
+    assert gigabytes < 48 and fits["48"] == "32"
+    for recipe, clips in (("breakfast", "8"), ("ucf101", "2")):  # as coin, as hmdb51
+        assert memory(capsys, "--recipe", recipe)[1] == {"24": clips, "80": clips}
+
+
 # ---- header, flags, recipes ------------------------------------------------------------------------------------------
 
 
@@ -261,7 +338,7 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
     listed = re.findall(r"^    (\w+) ", turbo.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
     tagged = re.findall(r"# DECISION \((\w+)\)", (ROOT / "turbo.py").read_text())
-    assert set(listed) == set(tagged) and len(listed) == 17
+    assert set(listed) == set(tagged) and len(listed) == 18
 
 
 def test_every_flag_is_read():
@@ -276,7 +353,35 @@ def test_recipes_only_set_known_fields_of_the_right_type():
     for name, recipe in turbo.RECIPES.items():
         for key, value in recipe.items():
             assert isinstance(value, types[key]), (name, key)
-        turbo.check(config("--recipe", name))
+        turbo.check(config("--recipe", name, "--init", "x.pth"))
+
+
+def test_recipes_of_the_paper_need_weights():
+    """Every one but the toys starts from VideoMAE (Sec. 4.2, 5.1.1, 5.3): random weights only where they are asked for."""
+    for name in turbo.RECIPES:
+        flags = ["--recipe", name]
+        if name.startswith("toy"):
+            turbo.check(config(*flags))
+            continue
+        with pytest.raises(UserError, match=f"--recipe {name} starts from VideoMAE's weights.*--init random") as error:
+            turbo.main(config(*flags))
+        assert "\n" not in str(error.value)
+        turbo.check(config(*flags, "--init", "random"))
+        turbo.check(config(*flags, "--init", "videomae.pth"))
+        turbo.check(config(*flags, "--plan"))
+        turbo.check(config(*flags, "--task", "eval"))
+
+
+def test_random_weights_are_none(toy_args, tmp_path):
+    """--init random is a run without --init, and continues one."""
+    turbo.main(config(*toy_args, "--max-steps", 2, "--out", tmp_path, "--init", "random"))
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"loss"' in line
+    ]
+    turbo.main(config(*toy_args, "--max-steps", 2, "--out", tmp_path / "none"))
+    lines = (tmp_path / "none/log.jsonl").read_text().splitlines()
+    assert losses == [json.loads(line)["loss"] for line in lines if '"loss"' in line] and len(losses) == 2
+    turbo.main(config(*toy_args, "--max-steps", 2, "--out", tmp_path / "none", "--init", "random"))
 
 
 CHOICES = [

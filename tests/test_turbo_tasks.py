@@ -664,7 +664,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_paper_has_a_plan(name, capsys, monkeypatch):
     """The memory is measured by the plan in test_turbo.py, and below; here, for its time, it is not."""
-    monkeypatch.setattr(turbo, "saved_megabytes", lambda *args: 100.0)
+    monkeypatch.setattr(common, "saved_bytes", lambda *args: 1e6)
     for n, flags in enumerate(ROWS[name]):
         if n or name not in ("Table 4 and progress", "Table 5"):  # nor, for most rows, are the GMACs counted
             monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
@@ -678,7 +678,7 @@ def test_every_row_of_the_paper_has_a_plan(name, capsys, monkeypatch):
 
 def test_plan_counts_the_model_that_trains(capsys, monkeypatch):
     """Video-language: two heads in place of a classifier; --plan's parameters are those of main's model."""
-    monkeypatch.setattr(turbo, "saved_megabytes", lambda *args: 100.0)
+    monkeypatch.setattr(common, "saved_bytes", lambda *args: 1e6)
     monkeypatch.setattr(turbo, "TABLE_1", {})
     for recipe, classes, width in (("toy", 8, 0), ("toy_vl", 0, 256), ("htm_aa", 0, 768)):
         cfg = config("--recipe", recipe, "--plan")
@@ -697,4 +697,3 @@ def test_plan_memory_falls_with_dropout_and_grows_with_frames():
     assert rows == sorted(rows, reverse=True) and rows[0] / rows[3] > 2.5
     for mr in ((0.0, 0.0), (0.75, 0.25)):
         assert 1.95 < saved(32, *mr) / saved(16, *mr) < 2.05
-    assert turbo.largest_batch(11, 100.0, 1000.0) == 9 and turbo.largest_batch(1, 100.0, 1000.0) == 0

@@ -1,0 +1,79 @@
+"""What the scripts' headers and the README print runs as printed: commands, and the table of the paper's rows (--plan)."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import common
+import turbo
+
+SCRIPTS = {"turbo.py": turbo}
+
+
+def rows(script):
+    """[(row of the paper, flags)] of a header's table. A line without a row goes on with the flags of the one above."""
+    table = SCRIPTS[script].__doc__.split("    row of the paper ")[1].split("\n\n")[0]
+    found = []
+    for line in table.splitlines()[1:]:
+        name, flags = line[:44].strip(), line[44:].strip()
+        if name:
+            found.append((name, flags))
+        else:
+            found[-1] = found[-1][0], f"{found[-1][1]} {flags}"
+    return found
+
+
+def commands(script):
+    """The flags of each command, in the header and in the README, that starts the script."""
+    found = []
+    for text in (SCRIPTS[script].__doc__, (ROOT / "README.md").read_text()):
+        for line in text.replace("\\\n", " ").splitlines():
+            start = re.match(rf" *(python|torchrun( --\S+)*) {re.escape(script)}(?P<flags> .*|)$", line.split(" #")[0])
+            if start:
+                found.append(start["flags"].strip())
+    return found
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    """What a script prints with flags and --plan, in this process; what takes long is not counted."""
+    monkeypatch.setattr(common, "count_macs", lambda *args: 1.0)
+    monkeypatch.setattr(common, "block_bytes", lambda *args, **kwargs: 2**20)
+    monkeypatch.setattr(common, "saved_bytes", lambda *args: 2**20)
+    monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
+
+    def run(script, flags):
+        module = SCRIPTS[script]
+        module.main(common.parse(module.Config, module.RECIPES, [*shlex.split(flags), "--plan"]))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_of_the_paper_plan(script, plan):
+    found = rows(script)
+    assert len(found) >= 8 and len({flags for _, flags in found}) == len(found)
+    for name, flags in found:
+        assert re.match("Table|Fig|Sec|App", name), name
+        assert "memory  " in plan(script, flags), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_plan(script, plan):
+    """No flag is missing, none is refused, and no file is opened."""
+    found = [flags for flags in commands(script) if flags != "--help"]
+    assert len(found) >= 2 and "" in found
+    for flags in found:
+        assert "memory  " in plan(script, flags), flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_and_commands_say_what_they_start_from(script):
+    """--plan asks for no weights, but training does: what trains as printed has its --init."""
+    module = SCRIPTS[script]
+    for flags in [flags for _, flags in rows(script)] + commands(script):
+        if flags != "--help":
+            module.check(common.parse(module.Config, module.RECIPES, shlex.split(flags)))

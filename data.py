@@ -818,11 +818,16 @@ def view_frames(info, n, stride, k, views):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def crop_box(info, k=1, crops=3):
-    """Square k of `crops` along the long side, first and last at its ends: the largest that fits (multi-crop test)."""
-    side = min(info.width, info.height)
-    x, y = (room * k // (crops - 1) & ~1 if crops > 1 else room // 2 & ~1
-            for room in (info.width - side, info.height - side))  # fmt: skip
+def crop_box(info, k=1, crops=3, share=1.0):
+    """Square k of `crops` along the long side, first and last at its ends, in the middle of the other (multi-crop test).
+
+    Its side is `share` of the short side, as of random_box; 1: all of it.
+    """
+    short, long = sorted(info[:2])
+    side = short if share == 1 else max(2, round(share * short / 2) * 2)
+    along = (long - side) * k // (crops - 1) if crops > 1 else (long - side) // 2
+    place = along & ~1, (short - side) // 2 & ~1
+    x, y = place if info.width >= info.height else place[::-1]
     return x, y, side, side
 
 
@@ -1473,6 +1478,52 @@ def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
         for (which, chance, _, sign), level in zip(*plan, strict=True):
             if chance < 0.5:
                 out[i] = RAND_AUGMENT[names[int(which * len(names))]](out[i], level if sign < 0.5 else -level)
+    return out
+
+
+# scenic's operations, in its order; v: magnitude / 10, here above 1 too, with no random sign. They are of TensorFlow's
+# official models, slips included, which ViViT was trained with: the threshold of Solarize is a byte and wraps around
+# (at magnitude 20 all is inverted); Posterize keeps int(4 v) bits (at 20 all 8); Contrast moves away from a grey of
+# pixels / 256, on any real clip white. x: uint8 [C, T H, W], a clip's frames one below the other: what they count
+# over a frame they count over the clip, and Sharpness mixes the rows where two frames meet.
+SCENIC_AUGMENT = {
+    "AutoContrast": lambda x, v: _autocontrast(x),
+    "Equalize": lambda x, v: _equalize(x),
+    "Invert": lambda x, v: 255 - x,
+    "Posterize": lambda x, v: x & (256 - (256 >> int(4 * v))),
+    "Solarize": lambda x, v: torch.where(x < int(256 * v) % 256, x, 255 - x),
+    "Color": lambda x, v: _blend(_grey(x), x, 0.1 + 1.8 * v),
+    "Contrast": lambda x, v: _blend(min(255, x[0].numel() // 256), x, 0.1 + 1.8 * v),
+    "Brightness": lambda x, v: _blend(0, x, 0.1 + 1.8 * v),
+    "Sharpness": lambda x, v: _blend(_smooth(x), x, 0.1 + 1.8 * v),
+    "Cutout": None,  # needs a place: see below
+    "SolarizeAdd": lambda x, v: torch.where(x < 128, (x.short() + int(110 * v)).clamp_(max=255).to(torch.uint8), x),
+}
+
+
+def scenic_rand_augment(clips, keys, magnitude, layers=2):
+    """RandAugment as scenic has it for video (github.com/google-research/scenic, video_ops.py; ViViT): colour and
+    cutout only, `layers` times one of SCENIC_AUGMENT or, as likely as each of them, none.
+
+    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU; magnitude, 0 to 20. Returns: uint8 as clips.
+
+    All frames get the same. Cutout blackens a square of 8 * magnitude pixels, whatever the clip's size, around a point
+    anywhere in the frame; what falls outside is lost. Equal to scenic's but for a level where TensorFlow counts in float32.
+    """
+    draws = uniform(keys, "rand_augment", 3 * layers).unflatten(-1, (layers, 3))  # [B, layers, 3]
+    names = [*SCENIC_AUGMENT, "nothing"]
+    T, _, H, W = clips.shape[1:]
+    v, half = magnitude / 10, int(4 * magnitude)
+    out = clips.clone()
+    for clip, plan in zip(out, draws.tolist(), strict=True):  # [T, 3, H, W], a view of `out`
+        for which, down, right in plan:
+            name = names[int(which * len(names))]
+            if name == "Cutout":
+                y, x = int(down * H), int(right * W)
+                clip[..., max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+            elif name != "nothing":
+                tall = clip.transpose(0, 1).flatten(1, 2)  # [3, T H, W]
+                clip.copy_(SCENIC_AUGMENT[name](tall, v).unflatten(1, (T, H)).transpose(0, 1))
     return out
 
 

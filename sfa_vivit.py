@@ -18,14 +18,38 @@ transformer going on from stage 1. The frozen part runs without autograd: a thir
     Tables 9 and 10, near-peak epoch        near_peak
     4 x 3 views at test (scenic)            sample_clip, evaluate
 
+    row of the paper                        flags
+    Table 1, base; Table 6, ViViT-L         --recipe ssv2 --stages 64:35 --grad-checkpoint --init L_16.npz
+    Table 1, row I                          --recipe ssv2 --stages 64:35 --freeze spatial --no-adapter --init L_16.npz
+    Table 1, row II                         --recipe ssv2 --stages 64:35 --freeze temporal --grad-checkpoint --init L_16.npz
+    Table 1, row III                        --recipe ssv2 --stages 64:35 --freeze spatial --init L_16.npz
+    Table 1, row IV                         --recipe ssv2 --stages 64:35 --freeze spatial --init L_16.npz
+                                            --init-temporal videomae_l.pth
+    Table 1, row V; Table 6, SSv2           --recipe ssv2 --init L_16.npz
+    Table 2, SSv2 from K400                 --recipe ssv2 --stages 64:35 --freeze spatial --temporal-depth 24
+                                            --init runs/sfa-k400/stage1.pt
+    Table 2, K400 from SSv2                 --recipe k400 --stages 128:30 --freeze spatial --temporal-depth 4
+                                            --init runs/sfa-ssv2/stage1.pt
+    Table 3, ViViT-g, one view              --recipe k400 --model vivit_g --stages 8:30,48:30 --views 1 --crops 1
+                                            --init g_14.npz
+    Table 5, ViViT-H + SFA, MiT             --recipe mit --model vivit_h --init H_14.npz
+    Table 6, EPIC-Kitchens                  --recipe epic --init L_16.npz
+    Table 8, ViT-H, 32 frames               --recipe k400 --model vivit_h --stages 32:30 --freeze spatial --no-adapter
+                                            --init H_14.npz
+    Table 10, ViViT-L from 8 frames         --recipe k400 --freeze none --grad-checkpoint --init L_16.npz
+    Fig. 3, 96 frames from 16               --recipe k400 --stages 16:30,96:30 --init L_16.npz
+    Fig. 5, model A                         --recipe k400 --stages 8:10,32:10,128:10 --init L_16.npz
+
+Table 1 is of B by its caption, of L by its text and its hours. The paper's 64 cards of 16 GB hold 2 clips each of every
+row, by --plan's count, but for stage 1 of g, which takes 24 GB.
+
 Faithful: model, stages, what is frozen and initialised, optimiser, schedule, augmentation, as the paper states them;
 what it leaves to "the default parameters of ViViT" is scenic's. The "1.5B parameters" of its ViT-g (Sec. 4.7) are not
 those of its Sec. 4.2: 40 layers of 1408 / 6144 are 1.01 B. A step of its stage 2 on one clip of 16 frames takes 6.1 GB
 in fp32 on a CPU, weights and all (tests/evidence.py sfa_g).
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
-    depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and EPIC-Kitchens; 24 in recipes
-                k400 and k600, as scenic's L on Kinetics. Pass --temporal-depth 4 there for B, and for H and g, which
-                scenic lacks. Weights of another depth are refused.
+    depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and EPIC-Kitchens; in L on K400
+                and K600 24, as there. H and g, which scenic lacks, have 4. Weights of another depth are refused.
     patch       16 in B and L; 14 in H and g, because the image models that they start from have 14.
     gelu        exact, as in the hub's and timm's copies of these weights; --gelu tanh computes what scenic does.
     class       the image model's class token is loaded with the rest; scenic's loader leaves it behind.
@@ -40,9 +64,15 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     stride      between frames it is the same in all stages, scenic's: 2 on Kinetics and MiT, 1 elsewhere. So few frames
                 are a short piece of the video, "short-term context" (Sec. 3.2).
     short       a video shorter than the clip is spread over it evenly, its frames repeated where they are too few.
-    scale       jitter 0.9 to 1.33 of a short side of 256, then a crop of 224, is a square of 224 / (256 scale) of it.
-    colour      Table 7 gives the probability, 0.8; the strengths here are 0.4, 0.4, 0.4, and 0.2 of the hue's circle.
-    RandAug     magnitudes 15 and 20 are read on a scale of 0 to 30, as torchvision's is; operations are timm's.
+    size        256 of a short side of 288 on SSv2, as scenic has it, and on Something-Else, which are videos of SSv2;
+                224 of 256 elsewhere. (Table 6's hours a frame are 1.4 and 1.2 times those of EPIC-Kitchens; 256 pixels
+                cost 1.3 times 224.) H and g need a multiple of 14: --size 252.
+    scale       a training crop is a square of 224 / (256 scale) of the short side, the scale 0.9 to 1.33; a test crop,
+                one of 224 / 256. Left out: scenic draws a scale of the height and another of the width.
+    colour      Table 7 gives the probability, 0.8; the strengths are 0.4, 0.4, 0.4, and 0.2 of the hue's circle. Left
+                out: scenic adds its brightness, up to 32 levels, and makes one clip in 10 grey.
+    RandAug     scenic's: 11 operations of colour and cutout, or none, each as likely, all frames alike. Its scale ends
+                at 10; what magnitudes 15 and 20 do is what its code makes of them (data.SCENIC_AUGMENT).
     flip        with probability 0.5 on all data sets, as Table 7 says, though SSv2's labels tell left from right.
     drop        layer drop rises linearly to its rate in each of the two transformers, and scales up what it keeps.
     VMAE        row IV: the temporal transformer's layers are the first of VideoMAE's encoder.
@@ -53,6 +83,8 @@ IV (tpt_mae.py, or --init-temporal with published weights), scenic's own ViViT c
     python sfa_vivit.py                     # toy videos, made on first use: 2 CPU cores, a few minutes
     torchrun --nproc_per_node=8 sfa_vivit.py --recipe ssv2 --init L_16.npz --train-list train.csv --val-list val.csv
 
+On 8 GPUs that takes 22 GB each; `--plan --gpus 8` prints the --micro-batch that fits less.
+
 Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values of a patch.
 """
 
@@ -62,7 +94,7 @@ import math
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -95,21 +127,24 @@ RECIPES = {
             "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,  # from nothing, SGD learns little in minutes
             "head_std": 0.1,  # DECISION (head)
             "batch_size": 32, "crop": False, "flip": False,  # left is not right
-            "views": 1, "crops": 1, "eval_every": 2, "log_every": 50, "workers": 2},
-    "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
-             "temporal_depth": 24},  # DECISION (depth)
-    "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8,
-             "temporal_depth": 24},
+            "views": 1, "crops": 1, "eval_every": 2, "log_every": 50, "workers": 2, "gpus": 1},
+    "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8},
+    "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8},
     "mit": {"train_clips": 791297, "num_classes": 339, "stages": "8:10,128:10",  # DECISION (epochs)
             "lr": 0.25, "colour_jitter": 0.8},
     "epic": {"train_clips": 67217, "labels": "epic", "stages": "8:50,64:50", "stride": 1, "rand_augment": 15.0,
              "drop_path": 0.2, "label_smoothing": 0.2, "mixup": 0.1},
     "ssv2": {"train_clips": 168913, "num_classes": 174, "stages": "8:35,64:35",  # DECISION (length)
              "stride": 1,  # DECISION (stride)
+             "size": 256, "crop_share": 256 / 288,  # DECISION (size)
              "rand_augment": 20.0, "drop_path": 0.3, "label_smoothing": 0.3, "mixup": 0.3},
-    "selse": {"train_clips": 54919, "num_classes": 174, "stages": "8:35,64:35", "stride": 1},  # compositional split
+    "selse": {"train_clips": 54919, "num_classes": 174, "stages": "8:35,64:35", "stride": 1,  # compositional split
+              "size": 256, "crop_share": 256 / 288},
 }  # fmt: skip
 EPIC = 97, 300  # classes of verbs and nouns (EPIC-Kitchens-100)
+
+# Frames of one clip that the paper fits into the 16 GB of a TPU v3, everything trained and with SFA (Table 4).
+TABLE_4 = {"vivit_h": (96, 128), "vivit_g": (8, 48)}
 
 
 @dataclass
@@ -127,10 +162,11 @@ class Config:
     resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
-    gpu_gb: tuple = opt(("11", "16", "24", "80"), "GB of the cards that --plan fits frames into (Table 4)", free=True)
+    gpus: int = opt(64, "GPUs that --plan counts memory for (the paper: 64 TPUs of 16 GB)", free=True)
+    gpu_gb: tuple = opt(("11", "16", "24", "80"), "GB of the cards that --plan fits clips and frames into", free=True)
 
     model: str = opt("vivit_l", "model size (Sec. 4.2)", choices=list(MODELS))
-    temporal_depth: int = opt(0, "layers of the temporal transformer; 0: the model's own")
+    temporal_depth: int = opt(0, "layers of the temporal transformer; 0: as the model and the recipe have")
     gelu: str = opt("exact", "exact, as the hub's and timm's ViTs; tanh: its approximation (scenic)", ["exact", "tanh"])
     head_std: float = opt(0.0, "standard deviation of the classifier's weights at init (scenic: 0)")
     stages: str = opt("8:35,64:35", "frames:epochs of each stage, such as 8:30,32:10,128:10 (Sec. 3.2, App. D)")
@@ -156,8 +192,9 @@ class Config:
     label_smoothing: float = opt(0.0, "share of a label spread over all classes (Table 7)")
     mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (Table 7)")
     colour_jitter: float = opt(0.0, "probability of colour jitter (Table 7)")
-    rand_augment: float = opt(0.0, "magnitude of 2 layers of RandAugment, of 30; 0: off (Table 7)")
-    crop: bool = opt(True, "random square crops with scale jitter in training (Table 7); off: the centre square")
+    rand_augment: float = opt(0.0, "magnitude of 2 layers of RandAugment, scenic's; 0: off (Table 7)")
+    crop: bool = opt(True, "square crops, random with scale jitter in training (Table 7); off: of the whole short side")
+    crop_share: float = opt(224 / 256, "a crop's side as a share of the short side; jittered in training (scenic)")
     flip: bool = opt(True, "random left-right flips in training (Table 7)")  # DECISION (flip)
     views: int = opt(4, "clips of a video at test, evenly placed in time (scenic); 1 for Table 3")
     crops: int = opt(3, "squares of a clip at test, along its long side (scenic); 1 for Table 3")
@@ -207,6 +244,14 @@ def plan_stages(cfg, epoch_steps):
         stop = start + (cfg.max_steps or int(epochs) * epoch_steps)  # DECISION (restart): a schedule each
         stages.append(Stage(number, int(frames), start, stop, frozen, cfg.adapter and "spatial" in frozen))
     return stages
+
+
+def temporal_layers(cfg):
+    """Layers of the temporal transformer: as --temporal-depth says, else what scenic has for the model and data set."""
+    own = MODELS[cfg.model]["temporal"]
+    if cfg.model == "vivit_l" and cfg.recipe in ("k400", "k600"):
+        own = 24  # DECISION (depth)
+    return cfg.temporal_depth or own
 
 
 def inflate(kernel, frames, how):
@@ -259,17 +304,21 @@ def sample_clip(cfg, frames, videos, views, video, index, view, key):
     last = last_start(count, frames, cfg.stride)
     if views is None:
         first = int(uniform(key, "start").item() * (last + 1))
-        share = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()
-        share = 224 / (256 * share)  # DECISION (scale): of the short side
-        box = data.random_box(video.info, key, share) if cfg.crop else data.centre_box(video.info)
+        scale = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()  # DECISION (scale)
+        box = data.random_box(video.info, key, cfg.crop_share / scale) if cfg.crop else data.centre_box(video.info)
     else:
         clip, square = divmod(view, views[1])
         first = last * clip // (views[0] - 1) if views[0] > 1 else last // 2
-        box = data.crop_box(video.info, square, views[1])
+        box = data.crop_box(video.info, square, views[1], cfg.crop_share if cfg.crop else 1.0)
     chosen = clip_frames(count, frames, cfg.stride, first)
     if cfg.labels == "classes":
         return chosen, box
     return video.at(start + np.array(chosen) / video.info.fps), box
+
+
+def heads_of(cfg, classes):
+    """Classes of each head: those of the list, or verbs and nouns."""
+    return EPIC if cfg.labels == "epic" else (len(classes),)
 
 
 def head_labels(labels, heads):
@@ -439,7 +488,7 @@ class ViViT(nn.Module):
 
 def build(cfg, heads, stage):
     """The model that a Config describes, in a Stage."""
-    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, cfg.temporal_depth, cfg.drop_path, cfg.attention,
+    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, temporal_layers(cfg), cfg.drop_path, cfg.attention,
                 cfg.grad_checkpoint, cfg.spatial_chunk, cfg.gelu, cfg.head_std)  # fmt: skip
     net.enter(stage)
     return net
@@ -482,10 +531,15 @@ def temporal_weights(path, depth):
     return {k: v for k, v in state.items() if k.startswith("temporal.")}
 
 
+def init_file(cfg):
+    """The file or folder that --init names, "" where it names none."""
+    return "" if cfg.init == "random" else cfg.init
+
+
 def init_weights(cfg, net):
     """The tensors of --init and --init-temporal as `net` takes them: positions resized, an image's kernel inflated, a
     classifier of other classes left out. UserError where the file's patches or its temporal depth differ."""
-    weights = image_weights(cfg.init) if cfg.init not in ("", "random") else {}
+    weights = image_weights(cfg.init) if init_file(cfg) else {}
     kernel, (frames, patch, _) = weights.get("patch_embed.weight"), net.patch
     if kernel is not None:
         side = kernel.shape[-1] if kernel.dim() == 4 else math.isqrt(kernel.shape[1] // 3 // frames)
@@ -611,31 +665,37 @@ def count_gmacs(net, stage):
     return net.steps * all_layers(net.spatial, look) + rest
 
 
-def memory_model(cfg, net):
-    """(bytes, bytes more a time step) that training on one clip holds: with everything trained, with spatial frozen.
-
-    Weights, gradients, optimizer state; the clip; what blocks save for backward, measured on the CPU as the growth with
-    one more image or token, under autocast unless --precision fp32; frozen: the images of one chunk in one block.
-    """
-    half, spec = cfg.precision != "fp32", MODELS[cfg.model]
+def block_memory(cfg):
+    """A function of (depth, tokens): the bytes that so many blocks hold of one sequence. It measures each pair once."""
+    spec, half = MODELS[cfg.model], cfg.precision != "fp32"
     block = Block(spec["width"], spec["heads"], spec["mlp"] / spec["width"], kind="sdpa")
-    embed, adapter = nn.Linear(net.patch_embed.in_features, net.width), Adapter(net.width)
+    measure = partial(common.block_bytes, block, half=half, grad_checkpoint=cfg.grad_checkpoint)
+    return cache(lambda depth, tokens: measure(depth, (tokens, spec["width"])))
 
-    def grown(module, *shape):  # between one and two, so that autocast's copies of weights don't count
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            one, two = (common.saved_bytes(module, torch.randn(n, *shape)) for n in (1, 2))
-        return two - one
 
-    image = grown(block, 1 + net.tokens, net.width)  # of one block
-    step = net.patch[0] * 3 * cfg.size**2 * (9 if cfg.mixup else 2)  # the clip, as it is and cut into patches
-    step += len(net.temporal.blocks) * grown(block, 64, net.width) / 64
-    full = step + len(net.spatial.blocks) * image + grown(embed, net.tokens, embed.in_features)
-    frozen = step + cfg.adapter * grown(adapter, 64, net.width) / 64
-    count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
-    spatial, rest = count(net.patch_embed, net.spatial), count(net.temporal, net.head)
-    trained = {"sgd": 12, "adamw": 16}[cfg.optimizer] + 2 * half  # bytes: weight, gradient, state; autocast's copy
-    fixed = spatial * (2 if half else 4) + (rest + cfg.adapter * count(adapter)) * trained
-    return ((spatial + rest) * trained, full), (fixed + cfg.spatial_chunk * image, frozen)
+def memory_model(cfg, net, stage, blocks, gpus=1):
+    """(bytes, bytes more a time step) that training on one clip holds in a Stage; blocks: see block_memory.
+
+    Weights, gradients, optimizer state; the clip; what blocks save for backward, under autocast unless --precision
+    fp32. Where spatial is frozen: its weights, and the images of one chunk in one block.
+    """
+    net.enter(stage)
+    half, frozen = cfg.precision != "fp32", "spatial" in stage.frozen
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    kept = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    fixed = common.state_bytes(trained, kept, cfg.optimizer, half, gpus)
+    if half and frozen:
+        fixed -= 4 * kept  # spatial is kept in half alone
+
+    step = common.PIXEL_BYTES * net.patch[0] * 3 * cfg.size**2
+    step += blocks(len(net.temporal.blocks), 64) / 64
+    if net.adapter:
+        step += 3 * 4 * net.width  # its input, its hidden layer before and after the GELU
+    if frozen:
+        fixed += cfg.spatial_chunk * blocks(0, 1 + net.tokens)
+    else:
+        step += blocks(len(net.spatial.blocks), 1 + net.tokens)
+    return fixed, step
 
 
 def largest_frames(memory, gigabytes):
@@ -674,7 +734,20 @@ def print_plan(cfg):
         f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training everything on "
         f"{last.frames} frames for as many steps as the last stage"
     )
-    memory = memory_model(cfg, net)
+    blocks, phases = block_memory(cfg), []
+    for stage in stages:
+        fixed, step = memory_model(cfg, net, stage, blocks, cfg.gpus)
+        clip = stage.frames // net.patch[0] * step
+        group = 2 if cfg.mixup else 1
+        name = f"stage {stage.number + 1}"
+        phases.append(common.Phase(name, cfg.batch_size, cfg.micro_batch, fixed, clip, group))
+    common.print_memory(cfg, phases)
+    memory = [memory_model(cfg, net, Stage(0, grid[-1], 0, 0, *kind), blocks) for kind in kinds]
+    print_table_4(cfg, kinds, grid, cost, memory)
+
+
+def print_table_4(cfg, kinds, grid, cost, memory):
+    """Cost and memory of one clip in both kinds of stage, and the frames that fit into each --gpu-gb (Table 4)."""
     print("\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state")
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
     for n in grid:
@@ -682,10 +755,21 @@ def print_plan(cfg):
         megabytes = " ".join(f"{(fixed + n // 2 * step) / 1e6:9.0f}" for fixed, step in memory)
         print(f"{n:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {megabytes}")
     precision = "fp32" if cfg.precision == "fp32" else "half precision"
-    print(f"\nmost frames of a micro-batch of one clip, {precision}, nothing recomputed (Table 4)")
+    recomputed = "blocks" if cfg.grad_checkpoint else "nothing"
+    print(f"\nmost frames of a micro-batch of one clip, {precision}, {recomputed} recomputed (Table 4)")
     for card in sorted(map(float, cfg.gpu_gb), reverse=True):
         full, frozen = (largest_frames(part, card) or "none" for part in memory)
-        print(f"{card:6g} GB: full {full}, frozen {frozen}")
+        paper = ""
+        if card == 16 and cfg.model in TABLE_4:
+            paper = "; the paper: full {}, frozen {}".format(*TABLE_4[cfg.model])
+        elif 11 <= card <= 12:
+            paper = "; the paper, of a ViViT that it doesn't name: full 16, frozen 80"
+        print(f"{card:6g} GB: full {full}, frozen {frozen}{paper}")
+    print(
+        "These are not the paper's: no one way of counting gives its H and its g, and it tells neither the precision "
+        "nor what\nis recomputed. Not counted: CUDA's own memory and workspace, buckets that ranks exchange, "
+        "fragmentation, the loader."
+    )
     if frozen == "none":
         raise UserError(
             f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take {memory[1][0] / 2**30:.1f} GB, "
@@ -724,11 +808,14 @@ def check(cfg):
             raise UserError(f"--{flag.replace('_', '-')} must not be negative")
     if cfg.min_lr > cfg.lr:
         raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
-    for flag, most in (("rand_augment", 30), ("colour_jitter", 1), ("drop_path", 0.99), ("label_smoothing", 0.99)):
+    for flag, most in (("rand_augment", 20), ("colour_jitter", 1), ("drop_path", 0.99), ("label_smoothing", 0.99)):
         if not 0 <= getattr(cfg, flag) <= most:
             raise UserError(f"--{flag.replace('_', '-')} must be in [0, {most}]")
-    if not all(part.replace(".", "", 1).isdecimal() and float(part) for part in cfg.gpu_gb):
-        raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 16")
+    if not 0 < cfg.crop_share <= 1:
+        raise UserError(f"--crop-share {cfg.crop_share:g} is not a share of the short side, above 0 and at most 1")
+    common.check_gpus(cfg)
+    pretrained = [name for name in RECIPES if name != "toy"]
+    common.need_init(cfg, pretrained, "an image ViT's weights (.npz or hub folder), or a stage 1's")
 
 
 def read_epic(path, root):
@@ -788,16 +875,18 @@ def open_lists(cfg, ctx):
 
 
 def use(cfg, ctx):
-    """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
-    source = cfg.init or f"{cfg.out or 'runs/sfa-' + cfg.recipe}/best.pt"
-    state = common.load_checkpoint(source)
-    if not isinstance(state, dict) or not {"model", "config", "classes", "stage"} <= set(state):
-        raise UserError(f"{source}: not a checkpoint of sfa_vivit.py")
-    shape = ("model", "temporal_depth", "gelu", "stride", "size", "labels")
-    cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
-    heads, stage = EPIC if cfg.labels == "epic" else (len(classes),), Stage(*state["stage"])
-    net = build(cfg, heads, stage).to(ctx.device).eval()
-    net.load_state_dict(state["model"])
+    """--task eval, predict, features: a trained model, its shape and its crops read from its own checkpoint."""
+    source = init_file(cfg) or f"{cfg.out or 'runs/sfa-' + cfg.recipe}/best.pt"
+    shape = ("model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels")
+
+    def saved(state):
+        own = replace(cfg, **{key: state["config"][key] for key in shape})
+        return own, build(own, heads_of(own, state["classes"]), Stage(*state["stage"]))
+
+    cfg, net, state = common.open_trained(source, "sfa_vivit.py", ("classes", "stage"), saved)
+    classes, stage = state["classes"], Stage(*state["stage"])
+    heads = heads_of(cfg, classes)
+    net = net.to(ctx.device)
     if cfg.task == "predict":
         return predict(net, replace(cfg, labels="classes"), ctx, heads, stage, classes)
     if not cfg.val_list:
@@ -833,13 +922,14 @@ def augment(cfg, clips, keys):
     if cfg.colour_jitter:  # DECISION (colour)
         chosen = (uniform(keys, "colour") < cfg.colour_jitter).to(clips.device)  # [B]
         clips = torch.where(chosen[:, None, None, None, None], data.colour_jitter(clips, keys, hue=0.2), clips)
-    if cfg.rand_augment:  # DECISION (RandAug): of 30; data's are of 10
-        clips = data.rand_augment(clips, keys, cfg.rand_augment / 3, layers=2)  # [B, T, C, H, W]
+    if cfg.rand_augment:  # DECISION (RandAug)
+        clips = data.scenic_rand_augment(clips, keys, cfg.rand_augment, layers=2)  # [B, T, C, H, W]
     return data.flip(clips, keys) if cfg.flip else clips  # [B, T, C, H, W]
 
 
 def main(cfg):
     check(cfg)
+    cfg = replace(cfg, temporal_depth=temporal_layers(cfg))  # as it runs: for the log and the checkpoint
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
@@ -847,7 +937,7 @@ def main(cfg):
         return use(cfg, ctx)
     micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup))
     videos, val_videos = open_lists(cfg, ctx)
-    heads = EPIC if cfg.labels == "epic" else (len(videos.classes),)
+    heads = heads_of(cfg, videos.classes)
     run = common.Run(cfg, ctx, "sfa")
     state = run.resume()
 
@@ -863,8 +953,8 @@ def main(cfg):
     net = build(cfg, heads, stages[at["stage"]]).to(ctx.device)
     if state:
         meter.load(state["sums"], ctx)
-    elif cfg.init not in ("", "random") or cfg.init_temporal:
-        source = " and ".join(x for x in (cfg.init, cfg.init_temporal) if x)
+    elif init_file(cfg) or cfg.init_temporal:
+        source = " and ".join(x for x in (init_file(cfg), cfg.init_temporal) if x)
         run.say(common.load_weights(net, init_weights(cfg, net), source))
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     run.say(
@@ -906,7 +996,8 @@ def main(cfg):
         batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
         run.say(
             f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
-            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train"
+            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train; {cfg.model} with {cfg.temporal_depth} "
+            "temporal layers"
         )
 
         while True:

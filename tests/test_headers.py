@@ -7,9 +7,10 @@ import pytest
 from conftest import ROOT
 
 import common
+import sfa_vivit
 import turbo
 
-SCRIPTS = {"turbo.py": turbo}
+SCRIPTS = {"turbo.py": turbo, "sfa_vivit.py": sfa_vivit}
 
 
 def rows(script):

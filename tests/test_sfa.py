@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from itertools import pairwise
 
 import av
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY, command
+from test_headers import rows
 
 import common
 import data
@@ -261,14 +263,128 @@ class FakeVideo:
 
 
 def test_test_views_are_clips_by_squares():
-    """4 x 3: starts evenly spread over the video, squares left, centre, right; 1 x 1 the centre of both."""
+    """4 x 3: starts evenly spread over the video, squares left, centre, right; 1 x 1 the centre of both. A square is
+    scenic's: 224 of a short side of 256, here 52 of 60 pixels, in the middle of it."""
     cfg = config("--recipe", "k400")
     plans = [sfa.sample_clip(cfg, 8, None, (4, 3), FakeVideo(), 0, view, KEYS[0]) for view in range(12)]
     assert [frames[0] for frames, _ in plans[::3]] == [0, 28, 56, 85] and plans[0][0] == list(range(0, 16, 2))
-    assert [box for _, box in plans[:3]] == [(0, 0, 60, 60), (14, 0, 60, 60), (30, 0, 60, 60)]
+    assert [box for _, box in plans[:3]] == [(0, 4, 52, 52), (18, 4, 52, 52), (38, 4, 52, 52)]
     assert plans[9:] == [(plans[9][0], box) for _, box in plans[:3]]
     frames, box = sfa.sample_clip(cfg, 8, None, (1, 1), FakeVideo(), 0, 0, KEYS[0])
-    assert frames[0] == 42 and box == (14, 0, 60, 60)
+    assert frames[0] == 42 and box == (18, 4, 52, 52)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size", "side"),
+    [("k400", 224, 224), ("k600", 224, 224), ("mit", 224, 224), ("epic", 224, 224), ("ssv2", 256, 228),
+     ("selse", 256, 228), ("toy", 64, 256)],
+)  # fmt: skip
+def test_crops_of_a_video_of_340_by_256(recipe, size, side):
+    """scenic: 224 of 256 pixels, on SSv2 256 of 288; in training that over the jitter. The toy's are the whole side."""
+    cfg, video = config("--recipe", recipe, "--labels", "classes"), FakeVideo()
+    video.info = video.info._replace(width=340, height=256)
+    assert cfg.size == size
+    for views, view, x in (((1, 1), 0, 170 - side // 2), ((4, 3), 0, 0), ((4, 3), 2, 340 - side)):
+        _, box = sfa.sample_clip(cfg, 8, None, views, video, 0, view, KEYS[0])
+        assert box == (x, 128 - side // 2, side, side)
+    video.info = video.info._replace(width=256, height=340)
+    assert sfa.sample_clip(cfg, 8, None, (4, 3), video, 0, 2, KEYS[0])[1] == (128 - side // 2, 340 - side, side, side)
+    drawn = [sfa.sample_clip(cfg, 8, None, None, video, 0, 0, key)[1][2] for key in make_key(torch.arange(300))]
+    low, high = (side, side) if recipe == "toy" else (side / 1.33, side / 0.9)
+    assert low - 2 <= min(drawn) < low + 4 and high - 5 < max(drawn) <= high + 2
+
+
+# ---- RandAugment -----------------------------------------------------------------------------------------------------
+
+# What a pixel of grey becomes at magnitude 15 and at 20, worked out by hand from scenic's code: a bit mask of 6 and of
+# 8 bits; thresholds 384 and 512 as bytes, 128 and 0; 165 and 220 added below 128; factors 2.8 and 3.7, from black,
+# from white (the "mean", pixels / 256, is above 255), and from grey itself.
+BY_HAND = {
+    "Invert": {10: (245, 245), 100: (155, 155), 201: (54, 54)},
+    "Posterize": {10: (8, 10), 100: (100, 100), 201: (200, 201)},
+    "Solarize": {10: (10, 245), 100: (100, 155), 201: (54, 54)},
+    "SolarizeAdd": {10: (175, 230), 100: (255, 255), 201: (201, 201)},
+    "Brightness": {10: (28, 37), 100: (255, 255), 201: (255, 255)},
+    "Contrast": {10: (0, 0), 100: (0, 0), 201: (103, 55)},
+    "Color": {10: (10, 10), 100: (100, 100), 201: (201, 201)},
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_scenic_operations_by_hand(name):
+    for pixel, expected in BY_HAND[name].items():
+        x = torch.full((3, 300, 300), pixel, dtype=torch.uint8)
+        for magnitude, value in zip((15, 20), expected, strict=True):
+            assert data.SCENIC_AUGMENT[name](x, magnitude / 10).unique().tolist() == [value], (pixel, magnitude)
+
+
+def test_scenic_operations_see_the_whole_clip():
+    """Stretched and equalised over all frames at once, each colour alone; colour moves away from luma; the middle of
+    a sharpened pixel's 3 x 3 has 5 of 13 parts."""
+    tall = torch.zeros(3, 4, 5, dtype=torch.uint8)  # two frames of 2 x 5
+    tall[0], tall[1] = torch.tensor([0, 0, 51, 51])[:, None], 7
+    stretched = data.SCENIC_AUGMENT["AutoContrast"](tall, 2.0)
+    assert stretched[0, :, 0].tolist() == [0, 0, 255, 255] and stretched[1:].unique().tolist() == [0, 7]
+    ramp = torch.arange(512).repeat_interleave(2).div(4, rounding_mode="floor").byte().view(1, 16, 64).expand(3, -1, -1)
+    assert data.SCENIC_AUGMENT["Equalize"](torch.cat([ramp // 2, ramp // 2], 1), 2.0).max() == 255
+    red = torch.tensor([200, 100, 100], dtype=torch.uint8)[:, None, None].expand(3, 9, 9)  # luma 129.9
+    assert data.SCENIC_AUGMENT["Color"](red, 2.0)[:, 0, 0].tolist() == [255, 19, 19]  # 130 + 3.7 * (70, -30, -30)
+    dot = torch.zeros(3, 9, 9, dtype=torch.uint8)
+    dot[:, 4, 4] = 26  # smoothed 10, beside it 2
+    sharp = data.SCENIC_AUGMENT["Sharpness"](dot, 1.0)[0]  # factor 1.9
+    assert sharp[4, 4] == 40 and sharp.sum() == 40
+
+
+def test_scenic_rand_augment_draws(monkeypatch):
+    """Two of 12 outcomes a clip, any as likely, with replacement: the 11 operations, and nothing; without a sign."""
+    seen = []
+    for name in data.SCENIC_AUGMENT:
+        if name != "Cutout":
+            monkeypatch.setitem(data.SCENIC_AUGMENT, name, lambda x, v, name=name: (seen.append((name, v)), x + 0)[1])
+    n = 3000
+    white = torch.full((n, 1, 3, 1, 1), 255, dtype=torch.uint8)
+    cut = (data.scenic_rand_augment(white, make_key(torch.arange(n)), 15) == 0).flatten(1).any(1).sum().item()
+    names = [*BY_HAND, "AutoContrast", "Equalize", "Sharpness"]
+    assert {name for name, _ in seen} == set(names) and {v for _, v in seen} == {1.5}
+    spread = 4 * math.sqrt(2 * n * 11 / 144)
+    for name in names:
+        assert abs(sum(other == name for other, _ in seen) - 2 * n / 12) < spread, name
+    assert abs(len(seen) - 2 * n * 10 / 12) < 2 * spread
+    assert abs(cut - n * (1 - (11 / 12) ** 2)) < spread
+
+
+def test_scenic_cutout(monkeypatch):
+    """A black square of 160 pixels at magnitude 20, 120 at 15, the same in all frames, its middle anywhere in the frame,
+    from the first pixel to the last; what is outside is lost."""
+    monkeypatch.setattr(data, "SCENIC_AUGMENT", {"Cutout": None})
+    keys = make_key(torch.arange(40))
+    for magnitude, side in ((20, 160), (15, 120)):
+        white = torch.full((40, 2, 3, 224, 250), 255, dtype=torch.uint8)
+        out = data.scenic_rand_augment(white, keys, magnitude, layers=1)
+        black = out == 0
+        assert torch.equal(black.any(1), black.all(1)) and torch.equal(black.any(2), black.all(2))
+        tops, heights = [], []
+        for clip in black[:, 0, 0]:
+            rows, columns = clip.any(1).nonzero().flatten(), clip.any(0).nonzero().flatten()
+            if len(rows):
+                assert clip[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+                tops.append(rows[0].item())
+                heights.append(len(rows))
+                assert side / 2 <= len(rows) <= side and side / 2 <= len(columns) <= side
+        assert 10 < len(heights) < 30 and max(heights) == side  # half of the draws are nothing
+        assert min(tops) == 0 and max(tops) > 224 - side
+    assert torch.equal(out, data.scenic_rand_augment(white, keys, 15, layers=1))
+
+
+def test_the_recipes_clips_are_augmented_as_scenic(monkeypatch):
+    """augment() with --rand-augment: scenic's, at the magnitude given, and each clip by its own key."""
+    x, calls = clips(3, 2), []
+    keys, real = make_key(torch.arange(3)), data.scenic_rand_augment
+    monkeypatch.setattr(data, "scenic_rand_augment", lambda *a, **k: (calls.append((a[2], k)), real(*a, **k))[1])
+    out = sfa.augment(config("--recipe", "ssv2", "--no-flip"), x, keys)
+    assert calls == [(20.0, {"layers": 2})] and not torch.equal(out, x)
+    for i in range(3):
+        assert torch.equal(out[i : i + 1], real(x[i : i + 1], keys[i : i + 1], 20, layers=2))
 
 
 def test_training_clips_vary_in_place_and_scale():
@@ -523,6 +639,23 @@ def test_parameters(model):
     assert count(net.adapter) == pytest.approx(adapter, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "model", "depth", "millions"),
+    [("k400", "vivit_b", 4, 115.1), ("k400", "vivit_l", 24, 606.8), ("k600", "vivit_l", 24, 607.0),
+     ("ssv2", "vivit_l", 4, 354.7), ("epic", "vivit_l", 4, 354.9), ("k600", "vivit_h", 4, 710.9),
+     ("k400", "vivit_g", 4, 1113.6)],
+)  # fmt: skip
+def test_temporal_depth_of_model_and_data_set(recipe, model, depth, millions):
+    """scenic: 4 layers but for L on Kinetics; ViViT-B of the ViViT paper's Table 4 has 115.1 M parameters."""
+    cfg = config("--recipe", recipe, "--model", model)
+    heads = sfa.EPIC if recipe == "epic" else (cfg.num_classes,)
+    with torch.device("meta"):
+        net = sfa.build(cfg, heads, FULL)
+        assert len(net.temporal.blocks) == depth
+        assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=3e-3)
+        assert len(sfa.build(dataclasses.replace(cfg, temporal_depth=2), heads, FULL).temporal.blocks) == 2
+
+
 def whole_gmacs(model, stage, **changes):
     """Forward and backward of the whole model on meta, not by layers or time steps."""
     with torch.device("meta"):
@@ -583,17 +716,22 @@ def test_saved_activations():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_memory_model_is_what_the_whole_model_saves(frozen):
-    """Bytes a time step, measured on one block, against the whole toy model with 8 and 16 frames more."""
-    cfg = config("--precision", "fp32")
+    """Bytes a time step, measured on one block, against the whole toy model with 16 frames more, and what saved tensors
+    leave out: 10 bytes a pixel (of which full training saves 4, the embedding's input), and the blocks at work."""
+    cfg, stage = config("--precision", "fp32"), SECOND if frozen else FULL
     nets, saved = [], []
     for frames in (16, 32):
         net = sfa.ViViT(8, "vivit_toy", frames, 64)
-        net.enter((SECOND if frozen else FULL)._replace(frames=frames))
+        net.enter(stage._replace(frames=frames))
         nets.append(net)
         saved.append(common.saved_bytes(net, clips(1, frames, size=64), KEYS[:1]))
-    memory = sfa.memory_model(cfg, nets[0])[frozen]
-    clip = 2 * 3 * 64 * 64 * 2  # which saved tensors don't hold
-    assert (saved[1] - saved[0]) / 8 == pytest.approx(memory[1] - clip, rel=0.05)
+    memory = sfa.memory_model(cfg, nets[0], stage, sfa.block_memory(cfg))
+    block = nets[0].temporal.blocks[0]
+    grown = lambda tokens: [common.saved_bytes(block, torch.randn(n, tokens, 128, requires_grad=True)) for n in (1, 2)]
+    at_work = {n: high - low for n, (low, high) in ((n, grown(n)) for n in (17, 64))}
+    expected = (saved[1] - saved[0]) / 8 + at_work[64] / 64
+    expected += 10 * 2 * 3 * 64 * 64 if frozen else 6 * 2 * 3 * 64 * 64 + at_work[17]
+    assert memory[1] == pytest.approx(expected, rel=0.05)
     assert sfa.largest_frames((2**30, 2**20), 2) == 2 * 1024 and sfa.largest_frames((2**30, 2**20), 0.5) == 0
     trained = sum(p.numel() for p in nets[0].parameters() if p.requires_grad)
     kept = sum(p.numel() for p in nets[0].parameters()) - trained
@@ -623,8 +761,8 @@ ROWS = {
     **{f"T6 {name}, base": [name, "--stages", stages] for name, stages in (("ssv2", "64:35"), ("selse", "64:35"),
                                                                            ("epic", "64:50"))},
     "F1, F4, T5 base": ["k400", "--stages", "128:30"],
-    "F1 B": ["k400", "--model", "vivit_b", "--temporal-depth", 4],
-    "F1 B, base": ["k400", "--stages", "128:30", "--model", "vivit_b", "--temporal-depth", 4],
+    "F1 B": ["k400", "--model", "vivit_b"],
+    "F1 B, base": ["k400", "--stages", "128:30", "--model", "vivit_b"],
     "F4 64": ["k400", "--stages", "8:30,64:30"],
     "F4 64, base": ["k400", "--stages", "64:30"],
     "F3 image": ["k400", "--stages", "64:30", "--freeze", "spatial", *IMAGE],
@@ -637,16 +775,16 @@ ROWS = {
     "T10": ["k400", "--stages", "8:30,128:30", "--freeze", "none"],
     **{f"F3 {n}": ["k400", "--stages", f"{n}:30,96:30"] for n in (2, 4, 16, 32, 48)},
     "T3 L": ["k400", "--stages", "8:30,48:30", "--views", 1, "--crops", 1],
-    **{f"{t} {m}": ["k400", "--stages", stages, "--model", f"vivit_{m}", "--temporal-depth", 4, *extra]
+    **{f"{t} {m}": ["k400", "--stages", stages, "--model", f"vivit_{m}", *extra]
        for t, m, stages, *extra in (("T3", "h", "8:30,48:30", "--views", 1, "--crops", 1), ("T4", "g", "8:30,48:30"),
                                     ("T3", "g", "8:30,48:30", "--views", 1, "--crops", 1),
                                     ("T4, T5", "h", "8:30,128:30"), ("T5, base", "h", "128:30"),
                                     ("T10", "h", "8:30,128:30", "--freeze", "none"))},
     "T5 MiT": ["mit", "--model", "vivit_h"],
     "T5 MiT, base": ["mit", "--model", "vivit_h", "--stages", "128:10"],
-    "T5 K600 H": ["k600", "--model", "vivit_h", "--temporal-depth", 4],
-    "T5 K600 H, base": ["k600", "--model", "vivit_h", "--temporal-depth", 4, "--stages", "128:30"],
-    "T8 H": ["k400", "--model", "vivit_h", "--temporal-depth", 4, "--stages", "16:30", "--freeze", "spatial",
+    "T5 K600 H": ["k600", "--model", "vivit_h"],
+    "T5 K600 H, base": ["k600", "--model", "vivit_h", "--stages", "128:30"],
+    "T8 H": ["k400", "--model", "vivit_h", "--stages", "16:30", "--freeze", "spatial",
              "--no-adapter", "--init", "H_14.npz"],
 }  # fmt: skip
 
@@ -655,20 +793,20 @@ ROWS = {
 def quick_counts():
     """The plan's counts and measurements, each made once: rows share models. (The head's share is below 0.1 %.)"""
     patch, seen = pytest.MonkeyPatch(), {}
-    count, memory = sfa.count_gmacs, sfa.memory_model
+    count, memory = sfa.count_gmacs, sfa.block_memory
+
+    def measured(cfg):
+        key = cfg.model, cfg.precision == "fp32", cfg.grad_checkpoint
+        seen[key] = seen[key] if key in seen else memory(cfg)
+        return seen[key]
 
     def counted(net, stage):
-        key = net.width, len(net.temporal.blocks), stage.frames, stage.frozen, stage.adapter
+        key = net.width, net.size, len(net.temporal.blocks), stage.frames, stage.frozen, stage.adapter
         seen[key] = seen[key] if key in seen else count(net, stage)
         return seen[key]
 
-    def measured(cfg, net):
-        key = cfg.model, len(net.temporal.blocks), cfg.mixup, cfg.adapter, cfg.precision
-        seen[key] = seen[key] if key in seen else memory(cfg, net)
-        return seen[key]
-
     patch.setattr(sfa, "count_gmacs", counted)
-    patch.setattr(sfa, "memory_model", measured)
+    patch.setattr(sfa, "block_memory", measured)
     yield
     patch.undo()
 
@@ -696,6 +834,47 @@ def test_every_row_of_the_paper_plans(row, quick_counts, capsys):
     table = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +(0\.\d+) +(\d+) +(\d+)$", out, re.MULTILINE)
     assert {int(r[0]) for r in table} >= {s.frames for s in stages} and all(0.330 < float(r[3]) < 0.3405 for r in table)
     assert all(int(r[5]) < int(r[4]) for r in table) and out.count(" GB: full ") == len(cfg.gpu_gb)
+    depth = 24 if recipe in ("k400", "k600") and cfg.model == "vivit_l" else 4
+    assert f"temporal ({cfg.temporal_depth or depth} layers)" in out
+    assert [number for number, _ in gigabytes(out)] == [s.number + 1 for s in stages]
+    if len(stages) > 1 and cfg.freeze == "later" and cfg.model != "vivit_g" and stages[0].frames <= 16:
+        assert all(size < 16 for _, size in gigabytes(out)), out  # on the paper's 64 cards
+
+
+def gigabytes(out):
+    """(stage, GB a GPU) as --plan prints them for 2 clips on each of 64 GPUs."""
+    lines = re.findall(r"^memory +stage (\d): 2 clips at once on each of 64 GPUs.*: ([\d.]+) GB a", out, re.MULTILINE)
+    return [(int(number), float(size)) for number, size in lines]
+
+
+def test_rows_of_the_header_fit_the_papers_cards(quick_counts, monkeypatch, capsys):
+    """Each command of the header's table, as printed, on 64 cards of 16 GB; of g only stage 2, as the header says."""
+    monkeypatch.setattr(sfa, "count_gmacs", lambda net, stage: 1.0)
+    for name, flags in rows("sfa_vivit.py"):
+        sfa.main(config(*shlex.split(flags), "--plan"))
+        sizes = dict(gigabytes(capsys.readouterr().out))
+        if "vivit_g" in flags:
+            assert 16 < sizes.pop(1) < 24, name
+        assert sizes and max(sizes.values()) < 16, (name, sizes)
+
+
+def test_plan_of_the_paper_beside_ours(quick_counts, capsys):
+    """Table 4: the frames that the paper fits into 16 GB stand beside those counted here, and what isn't counted."""
+    for model, words in (("vivit_h", "full 96, frozen 128"), ("vivit_g", "full 8, frozen 48")):
+        sfa.main(config("--recipe", "k400", "--model", model, "--plan", "--gpu-gb", "16", "24"))
+        out = capsys.readouterr().out
+        assert re.search(rf"^ +16 GB: full \S+, frozen \d+; the paper: {words}$", out, re.MULTILINE)
+        assert "not the paper's" in out and "Not counted" in out and out.count("the paper: ") == 1
+
+
+def test_micro_batches_that_fit(capsys):
+    """8 GPUs have 16 clips a step each, in pairs for mixup; with recomputation stage 1 holds more of them."""
+    fits = []
+    for extra in ([], ["--grad-checkpoint"]):
+        sfa.main(config("--recipe", "ssv2", "--plan", "--gpus", 8, "--gpu-gb", "11", "12", *extra))
+        line = re.search(r"memory +stage 1: 16 clips .* in 11 GB: (\d+), 12 GB", capsys.readouterr().out)
+        fits.append(int(line[1]))
+    assert fits[0] in (2, 4, 8) and fits[1] == 16
 
 
 # ---- header, flags, recipes ------------------------------------------------------------------------------------------
@@ -712,7 +891,8 @@ def test_header_map_names_exist():
         for part in name.split("."):
             owner = getattr(owner, part)
     fields = {field.name for field in dataclasses.fields(sfa.Config)}
-    flags = {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z_-]+)", sfa.__doc__)} - {"nproc_per_node"}
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--(?:no-)?([a-z][a-z_-]+)", sfa.__doc__)}
+    flags.remove("nproc_per_node")
     assert flags and flags <= fields
 
 
@@ -736,7 +916,7 @@ def test_recipes_are_table_7():
     for name, recipe in sfa.RECIPES.items():
         for key, value in recipe.items():
             assert isinstance(value, types[key]), (name, key)
-        sfa.check(config("--recipe", name))
+        sfa.check(config("--recipe", name, "--init", "L_16.npz"))
     keys = "lr", "colour_jitter", "rand_augment", "drop_path", "label_smoothing", "mixup"
     table = {"k400": (0.1, 0.8, 0, 0, 0, 0), "k600": (0.1, 0.8, 0, 0, 0, 0), "mit": (0.25, 0.8, 0, 0, 0, 0),
              "epic": (0.5, 0, 15, 0.2, 0.2, 0.1), "ssv2": (0.5, 0, 20, 0.3, 0.3, 0.3),
@@ -996,6 +1176,47 @@ def test_eval_predict_features(trained, pairs, cli):
     assert features.shape == (8, 128) and np.isfinite(features).all()
 
 
+BROKEN = {  # what a file is -> what is wrong with it, made from the state of a run
+    "cut": lambda state: None,
+    "turbo's": lambda state: {key: state[key] for key in ("model", "config", "at")},
+    "no state": lambda state: [1, 2],
+    "older": lambda state: state | {"config": {k: v for k, v in state["config"].items() if k != "crop_share"}},
+    "no size of ours": lambda state: state | {"config": state["config"] | {"model": "vivit_x"}},
+    "stage": lambda state: state | {"stage": (1, 16)},
+    "width": lambda state: state | {"model": state["model"] | {"head.weight": torch.zeros(8, 192)}},
+    "frames": lambda state: state | {"stage": (1, 8, *state["stage"][2:])},
+    "weights": lambda state: state | {"model": {}},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_checkpoints_that_are_not_this_versions(what, trained, pairs, tmp_path):
+    """One line that names the file, whatever of it is damaged, old or another script's."""
+    whole, path = trained[0] / "best.pt", tmp_path / "best.pt"
+    state = BROKEN[what](torch.load(whole, weights_only=True))
+    torch.save(state, path) if state else path.write_bytes(whole.read_bytes()[:30_000])
+    lists = ["--val-list", pairs / "val.csv", "--data-root", pairs, "--input", pairs / "videos/val_00000.mp4"]
+    for task in ("eval", "features", "predict"):
+        assert str(path) in refused("--task", task, "--init", path, *lists)
+    assert str(path) in refused("--task", "eval", "--init", "random", "--out", tmp_path, *lists)  # names none: best.pt
+
+
+@torch.no_grad()
+def test_a_checkpoint_keeps_its_crops(trained, pairs, tmp_path, monkeypatch):
+    """--task eval of a recipe that crops: the checkpoint's own share of the short side, whatever the command's is."""
+    state = torch.load(trained[0] / "best.pt", weights_only=True)
+    torch.save(state | {"config": state["config"] | {"crop": True, "crop_share": 0.5}}, tmp_path / "best.pt")
+    boxes, real = [], data.crop_box
+    monkeypatch.setattr(data, "crop_box", lambda *a: (boxes.append(real(*a)), boxes[-1])[1])
+    lists = ["--val-list", pairs / "val.csv", "--data-root", pairs, "--workers", 0]
+    for task in (["eval"], ["features"], ["predict", "--input", pairs / "videos/val_00000.mp4"]):
+        sfa.main(config("--init", tmp_path / "best.pt", "--out", tmp_path / task[0], *lists, "--task", *task))
+        with data.Video(pairs / "videos/val_00000.mp4") as video:
+            half = round(min(video.info.width, video.info.height) / 4) * 2
+        assert boxes and {box[2] for box in boxes} == {half}, task
+        boxes.clear()
+
+
 @torch.no_grad()
 def test_views_are_averaged_as_logits(trained, pairs):
     """evaluate on 2 x 1 views = by hand: the mean of both clips' logits, its argmax against the label."""
@@ -1131,7 +1352,11 @@ def refused(*argv):
         (["--plan", "--num-classes", "-1"], ["--num-classes"]),
         (["--views", "0"], ["--views"]),
         (["--temporal-depth", "-1"], ["--temporal-depth"]),
-        (["--rand-augment", "31"], ["--rand-augment"]),
+        (["--rand-augment", "21"], ["--rand-augment", "20"]),
+        (["--crop-share", "0"], ["--crop-share 0"]),
+        (["--crop-share", "1.1"], ["--crop-share 1.1"]),
+        (["--plan", "--gpus", "0"], ["--gpus"]),
+        (["--plan", "--gpus", "7"], ["--gpus 7", "--batch-size"]),
         (["--colour-jitter", "2"], ["--colour-jitter"]),
         (["--drop-path", "1"], ["--drop-path"]),
         (["--train-list", ""], ["--train-list"]),
@@ -1144,6 +1369,15 @@ def refused(*argv):
 def test_impossible_flags(flags, words, pairs_args, tmp_path):
     message = refused(*pairs_args, "--out", tmp_path, *flags)
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("recipe", ["k400", "k600", "mit", "epic", "ssv2", "selse"])
+def test_the_papers_recipes_start_from_weights(recipe, tmp_path):
+    """All of the paper's start from an image model; --init random means none. The missing list is the next to be said."""
+    message = refused("--recipe", recipe, "--out", tmp_path)
+    assert f"--recipe {recipe}" in message and "--init random" in message and "image" in message
+    for init in ("random", "L_16.npz"):
+        assert "--train-list" in refused("--recipe", recipe, "--init", init, "--out", tmp_path)
 
 
 def test_frames_and_epochs_are_the_stages_to_say(fails):

@@ -1103,9 +1103,11 @@ def print_memory(cfg, phases):
     """Print GB a GPU of each Phase on --gpus GPUs, and the largest micro-batch that fits each of --gpu-gb."""
     for phase in phases:
         per_gpu, rest = divmod(phase.batch, cfg.gpus)
-        if rest or not per_gpu:
-            raise UserError(f"--batch-size {phase.batch} ({phase.name}) is not divisible by --gpus {cfg.gpus}")
-        micro = phase.micro or per_gpu
+        micro = phase.micro or max(1, per_gpu)
+        if rest or not per_gpu or per_gpu % micro:
+            raise UserError(
+                f"--batch-size {phase.batch} ({phase.name}) is not divisible by --gpus {cfg.gpus} x --micro-batch {micro}"
+            )
         gigabytes = (CUDA_BYTES + phase.state + micro * phase.clip) / 2**30
         fits = []
         for card in cfg.gpu_gb:

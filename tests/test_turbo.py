@@ -267,6 +267,14 @@ def test_plan_memory_by_hand(capsys, monkeypatch):
     assert memory(capsys, "--recipe", "breakfast", "--gpus", 1, "--gpu-gb", 3)[1] == {"3": "8"}  # 2 videos x 4 clips
 
 
+@pytest.mark.parametrize("flags", [["--gpus", 3], ["--gpus", 32], ["--micro-batch", 3], ["--micro-batch", 4]])
+def test_plan_refuses_a_batch_that_does_not_divide(flags):
+    """As training does, for as many GPUs: 16 clips by 8 GPUs are 2."""
+    with pytest.raises(UserError, match="--batch-size 16 .*not divisible by --gpus") as error:
+        turbo.main(config("--plan", "--recipe", "ucf101", *flags))
+    assert "\n" not in str(error.value)
+
+
 def test_plan_memory_is_what_a_step_saves(capsys, monkeypatch):
     """Beside the tensors that a whole step in bf16 saves for backward, decoder, embedding and target with it."""
     monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))

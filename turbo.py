@@ -539,7 +539,7 @@ class Turbo(nn.Module):
             table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, decoder width]
             self.register_buffer("decoder_positions", table, persistent=False)
         self.apply(common.init_linear)
-        if recon:  # PyTorch's default, as VideoMAE leaves it; last, so that no other weight's draw depends on it
+        if recon:  # PyTorch's default, as VideoMAE leaves it
             self.encoder_to_decoder.reset_parameters()
         self.patch_embed.reset_parameters()  # PyTorch's default, as VideoMAE's convolution: positions must stand out
         if num_classes:

@@ -1508,7 +1508,7 @@ def scenic_rand_augment(clips, keys, magnitude, layers=2):
     Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU; magnitude, 0 to 20. Returns: uint8 as clips.
 
     All frames get the same. Cutout blackens a square of 8 * magnitude pixels, whatever the clip's size, around a point
-    anywhere in the frame; what falls outside is lost. Equal to scenic's but for a level where TensorFlow counts in float32.
+    anywhere in the frame; what falls outside is lost. Within 3 levels of scenic's, which counts in float32.
     """
     draws = uniform(keys, "rand_augment", 3 * layers).unflatten(-1, (layers, 3))  # [B, layers, 3]
     names = [*SCENIC_AUGMENT, "nothing"]

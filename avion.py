@@ -412,39 +412,43 @@ def plain_pickle(path):
 
 
 def read_rows(path):
-    """Yields (place for messages, video, start, end, text or texts, action or None, nouns, id) of a list of any format.
+    """Yields (place for messages, row) of a list of any format, for `parse_row`: a tuple of AVION's pickles, a line of
+    a .jsonl, or a dict of a .csv."""
+    if path.endswith((".pkl", ".pickle")):
+        yield from ((f"{path}: row {n}", row) for n, row in enumerate(plain_pickle(path)))
+    elif path.endswith(".jsonl"):
+        yield from data.read_lines(path)
+    else:
+        yield from data.read_table(path)
+
+
+def parse_row(row):
+    """(video, start, end, text or texts, action or None, nouns, id) of a row, or None where it tells nothing.
 
     .pkl: AVION's Ego4D tuples (video, start, end, text or texts, ...). .csv: EK-100's as published, or video,start,end,
     text. .jsonl: {"video", "start", "end", "text"} a line; of the toy set's, those that are visible. Times in seconds.
     An action is `verb:noun`, two classes; of the toy set's, the motion and the actor. Raises whatever bad rows raise.
     """
-    if path.endswith((".pkl", ".pickle")):
-        for number, row in enumerate(plain_pickle(path)):
-            yield f"{path}: row {number}", *row[:4], None, (), ""
-        return
-    seconds = lambda clock: sum(float(part) * 60**n for n, part in enumerate(reversed(clock.split(":"))))
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        if path.endswith(".jsonl"):
-            for number, line in enumerate(file, 1):
-                if line.isspace():
-                    continue
-                row, action, noun = json.loads(line), None, ""
-                if row.get("visible", True):
-                    if "visible" in row:
-                        _, colour, shape, verb = row["text"].split(" ", 3)
-                        noun, action = f"{colour} {shape}", f"{verb}:{colour} {shape}"
-                    yield f"{path}:{number}", *(row[k] for k in ("video", "start", "end", "text")), action, (noun,), ""
-            return
-        rows = csv.DictReader(file, strict=True)
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            if "narration_id" in row:
-                video, nouns = f"{row['participant_id']}/{row['video_id']}.MP4", json.loads(row["all_noun_classes"])
-                times = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
-                action = f"{row['verb_class']}:{row['noun_class']}"
-                yield where, video, *times, row["narration"], action, tuple(nouns), row["narration_id"]
-            else:
-                yield where, row["video"], float(row["start"]), float(row["end"]), row["text"], None, (), ""
+    if isinstance(row, (tuple, list)):
+        video, start, end, text = row[:4]
+        return video, start, end, text, None, (), ""
+    if isinstance(row, str):
+        row = json.loads(row) if row.strip() else {"visible": False}
+        if not row.get("visible", True):
+            return None
+        action, noun = None, ""
+        if "visible" in row:
+            _, colour, shape, verb = row["text"].split(" ", 3)
+            noun = f"{colour} {shape}"
+            action = f"{verb}:{noun}"
+        return row["video"], row["start"], row["end"], row["text"], action, (noun,), ""
+    if "narration_id" in row:
+        video, nouns = f"{row['participant_id']}/{row['video_id']}.MP4", json.loads(row["all_noun_classes"])
+        seconds = lambda clock: sum(float(part) * 60**n for n, part in enumerate(reversed(clock.split(":"))))
+        times = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
+        action = f"{row['verb_class']}:{row['noun_class']}"
+        return video, *times, row["narration"], action, tuple(nouns), row["narration_id"]
+    return row["video"], float(row["start"]), float(row["end"]), row["text"], None, (), ""
 
 
 def number(items):
@@ -462,21 +466,29 @@ class Narrations(data.Captions):
 
     def __init__(self, paths, root=""):
         action, noun_set, self.ids, actions, sets = array("i"), array("i"), [], {}, {}
+        self.left_out = []  # rows without a narration, and those that end before they start
 
         def rows():
             for path in map(str, paths):
                 where, before = path, len(action)
                 try:
-                    for where, video, start, end, text, name, nouns, narration in read_rows(path):
+                    for where, row in read_rows(path):
+                        parsed = parse_row(row)
+                        if not parsed:
+                            continue
+                        video, start, end, text, name, nouns, narration = parsed
                         texts = (text,) if isinstance(text, str) else text
                         if not (isinstance(texts, (tuple, list)) and texts and all(isinstance(t, str) for t in texts)):
                             raise UserError(f"{where}: the narration is not text: {str(text)[:60]!r}")
-                        if not all(t.strip() for t in texts):
-                            raise UserError(f"{where}: the narration is empty")
-                        if not (isinstance(video, str) and math.isfinite(start) and math.isfinite(end)):
+                        if not isinstance(video, str):
                             raise UserError(f"{where}: not video, start, end, text: {(video, start, end)}")
-                        if end < start:
-                            raise UserError(f"{where}: it ends at second {end:g}, before its start at {start:g}")
+                        if not all(t.strip() for t in texts):
+                            self.left_out.append(f"{where}: the narration is empty")
+                            continue
+                        if not -math.inf < start <= end < math.inf:
+                            wrong = f"its time is {start} to {end} s: the start must be before the end"
+                            self.left_out.append(f"{where}: {wrong}")
+                            continue
                         action.append(actions.setdefault(name, len(actions)))
                         noun_set.append(sets.setdefault(nouns, len(sets)))
                         self.ids += [narration] * bool(narration)
@@ -484,11 +496,12 @@ class Narrations(data.Captions):
                         yield video if os.path.splitext(video)[1] else f"{video}.mp4", start, end, texts
                 except OSError as error:
                     raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-                except (LookupError, ValueError, TypeError, AttributeError, csv.Error) as error:
-                    raise UserError(f"{where}: this line or the one after it is not video, start, end, text, nor a row "
-                                    f"of EK-100 ({type(error).__name__}: {str(error)[:80]})") from None  # fmt: skip
+                except (LookupError, ValueError, TypeError, AttributeError) as error:
+                    raise UserError(f"{where}: not video, start, end, text, nor a row of EK-100 "
+                                    f"({type(error).__name__}: {str(error)[:80]})") from None  # fmt: skip
                 if len(action) == before:
-                    raise UserError(f"{path}: the list holds no narration")
+                    why = f" that can be used: {self.left_out[-1]}" if self.left_out else ""
+                    raise UserError(f"{path}: the list holds no narration{why}")
 
         super().__init__(rows(), root)
         self.path, self._first = ", ".join(map(str, paths)), Path(paths[0])
@@ -1013,7 +1026,7 @@ def check(cfg):
         raise UserError(message)
 
 
-def open_list(paths, root, flag, ctx):
+def open_list(cfg, paths, root, flag, ctx):
     """Narrations of the lists of a flag; toy videos are made where the toy recipe's own lists are asked for."""
     if set(paths) & {*_TOY["train_list"], _TOY["val_list"]}:
         if ctx.rank == 0:
@@ -1024,14 +1037,21 @@ def open_list(paths, root, flag, ctx):
         ctx.barrier()
     if not any(paths):
         raise UserError(f"{flag} is missing: a list of narrated clips, .pkl, .csv or .jsonl")
-    return Narrations(paths, root)
+    videos = Narrations(paths, root)
+    note = videos.check_left_out(cfg.max_bad)
+    if note and ctx.rank == 0:
+        print(note)
+    return videos
 
 
 def open_actions(cfg, videos):
     """The classes: of --actions, else of all `videos` given; None where these have none and need none."""
     if not cfg.actions and cfg.loss != "cross_entropy" and not all(entries.classes for entries in videos):
         return None
-    actions = Actions(lists=[Narrations(cfg.actions)] if cfg.actions else videos)
+    if cfg.actions:
+        videos = [Narrations(cfg.actions)]
+        videos[0].check_left_out(cfg.max_bad)
+    actions = Actions(lists=videos)
     if cfg.loss == "cross_entropy" and cfg.num_classes not in (0, len(actions.names)):
         raise UserError(
             f"--num-classes {cfg.num_classes}: the lists have {len(actions.names)} actions; EK-100's 3,806 are those "
@@ -1065,7 +1085,7 @@ def use(cfg, ctx):
         cfg = replace(cfg, loss="infonce", embed_dim=len(weights["visual_projection.weight"]))
     classified = cfg.task == "predict" and cfg.loss == "cross_entropy" and (names or cfg.actions)
     if not (cfg.input and (cfg.task == "search" or classified)):
-        videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
+        videos = open_list(cfg, (cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
     if names or cfg.task in ("eval", "predict"):
         actions = Actions(names) if names else open_actions(cfg, [videos])
     tokenizer = BPETokenizer(cfg.merges or start.get("merges", ()))
@@ -1135,8 +1155,8 @@ def main(cfg):
     if cfg.task != "train":
         return use(cfg, ctx)
     micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
-    videos = open_list(cfg.train_list, cfg.data_root, "--train-list", ctx)
-    val_videos = open_list((cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
+    videos = open_list(cfg, cfg.train_list, cfg.data_root, "--train-list", ctx)
+    val_videos = open_list(cfg, (cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
     if len(videos) < cfg.batch_size:
         raise UserError(f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}")
     contrastive = cfg.loss != "cross_entropy"

@@ -1060,13 +1060,43 @@ class VideoList:
         return os.path.join(self.root, self._paths[index])
 
 
+def read_lines(path):
+    """Yields (`path:number`, line) of a text file; UserError names a file that can't be read, or a line not in UTF-8."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
+                yield place, text
+    except OSError as error:
+        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+
+
+def read_table(path):
+    """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a header. UserError names
+    the line where a row that is not csv begins."""
+    rows, before = csv.DictReader((line for _, line in read_lines(path)), strict=True), 0
+    try:
+        for row in rows:
+            before = rows.line_num
+            yield f"{path}:{before}", row
+    except csv.Error as error:  # an open quote, mostly, which would swallow all that follows
+        raise UserError(f"{path}:{before + 1}: this row is not csv ({error})") from None
+
+
 class Captions:
     """Captioned segments in memory, from rows (video, start second, end second, text or list of rephrasings).
 
+    `left_out`: rows of its file that its reader could not use, a place and a reason each (`check_left_out`).
     Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], `text(index, u)`, and `video_of`,
     int32 [entries], the number of its video among `names`. About 40 bytes an entry beside its text, so that Ego4D's 35
     million narrations fit, once for all of a machine's workers.
     """
+
+    left_out = ()
 
     def __init__(self, rows, root=""):
         self.root, self.names, self.texts, numbers = str(root), Strings(), Strings(), {}
@@ -1095,6 +1125,17 @@ class Captions:
         """Caption of entry `index`; of several rephrasings the one that u in [0, 1) picks."""
         first, stop = self._ends[index], self._ends[index + 1]
         return self.texts[first + int(u * (stop - first))]
+
+    def check_left_out(self, share):
+        """A note on the rows that were left out, "" if there is none. They are as unreadable videos are: UserError where
+        there are more than one and more than this share (--max-bad), or no others."""
+        if not self.left_out:
+            return ""
+        n = len(self) + len(self.left_out)
+        found = f"{self.left_out[0]} ({len(self.left_out)} such of {n} rows"
+        if len(self.left_out) > max(1, int(share * n)) or not len(self):
+            raise UserError(f"{found}, --max-bad {share:g})")
+        return f"left out: {found})"
 
 
 def need_videos(videos, max_bad):

@@ -88,7 +88,6 @@ On 8 GPUs that takes 22 GB each; `--plan --gpus 8` prints the --micro-batch that
 Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values of a patch.
 """
 
-import csv
 import json
 import math
 import os
@@ -818,39 +817,43 @@ def check(cfg):
     common.need_init(cfg, pretrained, "an image ViT's weights (.npz or hub folder), or a stage 1's")
 
 
-def read_epic(path, root):
+def read_epic(path, root, max_bad=0.01):
     """EPIC-KITCHENS-100's annotations as published (EPIC_100_train.csv, ..._validation.csv) -> data.Captions, whose
-    labels are verb * 300 + noun. UserError names file and line of what is no row of them, or of no known class."""
-    rows, labels = [], []
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                try:
-                    times = [sum(60**i * float(x) for i, x in enumerate(reversed(row[key].split(":"))))
-                             for key in ("start_timestamp", "stop_timestamp")]  # fmt: skip
-                    verb, noun = int(row["verb_class"]), int(row["noun_class"])
-                    video = f"{row['participant_id']}/{row['video_id']}.MP4"
-                except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise UserError(f"{path}:{number}: not a row of EPIC_100_train.csv ({error!r})") from None
-                for word, value, classes in (("verb", verb, EPIC[0]), ("noun", noun, EPIC[1])):
-                    if not 0 <= value < classes:
-                        raise UserError(f"{path}:{number}: {word}_class {value} is not one of 0 ... {classes - 1}")
-                rows.append((video, *times, row.get("narration") or ""))
-                labels.append(verb * EPIC[1] + noun)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: can't read the annotations ({error})") from None
+    labels are verb * 300 + noun. UserError names file and line of what is no row of them, or of no known class; left
+    out are those that end before they start (--max-bad)."""
+    rows, labels, bad = [], [], []
+    for place, row in data.read_table(path):
+        try:
+            start, end = (sum(60**i * float(x) for i, x in enumerate(reversed(row[key].split(":"))))
+                          for key in ("start_timestamp", "stop_timestamp"))  # fmt: skip
+            verb, noun = int(row["verb_class"]), int(row["noun_class"])
+            video = f"{row['participant_id']}/{row['video_id']}.MP4"
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{place}: not a row of EPIC_100_train.csv ({error!r})") from None
+        for word, value, classes in (("verb", verb, EPIC[0]), ("noun", noun, EPIC[1])):
+            if not 0 <= value < classes:
+                raise UserError(f"{place}: {word}_class {value} is not one of 0 ... {classes - 1}")
+        if not 0 <= start <= end < math.inf:
+            bad.append(f"{place}: its time is {start:g} to {end:g} s: the start must be before the end")
+        else:
+            rows.append((video, start, end, row.get("narration") or ""))
+            labels.append(verb * EPIC[1] + noun)
+    videos = data.Captions(rows, root)
+    videos.path, videos.labels, videos.left_out = path, np.array(labels, np.int32), bad
+    videos.check_left_out(max_bad)
     if not rows:
         raise UserError(f"{path}: no annotation is in it")
-    videos = data.Captions(rows, root)
-    videos.path, videos.labels = path, np.array(labels, np.int32)
     videos.classes = [f"verb {i // EPIC[1]} noun {i % EPIC[1]}" for i in range(math.prod(EPIC))]
     return videos
 
 
-def read_list(cfg, path, classes=None):
+def read_list(cfg, ctx, path, classes=None):
     """A list as --labels says; classes: the training list's, which a validation list must keep to."""
     if cfg.labels == "epic":
-        return read_epic(path, cfg.data_root)
+        videos = read_epic(path, cfg.data_root, cfg.max_bad)
+        if videos.left_out and ctx.rank == 0:
+            print(videos.check_left_out(cfg.max_bad))
+        return videos
     return data.VideoList(path, cfg.data_root, 0 if classes else cfg.num_classes, classes)
 
 
@@ -866,12 +869,12 @@ def open_lists(cfg, ctx):
     for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
         if not path:
             raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`")
-    videos = read_list(cfg, cfg.train_list)
+    videos = read_list(cfg, ctx, cfg.train_list)
     if len(videos.classes) < 2:
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
     if len(videos) < cfg.batch_size:
         raise UserError(f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}")
-    return videos, read_list(cfg, cfg.val_list, videos.classes)
+    return videos, read_list(cfg, ctx, cfg.val_list, videos.classes)
 
 
 def use(cfg, ctx):
@@ -891,7 +894,7 @@ def use(cfg, ctx):
         return predict(net, replace(cfg, labels="classes"), ctx, heads, stage, classes)
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
-    videos = read_list(cfg, cfg.val_list, classes)
+    videos = read_list(cfg, ctx, cfg.val_list, classes)
     if cfg.task == "features":  # float32 [videos, D]: CLS of a video's centre clip, in the list's order
         failures = data.Failures(len(videos), cfg.max_bad)
         vectors = outputs(net.encode, videos, cfg, ctx, stage.frames, (1, 1), failures)  # [B, D] each

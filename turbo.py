@@ -80,7 +80,6 @@ E width of the joint space of video and text, S seconds or sentences.
 """
 
 import copy
-import csv
 import itertools
 import json
 import math
@@ -359,32 +358,31 @@ def read_captions(path, cfg):
 
     Files as published: HTM-AA's csv (vid, timestamp, text), HTM-Align's json ({vid: [[alignable, start, end, text]]});
     and .jsonl of {video, start, end, text, visible}. A video is <id>.mp4 below --data-root, or its folder of chunks.
-    Left out are up to --max-bad of the sentences: those without a word, or that end before they start.
+    Left out are the sentences without a word and those that end before they start (--max-bad).
     """
     reach, place, bad = cfg.frames / cfg.fps, path, []
 
-    def rows(file):
+    def rows():
         nonlocal place
         if path.endswith(".csv"):
-            for n, row in enumerate(csv.DictReader(file), 2):
-                place = f"{path}:{n}"
+            for place, row in data.read_table(path):
                 at = float(row["timestamp"])
                 yield row["vid"], max(0.0, at - reach), at + reach, row["text"], True  # DECISION (when)
         elif path.endswith(".json"):
-            for video, sentences in json.load(file).items():
+            text = "".join(line for _, line in data.read_lines(path))
+            for video, sentences in json.loads(text).items():
                 for n, sentence in enumerate(sentences):
                     place = f"{path}, {video}, sentence {n}"
                     visible, start, end, text = sentence
                     yield video, start, end, text, visible
         else:
-            for n, line in enumerate(file, 1):
-                place = f"{path}:{n}"
+            for place, line in data.read_lines(path):
                 if line.strip():
                     row = json.loads(line)
                     yield row["video"], row["start"], row["end"], row["text"], row.get("visible", True)
 
-    def seen(file):
-        for video, start, end, text, visible in rows(file):
+    def seen():
+        for video, start, end, text, visible in rows():
             if visible and not 0 <= float(start) <= float(end) < math.inf:
                 bad.append(f"{place}: its time is {start} to {end} s: the start must be before the end")
             elif visible and not re.search(r"\w", text):
@@ -393,18 +391,13 @@ def read_captions(path, cfg):
                 yield f"{video}.mp4", float(start), float(end), text
 
     try:
-        with open(path, encoding="utf-8-sig", newline="" if path.endswith(".csv") else None) as file:
-            captions = data.Captions(seen(file), cfg.data_root)
-    except OSError as error:
-        raise UserError(f"{path}: can't read the captions ({error.strerror})") from None
-    except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        captions = data.Captions(seen(), cfg.data_root)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{place}: not as HTM-AA, HTM-Align or a .jsonl of captions have it ({error})") from None
-    count = len(captions) + len(bad)
-    if len(bad) > cfg.max_bad * count:
-        raise UserError(f"{bad[0]} ({len(bad)} such of {count} sentences, --max-bad {cfg.max_bad:g})")
+    captions.path, captions.left_out = path, bad
+    captions.check_left_out(cfg.max_bad)
     if not len(captions):
         raise UserError(f"{path}: no sentence in it that can be seen in its video")
-    captions.path, captions.left_out = path, bad
     return captions
 
 
@@ -459,14 +452,15 @@ def write_text(cfg, ctx):
     """--task encode_text: encode each sentence of both lists once, as the language model is frozen (Sec. 4.2)."""
     if not (cfg.train_list or cfg.val_list):
         raise UserError("--task encode_text needs --train-list or --val-list")
-    for path in filter(None, (cfg.train_list, cfg.val_list)):
-        captions = read_captions(path, cfg)
+    lists = [read_captions(path, cfg) for path in (cfg.train_list, cfg.val_list) if path]  # before hours of work on one
+    for captions in lists:
         parts, total = encode_sentences(captions.texts, cfg.text_model, ctx.device), -(-len(captions) // 256)
         out, done, rows = text_file(cfg, captions), 0, None
         temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            for part in tqdm(parts, f"encoding {path}", total, unit="batch", disable=None):
+            temporary.touch()  # an error here, if any, is before the language model is loaded
+            for part in tqdm(parts, f"encoding {captions.path}", total, unit="batch", disable=None):
                 if rows is None:
                     shape = len(captions), part.shape[1]
                     rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)  # [sentences, width]
@@ -981,6 +975,8 @@ def use(cfg, ctx):
         return write_features(net, data.VideoList(cfg.val_list, cfg.data_root, classes=classes or None), cfg, ctx)
     if cfg.objective == "align":
         captions = read_captions(cfg.val_list, cfg)
+        if captions.left_out and ctx.rank == 0:
+            print(captions.check_left_out(cfg.max_bad))
         result = evaluate_alignment(net, captions, open_text(cfg, captions, state["text_width"]), cfg, ctx)
     else:
         result = evaluate(net, data.VideoList(cfg.val_list, cfg.data_root, classes=classes), cfg, ctx)
@@ -1060,7 +1056,7 @@ def main(cfg):
         raise UserError(f"{run.folder}: trained on text features of width {state['text_width']}, not {text_width}")
     for captions in (videos.captions, val_videos) if align else ():
         if captions.left_out:
-            run.say(f"left out {len(captions.left_out)} sentences of {captions.path}, the first {captions.left_out[0]}")
+            run.say(captions.check_left_out(cfg.max_bad))
 
     epoch_steps = len(videos) * cfg.repeated // cfg.batch_size
     total = cfg.max_steps or cfg.epochs * epoch_steps

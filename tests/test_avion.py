@@ -723,6 +723,9 @@ def test_toy_list_leaves_out_what_no_picture_shows(told):
     assert all(exact[i][j] == (videos.text(i) == videos.text(j)) for i in range(24) for j in range(24))
 
 
+GOOD = '{"video": "x", "start": 0, "end": 1, "text": "a"}\n'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
@@ -730,15 +733,21 @@ def test_toy_list_leaves_out_what_no_picture_shows(told):
         ("a.jsonl", '{"video": "x", "start": 0, "end": 1, "text": ""}\n', ["a.jsonl:1", "empty"]),
         ("a.jsonl", '{"video": "x", "start": 0, "end": 1, "text": 7}\n', ["a.jsonl:1", "not text"]),
         ("a.jsonl", '{"video": "x", "start": 0, "end": 1, "text": ["a", null]}\n', ["a.jsonl:1", "not text"]),
-        ("a.jsonl", '{"video": "x", "start": 2, "end": 1, "text": "a"}\n', ["a.jsonl:1", "before its start"]),
-        ("a.jsonl", '{"video": "x"}\n', ["a.jsonl", "KeyError"]),
-        ("a.jsonl", "{", ["a.jsonl", "JSONDecodeError"]),
+        ("a.jsonl", '{"video": "x", "start": 2, "end": 1, "text": "a"}\n', ["a.jsonl:1", "start must be before"]),
+        ("a.jsonl", '{"video": "x", "start": NaN, "end": 1, "text": "a"}\n', ["a.jsonl:1", "start must be before"]),
+        ("a.jsonl", GOOD + '\n{"video": "x"}\n' + GOOD, ["a.jsonl:3:", "KeyError"]),
+        ("a.jsonl", GOOD + "{", ["a.jsonl:2:", "JSONDecodeError"]),
+        ("a.jsonl", GOOD + "7\n", ["a.jsonl:2:"]),
+        ("a.jsonl", GOOD.encode() + b"\xff\xfe\n", ["a.jsonl:2:", "UTF-8"]),
         ("a.jsonl", "", ["holds no narration"]),
-        ("a.csv", EK + ek_row(0, "take", 0, [1], "00:00:02.00", "00:00:01.00"), ["a.csv:2", "before its start"]),
-        ("a.csv", EK + ek_row(0, "take", 0, [1], "soon"), ["a.csv", "ValueError"]),
-        ("a.csv", "foo,bar\n1,2\n", ["a.csv", "KeyError"]),
+        ("a.csv", EK + ek_row(0, "take", 0, [1], "00:00:02.00", "00:00:01.00"), ["a.csv:2", "start must be before"]),
+        ("a.csv", EK + ek_row(0, "take", 0, [1]) + ek_row(0, "take", 0, [1], "soon"), ["a.csv:3:", "ValueError"]),
+        ("a.csv", "foo,bar\n1,2\n", ["a.csv:2:", "KeyError"]),
+        ("a.csv", 'video,start,end,text\nx,0,1,"two\nlines"\n\nx,0\n', ["a.csv:5:", "TypeError"]),
+        ("a.csv", 'video,start,end,text\nx,0,1,a\nx,0,1,"open\nx,0,1,a\n', ["a.csv:3:", "csv"]),
+        ("a.csv", b"video,start,end,text\nx,0,1,a\nx,0,1,caf\xe9\n", ["a.csv:3:", "UTF-8"]),
         ("a.pkl", pickle.dumps([("x", 0.0, 1.0, "")]), ["a.pkl: row 0", "empty"]),
-        ("a.pkl", pickle.dumps([("x", 0.0)]), ["a.pkl"]),
+        ("a.pkl", pickle.dumps([("x", 0.0, 1.0, "a"), ("x", 0.0)]), ["a.pkl: row 1:"]),
         ("a.pkl", pickle.dumps(7), ["a.pkl"]),
         ("a.pkl", b"\x80garbage", ["a.pkl", "nothing in it was run"]),
         ("a.pkl", pickle.dumps([("x", 0.0, 1.0, Evil())]), ["a.pkl", "system", "nothing in it was run", ".csv"]),
@@ -752,6 +761,26 @@ def test_wrong_lists(name, content, words, tmp_path, monkeypatch, args):
     message = refused(*args, "--train-list", name, "--out", "o")
     assert all(word in message for word in words), message
     assert not os.path.exists("ran")
+
+
+def test_a_few_rows_are_left_out_and_counted(tmp_path, told, args, capsys):
+    """Like unreadable videos: one always, then --max-bad of all; a run and an evaluation say so."""
+    lines = (told / "val.jsonl").read_text().splitlines(keepends=True)
+    row = json.loads(next(line for line in lines if json.loads(line)["visible"]))
+    lines.insert(3, json.dumps(row | {"start": 3.5, "end": 1.25}) + "\n")
+    (tmp_path / "v.jsonl").write_text("".join(lines))
+    n = sum(json.loads(line)["visible"] for line in lines)
+    flags = [*args, "--val-list", tmp_path / "v.jsonl", "--max-bad", 0, "--max-steps", 1, "--out", tmp_path / "o"]
+    avion.main(config(*flags))
+    note = f"{tmp_path}/v.jsonl:4: its time is 3.5 to 1.25 s: the start must be before the end (1 such of {n} rows)"
+    assert f"left out: {note}" in capsys.readouterr().out
+    assert [r["val_clips"] for r in records(tmp_path / "o") if "val_clips" in r] == [n - 1]
+    avion.main(config(*flags, "--task", "eval", "--init", tmp_path / "o" / "last.pt"))
+    assert f"left out: {note}" in capsys.readouterr().out
+    lines.append(json.dumps({"video": "x", "start": 1, "end": 2, "text": " "}) + "\n")
+    (tmp_path / "v.jsonl").write_text("".join(lines))
+    message = refused(*flags, "--overwrite")
+    assert "v.jsonl:4: its time" in message and f"2 such of {n + 1} rows, --max-bad 0" in message
 
 
 def test_long_narration_trains(tmp_path, told, args):

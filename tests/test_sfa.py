@@ -1296,7 +1296,7 @@ def test_epic_scores_by_hand(kitchen, tmp_path):
     pairs = [(1, 5), (1, 6), (1, 7), (2, 6)]
     rows = [("P01", "P01_01", "00:00:01.00", "00:00:02.00", *pair) for pair in pairs]
     cfg = config("--labels", "epic", "--data-root", root, "--workers", 0)
-    videos = sfa.read_list(cfg, write_epic(tmp_path / "val.csv", rows))
+    videos = sfa.read_list(cfg, common.launch(), write_epic(tmp_path / "val.csv", rows))
     logits = torch.full((397,), -20.0)
     logits[[1, 2, 97 + 6, 97 + 5, 97 + 8]] = torch.tensor([3.0, 2.0, 3.0, 2.5, -10.0])
 
@@ -1418,6 +1418,7 @@ def test_damaged_npz(pairs_args, tmp_path):
         (("P01", "P01_01", "00:00:01.00", "00:00:02.00", -1, 3), ["train.csv:3", "verb_class -1"]),
         (("P01", "P01_01", "00:00:01.00", "00:00:02.00", "take", 3), ["train.csv:3", "EPIC_100"]),
         (("P01", "P01_01", "now", "00:00:02.00", 1, 3), ["train.csv:3", "EPIC_100"]),
+        (("P01", 'P"\n01', "now", "00:00:02.00", 1, 3), ["train.csv:5", "EPIC_100"]),  # a row of lines 3 to 5
     ],
 )
 def test_epic_classes_and_rows(row, words, tmp_path):
@@ -1425,6 +1426,20 @@ def test_epic_classes_and_rows(row, words, tmp_path):
     with pytest.raises(UserError) as error:
         sfa.read_epic(write_epic(tmp_path / "train.csv", [good, row]), tmp_path)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_epic_rows_that_end_before_they_start(tmp_path, capsys):
+    """Left out and counted, as unreadable videos are: one always, then --max-bad of all; all of them are refused."""
+    good = [("P01", "P01_01", "00:00:01.00", "00:00:02.00", i, i) for i in range(5)]
+    bad = ("P01", "P01_01", "00:00:05.00", "00:00:04.00", 9, 9)
+    why = "train.csv:4: its time is 5 to 4 s: the start must be before the end"
+    cfg = common.parse(sfa.Config, sfa.RECIPES, ["--labels", "epic", "--max-bad", "0"])
+    videos = sfa.read_list(cfg, common.launch(), write_epic(tmp_path / "train.csv", [*good[:2], bad, *good[2:]]))
+    assert videos.labels.tolist() == [300 * i + i for i in range(5)] and len(videos) == 5
+    assert f"left out: {tmp_path}/{why} (1 such of 6 rows)" in capsys.readouterr().out
+    for rows, count in (([*good[:2], bad, bad], "2 such of 4"), ([bad], "1 such of 1")):
+        with pytest.raises(UserError, match=rf"{count} rows, --max-bad 0.01"):
+            sfa.read_epic(write_epic(tmp_path / "train.csv", rows), "")
 
 
 def test_epic_file_missing_or_empty(tmp_path):

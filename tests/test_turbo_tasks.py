@@ -133,6 +133,11 @@ def test_published_captions_are_read(tmp_path):
     ("name", "text", "words"),
     [
         ("a.csv", "vid,timestamp,text\nv,x,hello\n", "a.csv:2"),
+        ("a.csv", 'vid,timestamp,text\nv,1,"two\nlines"\n\nv,x,hello\n', "a.csv:5:"),
+        ("a.csv", 'vid,timestamp,text\nv,1,a\nv,2,"open\nv,3,b\n', "a.csv:3:.*csv"),
+        ("a.csv", b"vid,timestamp,text\nv,1,a\nv,2,caf\xe9\n", "a.csv:3:.*UTF-8"),
+        ("a.csv", None, "a.csv: can't read the list .No such file"),
+        ("a.json", b'{"v":\n [[1, 5, 6, "caf\xe9"]]}', "a.json:2:.*UTF-8"),
         ("a.csv", "vid,time,text\nv,1,hello\n", "timestamp"),
         ("a.csv", "vid,timestamp,text\n", "no sentence"),
         ("a.csv", "vid,timestamp,text\nv,5,...\n", "has no word"),
@@ -146,7 +151,8 @@ def test_published_captions_are_read(tmp_path):
     ],
 )
 def test_bad_captions_are_named(tmp_path, name, text, words):
-    (tmp_path / name).write_text(text)
+    if text is not None:
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=words) as error:
         turbo.read_captions(str(tmp_path / name), config("--recipe", "toy_vl"))
     assert "\n" not in str(error.value)
@@ -163,7 +169,9 @@ def test_a_few_bad_captions_are_left_out(tmp_path):
         and len(captions.left_out) == 1
         and "a.jsonl:9: its sentence has no word" in captions.left_out[0]
     )
-    with pytest.raises(UserError, match="a.jsonl:9.*1 such of 200"):
+    rows[9] = json.dumps({"video": "v", "start": 2, "end": 1, "text": "late"})
+    (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "", *rows[1:]]))
+    with pytest.raises(UserError, match="a.jsonl:9.*2 such of 200 rows, --max-bad 0.001"):
         turbo.read_captions(str(tmp_path / "a.jsonl"), config("--recipe", "toy_vl", "--max-bad", 0.001))
 
 
@@ -287,6 +295,22 @@ def test_encode_text_then_train(vl, language_model, tmp_path, cli, fails, narrat
         [*flags, "--train-list", tmp_path / "train.jsonl", "--overwrite"], "no features of the sentences", "encode_text"
     )
     fails([*flags, "--text-model", tmp_path / "nowhere", "--task", "encode_text"], "--text-model")
+
+
+def test_encode_text_says_first_what_is_wrong(vl, tmp_path, monkeypatch):
+    """A folder that can't be written and a second list that can't be read, before the first is encoded."""
+    monkeypatch.setattr(turbo, "hash_words", lambda *_: pytest.fail("it began to encode"))
+    (tmp_path / "file").touch()
+    for flags, words in (
+        (["--text-features", tmp_path / "file"], "file.*can't write"),
+        (["--text-features", tmp_path, "--val-list", tmp_path / "gone.jsonl"], "gone.jsonl: can't read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            turbo.main(config(*vl, "--task", "encode_text", "--text-model", "hashing", *flags))
+    cfg = config(*vl, "--text-features", tmp_path / "new")
+    turbo.text_file(cfg, turbo.read_captions(cfg.train_list, cfg)).with_suffix(".tmp").mkdir(parents=True)
+    with pytest.raises(UserError, match="can't write.*directory"):
+        turbo.main(config(*vl, "--task", "encode_text", "--text-model", "hashing", "--text-features", tmp_path / "new"))
 
 
 def test_text_features_of_another_width(vl, language_model, tmp_path):

@@ -459,7 +459,7 @@ def write_text(cfg, ctx):
         temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()  # an error here, if any, is before the language model is loaded
+            temporary.write_bytes(b"")  # an error is raised here, before the language model is loaded
             for part in tqdm(parts, f"encoding {captions.path}", total, unit="batch", disable=None):
                 if rows is None:
                     shape = len(captions), part.shape[1]

@@ -1437,9 +1437,9 @@ def test_epic_rows_that_end_before_they_start(tmp_path, capsys):
     videos = sfa.read_list(cfg, common.launch(), write_epic(tmp_path / "train.csv", [*good[:2], bad, *good[2:]]))
     assert videos.labels.tolist() == [300 * i + i for i in range(5)] and len(videos) == 5
     assert f"left out: {tmp_path}/{why} (1 such of 6 rows)" in capsys.readouterr().out
-    for rows, count in (([*good[:2], bad, bad], "2 such of 4"), ([bad], "1 such of 1")):
+    for listed, count in (([*good[:2], bad, bad], "2 such of 4"), ([bad], "1 such of 1")):
         with pytest.raises(UserError, match=rf"{count} rows, --max-bad 0.01"):
-            sfa.read_epic(write_epic(tmp_path / "train.csv", rows), "")
+            sfa.read_epic(write_epic(tmp_path / "train.csv", listed), "")
 
 
 def test_epic_file_missing_or_empty(tmp_path):

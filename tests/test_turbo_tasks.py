@@ -298,19 +298,18 @@ def test_encode_text_then_train(vl, language_model, tmp_path, cli, fails, narrat
 
 
 def test_encode_text_says_first_what_is_wrong(vl, tmp_path, monkeypatch):
-    """A folder that can't be written and a second list that can't be read, before the first is encoded."""
-    monkeypatch.setattr(turbo, "hash_words", lambda *_: pytest.fail("it began to encode"))
+    """Folders and files that can't be written, and a second list that can't be read, before the first is encoded."""
+    monkeypatch.setattr(turbo, "encode_sentences", lambda *_: (pytest.fail("it began to encode") for _ in "x"))
+    flags = [*vl, "--task", "encode_text", "--text-model", "hashing", "--text-features"]
     (tmp_path / "file").touch()
-    for flags, words in (
-        (["--text-features", tmp_path / "file"], "file.*can't write"),
-        (["--text-features", tmp_path, "--val-list", tmp_path / "gone.jsonl"], "gone.jsonl: can't read"),
-    ):
-        with pytest.raises(UserError, match=words):
-            turbo.main(config(*vl, "--task", "encode_text", "--text-model", "hashing", *flags))
-    cfg = config(*vl, "--text-features", tmp_path / "new")
+    with pytest.raises(UserError, match="file.*can't write"):
+        turbo.main(config(*flags, tmp_path / "file"))
+    with pytest.raises(UserError, match=r"gone.jsonl: can't read"):
+        turbo.main(config(*flags, tmp_path, "--val-list", tmp_path / "gone.jsonl"))
+    cfg = config(*flags, tmp_path / "new")
     turbo.text_file(cfg, turbo.read_captions(cfg.train_list, cfg)).with_suffix(".tmp").mkdir(parents=True)
     with pytest.raises(UserError, match="can't write.*directory"):
-        turbo.main(config(*vl, "--task", "encode_text", "--text-model", "hashing", "--text-features", tmp_path / "new"))
+        turbo.main(cfg)
 
 
 def test_text_features_of_another_width(vl, language_model, tmp_path):

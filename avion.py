@@ -20,14 +20,30 @@ long videos are cut into chunks of 15 s, so that a clip reads little. CPU: the r
     Table 4, Figs. 2-5, 7                       tests/bench_avion.py
     Sec. 5.5, Table 5: VideoMAE, fast loader    tpt_mae.py with one stage of 16 frames (--recipe videomae_k400)
 
+    row of the paper                            flags (more: lists, folders and --merges, as in the command below)
+    Table 1, original narratives                --recipe ego4d --init clip-vit-base-patch16/
+    Table 1, LLM-augmented                      --recipe ego4d_llm --init clip-vit-base-patch16/
+    Table 2, zero-shot, ViT-B                   --recipe ego4d_llm --task eval --eval-frames 16
+    Table 2, zero-shot, ViT-L: to train it      --recipe ego4d_llm_l14 --init clip-vit-large-patch14/
+    Table 2, finetuned, ViT-B                   --recipe ek100_mir --init runs/avion-ego4d_llm/best.pt
+    Table 2, finetuned, ViT-L                   --recipe ek100_mir_l14 --init runs/avion-ego4d_llm_l14/best.pt
+    Table 3, ViT-B                              --recipe ek100_cls --init runs/avion-ego4d_llm/best.pt
+    Table 3, ViT-L                              --recipe ek100_cls_l14 --init runs/avion-ego4d_llm_l14/best.pt
+    Table 4, first row                          --recipe ego4d --init clip-vit-base-patch16/ --batch-size 512
+                                                --attention plain --loader decode_then_crop
+    Fig. 6b, batch 512                          --recipe ego4d_llm --init clip-vit-base-patch16/ --batch-size 512
+
 Faithful: model, losses, optimisers, schedules, sampling, metrics, as the paper states them.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
-    activation  CLIP has QuickGELU and eps 1e-5. The released code meant that but ran GELU and eps 1e-6 in its ViT. Here
-                what --init holds decides: each file gets what it was trained with; from scratch, CLIP's.
+    style       CLIP has QuickGELU, eps 1e-5 and a red mean of 122.77. The released code meant that but ran GELU, eps
+                1e-6 in its ViT, and 108.33. Here what --init holds decides: CLIP's weights get CLIP's, AVION's get the
+                released code's, and a checkpoint of ours keeps what it began with; from scratch, CLIP's.
     temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D, zeros upon CLIP's weights, to
                 which all frames are first; from scratch sines, because a small model finds order slowly.
     temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns it, at most 100.
     crop        App. B asks for "short side 256, take 224" and for RRC (0.5, 1). Only the second is fused, and run.
+    aspect      Eq. 1 draws the aspect ratio uniformly. Here log-uniformly, as torchvision and the released decoder, so
+                that tall and wide crops are as likely.
     frames      "randomly sample 4 frames": one in each of 4 equal parts of the narration's time, as the released code.
     text        which text a clip is fine-tuned with is not said. As the released code: any sentence with a relevancy
                 above 0.1 to it, drawn anew each time.
@@ -35,6 +51,9 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     epochs      of retrieval's fine-tuning are not said: 100, as the released code and as App. B.3.
     classify    App. B.3's weight decay 5e-4, 1 epoch of warm-up, flips, no cutmix; the released command has 4e-5, 2,
                 none and 1.0.
+    batch       App. B.3 states one rate, 0.012, for 512 clips (ViT-B) and 192 (ViT-L). The released command scales it,
+                0.003 for 128 clips, so ViT-L's is 0.0045 here; AdamW's rates stay. ViT-L is pretrained on 2 x 56 clips
+                a GPU at once, not 112, because here the residual stream is float32: 112 need more than 24 GB.
     rate        stochastic depth at one rate in all blocks, as the released code, not rising.
     decay       no weight decay of 1-D parameters; the released code spares PE_s too.
     prompts     zero-shot classes: the mean feature of an action's narrations, as LaViLa.
@@ -42,9 +61,10 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     toy         so that a small model sees motion in minutes from nothing, its tokens span 2 frames, its positions are
                 3 times as large, and its text encoder learns at 0.05 of the rate: at the full rate captions of one
                 colour become alike before the video encoder can tell their motions apart.
-Missing: mojibake repair (ftfy) before the tokenizer; LaViLa's narrator and rephraser, whose texts are read, not made;
-the rows of EgoVLP and LaViLa in Tables 1-3, whose TimeSformer is no recipe; Lion, which the released VideoMAE command
-uses in place of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/bench_avion.py.
+Missing: ftfy's repairs of texts (mojibake, ligatures, full width; its straight quotes are here); LaViLa's narrator and
+rephraser, whose texts are read, not made; the rows of EgoVLP and LaViLa in Tables 1-3, whose TimeSformer is no recipe;
+Lion, which the released VideoMAE command uses in place of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the
+commands are in tests/bench_avion.py.
 
     python avion.py                     # toy videos, made on first use: 2 CPU cores, some minutes
     torchrun --nproc_per_node=8 avion.py --recipe ego4d --init clip-vit-base-patch16/ --merges bpe_vocab.txt.gz \\
@@ -54,7 +74,6 @@ Shapes: B clips, T frames, C colours, N tokens, K kept ones, D width, P pixel va
 V clips and S sentences of a retrieval task.
 """
 
-import csv
 import gzip
 import html
 import json
@@ -70,6 +89,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 
@@ -91,9 +111,23 @@ MODELS = {
     "clip_l14": {"width": 1024, "depth": 24, "heads": 16, "patch": 14, "text": (768, 12, 12)},
 }
 MODELS["clip_toy"] |= {"tubelet": 2, "position_scale": 3.0}  # DECISION (toy): frames a token; factor of positions
-# Activation and the video encoder's LayerNorm eps, by who trained the weights; the text encoder's eps is 1e-5.
-STYLES = {"clip": (common.QuickGELU, 1e-5), "avion": (nn.GELU, 1e-6), "gelu": (nn.GELU, 1e-5)}  # DECISION (activation)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Style(NamedTuple):
+    """What weights were trained with, and so need; a checkpoint of ours carries its style's name."""
+
+    act: type  # activation
+    eps: float  # of the video encoder's LayerNorms; the text encoder's is 1e-5
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # of pixels in [0, 1]: CLIP's
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+
+_AVION_MEAN = (108.3272985 / 255, 116.7460125 / 255, 104.09373615 / 255)  # red is not CLIP's 122.77
+STYLES = {  # DECISION (style)
+    "clip": Style(common.QuickGELU, 1e-5),
+    "avion": Style(nn.GELU, 1e-6, _AVION_MEAN),
+    "gelu": Style(nn.GELU, 1e-5),  # the hub's CLIPs that say so
+}
 
 # A recipe replaces defaults of Config, which are App. B.1's.
 _TOY = {"train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/val.jsonl", "train_clips": 1920,
@@ -101,19 +135,26 @@ _TOY = {"train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/v
         "patch_dropout": 0.25, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1.0, "clip_grad": 1.0,
         "crop": False, "workers": 2, "log_every": 30, "eval_every": 5}  # fmt: skip
 _TOY_TUNED = _TOY | {"init": "runs/avion-toy/best.pt", "epochs": 5}
+_PRETRAINED = {"grad_checkpoint": True}  # Sec. 5.2: what fits 256 clips into 24 GB
 _TUNED = {"train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6, "min_lr": 1e-5,
-          "warmup_epochs": 1.0, "drop_path": 0.1, "eval_every": 5}  # fmt: skip
+          "warmup_epochs": 1.0, "drop_path": 0.1, "eval_every": 5, "grad_checkpoint": True}  # fmt: skip
 RECIPES = {
     "toy": _TOY | {"epochs": 20, "freeze_temperature": False, "skip_duplicates": True, "text_lr": 0.05},
     "toy_mir": _TOY_TUNED | {"loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True},
     "toy_cls": _TOY_TUNED | {"loss": "cross_entropy", "lr": 3e-4},
-    "ego4d": {"train_clips": 4_000_000},
-    "ego4d_llm": {"train_clips": 8_000_000},  # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
+    "ego4d": _PRETRAINED | {"train_clips": 4_000_000},
+    "ego4d_llm": _PRETRAINED | {"train_clips": 8_000_000},  # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
     "ek100_mir": _TUNED | {"loss": "max_margin"},  # DECISION (epochs)
     "ek100_cls": _TUNED | {"loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012, "flip": True,
                            "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1,
                            "mixup": 0.8},  # DECISION (classify)
 }  # fmt: skip
+_LARGE = {"model": "clip_l14", "batch_size": 192}  # App. B.2, B.3: 24 clips on each of 8 GPUs
+RECIPES |= {
+    "ego4d_llm_l14": RECIPES["ego4d_llm"] | _LARGE | {"batch_size": 896, "micro_batch": 56},  # DECISION (batch)
+    "ek100_mir_l14": RECIPES["ek100_mir"] | _LARGE,
+    "ek100_cls_l14": RECIPES["ek100_cls"] | _LARGE | {"lr": 0.0045},
+}
 
 
 @dataclass
@@ -130,10 +171,12 @@ class Config:
     query: str = opt("", "what --task search looks for", free=True)
     window: float = opt(4.0, "seconds of a clip in --task search", free=True)
     out: str = opt("", "run folder; empty: runs/avion-<recipe>", free=True)
-    init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's (other tasks than train: best.pt)")
+    init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; random: none; to use: best.pt")
     resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+    gpus: int = opt(8, "GPUs that --plan counts memory for (the paper's)", free=True)
+    gpu_gb: tuple = opt(("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True)
 
     model: str = opt("clip_b16", "encoder sizes", list(MODELS))
     frames: int = opt(4, "frames a clip (App. B)")
@@ -201,6 +244,7 @@ def sample_clip(cfg, train, videos, video, index, view, key):
         for part in video._chunks.values() if isinstance(video, data.Chunks) else [video]:
             part.read_views = partial(decode_then_crop, part.path)
     if train and cfg.crop:
+        # DECISION (aspect)
         return frames, data.random_resized_box(video.info, key, (cfg.crop_min, 1.0))  # DECISION (crop)
     return frames, data.centre_box(video.info)
 
@@ -241,7 +285,8 @@ def relevancy(verbs, nouns, other_verbs, other_nouns):
     """
     shared = nouns @ other_nouns.T  # [B, S]
     union = nouns.sum(1)[:, None] + other_nouns.sum(1) - shared  # [B, S]
-    return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * (shared.double() / union.clamp(min=1))  # [B, S]
+    overlap = torch.where(union > 0, shared.double() / union.clamp(min=1), 1.0)  # [B, S]; two without nouns are alike
+    return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * overlap  # [B, S]
 
 
 def _blocks(similarity, relevancy, rows=256):
@@ -319,6 +364,11 @@ _BYTES = {byte: chr(byte) for byte in _PRINTABLE}
 _BYTES |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
 
 
+# Curly quotes -> straight ones, as CLIP's cleaning (ftfy) has them: "don\u2019t" is "don't".
+_CURLY = "\u02bc\u2018\u2019\u201a\u201b", "\u201c\u201d\u201e\u201f"  # single, double
+_STRAIGHT = str.maketrans(_CURLY[0] + _CURLY[1], "'" * 5 + '"' * 4)
+
+
 @lru_cache(1)
 def word_patterns():
     """What CLIP cuts a text into: its own two marks, English endings, letters, single digits, and runs of anything else
@@ -343,8 +393,8 @@ class BPETokenizer:
     """CLIP's byte-pair encoding (Sennrich et al. 2016): text -> ids, equal to CLIP's after its cleaning of the text.
 
     A word is its UTF-8 bytes, the last one marked </w>; the pair of neighbours that comes first in the list of merges
-    becomes one symbol, again and again. Cleaning: HTML entities, NFC, white space, lower case; ftfy's repairs are
-    missing. merges: path of CLIP's file, or its lines; without any, ids are bytes.
+    becomes one symbol, again and again. Cleaning: HTML entities, straight quotes, NFC, white space, lower case; ftfy's
+    other repairs are missing. merges: path of CLIP's file, or its lines; without any, ids are bytes.
     """
 
     def __init__(self, merges=(), context=77):
@@ -377,7 +427,10 @@ class BPETokenizer:
 
     def encode(self, text):
         """The ids of a text, a list, without start and end."""
-        text = unicodedata.normalize("NFC", html.unescape(html.unescape(text))).strip().lower()
+        text = html.unescape(html.unescape(text))
+        if not text.isascii():
+            text = unicodedata.normalize("NFC", text.translate(_STRAIGHT))
+        text = text.strip().lower()
         words = (self.ascii_words if text.isascii() else self.words).findall(text)
         return [i for word in words for i in self.word_ids(word)]
 
@@ -490,7 +543,7 @@ class Narrations(data.Captions):
                             self.left_out.append(f"{where}: {wrong}")
                             continue
                         action.append(actions.setdefault(name, len(actions)))
-                        noun_set.append(sets.setdefault(nouns, len(sets)))
+                        noun_set.append(sets.setdefault(tuple(sorted(set(nouns))), len(sets)))
                         self.ids += [narration] * bool(narration)
                         texts = [t.encode("utf-8", "replace").decode() for t in texts]  # half of an emoji, cut off
                         yield video if os.path.splitext(video)[1] else f"{video}.mp4", start, end, texts
@@ -504,7 +557,7 @@ class Narrations(data.Captions):
                     raise UserError(f"{path}: the list holds no narration{why}")
 
         super().__init__(rows(), root)
-        self.path, self._first = ", ".join(map(str, paths)), Path(paths[0])
+        self.path, self._lists = ", ".join(map(str, paths)), [Path(path) for path in paths]
         self.classes, self.actions = None not in actions, list(actions)
         self.action, self.noun_set = (torch.frombuffer(x, dtype=torch.int32) for x in (action, noun_set))
         self.verb = number(str(name).partition(":")[0] for name in actions)  # [actions]
@@ -515,19 +568,41 @@ class Narrations(data.Captions):
 
     @cached_property
     def sentences(self):
-        """The entries, int64 [S], that stand for the distinct texts: those of <list>_sentence.csv where EK-100's lies
-        beside the list, else the first of each."""
-        path, first = self._first.with_name(self._first.stem + "_sentence.csv"), {}
-        if self.ids and path.exists():
-            place = {name: i for i, name in enumerate(self.ids)}
-            try:
-                with path.open(newline="") as file:
-                    return torch.tensor([place[row["narration_id"]] for row in csv.DictReader(file)])
-            except KeyError as error:
-                raise UserError(f"{path}: narration {error} is not in {self.path}") from None
-        for i in range(len(self)):
-            first.setdefault(self.text(i), i)
-        return torch.tensor(list(first.values()))
+        """The entries, int64 [S], whose texts clips are compared with: those of <list>_sentence.csv where EK-100's lies
+        beside the list, else the first of each text. And, as in EK-100's own file, the first of each verb and set of
+        nouns that none of these has (7 of its 3,842: their text stands for others already). So each clip has something
+        to find: a sentence of relevancy 1.
+        """
+        path = self._lists[0].with_name(f"{self._lists[0].stem}_sentence.csv")
+        if len(self._lists) == 1 and len(self.ids) == len(self) and path.exists():
+            chosen = self._published_sentences(path)
+        else:
+            first = {}
+            for i in range(len(self)):
+                first.setdefault(self.text(i), i)
+            chosen = list(first.values())
+        if self.classes:
+            classes = (self.verb[self.action] * len(self.nouns) + self.noun_set).tolist()  # [entries]
+            found = {classes[i] for i in chosen}
+            for i, pair in enumerate(classes):
+                if pair not in found:
+                    found.add(pair)
+                    chosen.append(i)
+        return torch.tensor(chosen)
+
+    def _published_sentences(self, path):
+        """The entries that EK-100's file of sentences names, in its order; without those that the list left out."""
+        place = {name: i for i, name in enumerate(self.ids)}
+        chosen, unknown = [], []
+        for where, row in data.read_table(path):
+            name = row.get("narration_id")
+            if name in place:
+                chosen.append(place[name])
+            else:
+                unknown.append(f"{where}: narration {name!r} is not in {self.path}")
+        if len(unknown) > len(self.left_out):
+            raise UserError(unknown[0])
+        return chosen
 
     def relevancy(self, rows, columns):
         """Relevancy of entries `columns` [S] to entries `rows` [B]: float64 [B, S]. Without classes 1 where they have
@@ -581,7 +656,9 @@ class VideoEncoder(nn.Module):
     def __init__(self, model="clip_b16", frames=4, size=224, style="clip", drop_path=0.0, patch_dropout=0.0,
                  attention="auto", grad_checkpoint=False):  # fmt: skip
         super().__init__()
-        spec, (act, eps) = MODELS[model], STYLES[style]
+        spec = MODELS[model]
+        self.style = STYLES[style]
+        act, eps = self.style.act, self.style.eps
         self.width, self.grad_checkpoint, self.patch_dropout = spec["width"], grad_checkpoint, patch_dropout
         self.patch = spec.get("tubelet", 1), spec["patch"], spec["patch"]
         places, steps, scale = (size // spec["patch"]) ** 2, frames // self.patch[0], spec.get("position_scale", 1.0)
@@ -609,7 +686,7 @@ class VideoEncoder(nn.Module):
             n = patches.shape[1]
             (kept,) = common.random_split(keys, n, max(1, int(round(n * (1 - self.patch_dropout), 6))))  # [B, K]
             patches, positions = gather_tokens(patches, kept), gather_tokens(positions, kept)  # [B, K, P], [B, K, D]
-        x = self.patch_embed(data.normalize(patches, CLIP_MEAN, CLIP_STD)) + positions  # [B, K, D]
+        x = self.patch_embed(data.normalize(patches, self.style.mean, self.style.std)) + positions  # [B, K, D]
         cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)  # [B, 1, D]
         x = self.ln_pre(torch.cat([cls.to(x.dtype), x], dim=1))  # [B, 1 + K, D]
         x = common.run_blocks(self.blocks, x, keys, self.grad_checkpoint)  # [B, 1 + K, D]
@@ -627,7 +704,7 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, self.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, self.width))
         self.blocks = nn.ModuleList(
-            Block(self.width, heads, eps=1e-5, act=STYLES[style][0], kind=attention, causal=True) for _ in range(depth)
+            Block(self.width, heads, eps=1e-5, act=STYLES[style].act, kind=attention, causal=True) for _ in range(depth)
         )
         self.ln_final = nn.LayerNorm(self.width, eps=1e-5)
         self.apply(common.init_linear)
@@ -814,12 +891,14 @@ def read_init(path):
         allowed = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
         with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype(np.float64))]):
             state = common.load_checkpoint(path)
-        if isinstance(state, dict) and {"model", "style", "config"} <= state.keys():
+        if isinstance(state, dict) and {"model", "config"} <= state.keys():
+            if "style" not in state:
+                raise UserError(f"{path}: not a checkpoint of avion.py")
             return state
         state = state.get("state_dict") if isinstance(state, dict) else None  # AVION's
     state = state or common.read_weights(path)
     marks = ("temporal_embedding", "image_projection", "fc_cls.weight")
-    style = "avion" if any(name.endswith(marks) for name in state) else "clip"  # DECISION (activation)
+    style = "avion" if any(name.endswith(marks) for name in state) else "clip"  # DECISION (style)
     config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
     if style == "clip" and config.is_file():
         try:
@@ -923,7 +1002,7 @@ def evaluate(model, videos, actions, tokenizer, cfg, ctx):
     """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a VideoClassifier.
 
     All in %. Texts are the list's distinct ones; `val_unread` clips could not be read and don't count. `shuffled_` is
-    what the metrics give when clips are mixed up. UserError where a query has nothing to find.
+    what the metrics give when clips are mixed up.
     """
     model.eval()
     features, read, unread = encode_clips(model, videos, cfg, ctx)  # [V, E], [V]
@@ -937,10 +1016,6 @@ def evaluate(model, videos, actions, tokenizer, cfg, ctx):
         if unread:  # texts of clips that could not be read
             found = (relevant == 1).any(0)  # [S]
             columns, relevant = columns[found], relevant[:, found]
-        for what, queries, axis in (("clip", rows, 1), ("text", columns, 0)):
-            for i in queries[~(relevant == 1).any(axis)].tolist():
-                raise UserError(f"{videos.path}: nothing has a relevancy of 1 to the {what} of {videos.text(i)!r}, so "
-                                "that it has nothing to find")  # fmt: skip
         texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
         similarity = features[rows] @ texts.T  # [V, S]
         mixed = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
@@ -950,6 +1025,13 @@ def evaluate(model, videos, actions, tokenizer, cfg, ctx):
     return result
 
 
+def at_length(measure, tokens):
+    """measure(tokens), which is a N + b N^2, found at two small N: the real one may take gigabytes."""
+    one, two = measure(64), measure(128)
+    square = (two - 2 * one) / (128**2 - 2 * 64**2)
+    return (one / 64 - 64 * square) * tokens + square * tokens**2
+
+
 def saved_megabytes(model, tokens, kind):
     """MB that the video encoder's blocks store for the backward pass of one clip in fp32, (LayerNorm, attention, MLP),
     from the parts of one real block on the CPU (Fig. 3; GELU, as measured there). kind: "plain", "sdpa", or
@@ -957,15 +1039,36 @@ def saved_megabytes(model, tokens, kind):
     width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
     block = Block(width, heads, kind="plain" if kind == "plain" else "sdpa")
 
-    def measured(*modules):  # a N + b N^2, found at two lengths: the real one may need gigabytes
-        one, two = (sum(common.saved_bytes(m, torch.randn(1, n, width)) for m in modules) for n in (64, 128))
-        square = (two - 2 * one) / (128**2 - 2 * 64**2)
-        return ((one / 64 - 64 * square) * tokens + square * tokens**2) / 1e6
+    def measured(*modules):
+        count = lambda n: sum(common.saved_bytes(module, torch.randn(1, n, width)) for module in modules) / 1e6
+        return at_length(count, tokens)
 
     sizes = [measured(block.norm1, block.norm2), measured(block.attn), measured(block.mlp)]
     if kind == "checkpoint":
         return [sizes[0] + depth * tokens * width * 4 / 1e6, *sizes[1:]]
     return [depth * size for size in sizes]
+
+
+def memory(cfg, net, tokens):
+    """Training as common.print_memory takes it: of both encoders. tokens: how many of a clip's are kept."""
+    half = cfg.precision != "fp32"
+    kind = "plain" if cfg.attention == "plain" else "sdpa"
+    pixels = 3 * cfg.frames * cfg.size**2
+
+    def kept(tokens, width, depth, heads, causal):
+        block = Block(width, heads, act=STYLES["clip"].act, kind=kind, causal=causal)
+        count = lambda n: common.block_bytes(block, depth, (n, width), half=half, grad_checkpoint=cfg.grad_checkpoint)
+        return at_length(count, tokens)
+
+    spec = MODELS[cfg.model]
+    clip = common.PIXEL_BYTES * pixels + kept(tokens, spec["width"], spec["depth"], spec["heads"], False)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    state = common.state_bytes(trained, optimizer=cfg.optimizer, half=half, gpus=cfg.gpus)
+    if isinstance(net, VideoCLIP):
+        clip += kept(77, *spec["text"], True)
+        state += cfg.batch_size / cfg.gpus * pixels  # all clips of a step wait for their turn, as bytes
+    group = 2 if cfg.mixup or cfg.cutmix else 1  # whole pairs
+    return common.Phase(cfg.recipe, cfg.batch_size, cfg.micro_batch, state, clip, group)
 
 
 def print_plan(cfg):
@@ -995,6 +1098,7 @@ MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in
         sizes = saved_megabytes(cfg.model, kept, kind)
         cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
         print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
+    common.print_memory(cfg, [memory(cfg, net, kept)])
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------
@@ -1024,6 +1128,9 @@ def check(cfg):
         wrong |= {f"--{f.replace('_', '-')} must be {words}": not fits(getattr(cfg, f)) for f in flags.split()}
     for message in (message for message, bad in wrong.items() if bad):
         raise UserError(message)
+    common.check_gpus(cfg)
+    common.need_init(cfg, [name for name in RECIPES if name.startswith("ego4d")], "CLIP's weights")
+    common.need_init(cfg, [name for name in RECIPES if name.startswith("ek100")], "weights trained on Ego4D")
 
 
 def open_list(cfg, paths, root, flag, ctx):
@@ -1071,30 +1178,46 @@ def training_texts(videos, batch, cfg):
     return texts
 
 
-def use(cfg, ctx):
-    """--task eval, predict, features, search: a trained or published model; of ours, the shape is its checkpoint's."""
-    source = cfg.init or f"{cfg.out or 'runs/avion-' + cfg.recipe}/best.pt"
-    start, videos, actions = read_init(source), None, None
-    weights, names = start["model"], start.get("classes", ())
-    if "config" in start:
+def open_model(source, cfg, ctx):
+    """(cfg, model, tokenizer, classes) of a trained or published model; of ours, the shape is its checkpoint's."""
+    start = read_init(source)
+    weights = start["model"]
+
+    def from_ours(state):
         keys = ("model", "frames", "size", "embed_dim", "loss", "seed")
-        cfg = replace(cfg, **{key: start["config"][key] for key in keys})
-    elif "head.weight" in weights:
+        its_cfg = replace(cfg, **{key: state["config"][key] for key in keys})
+        tokenizer = BPETokenizer(state["merges"])
+        if cfg.merges and read_merges(cfg.merges) != tokenizer.merges:
+            raise UserError(f"it was trained with other merges than --merges {cfg.merges}; leave that flag out")
+        return its_cfg, build(its_cfg, state["style"], tokenizer.size, len(state["classes"]))
+
+    if "config" in start:
+        cfg, net, _ = common.open_trained(source, "avion.py", ("style", "merges", "classes"), from_ours, start)
+        return cfg, net.to(ctx.device), BPETokenizer(start["merges"]), start["classes"]
+    if "head.weight" in weights:
         cfg = replace(cfg, loss="cross_entropy", num_classes=len(weights["head.weight"]))
     elif "visual_projection.weight" in weights:
         cfg = replace(cfg, loss="infonce", embed_dim=len(weights["visual_projection.weight"]))
-    classified = cfg.task == "predict" and cfg.loss == "cross_entropy" and (names or cfg.actions)
-    if not (cfg.input and (cfg.task == "search" or classified)):
-        videos = open_list(cfg, (cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
-    if names or cfg.task in ("eval", "predict"):
-        actions = Actions(names) if names else open_actions(cfg, [videos])
-    tokenizer = BPETokenizer(cfg.merges or start.get("merges", ()))
-    net = build(cfg, start["style"], tokenizer.size, len(names) or cfg.num_classes).to(ctx.device).eval()
+    tokenizer = BPETokenizer(cfg.merges or ())
+    net = build(cfg, start["style"], tokenizer.size, cfg.num_classes)
     weights = fit_weights(start, net, replace(cfg, init=source))
     common.load_weights(net, weights, source)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
     if missing:
         raise UserError(f"{source}: has no {missing[0]} that fits; its --embed-dim and --loss must be the file's")
+    return cfg, net.to(ctx.device).eval(), tokenizer, ()
+
+
+def use(cfg, ctx):
+    """--task eval, predict, features, search: a trained or published model."""
+    source = cfg.init or f"{cfg.out or 'runs/avion-' + cfg.recipe}/best.pt"
+    cfg, net, tokenizer, names = open_model(source, cfg, ctx)
+    videos, actions = None, None
+    classified = cfg.task == "predict" and cfg.loss == "cross_entropy" and (names or cfg.actions)
+    if not (cfg.input and (cfg.task == "search" or classified)):
+        videos = open_list(cfg, (cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
+    if names or cfg.task in ("eval", "predict"):
+        actions = Actions(names) if names else open_actions(cfg, [videos])
     if cfg.task == "search":
         search(net, videos, tokenizer, cfg, ctx)
     elif cfg.task == "predict":
@@ -1151,6 +1274,7 @@ def main(cfg):
     check(cfg)
     if cfg.plan:
         return print_plan(cfg)
+    cfg = replace(cfg, init="" if cfg.init == "random" else cfg.init)
     ctx = common.launch(cfg.precision)
     if cfg.task != "train":
         return use(cfg, ctx)
@@ -1162,8 +1286,11 @@ def main(cfg):
     contrastive = cfg.loss != "cross_entropy"
     actions = open_actions(cfg, [val_videos] if contrastive else [videos, val_videos])
     classes = len(actions.names) if actions else 0
+    # What evaluation needs is opened now, so that what is wrong is said now, and not after an epoch.
+    data.need_videos(val_videos, cfg.max_bad, "--val-root" if cfg.val_root else "--data-root")
     if actions:
-        actions.labels(val_videos)  # an unknown class is refused now, not after an epoch
+        actions.labels(val_videos)
+    sentences = len(val_videos.sentences) if contrastive else 0
     if not contrastive:
         videos.labels = actions.labels(videos)
     run = common.Run(cfg, ctx, "avion")
@@ -1194,12 +1321,14 @@ def main(cfg):
         at = state["at"]
         meter.load(state["sums"], ctx)
     elif cfg.init:
-        run.say(f"{common.load_weights(net, fit_weights(start, net, cfg), cfg.init)}; activation and eps: {style}'s")
+        loaded = common.load_weights(net, fit_weights(start, net, cfg), cfg.init)
+        run.say(f"{loaded}; activation, eps, mean and std of pixels: {style}'s")
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
     run.say(
-        f"{len(videos)} training and {len(val_videos)} validation clips, {classes} classes; batch {cfg.batch_size} = "
-        f"{ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; "
+        f"{len(videos)} training and {len(val_videos)} validation clips, {sentences} sentences, {classes} classes; "
+        f"batch {cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; "
+        f"{ctx.precision} on {ctx.device}; "
         f"steps {at['step']} to {total}"
     )
 

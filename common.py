@@ -537,13 +537,14 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a readable checkpoint ({why})") from error
 
 
-def open_trained(source, script, keys, build):
-    """(cfg, model, state) of a checkpoint of `script` that has `keys`: build(state) -> (cfg, model), here loaded.
+def open_trained(source, script, keys, build, state=None):
+    """(cfg, model, state) of a checkpoint of `script` that has `keys`: build(state) -> (cfg, model), here loaded. state:
+    the checkpoint, where it has been read.
 
     UserError, one line that names the file, where it is damaged, another script's, or of a version whose settings or
     weights differ; and where `build` refuses, which may check the settings.
     """
-    state = load_checkpoint(source)
+    state = load_checkpoint(source) if state is None else state
     if not isinstance(state, dict) or not {"model", "config", *keys} <= set(state):
         raise UserError(f"{source}: not a checkpoint of {script}")
     try:

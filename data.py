@@ -1138,14 +1138,14 @@ class Captions:
         return f"left out: {found})"
 
 
-def need_videos(videos, max_bad):
+def need_videos(videos, max_bad, root="--data-root"):
     """UserError where more of a validation list's videos are missing than its evaluation would forgive: said before the
-    first step, and not hours later."""
+    first step, and not hours later. root: the flag that says where they are."""
     paths = {videos.video(i) for i in range(len(videos))}
     missing = sorted(path for path in paths if not os.path.exists(path))
-    if len(missing) > max(1, max_bad * len(paths)):
+    if len(missing) > max(1, max_bad * len(paths)) or len(missing) == len(paths):
         raise UserError(
-            f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing ({missing[0]} ...): is --data-root "
+            f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing ({missing[0]} ...): is {root} "
             f"right? (--max-bad {max_bad:g} allows a few)"
         )
 

@@ -204,7 +204,8 @@ def groups(level):
 
     flags = {"plain attention": {"attention": "plain"}, "efficient attention": {}}
     flags |= {"and recomputed": {"grad_checkpoint": True}, "and patch dropout 0.5": {"patch_dropout": 0.5}}
-    yield "avion", "CLIP", [(k, partial(avion_clip, config(avion, "ego4d", **v))) for k, v in flags.items()]
+    stored = {"grad_checkpoint": False}  # what the recipe recomputes
+    yield "avion", "CLIP", [(k, partial(avion_clip, config(avion, "ego4d", **stored | v))) for k, v in flags.items()]
 
     cfg = config(tpt_mae, "k400")
     peer = [("transformers, 16 frames", partial(Hub, cfg))] if find_spec("transformers") else []

@@ -6,19 +6,22 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import avion
 import common
 import sfa_vivit
 import turbo
 
-SCRIPTS = {"turbo.py": turbo, "sfa_vivit.py": sfa_vivit}
+SCRIPTS = {"turbo.py": turbo, "avion.py": avion, "sfa_vivit.py": sfa_vivit}
 
 
 def rows(script):
     """[(row of the paper, flags)] of a header's table. A line without a row goes on with the flags of the one above."""
-    table = SCRIPTS[script].__doc__.split("    row of the paper ")[1].split("\n\n")[0]
+    start = "    row of the paper "
+    head, *lines = (start + SCRIPTS[script].__doc__.split(start)[1].split("\n\n")[0]).splitlines()
+    column = head.index("flags")
     found = []
-    for line in table.splitlines()[1:]:
-        name, flags = line[:44].strip(), line[44:].strip()
+    for line in lines:
+        name, flags = line[:column].strip(), line[column:].strip()
         if name:
             found.append((name, flags))
         else:
@@ -38,8 +41,15 @@ def commands(script):
 
 
 @pytest.fixture
-def plan(monkeypatch, capsys):
-    """What a script prints with flags and --plan, in this process; what takes long is not counted."""
+def plan(monkeypatch, capsys, tmp_path):
+    """What a script prints with flags and --plan, in this process; what takes long is not counted. Without a GPU and
+    in an empty folder, which stays empty."""
+
+    def no_gpu():
+        raise AssertionError("--plan looks for a GPU")
+
+    monkeypatch.setattr(common.torch.cuda, "is_available", no_gpu)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "count_macs", lambda *args: 1.0)
     monkeypatch.setattr(common, "block_bytes", lambda *args, **kwargs: 2**20)
     monkeypatch.setattr(common, "saved_bytes", lambda *args: 2**20)
@@ -48,6 +58,7 @@ def plan(monkeypatch, capsys):
     def run(script, flags):
         module = SCRIPTS[script]
         module.main(common.parse(module.Config, module.RECIPES, [*shlex.split(flags), "--plan"]))
+        assert not list(tmp_path.iterdir())
         return capsys.readouterr().out
 
     return run

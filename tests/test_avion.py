@@ -945,6 +945,10 @@ def test_every_clip_has_a_sentence(tmp_path, told, args):
     assert (videos.relevancy(torch.arange(6), videos.sentences) == 1).sum(1).tolist() == [1] * 6
     (tmp_path / "test_sentence.csv").write_text("narration_id,narration\nP01_01_3,cut slice\n")
     assert avion.Narrations([tmp_path / "test.csv"]).sentences.tolist() == [3, 0, 1, 5]
+    late = ek_row(6, "wave", 1, [9], "00:00:03.00", "00:00:01.00")  # a row that the list leaves out has no sentence
+    (tmp_path / "late.csv").write_text(EK + "".join(rows) + late)
+    (tmp_path / "late_sentence.csv").write_text("narration_id,narration\nP01_01_6,wave\nP01_01_3,cut slice\n")
+    assert avion.Narrations([tmp_path / "late.csv"]).sentences.tolist() == [3, 0, 1, 5]
     twice = avion.Narrations([tmp_path / "test.csv", tmp_path / "test.csv"])  # the file is of one list, not of both
     assert twice.sentences.tolist() == [0, 1, 2, 5]
 

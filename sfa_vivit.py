@@ -874,7 +874,9 @@ def open_lists(cfg, ctx):
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
     if len(videos) < cfg.batch_size:
         raise UserError(f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}")
-    return videos, read_list(cfg, ctx, cfg.val_list, videos.classes)
+    val_videos = read_list(cfg, ctx, cfg.val_list, videos.classes)
+    data.need_videos(val_videos, cfg.max_bad)
+    return videos, val_videos
 
 
 def use(cfg, ctx):

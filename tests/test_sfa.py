@@ -946,6 +946,16 @@ def flags_of(folder):
     return ["--train-list", folder / "train.csv", "--val-list", folder / "val.csv", "--data-root", folder, *rest]
 
 
+def test_missing_validation_videos_are_said_before_training(pairs, tmp_path):
+    lines = (pairs / "val.csv").read_text().splitlines()
+    label = lines[0].partition(",")[2]
+    (tmp_path / "val.csv").write_text("\n".join([*lines, f"gone/a.mp4,{label}", f"gone/b.mp4,{label}"]))
+    args = [*flags_of(pairs), "--val-list", tmp_path / "val.csv", "--out", tmp_path / "run"]
+    with pytest.raises(UserError, match="val.csv: 2 of its 10 videos are missing .*gone/a.mp4 .*--data-root"):
+        sfa.main(config(*args))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def pairs_args(pairs):
     return flags_of(pairs)

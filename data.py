@@ -187,34 +187,137 @@ def _clean_start(packet, codec, prefix, first):
     return not prefix
 
 
+def _parameter_sets(extra):
+    """The sequence parameter sets in the header of H.264 in mp4 or mkv (avcC)."""
+    sets = set()
+    at = 6
+    for _ in range(extra[5] & 31):
+        start = at + 2
+        at = start + int.from_bytes(extra[at:start])
+        sets.add(extra[start:at])
+    return sets
+
+
+def _only_frames(sps):
+    """frame_mbs_only_flag of an H.264 sequence parameter set (7.3.2.1.1): no picture under it is a single field."""
+    raw = sps.replace(b"\0\0\3", b"\0\0")  # without emulation prevention
+    bits = f"{int.from_bytes(raw, 'big'):0{8 * len(raw)}b}"
+    at = 32  # behind profile and level
+
+    def flag():
+        nonlocal at
+        at += 1
+        return bits[at - 1] == "1"
+
+    def number():  # Exp-Golomb: n zeros, then n + 1 bits
+        nonlocal at
+        zeros = bits.index("1", at) - at
+        at += 2 * zeros + 1
+        return int(bits[at - zeros - 1 : at], 2) - 1
+
+    number()  # its id
+    if raw[1] in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
+        chroma = number()
+        if chroma == 3:
+            flag()
+        number(), number(), flag()  # bit depths, lossless
+        if flag():  # scaling lists: a list's differences go on until they are all there, or an entry is 0
+            for i in range(12 if chroma == 3 else 8):
+                entry = 8 if flag() else 0
+                for _ in range(16 if i < 6 else 64):
+                    if entry:
+                        code = number()
+                        entry = (entry + ((code + 1) // 2 if code % 2 else -code // 2)) % 256
+    number()  # bits of a frame's number
+    order = number()
+    if order == 0:
+        number()
+    if order == 1:
+        flag(), number(), number()
+        for _ in range(number()):
+            number()
+    number(), flag(), number(), number()  # references, gaps, width, height
+    return flag()
+
+
 def _may_be_turned(path):
-    """False if the header of an mp4 or mkv file surely holds no rotation; otherwise a frame is decoded to see it."""
+    """False if the header of an mp4 or mkv file proves that it turns no picture; otherwise a frame must tell."""
     with open(path, "rb") as file:
-        head, at = file.read(1 << 14), 0
-        if head[:4] == b"\x1aE\xdf\xa3":
-            return b"\x76\x70" in head  # mkv: the element Projection
-        for _ in range(64):  # mp4: look at the matrices (a, b, u, c, d, ...) in the box moov
-            file.seek(at)
-            head = file.read(16)
-            size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
-            if head[4:8] == b"moov" and 8 < size < KEEP_BYTES:
-                file.seek(at)
-                moov, unit = file.read(size), b"\0\1\0\0" + bytes(12) + b"\0\1\0\0"
-                return moov.count(unit) < moov.count(b"tkhd") + moov.count(b"mvhd")
-            at += max(size, 8)
+        is_mkv = file.read(4) == b"\x1aE\xdf\xa3"
+        file.seek(0)
+        return (_mkv_may_turn if is_mkv else _mp4_may_turn)(file)
+
+
+def _mp4_may_turn(file):
+    """Looks at the matrices (a, b, u, c, d, ...) of the film and of all tracks, in the box moov."""
+    unit = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0"
+    start = 0
+    for _ in range(64):
+        file.seek(start)
+        head = file.read(16)
+        size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
+        if head[4:8] == b"moov" and 8 < size < KEEP_BYTES:
+            file.seek(start)
+            moov = file.read(size)
+            # Every place that holds the name counts: it is the header's, or chance, which costs no more than a frame.
+            matrices = []
+            for name, offset in ((b"mvhd", 36), (b"tkhd", 40)):
+                for part in moov.split(name)[1:]:
+                    at = offset + 12 if part[:1] == b"\1" else offset  # version 1 has three numbers of 8 bytes, not 4
+                    matrices.append(part[at : at + len(unit)])
+            return len(matrices) < 2 or any(matrix != unit for matrix in matrices)
+        start += max(size, 8)
     return True
+
+
+def _mkv_may_turn(file):
+    """Goes from element to element up to Tracks, and looks there for an element Projection."""
+
+    def number():  # as many more bytes as it has zeros in front; they and the one behind them are its mark
+        first = file.read(1)
+        more = 8 - int.from_bytes(first).bit_length()
+        return first + file.read(more), more
+
+    for _ in range(64):
+        name, _ = number()
+        size, more = number()
+        size = int.from_bytes(size) - (1 << 7 * (more + 1))
+        if name == b"\x18\x53\x80\x67":  # Segment: go into it
+            continue
+        if name in (b"", b"\x1fC\xb6u") or not 0 <= size < (1 << 7 * (more + 1)) - 1:  # end, Cluster, unknown size
+            return True
+        if name == b"\x16T\xaek":  # Tracks
+            return size > KEEP_BYTES or b"\x76\x70" in file.read(size)
+        file.seek(size, os.SEEK_CUR)
+    return True
+
+
+def _side_data(frame):
+    """What a frame carries beside its picture, of the types that PyAV knows; one that it doesn't know hides them all."""
+    try:
+        return frame.side_data
+    except ValueError:
+        known = {kind.value for kind in av.sidedata.sidedata.Type}
+        graph = av.filter.Graph()
+        shape = {"width": frame.width, "height": frame.height, "format": frame.format}
+        source = graph.add_buffer(**shape, time_base=frame.time_base)
+        delete = [graph.add("sidedata", f"mode=delete:type={n}") for n in range(64) if n not in known]
+        graph.link_nodes(source, *delete, graph.add("buffersink")).configure()
+        graph.push(frame)
+        return graph.pull().side_data
 
 
 def _turn(frame):
     """(transpose, flip_x, flip_y), in this order, that make a decoded frame upright; from its display matrix."""
-    for side in frame.side_data:
+    for side in _side_data(frame):
         if side.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5]  # (p, q) is shown at (a p + c q, b p + d q)
             if b == c == 0 and a and d:
                 return False, bool(a < 0), bool(d < 0)
             if a == d == 0 and b and c:
                 return True, bool(c < 0), bool(b < 0)
-            raise ValueError("its display matrix is no multiple of 90 degrees")
+            if a or b or c or d:  # some writers leave it empty
+                raise ValueError("its display matrix is no multiple of 90 degrees")
     return False, False, False
 
 
@@ -335,7 +438,7 @@ class Video:
     def _index(self, options):
         """List the packets in decode order. True if they tell the frames: each holds one, at a time of its own.
 
-        That is what mp4 and mkv ask of these codecs, but for interlaced H.264, whose fields may come one by one.
+        That is what mp4 and mkv ask of these codecs, but for H.264 that may hold fields, which often come one by one.
         """
         self.close()
         self._options = options
@@ -343,13 +446,13 @@ class Video:
         self._decoder = decoder = stream.codec_context
         self._codec = codec = decoder.codec.canonical_name
         safe = options is OPEN_FAST and container.format.name in FAST_CONTAINERS and codec in FAST_CODECS
-        safe = safe and (codec != "h264" or decoder.field_order < 2)
         extra, self._prefix, self._drop = decoder.extradata or b"", 0, False
         if safe and codec in ("h264", "hevc"):
             at = 4 if codec == "h264" else 21
             safe = len(extra) > at and extra[0] == 1  # else its NAL units are not behind lengths
             self._prefix = (extra[at] & 3) + 1 if safe else 0
             self._drop = safe and (codec == "h264" or extra[21] >> 3 & 7 == 1)  # with one temporal layer
+        sets = _parameter_sets(extra) if safe and codec == "h264" else set()
         if options is OPEN_FAST and not safe:
             return False
         self._packets, self._rows, self._starts, size, gaps = [], [], [], 0, -1
@@ -363,6 +466,8 @@ class Video:
                 else:
                     safe = codec != "hevc"  # BLA and no_output_of_prior_pics hide frames around them
                 safe = safe and not packet.has_sidedata("new_extradata")
+                if codec == "h264":
+                    sets.update(bytes(nal) for nal in _nals(packet, self._prefix) if nal[0] & 31 == 7)
             self._rows.append((packet.pts, packet.dts, packet.is_discard))
             size += packet.size
             if size > KEEP_BYTES:
@@ -375,6 +480,11 @@ class Video:
         if not self._rows:
             raise VideoError(self.path, "no frame in its video stream")
         if not safe or gaps or self._starts[:1] != [0] or any(pts is None for pts, _, _ in self._rows):
+            return False
+        try:
+            if not all(map(_only_frames, sets)):
+                return False
+        except (ValueError, LookupError):  # cut short, which decoders forgive
             return False
         shown = sorted((pts, n) for n, (pts, _, hidden) in enumerate(self._rows) if not hidden)
         self._pts, self._order = [pts for pts, _ in shown], [n for _, n in shown]
@@ -399,14 +509,13 @@ class Video:
 
     def _describe(self):
         """Fill `info` and `times`."""
-        self._size, self._turn, self._rotation = (self._decoder.width, self._decoder.height), (False, False, False), 0
+        self._size, self._turn, rotation = (self._decoder.width, self._decoder.height), (False, False, False), 0
         first = None if self._fast else self._count()
         if self._fast and _may_be_turned(self.path):
-            first = next((frame for packet in (*self._read(0, 1), None) for frame in self._decode(packet)), None)
-            if first is None:
-                raise VideoError(self.path, "damaged: its first frame can't be decoded")
+            (run,) = self._plan([0])  # of the first frame shown: an edit list may hide those before it
+            _, first = next(self._run(*run))
         if first is not None:
-            self._size, self._turn, self._rotation = (first.width, first.height), _turn(first), first.rotation
+            self._size, self._turn, rotation = (first.width, first.height), _turn(first), first.rotation
         width, height = self._size[:: -1 if self._turn[0] else 1]
         n, tick = len(self._pts), float(self._stream.time_base)
         fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)  # as the header says
@@ -416,7 +525,7 @@ class Video:
         if known and abs((n - 1) / fps - self.times[-1]) > 2 * tick:  # the header is not right, or the rate varies
             fps = float((n - 1) / self.times[-1])
         duration = float(self.times[-1] + 1 / fps)
-        self.info = VideoInfo(width, height, fps, n, duration, -self._rotation % 360, self._codec)
+        self.info = VideoInfo(width, height, fps, n, duration, -rotation % 360 if any(self._turn) else 0, self._codec)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -470,13 +579,17 @@ class Video:
             jobs.append((out, *self._to_coded(out, box), VideoReformatter()))
         with _errors(self.path, "can't be decoded"):
             for i, frame in self._frames(wanted):
-                if (frame.width, frame.height) != self._size or frame.rotation != self._rotation:
-                    raise VideoError(self.path, f"frame {i} has another size or rotation than its header says")
+                self._check_frame(i, frame)
                 for n, (t, *repeats) in wanted[i].items():
                     _, out, box, scaler = jobs[n]
                     _convert(out[t], frame, box, scaler)
                     out[repeats] = out[t]  # [3, h, w]
         return [torch.from_numpy(out) for out, *_ in jobs]
+
+    def _check_frame(self, i, frame):
+        """VideoError where frame i is of another size, or turned otherwise, than `info` says."""
+        if (frame.width, frame.height) != self._size or _turn(frame) != self._turn:
+            raise VideoError(self.path, f"frame {i} has another size or rotation than its header says")
 
     def _to_coded(self, out, box):
         """Output [T, 3, h, w] and box (x, y, w, h) of upright frames, as the coded ones see them: a view, and a box."""
@@ -495,8 +608,8 @@ class Video:
         """Yields (index, frame) of each wanted frame."""
         return self._runs(wanted) if self._fast else self._counted(wanted)
 
-    def _runs(self, wanted):
-        """The fast way: plan, and decode no more than that. Yields (index, frame) of each wanted frame.
+    def _plan(self, wanted):
+        """The runs that `_run` decodes for the wanted frames, [(first packet, last packet, {pts: index})].
 
         A run goes from a clean start to a wanted frame, and on to the next one unless a later clean start is nearer.
         """
@@ -514,9 +627,13 @@ class Video:
                 plan.append([start, position, {}])
             plan[-1][1] = max(plan[-1][1], position)
             plan[-1][2][self._pts[i]] = i
+        return plan
+
+    def _runs(self, wanted):
+        """The fast way: plan, and decode no more than that. Yields (index, frame) of each wanted frame."""
         try:
-            for start, last, want in plan:
-                yield from self._run(start, last, want)
+            for run in self._plan(wanted):
+                yield from self._run(*run)
         except VideoError:  # damaged; or the file is not what its packets said, which counting its frames tells
             other = Video(self.path, fast=False)
             if (other.info[:2], other.info.num_frames) != (self.info[:2], self.info.num_frames):
@@ -611,7 +728,7 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
     Arguments and result as `read_clip`. It stands here for the paper's ablation, and as the reference of the tests.
     """
     clip = {}
-    with av.open("file:" + os.fsdecode(path)) as container:
+    with av.open("file:" + os.fsdecode(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count, stream.codec_context.thread_type = 1, "NONE"
         stream.codec_context.options = {"strict": "1"}
@@ -2343,8 +2460,7 @@ def _write_chunk(path, video, frames, pts, short_side, options, tick):
         stream.codec_context.time_base, stream.codec_context.thread_count = unit, 1
         for i, frame in frames:
             tick()
-            if (frame.width, frame.height) != video._size or frame.rotation != video._rotation:
-                raise VideoError(video.path, f"frame {i} has another size or rotation than its header says")
+            video._check_frame(i, frame)
             picture = _upright(frame, w, h, video._turn, scaler)
             if first is None:
                 first = pts[i]

@@ -255,6 +255,219 @@ def test_edit_list(videos, tmp_path, skip, length):
     assert info.num_frames < N - max(skip - 1, 0) and info.num_frames <= (length or N) + 1
 
 
+@pytest.mark.parametrize("ending", ["mp4", "mov"])
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("degrees, skip", [(90, 4), (270, 10), (180, 12)])
+def test_edit_list_of_a_turned_video(tmp_path, ending, codec, degrees, skip):
+    """A cut of a phone's video without encoding it again: its first packets are not shown, and tell no rotation."""
+    whole = make(tmp_path / f"whole.{ending}", codec=codec, turn=(degrees, False, False))
+    at = 512 * skip + 1024
+    path = patched(whole, tmp_path / f"cut.{ending}", (b"elst", 12, at.to_bytes(4, "big")))
+    info = check_exact(path, reads=3, fast=True)
+    assert N - skip <= info.num_frames < N
+    assert info.rotation == -degrees % 360
+    assert (info.width, info.height) == ((W, H) if degrees == 180 else (H, W))
+
+
+class Bits:
+    """Writes H.264 as Rec. ITU-T H.264 (7.3) spells it: `ue` and `se` are its codes."""
+
+    def __init__(self, bits=""):
+        self.bits = bits
+
+    def u(self, n, value):
+        self.bits += f"{value:0{n}b}"
+        return self
+
+    def ue(self, *values):
+        for value in values:
+            code = f"{value + 1:b}"
+            self.bits += "0" * (len(code) - 1) + code
+        return self
+
+    def se(self, *values):
+        return self.ue(*(2 * value - 1 if value > 0 else -2 * value for value in values))
+
+    def nal(self, head):
+        """As a NAL unit of a byte stream: stop bit, emulation prevention, start code."""
+        bits = self.bits + "1"
+        bits += "0" * (-len(bits) % 8)
+        out = bytearray()
+        for byte in int(bits, 2).to_bytes(len(bits) // 8, "big"):
+            if byte < 4 and out[-2:] == b"\0\0":
+                out.append(3)
+            out.append(byte)
+        return b"\0\0\0\1" + bytes([head]) + bytes(out)
+
+
+def parameter_sets(fields, lists, order):
+    """Of pictures of 32x32. lists: with scaling matrices; order: how frames are ordered, picture order type 0 or 1."""
+    profile = 100 if lists else 77
+    sps = Bits().u(8, profile).u(8, 0).u(8, 30).ue(0)
+    if lists:
+        sps.ue(1, 0, 0).u(1, 0).u(1, 1)
+        sps.u(1, 1).se(*[3, -2] * 8)  # a whole one
+        sps.u(1, 1).se(-8)  # one that ends at once
+        sps.u(1, 0).u(1, 0).u(1, 0).u(1, 0)
+        sps.u(1, 1).se(*[1] * 20, -28)  # one that ends early
+        sps.u(1, 1).se(*[-100, 100] * 32)
+    sps.ue(0, order)
+    if order == 0:
+        sps.ue(4)
+    else:
+        sps.u(1, 1).se(0, 1).ue(1).se(2)
+    sps.ue(1).u(1, 0).ue(1, 0 if fields else 1)
+    sps.u(1, 0 if fields else 1)
+    if fields:
+        sps.u(1, 0)
+    sps.u(1, 1).u(1, 0).u(1, 0)
+    pps = Bits().ue(0, 0).u(2, 0).ue(0, 0, 0).u(3, 0).se(0, 0, 0).u(3, 0b100)
+    return sps.nal(0x67) + pps.nal(0x68)
+
+
+def by_hand(path, fields, together=False, lists=False, order=0, n=12):
+    """A video of H.264 whose samples all stand in it as they are; returns its pictures, [n] of (Y, U, V).
+
+    fields: each picture is two fields, each in a packet of its own, or together in one. x264 can't make these.
+    """
+    r, pictures, samples = np.random.default_rng(0), [], []
+    for i in range(n):
+        planes = [r.integers(16, 236, (32 >> c, 32 >> c), np.uint8) for c in (0, 1, 1)]
+        pictures.append(planes)
+        number = i % 6  # a keyframe in six
+        for bottom in range(2 if fields else 1):
+            first = number == 0 and not bottom
+            bits = Bits().ue(0, 7, 0).u(4, number)
+            if fields:
+                bits.u(1, 1).u(1, bottom)
+            if first:
+                bits.ue(i // 6 % 2)
+            if order == 0:
+                bits.u(8, 2 * number + bottom)
+            bits.u(2 if first else 1, 0).se(0).ue(1)
+            part = [plane[bottom::2] if fields else plane for plane in planes]
+            for row in range(part[0].shape[0] // 16):
+                for column in range(2):
+                    bits.ue(25).bits += "0" * (-len(bits.bits) % 8)
+                    for plane, side in zip(part, (16, 8, 8), strict=True):
+                        block = plane[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                        for value in block.flatten().tolist():
+                            bits.u(8, value)
+            head = parameter_sets(fields, lists, order) if first else b""
+            samples.append(head + bits.nal(0x65 if first else 0x61))
+    if together:
+        samples = [a + b for a, b in zip(samples[::2], samples[1::2], strict=True)]
+    raw = path.with_suffix(".h264")
+    raw.write_bytes(b"".join(samples))
+    with av.open(str(raw)) as a, av.open(str(path), "w") as b:
+        copy = b.add_stream_from_template(a.streams.video[0], opaque=True)
+        copy.codec_context.field_order = 0  # as of a muxer that doesn't say it
+        step = 2 * n // len(samples)
+        for i, sample in enumerate(samples):
+            packet = av.Packet(sample)
+            packet.pts = packet.dts = i * step
+            packet.duration, packet.time_base = step, Fraction(1, 50)
+            packet.is_keyframe = i % (12 // step) == 0
+            packet.stream = copy
+            b.mux(packet)
+    return pictures
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mov", "mkv"])
+@pytest.mark.parametrize("kind", ["fields", "fields together", "frames"])
+@pytest.mark.parametrize("lists, order", [(False, 0), (True, 1)])
+def test_fields(tmp_path, ending, kind, lists, order):
+    """Where a picture may be two fields, in packets of their own, the pictures are counted, not the packets."""
+    path = tmp_path / f"{kind}.{ending}"
+    pictures = by_hand(path, kind != "frames", kind == "fields together", lists, order)
+    with data.Video(path) as video:
+        assert video._fast == (kind == "frames")
+        assert video.info[:5] == (32, 32, 25, 12, pytest.approx(0.48, abs=2e-3))
+        np.testing.assert_allclose(video.times, np.arange(12) / 25, atol=1e-9)
+        for i, frame in video._frames(dict.fromkeys([7, 0, 11])):
+            for got, want in zip(data._planes(frame), pictures[i], strict=True):
+                assert np.array_equal(got, want)
+        assert video.read([11, 3], 32).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_side_data_that_is_not_known(tmp_path, orientation):
+    """Exif in MJPEG, as cameras write it: side data of a type that PyAV may not know, and a rotation beside it."""
+    entry = bytes.fromhex("12010300 01000000") + orientation.to_bytes(4, "little")
+    tiff = b"II*\0\x08\0\0\0\x01\0" + entry + bytes(4)
+    segment = b"\xff\xe1" + (len(tiff) + 8).to_bytes(2, "big") + b"Exif\0\0" + tiff
+
+    def insert(n, packet):
+        new = av.Packet(bytes(packet)[:2] + segment + bytes(packet)[2:])
+        new.pts, new.dts, new.time_base = packet.pts, packet.dts, packet.time_base
+        new.is_keyframe = True
+        return new
+
+    plain = make(tmp_path / "plain.avi", codec="mjpeg", pix="yuvj420p", n=4)
+    path = remux(plain, tmp_path / "exif.avi", insert)
+    upright = {  # Exif 2.3, tag 0x0112: where row 0 and column 0 of the file are on the screen
+        1: lambda x: x,
+        2: lambda x: x.flip(3),
+        3: lambda x: x.flip(2, 3),
+        4: lambda x: x.flip(2),
+        5: lambda x: x.transpose(2, 3),
+        6: lambda x: x.transpose(2, 3).flip(3),
+        7: lambda x: x.transpose(2, 3).flip(2, 3),
+        8: lambda x: x.transpose(2, 3).flip(2),
+    }[orientation]
+    want = upright(data.read_clip(plain, [2, 0], (H, W)))
+    assert data.probe(path).num_frames == 4
+    assert torch.equal(data.read_clip(path, [2, 0], want.shape[2:]), want)
+
+
+@pytest.mark.parametrize("turn", [(90, False, False), (180, False, False), None])
+@pytest.mark.parametrize("name", ["chapters.mp4", "chapters.mov", "late_tracks.mkv"])
+def test_rotation_is_found_wherever_the_header_holds_it(tmp_path, name, turn):
+    """Chapters are a track with matrices of their own; a long title stands before the tracks of an mkv."""
+    with av.open(str(make(tmp_path / f"a_{name}", n=3, turn=turn))) as a, av.open(str(tmp_path / name), "w") as b:
+        stream = a.streams.video[0]
+        copy = b.add_stream_from_template(stream, opaque=True)
+        if name.startswith("chapters"):
+            times = {"time_base": Fraction(1, 1000), "metadata": {"title": "one"}}
+            b.set_chapters([{"id": i, "start": 40 * i, "end": 40 * i + 40} | times for i in range(2)])
+        else:
+            b.metadata["title"] = "long " * 4000
+        for packet in a.demux(stream):
+            if packet.size:
+                packet.stream = copy
+                b.mux(packet)
+    info = check_exact(tmp_path / name, reads=1, fast=True)
+    assert info.rotation == (-turn[0] % 360 if turn else 0)
+    assert (info.width, info.height) == ((H, W) if turn and turn[0] == 90 else (W, H))
+    assert data._may_be_turned(tmp_path / name) == bool(turn), "no frame is decoded where the header says enough"
+
+
+def test_matrix_of_zeros(videos, tmp_path):
+    """Some writers leave a track's matrix empty. Players show such a video as it is."""
+    path = patched(videos("h264.mp4"), tmp_path / "zeros.mp4", (b"tkhd", 40, bytes(36)))
+    assert check_exact(path, reads=1, fast=True).rotation == 0
+    assert torch.equal(data.read_clip(path, [5], 32), data.read_clip(videos("h264.mp4"), [5], 32))
+
+
+def test_metadata_that_is_no_text(tmp_path):
+    """Neither reader stumbles over a title in another encoding than UTF-8."""
+    made = make(tmp_path / "made.mkv", n=3)
+    path = tmp_path / "title.mkv"
+    with av.open(str(made)) as a, av.open(str(path), "w") as b:
+        stream = a.streams.video[0]
+        copy = b.add_stream_from_template(stream, opaque=True)
+        b.metadata["title"] = "caf? noir"
+        for packet in a.demux(stream):
+            if packet.size:
+                packet.stream = copy
+                b.mux(packet)
+    content = path.read_bytes()
+    assert content.count(b"caf? noir") == 1
+    path.write_bytes(content.replace(b"caf? noir", b"caf\xe9 noir"))
+    for read in (data.read_clip, data.read_clip_decode_then_crop):
+        assert torch.equal(read(path, [2, 0], 32), read(made, [2, 0], 32))
+
+
 @pytest.mark.parametrize("name", ["long_gop.mp4", "open_gop.mp4", "hevc.mp4", "vp9.mp4", "av1.mp4"])
 def test_false_keyframe_marks(videos, tmp_path, name):
     """A container that marks every packet as a keyframe. Decoding may start at some of them only."""

@@ -71,6 +71,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 1 << 26  # of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
 HOLD = 0.25  # seconds that a last frame stays on the screen: cuts are rounded to frames, and headers round too
+CHUNK_TIMES = "frame_times"  # metadata of a chunk: `_times_in_whole`, as 16 hexadecimal digits each
 KEEP_BYTES = 256 << 20  # packets of a video stay in memory up to this size; those of a larger one are read again
 # The containers that are opened, by FFmpeg's names, and how their files are called. A file is what its content says:
 # the suffixes only tell which files of a folder, and which words of a list, are meant as videos (`_named_video`).
@@ -742,16 +743,38 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
     return F.interpolate(clip[:, :, y : y + h, x : x + w], size, mode="bilinear", antialias=True)  # [T, 3, h, w]
 
 
+def _times_in_whole(chunk):
+    """Seconds in the whole video that `data.py chunk` wrote into a chunk; None in a chunk of others.
+
+    float64 [num_frames + 2]: of each frame; of the frame that follows the last of them, or else the end; of the end.
+    """
+    written = chunk._container.metadata.get(CHUNK_TIMES)
+    if written is None:
+        return None
+    with _errors(chunk.path, f"its {CHUNK_TIMES} can't be read"):
+        times = np.frombuffer(bytes.fromhex(written), "<f8")
+    if len(times) != chunk.info.num_frames + 2:
+        told = f"has {chunk.info.num_frames} frames, but the times of {len(times) - 2}"
+        raise VideoError(chunk.path, f"{told}: it was changed after it was cut; cut it again")
+    return times
+
+
 class Chunks:
     """A long video in pieces, folder/<start second>.mp4 (AVION, Sec. 4.3), read as if it were one.
 
     `info`, `at`, `clamp`, `read_views` as of `Video`; but a frame is what `at` returns, (chunk, frame), and `info` is
     one chunk's. Only the chunks that a clip touches are opened. A clip across a boundary is one clip still,
     with one box. Raises VideoError: no such folder, no chunk in it; a chunk that is missing, short or damaged.
+
+    Chunks that `data.py chunk` cut hold the times of their frames in the whole video, and `at` shows the frame that the
+    whole video's does. Chunks of others don't: that the first frame of 15.mp4 is on the screen from second 15 on is
+    taken for granted, and that its other frames follow at the file's own times.
     """
 
     def __init__(self, path):
-        self.path, self._chunks = os.fsdecode(path), {}
+        self.path = os.fsdecode(path)
+        self._chunks = {}
+        self._times = {}
         try:
             found = [(int(name.partition(".")[0]), name) for name in os.listdir(self.path) if name[:1].isdecimal()]
         except (OSError, ValueError) as error:
@@ -770,7 +793,13 @@ class Chunks:
     def _chunk(self, k):
         """Chunk k, opened once."""
         if k not in self._chunks:
-            self._chunks[k] = Video(os.path.join(self.path, self.names[k]))
+            chunk = Video(os.path.join(self.path, self.names[k]))
+            times = _times_in_whole(chunk)
+            if times is None:
+                end = chunk.info.duration
+                times = self.starts[k] + np.append(chunk.times, [end, end])
+            self._chunks[k] = chunk
+            self._times[k] = times
         return self._chunks[k]
 
     @property
@@ -781,22 +810,29 @@ class Chunks:
     def clamp(self, second):
         """`second`, or the end of the last chunk where that is earlier."""
         last = len(self.names) - 1
-        return (
-            second if second <= self.starts[last] else min(second, self.starts[last] + self._chunk(last).info.duration)
-        )
+        if second <= self.starts[last]:
+            return second
+        self._chunk(last)
+        return min(second, float(self._times[last][-1]))
 
     def at(self, seconds):
         """(chunk, frame) of what is on the screen at `seconds`, [T] floats -> [T]; VideoError where no chunk has it."""
-        places = []
-        for second in map(float, seconds):
-            k = bisect_right(self.starts, second + 1e-3) - 1
-            if k < 0 or second - self.starts[k] > self._chunk(k).info.duration + HOLD:
-                near = self.names[max(k, 0)]
-                raise VideoError(
-                    self.path, f"no chunk holds second {second:.2f}: one is missing, or {near} is too short"
-                )
-            places.append((k, self._chunk(k).at([second - self.starts[k]])[0]))
-        return places
+        return [self._at(second) for second in map(float, seconds)]
+
+    def _at(self, second):
+        now = second + 1e-3  # as in `Video.at`
+        k = max(bisect_right(self.starts, now + 1e-3) - 1, 0)  # a start is its first frame's time, rounded
+        self._chunk(k)
+        while k and self._times[k][0] > now:  # its first frame comes later
+            k -= 1
+            self._chunk(k)
+        times = self._times[k][:-2]
+        following, end = self._times[k][-2:]
+        missing = now >= following if following < end else second - end > HOLD
+        if missing or (now < times[0] and times[0] > 0):
+            near = self.names[k]
+            raise VideoError(self.path, f"no chunk holds second {second:.2f}: one is missing, or {near} is too short")
+        return k, max(int(np.searchsorted(times, now, "right")) - 1, 0)
 
     def read_views(self, views):
         """Views as `Video.read_views` takes them, with frames of `at` -> a list of uint8 [T, 3, h, w].
@@ -2447,13 +2483,17 @@ def _upright(frame, w, h, turn, scaler):
     return turned
 
 
-def _write_chunk(path, video, frames, pts, short_side, options, tick):
-    """Encode (index, frame) pairs of a video as one file; pts: of all its frames and of its end, in time-base units."""
+def _write_chunk(path, video, frames, pts, times, short_side, options, tick):
+    """Encode (index, frame) pairs of a video as one file.
+
+    pts: of all its frames and of its end, in time-base units; times: what `_times_in_whole` shall read.
+    """
     width, height = video.info[:2]
     short = min(short_side, width, height)
     w, h = (max(2, min(2 * round(side * short / min(width, height) / 2), side // 2 * 2)) for side in (width, height))
     unit, scaler, first = video._stream.time_base, VideoReformatter(), None
-    with av.open(f"file:{path}", "w", format="mp4") as out:
+    with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "use_metadata_tags"}) as out:
+        out.metadata[CHUNK_TIMES] = times.astype("<f8").tobytes().hex()
         rate = Fraction(video.info.fps).limit_denominator(1001)
         stream = out.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
@@ -2474,13 +2514,14 @@ def _write_chunk(path, video, frames, pts, short_side, options, tick):
         out.mux(stream.encode())
 
 
-def _whole(path, n):
-    """True if a chunk has n frames, by its packets alone, and can be decoded."""
+def _whole(path, times):
+    """True if a chunk has these frames, by its packets alone, and can be decoded."""
     try:
-        video = _check(path)
+        _check(path)
+        with Video(path) as video:
+            return bool(video._fast) and np.array_equal(_times_in_whole(video), times)
     except VideoError:
         return False
-    return bool(video._fast) and video.info.num_frames == n
 
 
 def _chunk_video(job, tick, seconds, short_side, options):
@@ -2495,16 +2536,20 @@ def _chunk_video(job, tick, seconds, short_side, options):
             n, unit = video.info.num_frames, video._stream.time_base
             pts = np.rint(np.append(video.times, video.info.duration) / float(unit)).astype(np.int64) - range(n + 1)
             pts = (np.maximum.accumulate(pts) + range(n + 1)).tolist()  # no two frames at the same time
-            starts = [int(t * unit // seconds) * seconds for t in pts[:n]]
+            end = video.info.duration
+            times = np.append(video.times, end)  # [n + 1]
+            starts = [int((t + 1e-6) // seconds) * seconds for t in video.times]  # 1e-6: 14.9999999 means 15
             for start, frames in groupby(_in_order(video), lambda item: starts[item[0]]):
                 path, count = part / f"{start}.mp4", starts.count(start)
                 temporary = path.with_name(f".{start}.mp4")
-                if _whole(path, count):  # from a run that was ended
+                first = starts.index(start)
+                times_here = np.append(times[first : first + count + 1], end)
+                if _whole(path, times_here):  # from a run that was ended
                     for _ in frames:
                         tick()
                 else:
-                    _write_chunk(temporary, video, frames, pts, short_side, options, tick)
-                    if not _whole(temporary, count):
+                    _write_chunk(temporary, video, frames, pts, times_here, short_side, options, tick)
+                    if not _whole(temporary, times_here):
                         raise VideoError(source, f"its chunk at {start} s does not read back as it was written")
                     temporary.replace(path)
                 tick(size * count // n)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,12 +102,17 @@ def assert_cut(source, folder, seconds, short_side):
     return made
 
 
+NTSC = [round(i * 1001 / 30) for i in range(N)]
+PAUSES = [500 + 40 * i + 5300 * (i > 20) + 2100 * (i > 50) for i in range(N)]  # starts late, stands still twice
 VFR = np.cumsum(np.random.default_rng(0).choice([20, 40, 90, 180], N)).tolist()
 SOURCES = {  # name: what make() is told
     "p/P01.MP4": {"sound": True},
     "odd.mp4": {"w": 97, "h": 65, "pix": "yuv444p"},
     "b frames.mkv": {"bf": "3"},
     "vfr.mp4": {"pts": VFR},
+    "ntsc.mkv": {"pts": NTSC},
+    "pauses.mp4": {"pts": PAUSES},
+    "stream.ts": {"pts": PAUSES},
     "rotated.mp4": {"turn": 90},
     "upside.mp4": {"turn": 180},
     "deep.mp4": {"pix": "yuv420p10le", "tags": {"colorspace": 9, "color_primaries": 9}},
@@ -134,7 +140,90 @@ def cut(tmp_path_factory):
 @pytest.mark.parametrize("name", SOURCES)
 def test_frames_times_colours(cut, name):
     made = assert_cut(cut / "src" / name, (cut / "dst" / name).with_suffix(".mp4"), 1, 48)
-    assert len(made) == {"vfr.mp4": len(made), "one.mp4": 1}.get(name, 3)
+    assert len(made) == {"vfr.mp4": len(made), "one.mp4": 1, "pauses.mp4": 5, "stream.ts": 5}.get(name, 3)
+
+
+def shown(video, second):
+    """The number that the frame at a second shows; None where there is none."""
+    try:
+        return number(video.read_views([(video.at([second]), (H, W), None)])[0])[0]
+    except data.VideoError:
+        return None
+
+
+@pytest.mark.parametrize("name", ["p/P01.MP4", "vfr.mp4", "ntsc.mkv", "pauses.mp4", "stream.ts", "old.avi", "one.mp4"])
+def test_a_second_of_the_chunks_is_that_of_the_whole(cut, name):
+    """Any time shows the frame that the whole video shows at it, or is an error in both."""
+    n = SOURCES[name].get("n", N)
+    stamps = np.array(SOURCES[name].get("pts") or range(0, 40 * n, 40)) / 1000  # [n]
+    stamps -= stamps[0]
+    r = np.random.default_rng(0)
+    seconds = [-0.1, *r.uniform(0, stamps[-1] + 0.6, 60), *stamps[::5], *(stamps[::5] - 0.002), *(np.arange(5) + 1e-5)]
+    with data.Video(cut / "src" / name) as whole, data.Chunks((cut / "dst" / name).with_suffix(".mp4")) as parts:
+        for second in seconds:
+            want = max(0, sum(stamps <= second + 1e-3) - 1) if second < whole.info.duration + 0.25 else None
+            assert shown(parts, second) == want, second
+        first = np.cumsum([0, *(parts._chunk(k).info.num_frames for k in range(len(parts.names)))])
+        ticks = np.arange(-100, 1000 * whole.info.duration + 300) / 1000
+        for second in [*r.uniform(-1, whole.info.duration + 1, 2000), *ticks, *whole.times]:
+            assert parts.clamp(second) == whole.clamp(second)
+            try:
+                (want,) = whole.at([second])
+            except data.VideoError:
+                with pytest.raises(data.VideoError):
+                    parts.at([second])
+                continue
+            ((k, i),) = parts.at([second])
+            assert first[k] + i == want, second
+
+
+def test_chunk_that_is_missing_or_changed(cut, tmp_path):
+    """A frame that isn't there is an error, never the last one before it; a pause is none."""
+    shutil.copytree(cut / "dst" / "pauses.mp4", tmp_path / "v")
+    starts = sorted(int(path.stem) for path in (tmp_path / "v").iterdir())
+    assert starts == [0, 6, 7, 9, 10]
+    (tmp_path / "v" / "7.mp4").unlink()
+    stamps = (np.array(PAUSES) - PAUSES[0]) / 1000
+    with data.Chunks(tmp_path / "v") as parts:
+        for second in (*stamps[(stamps >= 7) & (stamps < 9)], 8.5):
+            with pytest.raises(data.VideoError, match="no chunk holds second"):
+                parts.at([second])
+        assert [shown(parts, second) for second in (0.9, 4, 6.1)] == [20, 20, 20]
+    with av.open(str(tmp_path / "v" / "9.mp4")) as file:
+        tags = dict(file.metadata)
+    make(tmp_path / "new.mp4", n=3)
+    with av.open(str(tmp_path / "new.mp4")) as a:
+        path = tmp_path / "v" / "9.mp4"
+        with av.open(str(path), "w", options={"movflags": "use_metadata_tags"}) as b:
+            b.metadata.update(tags)
+            copy = b.add_stream_from_template(a.streams.video[0], opaque=True)
+            for packet in a.demux(video=0):
+                if packet.size:
+                    packet.stream = copy
+                    b.mux(packet)
+    with data.Chunks(tmp_path / "v") as parts, pytest.raises(data.VideoError, match="9.mp4: .*cut it again"):
+        parts.at([9.5])
+
+
+def test_chunks_of_others(tmp_path):
+    """They tell nothing of the whole video: the first frame is at the start that the name says."""
+    folder = tmp_path / "v"
+    folder.mkdir()
+    for start in (0, 3):
+        make(folder / f"{start}.mp4", pts=[40 * i + 500 for i in range(N)])
+    with data.Chunks(folder) as parts:
+        seconds = [0, 0.05, 2.99, 3.1, 3, 3.05, 5.9]
+        want = [(0, 0), (0, 1), (0, 74), (1, 2), (1, 0), (1, 1), (1, 72)]
+        assert parts.at(seconds) == want
+        assert parts.clamp(7) == 6
+        for second in (6.3, 100):
+            with pytest.raises(data.VideoError, match="no chunk holds second"):
+                parts.at([second])
+    (folder / "0.mp4").rename(folder / "10.mp4")
+    with data.Chunks(folder) as parts:
+        for second in (0, 2.9, 6.3):
+            with pytest.raises(data.VideoError, match="no chunk holds second"):
+                parts.at([second])
 
 
 def test_tags(cut):

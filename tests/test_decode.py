@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from av.bitstream import BitStreamFilterContext
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -440,6 +441,23 @@ def test_rotation_is_found_wherever_the_header_holds_it(tmp_path, name, turn):
     assert info.rotation == (-turn[0] % 360 if turn else 0)
     assert (info.width, info.height) == ((H, W) if turn and turn[0] == 90 else (W, H))
     assert data._may_be_turned(tmp_path / name) == bool(turn), "no frame is decoded where the header says enough"
+
+
+def test_pictures_turned_otherwise_than_the_first(videos, tmp_path):
+    """Here only the first says that it is upside down. To show the others either way would be a guess."""
+    path = tmp_path / "flipped.mp4"
+    with av.open(str(videos("h264.mp4"))) as a, av.open(str(path), "w") as b:
+        stream = a.streams.video[0]
+        copy = b.add_stream_from_template(stream, opaque=True)
+        mark = BitStreamFilterContext("h264_metadata=display_orientation=insert:flip=vertical", stream)
+        for packet in a.demux(stream):
+            for marked in mark.filter(packet if packet.size else None):
+                marked.stream = copy
+                b.mux(marked)
+    with data.Video(path) as video:
+        assert torch.equal(video.read([0], 32), data.read_clip(videos("h264.mp4"), [0], 32).flip(2))
+        with pytest.raises(data.VideoError, match="frame 1 has another size or rotation"):
+            video.read([1], 32)
 
 
 def test_matrix_of_zeros(videos, tmp_path):

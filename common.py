@@ -447,6 +447,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def integer(text):
+    """int(text) within the 64 bits that tensors and seeds have."""
+    number = int(text)
+    if not -(2**63) <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} has more than 64 bits")
+    return number
+
+
 def parse(config_class, recipes, argv=None):
     """The command line as a Config: a field a flag, defaults from the recipe. Wrong flags exit with status 2."""
     parser = _Parser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False)
@@ -460,7 +468,8 @@ def parse(config_class, recipes, argv=None):
             parser.add_argument(name, nargs="+", default=field.default, help=help)
         else:
             choices = list(recipes) if field.name == "recipe" else meta["choices"]
-            parser.add_argument(name, type=field.type, default=field.default, choices=choices, help=help)
+            kind = integer if field.type is int else field.type
+            parser.add_argument(name, type=kind, default=field.default, choices=choices, help=help)
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**recipes[chosen.recipe])
     flags = vars(parser.parse_args(argv))

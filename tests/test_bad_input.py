@@ -30,6 +30,15 @@ def refused(*argv):
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("flag", ["--seed", "--max-steps"])
+def test_numbers_beyond_64_bits(flag, capsys):
+    """No tensor and no generator holds them."""
+    with pytest.raises(SystemExit) as end:
+        run(flag, str(2**63))
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: argument {flag}: {2**63} has more than 64 bits\n"
+    assert common.parse(turbo.Config, turbo.RECIPES, [flag, str(2**63 - 1)])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

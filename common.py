@@ -1082,6 +1082,7 @@ class Phase(NamedTuple):
     state: float  # bytes whatever the batch: see state_bytes
     clip: float  # bytes more a clip: its pixels, and what is kept for backward: see block_bytes
     group: int = 1  # clips that a micro-batch holds together
+    flag: str = "--micro-batch"  # that sets `micro`
 
 
 def state_bytes(trained, frozen=0, optimizer="adamw", half=True, gpus=1):
@@ -1127,7 +1128,7 @@ def print_memory(cfg, phases):
             fits.append(f"{card} GB: {max(fitting, default='none')}")
         print(
             f"memory    {phase.name}: {micro} clips at once on each of {cfg.gpus} GPUs, {per_gpu // micro} times a step: "
-            f"{gigabytes:.1f} GB a GPU, an estimate; largest --micro-batch in {', '.join(fits)}"
+            f"{gigabytes:.1f} GB a GPU, an estimate; largest {phase.flag} in {', '.join(fits)}"
         )
 
 

@@ -17,12 +17,27 @@ then 4, 8 and 16 frames, each from the weights of the one before. Then the encod
     Sec. 5.4, reuse of decoded frames       sample_clip (--repeated)
     fine-tuning                             Classifier, following (recipes *_ft, --then)
 
+    row of the paper                        flags
+    Table 1, TPT-MAE, ViT-L, K400           --recipe k400 --model vit_l --then k400_ft
+    Table 1, TPT-MAE, ViT-L, SSv2           --recipe ssv2_ft --model vit_l --init runs/tpt_mae-k400/last.pt
+    Table 1, VideoMAE, ViT-L, K400          --recipe videomae_k400 --model vit_l --budget 1600 --then k400_ft
+    Table 2, TPT-MAE                        --recipe ssv2 --then ssv2_ft
+    Table 2, VideoMAE                       --recipe ssv2 --then ssv2_ft --stages 16:100
+    Table 3, TimeSformer, TPT-MAE           --recipe ssv2 --then ssv2_ft --stages 2,4,8 --budget-frames 8
+                                            --backbone divided
+    Table 3, MotionFormer, ImageNet-21k     --recipe ssv2_sup --frames 8 --backbone trajectory --init B_16.npz
+    Table 4, 3 sub-tasks, (2, 8, 16)        --recipe ssv2 --then ssv2_ft --stages 2,8,16
+    Table 5, short-cycle, random            --recipe ssv2 --then ssv2_ft --cycle short --order random
+    Table 6, 1 cycle, cosine                --recipe ssv2 --then ssv2_ft --lr-cycles 1
+    Table 7, 8, 8, 8, 16                    --recipe ssv2 --then ssv2_ft --stage-batch 512,512,512,1024
+
 Faithful: stages, budget arithmetic, optimiser, masks, target, sampling, as the paper or the VideoMAE it builds on says.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     budget      "25 % at 2 frames -> 1600 epochs" holds at a budget of 800 epochs of 16 frames, not at Sec. 4's 400:
                 epochs = share x budget x 16 / frames, rounded to whole epochs.
     carry       weights and AdamW's moments go on through all stages; beta2 = 0.95 forgets the old ones in warm-up.
-    warmup      40 epochs are 10 % of Sec. 4's budget of 400: each learning-rate cycle has that share of its own.
+    warmup      40 epochs are 10 % of Sec. 4's budget of 400: a stage (a learning-rate cycle) warms up for that share
+                of itself, not for 40 epochs of its own.
     lr          Sec. 4 says 1.5e-4, Sec. 3.2's example 0.01. Here 1.5e-4 x batch / 256, VideoMAE's rule, at each stage;
                 --min-lr, the cosine's end, stays the same share of the peak.
     step        Table 6's "step": a tenth after each third of a cycle.
@@ -31,10 +46,14 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     single      a 1-frame stage ("single frame", Secs. 3.2.1 and 6) repeats the frame to fill the tubelet.
     stride      K400's stride stays 4 at all lengths, so a short clip is a short time; SSv2's segments span the video.
     views       "3 views", "5 views" are read as VideoMAE's tests, 2 x 3 and 5 x 3 clips x crops.
+    repeated    VideoMAE shows the same frames of a video again, augmented otherwise; here each clip draws its own frames.
     sizes       fine-tuning is VideoMAE's of ViT-B at every size; its K400 S, L and H differ (k400_ft says how).
     search      a schedule ends at the full length, which is the task; shares are powers of two that sum to 100 %.
     blocks      all backbones: tubelets, no CLS, fixed positions, mean pooling and a joint decoder, as VideoMAE;
                 ImageNet's start learns positions, because its own are.
+    trajectory  from an image's weights, values along a trajectory start as the tokens, W_v = 1, so that a still clip's
+                are the image's. The public code's default leaves W_v out (its flag USE_ORIGINAL_TRAJ_ATTN_CODE).
+    memory      Sec. 4's V100s come with 16 or 32 GB: --micro-batch and --then's fit 32, for every --model (--plan).
     decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out with 4 x 512 for L.
     target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels (--target).
     toy         so that minutes are enough, positions are 5 times as large, and the classifier's weights 5,000 times.
@@ -82,13 +101,13 @@ MODELS["vit_toy"] |= {"position_scale": 5.0, "head_std": 0.1}  # DECISION (toy)
 
 TOY = {"train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv", "data_root": "toy/actions",
        "train_clips": 1600, "num_classes": 8, "model": "vit_toy", "size": 32, "sampling": "stride", "batch_size": 16,
-       "lr": 1e-3, "min_lr": 1e-6, "workers": 2, "log_every": 50}  # fmt: skip
+       "lr": 1e-3, "min_lr": 1e-6, "workers": 2, "log_every": 50, "gpus": 1}  # fmt: skip
 SSV2 = {"train_clips": 168913, "num_classes": 174, "sampling": "segments"}  # Sec. 4
 K400 = {"train_clips": 241258, "num_classes": 400, "sampling": "stride"}
 # An evaluation takes 16 frames of each video: after each epoch of 2 it would cost as much as these.
-PRETRAIN = {"eval_every": 50}
+PRETRAIN = {"eval_every": 50, "micro_batch": 16}  # DECISION (memory); Table 7's "per-GPU batch size"
 # VideoMAE's fine-tuning, which Sec. 4 follows: 384 videos a step, which its rule for the rate counts, of 2 clips each.
-FINETUNE = {"stages": "", "frames": 16, "batch_size": 768, "repeated": "2", "lr": 5e-4 * 384 / 256,
+FINETUNE = {"stages": "", "frames": 16, "batch_size": 768, "micro_batch": 4, "repeated": "2", "lr": 5e-4 * 384 / 256,
             "min_lr": 1e-6 * 384 / 256, "warmup_epochs": 5.0, "beta2": 0.999, "layer_decay": 0.75, "drop_path": 0.1,
             "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "rand_augment": 7.0, "erase": 0.25}  # fmt: skip
 
@@ -119,14 +138,19 @@ class Config:
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/tpt_mae-<recipe>", free=True)
-    init: str = opt("", "weights: ours, VideoMAE's .pth, a hub folder, a ViT's .npz (eval ...: ours; empty: best.pt)")
+    init: str = opt(
+        "", "weights: ours, VideoMAE's .pth, a hub folder, a ViT's .npz; random: none (eval ...: ours; empty: best.pt)"
+    )
     resume: str = opt("auto", "auto: continue the run folder's last.pt; or a checkpoint to continue", free=True)
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
     plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+    gpus: int = opt(64, "GPUs that --plan counts memory for (Sec. 4)", free=True)
+    gpu_gb: tuple = opt(("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True)
     then: str = opt("", "recipe to go on with, in <out>_ft", ["", "toy_ft", "ssv2_ft", "k400_ft"], True)
     then_train_list: str = opt("", "its training videos, where it has others; empty: the same lists", free=True)
     then_val_list: str = opt("", "its validation videos", free=True)
     then_data_root: str = opt("", "folder that its lists' paths are relative to", free=True)
+    then_micro_batch: int = opt(0, "its --micro-batch; 0: its recipe's, and at most this run's", free=True)
     then_of: str = opt("", "set by --then: a digest of the pretraining that the weights are from")
 
     model: str = opt("vit_b", "encoder size", choices=list(MODELS))
@@ -293,7 +317,7 @@ def sample_clip(cfg, frames, train, views, video, index, view, key):
     training, else one of `crops` squares along the long side.
     """
     (clip, crop), info = divmod(view, views[1]), video.info
-    if cfg.sampling == "segments":
+    if cfg.sampling == "segments":  # DECISION (repeated): `key` is another for each clip of a video
         places = uniform(key, "start", frames).numpy() if train else clip / views[0] if views[0] > 1 else 0.5
         chosen = data.segment_frames(info, frames, places)
     elif train:  # DECISION (stride): the same at every length
@@ -670,16 +694,36 @@ def count_gmacs(cfg, classes, frames):
     return here, here + masked * model.patch_embed.weight.numel() / 1e9
 
 
-def saved_megabytes(model, cfg, kept):
-    """MB that all blocks store for the backward pass of one clip in fp32, from one real block each on the CPU."""
-    steps, heads, total = model.grid[0], MODELS[cfg.model]["heads"], 0
-    jobs = [(model.blocks, BLOCKS[cfg.backbone], model.width, heads, kept, [] if model.joint else [None, steps])]
-    if cfg.stages:
-        attn = model.decoder.blocks[0].attn
-        jobs.append((model.decoder.blocks, Block, attn.proj.in_features, attn.heads, model.places, []))
-    for blocks, kind, width, heads, places, extra in jobs:
-        total += len(blocks) * common.saved_bytes(kind(width, heads), torch.randn(1, steps * places, width), *extra)
-    return total / 1e6
+def memory(cfg):
+    """common.Phases of a run: of each stage the model's state, and what a clip adds, its pixels and the blocks' memory."""
+    half = cfg.precision != "fp32"
+    kind = "plain" if cfg.attention == "plain" else "sdpa"
+    measure = partial(common.block_bytes, half=half, grad_checkpoint=cfg.grad_checkpoint)
+    spec = MODELS[cfg.model]
+    with torch.device("meta"):
+        model = build(cfg, cfg.num_classes or 2)
+    state = common.state_bytes(sum(p.numel() for p in model.parameters()), half=half, gpus=cfg.gpus)
+    encoder = BLOCKS[cfg.backbone](spec["width"], spec["heads"], kind=kind)
+    kept = model.places - int(cfg.mask_ratio * model.places) if cfg.stages else model.places
+    phases = []
+    for stage in schedule(cfg, cfg.train_clips)[0]:
+        steps = -(-stage.frames // model.patch[0])
+        extra = [] if model.joint else [None, steps]
+        clip = common.PIXEL_BYTES * steps * model.places * model.patch_embed.in_features
+        if cfg.stages:
+            clip *= 2  # the prediction, in half precision and float32, and its gradient
+        clip += measure(encoder, spec["depth"], (steps * kept, spec["width"]), *extra)
+        if cfg.stages:
+            attn = model.decoder.blocks[0].attn
+            width = attn.proj.in_features
+            decoder = Block(width, attn.heads, kind=kind)
+            clip += measure(decoder, len(model.decoder.blocks), (steps * model.places, width))
+        name = f"{'pretraining' if cfg.stages else 'fine-tuning'} on {stage.frames} frames"
+        micro = min(cfg.micro_batch, stage.batch // cfg.gpus)
+        group = stage.repeated * (2 if cfg.mixup or cfg.cutmix else 1)  # as common.micro_batches has it
+        flag = "--then-micro-batch" if cfg.then_of else "--micro-batch"
+        phases.append(common.Phase(name, stage.batch, micro, state, clip, group, flag))
+    return phases
 
 
 def print_plan(cfg):
@@ -695,11 +739,11 @@ def print_plan(cfg):
     print(f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M parameters, "
           f"{decoder:.1f} M of them the decoder's\n"
           f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} learning-rate cycles "
-          f"({cfg.decay}); {cfg.train_clips} videos\n"
-          f"memory    blocks save {saved_megabytes(model, cfg, kept):.0f} MB for backward in fp32, a clip of "
-          f"{longest(cfg)} frames\n\n"
-          "frames percent  epochs    steps  batch       lr repeated visible tokens    GMACs embedded    PMACs   hours"
-          )  # fmt: skip
+          f"({cfg.decay}); {cfg.train_clips} videos")  # fmt: skip
+    common.print_memory(cfg, memory(cfg))
+    print(
+        "\nframes percent  epochs    steps  batch       lr repeated visible tokens    GMACs embedded    PMACs   hours"
+    )
     macs = {frames: count_gmacs(cfg, classes, frames) for frames in {full, longest(cfg), *(s.frames for s in stages)}}
     hours = lambda pmacs: f"{pmacs * 1e6 / macs[longest(cfg)][0] / rate / 3600:.1f}" if rate else "-"
     total, frames = [0.0, 0.0], 0
@@ -723,7 +767,7 @@ def print_plan(cfg):
 RANGES = {  # flags: which values, in words
     "lr stride log_every eval_every batch_size search_stages layer_decay": (lambda x: 0 < x < math.inf, "above 0"),
     "budget budget_frames": (lambda x: 0 < x <= 1e6, "above 0 and at most 1000000"),
-    "min_lr weight_decay clip_grad max_steps workers micro_batch mixup cutmix max_bad lr_cycles clips_per_second "
+    "min_lr weight_decay clip_grad max_steps workers micro_batch then_micro_batch mixup cutmix max_bad lr_cycles clips_per_second "
     "train_clips num_classes":
         (lambda x: 0 <= x < math.inf, "at least 0"),
     "beta2 mask_ratio drop_path head_dropout label_smoothing erase": (lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -760,6 +804,9 @@ def check(cfg):
         raise UserError(f"--decoder {cfg.decoder}: a width of {width} is not in heads of 64")
     two_numbers("--test-views", cfg.test_views)
     staged(cfg)
+    common.need_init(cfg, ["ssv2_ft", "k400_ft"], "weights pretrained on videos")
+    common.need_init(cfg, ["ssv2_sup"], "an image ViT's weights (.npz or hub folder)")
+    common.check_gpus(cfg)
     if bool(cfg.then_train_list) != bool(cfg.then_val_list):
         raise UserError("--then-train-list and --then-val-list need each other")
     if cfg.then:
@@ -788,7 +835,10 @@ def open_lists(cfg, ctx):
     videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
     if len(videos.classes) < 2 and not cfg.stages:
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
-    return videos, data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+    val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+    root = "--then-data-root" if cfg.then_of and cfg.then_train_list else "--data-root"
+    data.need_videos(val_videos, cfg.max_bad, root)
+    return videos, val_videos
 
 
 def prepare(cfg, ctx):
@@ -826,6 +876,10 @@ def init_weights(path, net):
         weights["positions"] = table.repeat(net.grid[0], 1)[None]  # [1, N, D]: the same in all time steps
         time = lambda name: name.replace(".attn.", ".temporal_attn.").replace(".norm1.", ".temporal_norm.")
         weights |= {time(k): v for k, v in weights.items() if time(k) in own and time(k) != k}  # starts as space's
+        for name in own:
+            if name.endswith("trajectory_kv.weight"):  # DECISION (trajectory)
+                keys, values = own[name].chunk(2)  # [D, D] each
+                weights[name] = torch.cat([keys, torch.eye(len(values)).to(values)])  # [2D, D]
     leaves = lambda names: {name.split(".", 2)[2] for name in names if name.startswith("blocks.")}
     other = leaves(weights) - leaves(own) or (leaves(own) - leaves(weights) if leaves(weights) and not image else set())
     if other:
@@ -841,14 +895,16 @@ def init_weights(path, net):
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
     source = cfg.init or f"{cfg.out}/best.pt"
-    state = common.load_checkpoint(source)
-    if not isinstance(state, dict) or not {"model", "config", "classes"} <= set(state):
-        raise UserError(f"{source}: not a checkpoint of tpt_mae.py")
     shape = ("model", "backbone", "decoder", "positions", "stages", "budget", "budget_frames", "order", "frames",
-             "size", "sampling", "stride", "mask_ratio", "target", "seed")  # fmt: skip
-    cfg, classes = replace(cfg, **{key: state["config"][key] for key in shape}), state["classes"]
-    net = build(cfg, len(classes)).to(ctx.device).eval()
-    net.load_state_dict(state["model"])
+             "epochs", "warmup_epochs", "size", "sampling", "stride", "mask_ratio", "target", "seed")  # fmt: skip
+
+    def build_from(state):
+        its_cfg = replace(cfg, then="", **{key: state["config"][key] for key in shape})
+        check(its_cfg)
+        return its_cfg, build(its_cfg, len(state["classes"])).to(ctx.device)
+
+    cfg, net, state = common.open_trained(source, "tpt_mae.py", ("classes",), build_from)
+    classes = state["classes"]
     if cfg.task == "predict":
         return predict(net, cfg, ctx, classes)
     if not cfg.val_list:
@@ -913,17 +969,19 @@ def following(cfg):
         same |= {"train_clips": new.train_clips, "num_classes": 0}  # as many as that list has
     same |= {"task": "train", "then": "", "resume": "auto", "init": f"{cfg.out}/last.pt", "out": f"{cfg.out}_ft"}
     same["clips_per_second"] = 0.0  # it was measured in pretraining
+    sizes = [size for size in (new.micro_batch, cfg.micro_batch) if size]
+    same["micro_batch"] = cfg.then_micro_batch or min(sizes, default=0)
+    same["grad_checkpoint"] = new.grad_checkpoint or cfg.grad_checkpoint
     # Another pretraining in the same folder is thereby refused by what an earlier one was fine-tuned to.
     settings = [getattr(cfg, name) for name in Config.__dataclass_fields__ if name not in free]
     same["then_of"] = f"{common.make_key(repr(settings)).item():x}"
     return replace(new, **same, frames=cfg.budget_frames if cfg.stages else cfg.frames)
 
 
-def search_schedule(cfg, ctx):
-    """Sec. 3.2.2: train each schedule of search_space at this --budget, fine-tune it by --then, rank them.
-
-    Each has its folder, so that the same command goes on where it was stopped. The winner is printed as a flag.
-    """
+def search_runs(cfg):
+    """The Config of each schedule that --task search_schedule trains; first the full length alone."""
+    if not cfg.then:
+        raise UserError("--task search_schedule ranks by fine-tuned accuracy: --then says which recipe fine-tunes")
     try:
         space = search_space([int(part) for part in cfg.search_frames.split(",")], cfg.search_stages)
     except ValueError:
@@ -931,11 +989,31 @@ def search_schedule(cfg, ctx):
     runs = [replace(cfg, task="train", stages=text) for text in space]
     for run in runs:
         check(run)
-    if cfg.plan:
-        return print("\n".join(["schedules to search, as --stages:", *space]))
-    if not cfg.then:
-        raise UserError("--task search_schedule ranks by fine-tuned accuracy: --then says which recipe fine-tunes")
-    ranking = []
+    return runs
+
+
+def print_plans(cfg):
+    """--plan: what the command would run, one phase after the other; of a search its schedules, and the longest's memory.
+
+    No list, video or GPU is looked at.
+    """
+    if cfg.task == "search_schedule":
+        runs = search_runs(cfg)
+        print("\n".join(["schedules to search, as --stages:", *(run.stages for run in runs)]))
+        for run in (runs[0], following(runs[0])):
+            common.print_memory(run, memory(run))
+        return
+    print_plan(cfg)
+    if cfg.then:
+        print_plan(following(cfg))
+
+
+def search_schedule(cfg, ctx):
+    """Sec. 3.2.2: train each schedule of search_space at this --budget, fine-tune it by --then, rank them.
+
+    Each has its folder, so that the same command goes on where it was stopped. The winner is printed as a flag.
+    """
+    runs, ranking = search_runs(cfg), []
     for run in runs:
         result = main(replace(run, out=f"{cfg.out}/{run.stages.replace(':', '-')}"))
         ranking.append((result["val_top1"], run.stages))
@@ -950,16 +1028,15 @@ def main(cfg):
     check(cfg)
     search = cfg.task == "search_schedule"
     cfg = replace(cfg, out=str(Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}{'-search' if search else ''}")))
+    if cfg.plan:
+        return print_plans(cfg)
     ctx = common.launch(cfg.precision)
     if search:
         return search_schedule(cfg, ctx)
-    if cfg.then and (cfg.plan or cfg.task == "train"):
-        if not cfg.plan:
-            prepare(following(cfg), ctx)  # what it would refuse, now
+    if cfg.then and cfg.task == "train":
+        prepare(following(cfg), ctx)  # what it would refuse, now
         main(replace(cfg, then=""))  # a call of its own: its model and optimizer are freed before the next are made
         return main(following(cfg))
-    if cfg.plan:
-        return print_plan(cfg)
     if cfg.task != "train":
         return use(cfg, ctx)
     videos, val_videos, stages, segments = prepare(cfg, ctx)
@@ -984,7 +1061,7 @@ def main(cfg):
             scaler.load_state_dict(state["scaler"])
         at = state["at"]
         meter.load(state["sums"], ctx)
-    elif cfg.init:
+    elif cfg.init not in ("", "random"):
         run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved

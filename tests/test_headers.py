@@ -9,9 +9,10 @@ from conftest import ROOT
 import avion
 import common
 import sfa_vivit
+import tpt_mae
 import turbo
 
-SCRIPTS = {"turbo.py": turbo, "avion.py": avion, "sfa_vivit.py": sfa_vivit}
+SCRIPTS = {"turbo.py": turbo, "avion.py": avion, "tpt_mae.py": tpt_mae, "sfa_vivit.py": sfa_vivit}
 
 
 def rows(script):

@@ -554,7 +554,8 @@ def image_vit(folder):
 
 def test_image_weights_start_all_backbones(tmp_path):
     """Hub and .npz give the same; a clip of one repeated image is embedded as the image ViT embeds it; and the divided
-    model's space, and the joint model of a single step, do with it what the image ViT without CLS does."""
+    model's space, trajectories through a still clip, and the joint model of a single step, do with it what the image
+    ViT without CLS does."""
     vit = image_vit(tmp_path)
     hub, npz = (common.vit_weights(common.read_weights(path)) for path in (tmp_path, tmp_path / "vit.npz"))
     assert hub.keys() == npz.keys() and all(torch.equal(hub[k], npz[k]) for k in hub) and len(hub) == 6 + 13 * 4
@@ -576,6 +577,10 @@ def test_image_weights_start_all_backbones(tmp_path):
         if backbone == "divided":  # temporal_fc is zero at first: each step by itself
             assert torch.equal(net.blocks[0].temporal_attn.qkv.weight, net.blocks[0].attn.qkv.weight)
             assert relative(net.encode(common.patchify(video, net.patch)), expected.repeat(1, 2, 1)) < 1e-4
+        if backbone == "trajectory":  # each token's values along it are the same, and pass as they are
+            assert relative(net.encode(common.patchify(video, net.patch)), expected.repeat(1, 2, 1)) < 1e-5
+            keys = net.blocks[0].attn.trajectory_kv.weight[:128]
+            assert keys.std() > 0.01 and net.blocks[0].attn.trajectory_q.weight.std() > 0.01
         if backbone == "joint":
             assert relative(net.encode(common.patchify(video[:, :2], net.patch)), expected) < 1e-4
     with pytest.raises(UserError, match="--positions learned"):
@@ -645,8 +650,9 @@ def plan(capsys, *argv):
     return capsys.readouterr().out
 
 
-def test_plan_of_the_headline(capsys):
+def test_plan_of_the_headline(capsys, monkeypatch):
     """Half the frame budget on ViT-L (decoder 4 x 512): 54 % fewer multiply-adds (Sec. 5.1), 7.5 % at equal frames."""
+    monkeypatch.setattr(common, "block_bytes", block_by_hand)
     out = plan(capsys, "--recipe", "k400", "--model", "vit_l", "--decoder", "4x512", "--clips-per-second", "500")
     equal, half = (list(map(float, re.findall(r"([\d.]+) %", line))) for line in out.splitlines()[-2:])
     assert all(53 <= x <= 55 for x in half) and all(7 <= x <= 8 for x in equal)
@@ -668,6 +674,61 @@ def test_plan_of_the_headline(capsys):
     (two, _), (sixteen, _) = (tpt_mae.count_gmacs(config("--recipe", "ssv2"), 174, frames) for frames in (2, 16))
     saved = re.search(r"equal frames: ([\d.]+) %", short)[1]
     assert float(saved) == pytest.approx(100 * (1 - 8 * two / sixteen), abs=0.06)
+
+
+def block_by_hand(block, depth, shape, *args, half=True, grad_checkpoint=False):
+    """36 bytes of each token and channel and block, and one block more: the inputs of the two norms in float32, 4 each; in
+    half precision the norms' outputs, 2 each, q, k and v, 6, attention's output, 2, the MLP before and after GELU, 8 each.
+    """
+    assert half and block.mlp.fc1.in_features == shape[1]
+    return (depth * (4 if grad_checkpoint else 36) + 36) * shape[0] * shape[1]
+
+
+MEMORY = re.compile(
+    r"memory    (.*) on (\d+) frames: (\d+) clips .* (\d+) times a step: ([\d.]+) GB .* (--\S+) in (.*)"
+)
+
+
+def printed_memory(capsys, *argv):
+    """What print_memory says of each phase of a command, --then's too."""
+    cfg = config(*argv, "--out", "run")
+    for one in (cfg, tpt_mae.following(cfg)):
+        common.print_memory(one, tpt_mae.memory(one))
+    return [MEMORY.fullmatch(line).groups() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_memory_of_every_phase(capsys, monkeypatch):
+    """Each stage and --then's fine-tuning, of ViT-L on 64 and on 8 GPUs; all by hand."""
+    real = common.block_bytes(common.Block(128, 2, kind="sdpa"), 4, (64, 128))
+    assert real == pytest.approx(block_by_hand(common.Block(128, 2), 4, (64, 128)), rel=0.05)
+    monkeypatch.setattr(common, "block_bytes", block_by_hand)
+    flags = ["--recipe", "k400", "--model", "vit_l", "--then", "ssv2_ft"]
+    *found, last = printed_memory(capsys, *flags)
+    pixels = lambda frames: 10 * frames * 3 * 224 * 224
+    for (kind, frames, clips_, times, gigabytes, flag, fits), steps in zip(found, (1, 2, 4, 8), strict=True):
+        assert (kind, int(frames), clips_, times, flag) == ("pretraining", 2 * steps, "16", "1", "--micro-batch")
+        tokens = steps * 20 * 25 * 1024 + steps * 196 * 13 * 512  # of 24 + 1 encoder and 12 + 1 decoder blocks
+        expected = 2**30 + 343.0e6 * 22 + 16 * (36 * tokens + 2 * pixels(2 * steps))
+        assert float(gigabytes) == pytest.approx(expected / 2**30, abs=0.06) and fits == "24 GB: 16, 80 GB: 16"
+    assert last[:4] == ("fine-tuning", "16", "4", "3") and last[5] == "--then-micro-batch"
+    tuned = 2**30 + 304.3e6 * 22 + 4 * (36 * 1568 * 25 * 1024 + pixels(16))
+    assert float(last[4]) == pytest.approx(tuned / 2**30, abs=0.06)
+    many = printed_memory(capsys, *flags, "--gpus", 8, "--gpu-gb", 32, 80, "--then-micro-batch", 96)[-1]
+    assert many[2] == "96" and float(many[4]) > 100
+    assert many[6] == "32 GB: 16, 80 GB: 48"  # multiples of 4: pairs of videos of 2 clips
+    recomputed = printed_memory(capsys, *flags, "--grad-checkpoint")[-1]
+    tuned = 2**30 + 304.3e6 * 22 + 4 * ((24 * 4 + 36) * 1568 * 1024 + pixels(16))
+    assert float(recomputed[4]) == pytest.approx(tuned / 2**30, abs=0.06)
+
+
+def test_recipes_fit_the_papers_cards(capsys, monkeypatch):
+    """V100s of 32 GB: every recipe, of the largest model, at any number of GPUs."""
+    monkeypatch.setattr(common, "block_bytes", block_by_hand)
+    for recipe in tpt_mae.RECIPES.keys() - {"toy", "toy_ft"}:
+        cfg = config("--recipe", recipe, "--model", "vit_h", "--gpus", 8)
+        common.print_memory(cfg, tpt_mae.memory(cfg))
+        found = [float(match[5]) for match in map(MEMORY.fullmatch, capsys.readouterr().out.splitlines())]
+        assert len(found) in (1, 4) and 16 < max(found) < 30, (recipe, found)
 
 
 UNIFORM = "2:25,4:25,8:25,16:25"
@@ -729,14 +790,18 @@ def counted():
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_paper_has_a_plan(name, capsys, counted, monkeypatch):
     monkeypatch.setattr(tpt_mae, "count_gmacs", counted)
+    monkeypatch.setattr(common, "block_bytes", block_by_hand)
     out = plan(capsys, "--recipe", *ROWS[name])
     if name == "search":
-        assert UNIFORM in out.splitlines() and len(out.splitlines()) == 76
+        assert UNIFORM in out.splitlines() and len(out.splitlines()) == 78
+        assert "memory    pretraining on 16 frames" in out and "memory    fine-tuning on 16 frames" in out
         return
     last = out.split("model ")[-1]
     assert "nan" not in out and float(re.search(r"([\d.]+) PMACs,", out)[1]) > 50
     assert int(re.search(r"total +(\d+) steps", out)[1]) > 5000
     assert ("--then" in ROWS[name]) == (out.count("model ") == 2)
+    phases = len(re.findall("^ +\\d+ +[0-9.]+ +\\d+ ", out, re.MULTILINE))
+    assert phases == sum(bool(MEMORY.fullmatch(line)) for line in out.splitlines()) > 0
     if "s.csv" in ROWS[name]:  # SSv2's size, 30 epochs
         assert f"total     {30 * (168913 // 384)} steps" in last and "174" not in out
 
@@ -760,16 +825,15 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
     listed = re.findall(r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
     tagged = re.findall(r"DECISION \((\w+)\)", (ROOT / "tpt_mae.py").read_text())
-    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 16
+    assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 19
 
 
 def test_what_comes_after():
     """--then: this run's weights, backbone, machine and length; its videos, or another data set's with its classes."""
     same = ["--recipe", "k400", "--then", "ssv2_ft", "--backbone", "divided", "--budget-frames", 8, "--stages", "2,8",
-            "--train-list", "k.csv", "--val-list", "kv.csv", "--data-root", "k", "--micro-batch", 4,
-            "--out", "run"]  # fmt: skip
+            "--train-list", "k.csv", "--val-list", "kv.csv", "--data-root", "k", "--out", "run"]  # fmt: skip
     new = tpt_mae.following(config(*same))
-    assert (new.init, new.out, new.frames, new.backbone, new.micro_batch) == ("run/last.pt", "run_ft", 8, "divided", 4)
+    assert (new.init, new.out, new.frames, new.backbone) == ("run/last.pt", "run_ft", 8, "divided")
     assert (new.train_list, new.data_root, new.num_classes, new.sampling, new.epochs) == (
         "k.csv",
         "k",
@@ -781,6 +845,22 @@ def test_what_comes_after():
     new = tpt_mae.following(config(*same, *other))
     assert (new.train_list, new.val_list, new.data_root, new.num_classes) == ("s.csv", "sv.csv", "s", 0)
     assert new.train_clips == 168913 and new.then == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "micro", "grad_checkpoint"),
+    [
+        ([], 4, False),  # the recipe's, not the 16 of k400
+        (["--micro-batch", 2], 2, False),  # a card that holds 2 short clips holds no 4 whole ones
+        (["--micro-batch", 64], 4, False),
+        (["--micro-batch", 0], 4, False),
+        (["--micro-batch", 2, "--then-micro-batch", 12], 12, False),
+        (["--grad-checkpoint"], 4, True),
+    ],
+)
+def test_micro_batch_of_what_comes_after(flags, micro, grad_checkpoint):
+    new = tpt_mae.following(config("--recipe", "k400", "--then", "ssv2_ft", "--out", "run", *flags))
+    assert (new.micro_batch, new.grad_checkpoint) == (micro, grad_checkpoint)
 
 
 def test_every_flag_is_read():
@@ -796,7 +876,7 @@ def test_recipes_only_set_known_fields_of_the_right_type():
     for name, recipe in tpt_mae.RECIPES.items():
         for key, value in recipe.items():
             assert isinstance(value, (int, float) if types[key] is float else types[key]), (name, key)
-        tpt_mae.check(config("--recipe", name))
+        tpt_mae.check(config("--recipe", name, "--init", "random"))
     assert all(tpt_mae.RECIPES[name]["stages"] == "" for name in tpt_mae.RECIPES if name.endswith(("_ft", "_sup")))
 
 
@@ -985,6 +1065,10 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--stage-lr", "fast"], ["--stage-lr fast"]),
         (["--stage-lr", "nan"], ["--stage-lr nan"]),
         (["--lr", "-1"], ["--lr must be above 0"]),
+        (["--gpus", 0], ["--gpus"]),
+        (["--gpu-gb", "large"], ["--gpu-gb large"]),
+        (["--then-micro-batch", "-1"], ["--then-micro-batch"]),
+        (["--then-micro-batch", 3], ["--batch-size 16", "--micro-batch 3"]),
         (["--lr", "1e-7"], ["--min-lr 1e-06", "--lr 1e-07"]),
         (["--num-classes", "-1"], ["--num-classes must be at least 0"]),
         (["--budget", "1e300"], ["--budget must be above 0 and at most"]),
@@ -1032,6 +1116,71 @@ def test_what_comes_after_is_refused_before_pretraining(lists, tmp_path):
     with pytest.raises(UserError, match="--batch-size 16 .* --micro-batch 3"):
         tpt_mae.main(config(*lists, *flags))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", ["ssv2_ft", "ssv2_sup", "k400_ft"])
+def test_fine_tuning_from_nothing_is_asked_for(recipe, lists, tmp_path):
+    """These recipes start from weights; --init random trains without, and needs no file of that name."""
+    small = ["--model", "vit_toy", "--size", 32, "--frames", 4, "--num-classes", 8, "--sampling", "segments"]
+    flags = [*lists, *small, "--recipe", recipe, "--micro-batch", 4, "--max-steps", 1, "--out", tmp_path / "run"]
+    with pytest.raises(UserError, match=f"--recipe {recipe} starts from .*--init"):
+        tpt_mae.main(config(*flags))
+    assert not (tmp_path / "run").exists()
+    assert "val_top1" in tpt_mae.main(config(*flags, "--init", "random", "--test-views", "1x1"))
+
+
+def test_videos_of_evaluation_are_there_before_training(lists, toy, tmp_path):
+    """A wrong folder, of this run or of --then's, would be found after an epoch or after all of pretraining."""
+    rows = (toy / "val.csv").read_text().splitlines()
+    (tmp_path / "val.csv").write_text("\n".join(f"gone/{row}" for row in rows))
+    for flags, root in (
+        (["--val-list", tmp_path / "val.csv"], "--data-root"),
+        (["--then-train-list", lists[1], "--then-val-list", tmp_path / "val.csv"], "--then-data-root"),
+    ):
+        with pytest.raises(UserError, match=f"{tmp_path}/val.csv: 8 of its 8 videos are missing .* is {root} right"):
+            tpt_mae.main(config(*lists, "--recipe", "toy", *flags, "--out", tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+
+BROKEN = {  # what became of a checkpoint: what is said of it
+    "another script's": (lambda state: state.pop("classes"), "not a checkpoint of tpt_mae.py"),
+    "a list": (lambda state: state.update(config=[]), "not a checkpoint of this version of tpt_mae.py"),
+    "an old one": (lambda state: state["config"].pop("target"), "not a checkpoint of this version of tpt_mae.py"),
+    "no such size": (lambda state: state["config"].update(model="vit_x"), "not a checkpoint of this version"),
+    "no such stages": (lambda state: state["config"].update(stages="2;8"), "--stages "),
+    "no such patch": (lambda state: state["config"].update(size=33), "--size 33"),
+    "another width": (
+        lambda state: state["model"].update({"patch_embed.bias": torch.zeros(7)}),
+        "not a checkpoint of this version of tpt_mae.py (RuntimeError: ",
+    ),
+    "another depth": (lambda state: state["model"].pop("blocks.3.norm1.bias"), "not a checkpoint of this version"),
+    "no class": (lambda state: state.update(classes=None), "not a checkpoint of this version of tpt_mae.py"),
+}
+
+
+@pytest.mark.parametrize("broken", [*BROKEN, "cut"])
+@pytest.mark.parametrize("recipe", ["toy", "toy_ft"])
+def test_a_checkpoint_that_is_none_is_refused(recipe, broken, lists, tmp_path):
+    """In one line that names the file, whatever is wrong with it; the whole one is opened."""
+    cfg = config("--recipe", recipe)
+    state = {"model": tpt_mae.build(cfg, 8).state_dict(), "classes": list("abcdefgh")}
+    state["config"] = dataclasses.asdict(cfg)
+    argv = [*lists, "--recipe", recipe, "--task", "features", "--init", tmp_path / "x.pt", "--out", tmp_path / "out"]
+    argv += ["--val-list", tmp_path / "gone.csv"]
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="gone.csv"):
+        tpt_mae.main(config(*argv))
+    if broken == "cut":
+        (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:5000])
+        words = "x.pt: not a readable checkpoint"
+    else:
+        change, words = BROKEN[broken]
+        change(state)
+        torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError) as error:
+        tpt_mae.main(config(*argv))
+    message = str(error.value)
+    assert message.startswith(f"error: {tmp_path}/x.pt: ") and words in message and "\n" not in message, message
 
 
 # ---- the real command line -------------------------------------------------------------------------------------------

@@ -566,6 +566,10 @@ class Narrations(data.Captions):
         for row, nouns in zip(self.nouns, sets, strict=True):
             row[[column[noun] for noun in nouns]] = 1
 
+    def digest(self):
+        """Captions.digest(), and of the actions."""
+        return data.digest(data.Strings([super().digest(), *map(str, self.actions)]), self.action)
+
     @cached_property
     def sentences(self):
         """The entries, int64 [S], whose texts clips are compared with: those of <list>_sentence.csv where EK-100's lies
@@ -1294,7 +1298,7 @@ def main(cfg):
     if not contrastive:
         videos.labels = actions.labels(videos)
     run = common.Run(cfg, ctx, "avion")
-    state = run.resume()
+    state = run.resume(train_list=videos, val_list=val_videos)
 
     epoch_steps = len(videos) // cfg.batch_size
     total = cfg.max_steps or cfg.epochs * epoch_steps

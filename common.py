@@ -29,6 +29,7 @@ import sys
 import time
 import zipfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +49,11 @@ except ImportError:
 class UserError(SystemExit):
     """A mistake that the user can mend. As a SystemExit it ends the program with its one line, not with a traceback."""
 
+    seen = False
+
     def __init__(self, message):
         super().__init__(f"error: {message}")
+        UserError.seen = True
 
 
 # ---- 1. Keyed randomness ---------------------------------------------------------------------------------------------
@@ -423,9 +427,26 @@ def launch(precision="auto"):
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-            atexit.register(dist.destroy_process_group)  # else gloo's threads may abort the process at its very end
+            atexit.register(_leave_group)
+            sys.excepthook = partial(_report_lost_rank, sys.excepthook)
         ctx.side_group = dist.new_group(backend="gloo")
     return ctx
+
+
+def _leave_group():
+    """At exit: end gloo's threads, which may abort the process at its very end; but after an error don't wait for
+    NCCL, which would wait for the other ranks, which wait for this one."""
+    failed = UserError.seen or hasattr(sys, "last_type")  # the latter is of a traceback
+    if not failed or dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
+def _report_lost_rank(report, kind, error, trace):
+    """sys.excepthook of several ranks: the first to fail says why; one that loses it has no more than a line to add."""
+    if "gloo/transport" in str(error):
+        print(f"error: lost another rank, which says why ({str(error).splitlines()[0]})", file=sys.stderr)
+    else:
+        report(kind, error, trace)
 
 
 # ---- 5. Command line -------------------------------------------------------------------------------------------------
@@ -511,20 +532,52 @@ def micro_batches(cfg, ctx, pairs=False, repeated=1):
 # ---- 6. A run --------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def writing(path, hint=""):
+    """Around what writes `path`: UserError where the disk is full or can't be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own comes after a file's
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: can't write it ({cause.strerror}){hint}") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives the name to write a new `path` under, which takes the old one's place once it is whole, and not before."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path, "; the one before is kept" if path.exists() else ""):
+        try:
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+            os.replace(temporary, path)
+        except Exception:
+            temporary.unlink(missing_ok=True)  # which may be what fills the disk
+            raise
+
+
 def save_atomic(path, state):
     """torch.save that leaves either the old file or the whole new one, whenever the process or the machine dies.
 
     UserError where the disk is full or can't be written."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: can't write it ({error.strerror}); the one before is kept") from None
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)
+
+
+def new_array(path, shape, dtype, value=0):
+    """A new .npy file full of `value`, as an array in memory whose changes are the file's.
+
+    All of it is written first: where the disk is full that is an error, and a change of an unwritten part a SIGBUS."""
+    row = np.full(shape[1:], value, dtype)
+    head = {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False, "shape": shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        file.writelines(row.tobytes() for _ in range(shape[0]))
+    return np.lib.format.open_memmap(path, "r+")
 
 
 def load_checkpoint(path):
@@ -640,7 +693,7 @@ class Run:
         self.started = self.saved = self.logged = self.advanced = time.time()
         self.stopped, self.waited, self.step, self.bar, self.board = 0, 0.0, 0, None, None
         self.batch_size = cfg.batch_size  # clips a step, for the log's rate; a trainer in stages sets each one's
-        self.leaving, self.logged_records = False, 0
+        self.leaving, self.logged_records, self.lists = False, 0, {}
         if ctx.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -667,15 +720,19 @@ class Run:
             with contextlib.suppress(json.JSONDecodeError):
                 yield json.loads(line)
 
-    def resume(self):
-        """The state to continue from, or None to start anew; UserError where the folder holds another run."""
+    def resume(self, **lists):
+        """The state to continue from, or None to start anew; UserError where the folder holds another run.
+
+        lists: VideoLists or Captions by their flags' names. What is in them is a part of what a run is."""
         last, config = self.folder / "last.pt", self.config()
+        self.lists = {name: entries.digest() for name, entries in lists.items()}
         records = [] if self.cfg.overwrite else list(self.records())
         source = last if self.cfg.resume == "auto" or last.exists() else Path(self.cfg.resume)
         state = None if self.cfg.overwrite or (source == last and not last.exists()) else load_checkpoint(source)
         if state and not (isinstance(state, dict) and {"config", "at", "records"} <= state.keys()):
             raise UserError(f"{source}: not the checkpoint of a run, which --resume needs; for weights use --init")
-        before = (state or (records[0] if records else {})).get("config", config)
+        head = state or (records[0] if records else {})
+        before = head.get("config", config)
         fixed = [f.name for f in dataclasses.fields(self.cfg) if not f.metadata["free"]]
         differ = [
             f"--{k.replace('_', '-')} {before.get(k)} -> {config[k]}" for k in fixed if before.get(k) != config[k]
@@ -684,17 +741,22 @@ class Run:
             raise UserError(
                 f"{self.folder} holds another run ({', '.join(differ)}); choose another --out, or --overwrite it"
             )
+        for name, digest in head.get("lists", {}).items():  # a run begun before they were kept has none
+            if self.lists.get(name, digest) != digest:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self.cfg, name)} is not the list that {self.folder} began with: "
+                    "its lines differ; take that one again, or choose another --out"
+                )
         # What a killed run logged after its last checkpoint is dropped: those steps are done, and logged, again.
         kept = records[1 : 1 + state["records"]] if state else []
         self.logged_records = len(kept)
         self.ctx.barrier()  # all ranks have read what rank 0 now rewrites
         if self.ctx.rank == 0:
             device = torch.cuda.get_device_name() if self.ctx.device.type == "cuda" else platform.machine()
-            head = {"config": config, "versions": versions(), "device": device, "ranks": self.ctx.world}
-            head["argv"] = sys.argv
-            temporary = self.folder / "log.jsonl.tmp"
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in [head, *kept]))
-            os.replace(temporary, self.folder / "log.jsonl")
+            head = {"config": config, "lists": self.lists, "versions": versions(), "device": device}
+            head |= {"ranks": self.ctx.world, "argv": sys.argv}
+            with replacing(self.folder / "log.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in [head, *kept]))
             for name in ("last.pt", "best.pt") if self.cfg.overwrite else ():
                 (self.folder / name).unlink(missing_ok=True)
         self.ctx.barrier()
@@ -741,12 +803,13 @@ class Run:
             self.logged += now - self.advanced  # an evaluation is not counted as training time
         self.logged_records += 1
         if self.ctx.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
+            with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
                 finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
                 file.write(json.dumps(finite) + "\n")
         if self.board:
-            for key, value in record.items():
-                self.board.add_scalar(key, value, step)
+            with writing(self.folder):
+                for key, value in record.items():
+                    self.board.add_scalar(key, value, step)
         if self.bar is not None and "loss" in record:
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['clips_per_second']:.0f} clips/s")
         else:
@@ -756,7 +819,8 @@ class Run:
         """Write `state` under each name, last.pt last: once it is there the others are too. Every rank calls it."""
         self.saved = time.time()
         if self.ctx.rank == 0:
-            state |= {"config": self.config(), "versions": versions(), "precision": self.ctx.precision}
+            state |= {"config": self.config(), "lists": self.lists, "versions": versions()}
+            state |= {"precision": self.ctx.precision}
             state |= {"seconds": time.time() - self.started, "records": self.logged_records}
             for name in names:
                 save_atomic(self.folder / name, state)
@@ -800,11 +864,9 @@ def write_features(folder, shape, parts, failures, ctx):
     """
     path = Path(folder) / "features.npy"
     if ctx.rank == 0:
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.float32, shape)[:] = np.nan
-        except OSError as error:
-            raise UserError(f"--out {path.parent}: can't write there ({error.strerror})") from None
+            new_array(path, shape, np.float32, np.nan)
     ctx.barrier()
     rows = np.lib.format.open_memmap(path, "r+")  # [videos, width]
     for index, vectors in parts:

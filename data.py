@@ -15,6 +15,7 @@ Shapes: T frames, C = 3 colours (R, G, B), H rows, W columns.
 """
 
 import argparse
+import atexit
 import csv
 import hashlib
 import json
@@ -27,6 +28,7 @@ import signal
 import stat
 import sys
 import time
+import weakref
 from array import array
 from bisect import bisect_right
 from collections import defaultdict
@@ -35,6 +37,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from itertools import chain, dropwhile, groupby, islice
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +48,7 @@ import torch.nn.functional as F
 from av.video.reformatter import Interpolation, VideoReformatter
 from tqdm import tqdm
 
-from common import UserError, gather_tokens, make_key, permutation, uniform, unpatchify
+from common import UserError, gather_tokens, make_key, permutation, replacing, uniform, unpatchify
 
 try:
     import fcntl
@@ -1106,6 +1109,15 @@ def _separators(line):
     return uncut or found
 
 
+def digest(*parts):
+    """Of Strings and numbers: a SHA-256, in hexadecimal."""
+    whole = hashlib.sha256()
+    for part in parts:
+        is_text = isinstance(part, Strings)
+        whole.update(hashlib.sha256(part.digest().encode() if is_text else np.ascontiguousarray(part)).digest())
+    return whole.hexdigest()
+
+
 class VideoList:
     """A list file in memory: one video a line, `path,label`; labels all integers or class names.
 
@@ -1208,6 +1220,10 @@ class VideoList:
     def __len__(self):
         return len(self.labels)
 
+    def digest(self):
+        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in hexadecimal."""
+        return digest(self._paths, Strings(self.classes), self.labels)
+
     def video(self, index):
         """Path of entry `index`, joined to the root."""
         return os.path.join(self.root, self._paths[index])
@@ -1274,6 +1290,10 @@ class Captions:
         """Path of the video of entry `index`, joined to the root."""
         return os.path.join(self.root, self.names[self.video_of[index]])
 
+    def digest(self):
+        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in hexadecimal."""
+        return digest(self.names, self.texts, self.video_of, self.start, self.end, self._ends, self.labels)
+
     def text(self, index, u=0.0):
         """Caption of entry `index`; of several rephrasings the one that u in [0, 1) picks."""
         first, stop = self._ends[index], self._ends[index + 1]
@@ -1308,6 +1328,10 @@ def need_videos(videos, max_bad, root="--data-root"):
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOADER_PATIENCE = 300.0  # seconds that a loader process may spend on one video before the run stops and names it
+MORE_ROOM = (
+    "Batches wait in shared memory, up to 4 for each of --workers: take fewer workers, a smaller --micro-batch, or more "
+    "of it (docker run --shm-size=8g)"
+)
 
 
 class Batch(NamedTuple):
@@ -1347,12 +1371,13 @@ class ClipDataset(torch.utils.data.Dataset):
     def __getitem__(self, item):
         """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys int64 [V], index, failures)."""
         sample = self._load(*item)
-        self._report(sample[3], math.inf)
+        self._report(sample[3], busy=False)
         return sample
 
-    def _report(self, index, since):
-        """Tell the trainer which video this loader process is at, and since when (inf: it is done)."""
+    def _report(self, index, busy):
+        """Tell the trainer which video this loader process is at, and since when; done with it: minus the second."""
         if self.watch is not None:
+            since = time.monotonic() if busy else -time.monotonic()
             self.watch[torch.utils.data.get_worker_info().id, 1:] = torch.tensor([index, since], dtype=torch.float64)
 
     def plans(self, video, index, keys):
@@ -1364,7 +1389,7 @@ class ClipDataset(torch.utils.data.Dataset):
         for attempt in range(10 if self.replace else 1):
             if attempt:
                 index = int(uniform(keys[0], f"replace.{attempt}") * len(self))
-            self._report(index, time.monotonic())
+            self._report(index, busy=True)
             path = self.videos.video(index)
             try:
                 with open_video(path) as video:
@@ -1380,7 +1405,11 @@ class ClipDataset(torch.utils.data.Dataset):
 
 
 def collate(samples):
-    """Samples of ClipDataset as a Batch, view by view; the unreadable ones are left out."""
+    """Samples of ClipDataset as a Batch, view by view; the unreadable ones are left out.
+
+    In a loader process it is put into shared memory here. The thread that sends it would do so too, but where there is
+    no room it loses the batch, and the trainer waits for it; an error in here reaches the trainer.
+    """
     failures = [line for sample in samples for line in sample[4]]
     read = [sample for sample in samples if sample[0] is not None]
     if not read:
@@ -1388,7 +1417,11 @@ def collate(samples):
     clips, labels, keys, index, _ = zip(*read, strict=True)
     clips = torch.stack(list(chain(*zip(*clips, strict=True))))  # [V S, T, C, H, W]
     keys, views = torch.stack(keys, dim=1).flatten(), len(keys[0])  # [V S]
-    return Batch(clips, torch.tensor(labels).repeat(views), keys, torch.tensor(index).repeat(views), failures)
+    tensors = clips, torch.tensor(labels).repeat(views), keys, torch.tensor(index).repeat(views)
+    if torch.utils.data.get_worker_info() is not None:
+        for tensor in tensors:
+            tensor.share_memory_()
+    return Batch(*tensors, failures)
 
 
 class GlobalBatches:
@@ -1397,9 +1430,14 @@ class GlobalBatches:
     Step s of an epoch takes entries s * batch ... of a permutation of (seed, epoch); a rank takes its slice of them and
     cuts it into micro-batches. So the same clips meet in a step at any number of ranks, micro-batches and workers, and
     there is no position to save but the step. What an epoch has left over at its end is left for the next shuffle.
+    UserError where `start` lies behind `stop`.
     """
 
     def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
+        if start > stop:
+            raise UserError(
+                f"the checkpoint is of step {start}, and this run has {stop}: is its --train-list shorter now?"
+            )
         self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
@@ -1423,10 +1461,22 @@ def every_sample(n, batch_size, rank=0, world=1):
     return [[(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
+_workers = weakref.WeakSet()  # the loader processes of all loaders
+
+
+@atexit.register
+def _end_workers():
+    """SIGKILL, because less is not enough. At exit, multiprocessing sends its daemons a SIGTERM, which ours leave to the
+    trainer, and waits for them without end; atexit calls its last entry first, so this comes before that. And a process
+    that hangs inside a system call hears no other signal."""
+    for worker in list(_workers):
+        worker.kill()
+
+
 def _start_worker(watch, number):
     """Sign in; and leave a first signal, which goes to the whole process group, to the trainer: a loader process that
     died of it would end the step that the trainer means to finish. A second one is obeyed."""
-    watch[number] = torch.tensor([os.getpid(), 0, math.inf])
+    watch[number] = torch.tensor([os.getpid(), 0, -time.monotonic()], dtype=torch.float64)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
 
@@ -1435,51 +1485,85 @@ def make_loader(dataset, batches, workers, device):
     """Yields the micro-batches that the lists of (epoch, index) in `batches` ask for, on the device, in their order.
 
     `workers` processes decode ahead, with one thread each; they live as long as this generator: in training, the run.
-    One that dies, or is at a video for more than LOADER_PATIENCE, ends the run with a UserError that names the video.
+    One that dies, or is at a video for more than LOADER_PATIENCE, ends the run with a UserError that names the video;
+    so do a full shared memory, through which batches come, and a batch that nobody is at work on.
     """
-    watch = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()  # a worker's process, index, since when
-    dataset.watch = watch if workers else None
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=partial(_start_worker, watch),
-        pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        timeout=min(5.0, LOADER_PATIENCE) if workers else 0,  # how often `_watched` looks after them
-    )
+    handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+    try:
+        get_temp_dir()  # theirs too: they inherit it, and it goes with this process, however they end
+        # Is there room for the queues' locks? They fail with more words.
+        torch.empty(workers << 16, dtype=torch.uint8).share_memory_()
+        watch = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()  # a worker's process, index, since when
+        watch[:, 2] = time.monotonic()
+        dataset.watch = watch if workers else None
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=partial(_start_worker, watch),
+            pin_memory=device.type == "cuda",
+            prefetch_factor=4 if workers else None,
+            timeout=min(5.0, LOADER_PATIENCE) if workers else 0,  # how often `_watched` looks after them
+        )
+        host = iter(loader)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"can't start {workers} loader processes ({_last_line(error)}). {MORE_ROOM}") from None
+    finally:
+        _workers.update(set(multiprocessing.active_children()) - before)
     # PyTorch's handler would raise in the middle of whatever the trainer does when a worker dies; `_watched` finds out.
-    handler = signal.getsignal(signal.SIGCHLD)
-    found = _watched(iter(loader), dataset)
     signal.signal(signal.SIGCHLD, handler)
+    found = _watched(host, dataset, len(batches))
     return _ahead(found, device) if device.type == "cuda" else (batch.to(device) for batch in found)
 
 
-def _watched(host, dataset):
-    """Yields the batches of a DataLoader's iterator while its workers are alive and at work."""
-    while True:
-        try:
-            batch = next(host, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            time.sleep(0.2)  # a process may be about to end whose connection has just ended
-            alive = {child.pid for child in multiprocessing.active_children()}
-            for pid, index, since in dataset.watch.tolist() if dataset.watch is not None else ():
-                if pid and (pid not in alive or time.monotonic() - since > LOADER_PATIENCE):
-                    for other in alive & set(dataset.watch[:, 0].int().tolist()):
-                        os.kill(other, signal.SIGKILL)  # one that hangs inside a system call hears nothing less
-                    doing = f"has been busy for {LOADER_PATIENCE:g} s with" if pid in alive else "died; it was at"
-                    raise UserError(
-                        f"a loader process {doing} {dataset.videos.video(int(index))}: take the video off the list, "
-                        "or look for a full memory or a disk that doesn't answer; the same command goes on from the "
-                        "last checkpoint"
-                    ) from None
-            if "timed out after" not in str(error):
-                raise
-        else:
-            if batch is None:
-                return
-            yield batch
+def _last_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _watched(host, dataset, n):
+    """Yields the n batches of a DataLoader's iterator while its workers are alive and at work. (Should it end before
+    them, its StopIteration is a RuntimeError in here, as in any generator, and no evaluation gets shorter unnoticed.)
+    """
+    for _ in range(n):
+        asked, batch = time.monotonic(), None
+        while batch is None:
+            try:
+                batch = next(host)
+            except Exception as error:
+                time.sleep(0.2)  # a process may be about to end whose connection has just ended
+                trouble = _trouble(dataset, asked) if dataset.watch is not None else None
+                if "shared memory" in _last_line(error):  # of a worker's traceback
+                    trouble = f"shared memory is full ({_last_line(error)}). {MORE_ROOM}"
+                if trouble is None and str(error).startswith("DataLoader timed out after"):
+                    continue
+                _end_workers()
+                if trouble is None:
+                    raise
+                raise UserError(f"{trouble}; the same command goes on from the last checkpoint") from None
+        yield batch
+
+
+def _trouble(dataset, asked):
+    """Why a batch doesn't come that was asked for at second `asked`; None while the loader processes are at work."""
+    alive = {child.pid for child in multiprocessing.active_children()}
+    now, notes = time.monotonic(), dataset.watch.tolist()
+    for pid, index, since in notes:
+        dead = pid and pid not in alive
+        if dead or (since > 0 and now - since > LOADER_PATIENCE):
+            doing = "died; it was at" if dead else f"has been busy for {LOADER_PATIENCE:g} s with"
+            where = dataset.videos.video(int(index)) if pid else "its own start"
+            return (
+                f"a loader process {doing} {where}: take the video off the list, or look for a full memory or a disk "
+                "that doesn't answer"
+            )
+    idle = now - max(asked, *(-since for *_, since in notes))
+    if idle > LOADER_PATIENCE / 10 and all(since <= 0 for *_, since in notes):
+        return (
+            f"a batch was lost: the loader processes have been idle for {idle:.0f} s, and it didn't come. Look at errors "
+            "above this one, for a full temporary folder, and at the number of open files (ulimit -n)"
+        )
+    return None
 
 
 def _ahead(batches, device):
@@ -1878,17 +1962,14 @@ def write_panels(path, panels, fps, marked=None, columns=8):
 
 def _write_images(path, images, codec, fps):
     """Write uint8 [H, W, 3] images as one PNG or APNG, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
     kind = {"png": "image2", "apng": "apng"}[codec]
-    with av.open(
-        str(temporary), "w", format=kind, options={"update": "1"} if codec == "png" else {"plays": "0"}
-    ) as file:
+    options = {"update": "1"} if codec == "png" else {"plays": "0"}
+    with replacing(path) as temporary, av.open(str(temporary), "w", format=kind, options=options) as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "rgb24"
         for image in images:
             file.mux(stream.encode(av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")))
         file.mux(stream.encode())
-    os.replace(temporary, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

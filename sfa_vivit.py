@@ -944,7 +944,7 @@ def main(cfg):
     videos, val_videos = open_lists(cfg, ctx)
     heads = heads_of(cfg, videos.classes)
     run = common.Run(cfg, ctx, "sfa")
-    state = run.resume()
+    state = run.resume(train_list=videos, val_list=val_videos)
 
     epoch_steps = len(videos) // cfg.batch_size
     stages = plan_stages(cfg, epoch_steps)

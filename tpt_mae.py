@@ -1042,7 +1042,7 @@ def main(cfg):
     videos, val_videos, stages, segments = prepare(cfg, ctx)
     classes = len(videos.classes)
     run = common.Run(cfg, ctx, "tpt_mae")
-    state = run.resume()
+    state = run.resume(train_list=videos, val_list=val_videos)
 
     total, warmup = segments[-1].stop, cfg.warmup_epochs / (cfg.budget if cfg.stages else cfg.epochs)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed

@@ -306,6 +306,9 @@ class Pairs:
     def __len__(self):
         return len(self.labels)
 
+    def digest(self):
+        return self.captions.digest()
+
     def video(self, index):
         return self.captions.video(self._order[self._first[index]])
 
@@ -463,7 +466,7 @@ def write_text(cfg, ctx):
             for part in tqdm(parts, f"encoding {captions.path}", total, unit="batch", disable=None):
                 if rows is None:
                     shape = len(captions), part.shape[1]
-                    rows = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)  # [sentences, width]
+                    rows = common.new_array(temporary, shape, np.float16)  # [sentences, width]
                 rows[done : done + len(part)], done = part, done + len(part)
             rows.flush()
             os.replace(temporary, out)
@@ -1051,7 +1054,7 @@ def main(cfg):
         text_width = text.shape[1]
         val_text = open_text(cfg, val_videos, text_width)  # [sentences, text width]
     run = common.Run(cfg, ctx, "turbo")
-    state = run.resume()
+    state = run.resume(train_list=videos, val_list=val_videos)
     if state and state["text_width"] != text_width:
         raise UserError(f"{run.folder}: trained on text features of width {state['text_width']}, not {text_width}")
     for captions in (videos.captions, val_videos) if align else ():

@@ -281,13 +281,16 @@ def test_too_many_unreadable_videos_stop_the_run(work):
     folder = work / "many"
     folder.mkdir()
     lines = [f"{work}/toy/actions/{line}" for line in (work / "toy/actions/train.csv").read_text().splitlines()]
-    (folder / "train.csv").write_text("\n".join(["gone_a.mp4,left", "gone_b.mp4,right", *lines[2:]]))
+    for name in ("bad_a.mp4", "bad_b.mp4"):
+        (folder / name).write_bytes(b"not a video")
+    (folder / "train.csv").write_text("\n".join([f"{folder}/bad_a.mp4,left", f"{folder}/bad_b.mp4,right", *lines[2:]]))
+    (folder / "val.csv").write_text("\n".join(lines[2:10]))
     args = ["--epochs", "1", "--train-list", folder / "train.csv", "--data-root", ".", "--workers", "2",
-            "--val-list", "toy/actions/val.csv", "--out", folder / "out"]  # fmt: skip
+            "--val-list", folder / "val.csv", "--out", folder / "out"]  # fmt: skip
     process = drive(work, *args, "--log-every", "100")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in err
-    assert "2 videos" in err and "gone_a.mp4" in err and "gone_b.mp4" in err and "--max-bad" in err
+    assert "2 videos" in err and "bad_a.mp4" in err and "bad_b.mp4" in err and "--max-bad" in err
 
 
 def test_non_finite_loss_stops_with_the_last_good_checkpoint(work):

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import dataclasses
 import difflib
+import faulthandler
 import json
 import math
 import os
@@ -427,17 +428,19 @@ def launch(precision="auto"):
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-            atexit.register(_leave_group)
             sys.excepthook = partial(_report_lost_rank, sys.excepthook)
         ctx.side_group = dist.new_group(backend="gloo")
     return ctx
 
 
+@atexit.register  # while this module is imported: atexit calls its first entry last, once loaders are ended
 def _leave_group():
-    """At exit: end gloo's threads, which may abort the process at its very end; but after an error don't wait for
-    NCCL, which would wait for the other ranks, which wait for this one."""
-    failed = UserError.seen or hasattr(sys, "last_type")  # the latter is of a traceback
-    if not failed or dist.get_backend() == "gloo":
+    """End the group, or its threads may abort the process at its very end. That waits for collectives in flight, which
+    other ranks may never join after an error: then the process ends without a goodbye, with the status of an error."""
+    if dist.is_initialized():
+        if UserError.seen or hasattr(sys, "last_type"):  # the latter is of a traceback
+            sys.stdout.flush()
+            faulthandler.dump_traceback_later(5, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115, it stays open
         dist.destroy_process_group()
 
 

@@ -64,16 +64,20 @@ def alive(pid):
         return False
 
 
+def start_ranks(script, n):
+    """As torchrun would; but nobody ends the others when one has failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)} if n > 1 else {}
+    return [start(sys.executable, script, **env, RANK=str(rank)) for rank in range(n)]
+
+
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_an_exception_ends_all_processes(toy, tmp_path, ranks, workers):
     """Within 10 s of its traceback, with status 1; a rank that waits for the failed one adds a line, no traceback."""
     act = "1 / 0 if ctx.rank == 0 else ctx.barrier()"
-    script = trainer(tmp_path, toy, act, workers)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-    processes = [start(sys.executable, script, **env, RANK=str(rank)) for rank in range(ranks)]
+    processes = start_ranks(trainer(tmp_path, toy, act, workers), ranks)
     try:
         lines = iter(processes[0].stderr.readline, "")
         assert any("ZeroDivisionError" in line for line in lines)
@@ -90,6 +94,27 @@ def test_an_exception_ends_all_processes(toy, tmp_path, ranks, workers):
     assert len(pids) == ranks * workers
     for _, err in results[1:]:
         assert "lost another rank" in err and "Traceback" not in err, err
+
+
+def test_a_rank_that_fails_waits_for_no_other(toy, tmp_path):
+    """Not even where it has begun to exchange something, with a rank that is far from there."""
+    act = """
+import time, torch.distributed as dist
+if ctx.rank == 0:
+    begun = dist.all_reduce(torch.zeros(10), async_op=True)
+    raise common.UserError("rank 0 can't go on")
+time.sleep(100)
+"""
+    processes = start_ranks(trainer(tmp_path, toy, act, 2), 2)
+    try:
+        lines = iter(processes[0].stderr.readline, "")
+        assert any("rank 0 can't go on" in line for line in lines)
+        out, _ = processes[0].communicate(timeout=10)
+        assert processes[0].returncode == 1
+        assert not any(map(alive, out.split()))
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def in_small(folder, size, *command):

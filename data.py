@@ -37,6 +37,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from itertools import chain, dropwhile, groupby, islice
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import NamedTuple
@@ -1479,6 +1480,9 @@ def _start_worker(watch, number):
     watch[number] = torch.tensor([os.getpid(), 0, -time.monotonic()], dtype=torch.float64)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
+    # The socket through which batches go is made with the first, by the thread that sends them; so that an error reaches
+    # the trainer, send it something here.
+    ForkingPickler.dumps(torch.empty(1).share_memory_())
 
 
 def make_loader(dataset, batches, workers, device):
@@ -1533,8 +1537,9 @@ def _watched(host, dataset, n):
             except Exception as error:
                 time.sleep(0.2)  # a process may be about to end whose connection has just ended
                 trouble = _trouble(dataset, asked) if dataset.watch is not None else None
-                if "shared memory" in _last_line(error):  # of a worker's traceback
-                    trouble = f"shared memory is full ({_last_line(error)}). {MORE_ROOM}"
+                last = _last_line(error)  # of a worker's traceback
+                if "shared memory" in last or "No space left" in last:
+                    trouble = f"shared memory or the temporary folder is full ({last}). {MORE_ROOM}"
                 if trouble is None and str(error).startswith("DataLoader timed out after"):
                     continue
                 _end_workers()

@@ -117,23 +117,35 @@ time.sleep(100)
             process.kill()
 
 
-def in_small(folder, size, *command):
+def in_small(folder, size, *command, **env):
     """Run a command where `folder` is an empty file system of `size`, which nobody else sees."""
     prefix = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs {folder} && exec "$@"', "sh"]
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
         pytest.skip("mounts of one's own are not permitted here")
-    process = start(*prefix, *command)
+    process = start(*prefix, *command, **env)
     try:
         return *process.communicate(timeout=60), process.returncode
     finally:
         process.kill()
 
 
-@pytest.mark.parametrize(("size", "words"), [("1m", "shared memory is full"), ("4k", "can't start 2 loader processes")])
-def test_a_full_shared_memory_is_said(toy, tmp_path, size, words):
-    """8 clips of 3 x 224 x 224 are 1.2 MB; the loader's own beginnings take more than 4 KB."""
+@pytest.mark.parametrize(
+    ("folder", "size", "words"),
+    [
+        ("/dev/shm", "1m", "shared memory or the temporary folder is full"),  # 8 clips of 3 x 224 x 224 are 1.2 MB
+        ("/dev/shm", "4k", "can't start 2 loader processes"),  # which takes more, before any batch
+        (
+            "tmp",
+            "64k,nr_inodes=3",
+            "shared memory or the temporary folder is full",
+        ),  # two folders and one socket of two
+    ],
+)
+def test_no_room_for_batches_is_said(toy, tmp_path, folder, size, words):
     script = trainer(tmp_path, toy, "for batch in batches: pass", 2, size=224)
-    _, err, status = in_small("/dev/shm", size, sys.executable, script)
+    folder = tmp_path / folder
+    folder.mkdir(exist_ok=True)
+    _, err, status = in_small(folder, size, sys.executable, script, TMPDIR=str(tmp_path / "tmp"))
     assert status == 1 and "Traceback" not in err, err
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert words in line and "--workers" in line and "--shm-size" in line and "No space left" in line

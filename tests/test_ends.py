@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -134,18 +135,15 @@ def in_small(folder, size, *command, **env):
     [
         ("/dev/shm", "1m", "shared memory or the temporary folder is full"),  # 8 clips of 3 x 224 x 224 are 1.2 MB
         ("/dev/shm", "4k", "can't start 2 loader processes"),  # which takes more, before any batch
-        (
-            "tmp",
-            "64k,nr_inodes=3",
-            "shared memory or the temporary folder is full",
-        ),  # two folders and one socket of two
+        # Two folders and one socket of two fit.
+        ("temporary", "64k,nr_inodes=3", "shared memory or the temporary folder is full"),
     ],
 )
 def test_no_room_for_batches_is_said(toy, tmp_path, folder, size, words):
     script = trainer(tmp_path, toy, "for batch in batches: pass", 2, size=224)
-    folder = tmp_path / folder
-    folder.mkdir(exist_ok=True)
-    _, err, status = in_small(folder, size, sys.executable, script, TMPDIR=str(tmp_path / "tmp"))
+    with tempfile.TemporaryDirectory() as temporary:  # a short name: a socket's must have less than 108 characters
+        place = temporary if folder == "temporary" else folder
+        _, err, status = in_small(place, size, sys.executable, script, TMPDIR=temporary)
     assert status == 1 and "Traceback" not in err, err
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
     assert words in line and "--workers" in line and "--shm-size" in line and "No space left" in line

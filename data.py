@@ -27,6 +27,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 import weakref
 from array import array
@@ -1508,7 +1509,6 @@ def make_loader(dataset, batches, workers, device):
             worker_init_fn=partial(_start_worker, watch),
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
-            timeout=min(5.0, LOADER_PATIENCE) if workers else 0,  # how often `_watched` looks after them
         )
         host = iter(loader)
     except (RuntimeError, OSError) as error:
@@ -1528,29 +1528,45 @@ def _last_line(error):
 def _watched(host, dataset, n):
     """Yields the n batches of a DataLoader's iterator while its workers are alive and at work. (Should it end before
     them, its StopIteration is a RuntimeError in here, as in any generator, and no evaluation gets shorter unnoticed.)
+
+    A thread looks after the workers, because the trainer may wait for an answer of one that hangs; and ends them where
+    there is trouble, because that ends the wait.
     """
-    for _ in range(n):
-        asked, batch = time.monotonic(), None
-        while batch is None:
-            try:
-                batch = next(host)
-            except Exception as error:
-                time.sleep(0.2)  # a process may be about to end whose connection has just ended
-                trouble = _trouble(dataset, asked) if dataset.watch is not None else None
-                last = _last_line(error)  # of a worker's traceback
-                if "shared memory" in last or "No space left" in last:
-                    trouble = f"shared memory or the temporary folder is full ({last}). {MORE_ROOM}"
-                if trouble is None and str(error).startswith("DataLoader timed out after"):
-                    continue
-                _end_workers()
-                if trouble is None:
-                    raise
-                raise UserError(f"{trouble}; the same command goes on from the last checkpoint") from None
-        yield batch
+    asked, trouble, over = math.inf, "", threading.Event()
+
+    def look():
+        nonlocal trouble
+        while not trouble and not over.wait(min(5.0, LOADER_PATIENCE)):
+            trouble = _trouble(dataset, asked)
+        if trouble:
+            _end_workers()
+
+    if dataset.watch is not None:
+        threading.Thread(target=look, daemon=True).start()
+    try:
+        for _ in range(n):
+            asked = time.monotonic()
+            batch = next(host)
+            asked = math.inf
+            yield batch
+    except Exception as error:
+        time.sleep(0.2)  # a process may be about to end whose connection has just ended
+        trouble = trouble or _trouble(dataset, asked)
+        last = _last_line(error)  # of a worker's traceback
+        if "shared memory" in last or "No space left" in last:
+            trouble = f"shared memory or the temporary folder is full ({last}). {MORE_ROOM}"
+        _end_workers()
+        if not trouble:
+            raise
+        raise UserError(f"{trouble}; the same command goes on from the last checkpoint") from None
+    finally:
+        over.set()
 
 
 def _trouble(dataset, asked):
-    """Why a batch doesn't come that was asked for at second `asked`; None while the loader processes are at work."""
+    """Why a batch doesn't come that the trainer asked for at this second; "" while the loader processes are at work."""
+    if dataset.watch is None or asked == math.inf:
+        return ""
     alive = {child.pid for child in multiprocessing.active_children()}
     now, notes = time.monotonic(), dataset.watch.tolist()
     for pid, index, since in notes:
@@ -1568,7 +1584,7 @@ def _trouble(dataset, asked):
             f"a batch was lost: the loader processes have been idle for {idle:.0f} s, and it didn't come. Look at errors "
             "above this one, for a full temporary folder, and at the number of open files (ulimit -n)"
         )
-    return None
+    return ""
 
 
 def _ahead(batches, device):

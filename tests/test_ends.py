@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -172,6 +173,22 @@ def test_a_lost_batch_is_no_reason_to_wait(toy, monkeypatch):
         for batch in loader(toy, first_frame, 2):
             seen += batch.index.tolist()
     assert seen == [0, 1, 2, 3, 4] and time.monotonic() - began < 30
+
+
+def test_a_worker_that_does_not_answer_is_no_reason_to_wait(toy, monkeypatch):
+    """One that stops while it owes the trainer the memory of batches that it has announced."""
+
+    def plan(video, index, view, key):
+        if index == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return [0], None
+
+    monkeypatch.setattr(data, "LOADER_PATIENCE", 3.0)
+    batches, began = loader(toy, plan, 1), time.monotonic()
+    time.sleep(1.0)  # until it has stopped
+    with pytest.raises(UserError, match="has been busy for 3 s with .*train_00003"):
+        list(batches)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -53,7 +53,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 none and 1.0.
     batch       App. B.3 states one rate, 0.012, for 512 clips (ViT-B) and 192 (ViT-L). The released command scales it,
                 0.003 for 128 clips, so ViT-L's is 0.0045 here; AdamW's rates stay. ViT-L is pretrained on 2 x 56 clips
-                a GPU at once, not 112, because here the residual stream is float32: 112 need more than 24 GB.
+                a GPU at once, not 112, because here the residual stream is float32: 112 need
+                more than 24 GB by --plan's count.
     rate        stochastic depth at one rate in all blocks, as the released code, not rising.
     decay       no weight decay of 1-D parameters; the released code spares PE_s too.
     prompts     zero-shot classes: the mean feature of an action's narrations, as LaViLa.
@@ -567,8 +568,9 @@ class Narrations(data.Captions):
             row[[column[noun] for noun in nouns]] = 1
 
     def digest(self):
-        """Captions.digest(), and of the actions."""
-        return data.digest(data.Strings([super().digest(), *map(str, self.actions)]), self.action)
+        """Captions.digest(), and of the actions and all nouns."""
+        actions = data.Strings([super().digest(), *map(str, self.actions)])
+        return data.digest(actions, self.action, self.noun_set, self.nouns)
 
     @cached_property
     def sentences(self):
@@ -1276,9 +1278,9 @@ def search(net, videos, tokenizer, cfg, ctx):
 
 def main(cfg):
     check(cfg)
+    cfg = common.without_random(cfg)
     if cfg.plan:
         return print_plan(cfg)
-    cfg = replace(cfg, init="" if cfg.init == "random" else cfg.init)
     ctx = common.launch(cfg.precision)
     if cfg.task != "train":
         return use(cfg, ctx)

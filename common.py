@@ -509,6 +509,11 @@ def need_init(cfg, recipes, source):
         )
 
 
+def without_random(cfg):
+    """The Config after its check: `--init random` has been asked for, and is done by loading nothing."""
+    return dataclasses.replace(cfg, init="") if cfg.init == "random" else cfg
+
+
 def micro_batches(cfg, ctx, pairs=False, repeated=1):
     """(micro-batch, accumulation steps) of a rank, from the global --batch-size; UserError where it doesn't divide.
 
@@ -615,6 +620,8 @@ def open_trained(source, script, keys, build, state=None):
     try:
         cfg, model = build(state)
         model.load_state_dict(state["model"])
+    except torch.OutOfMemoryError:  # a RuntimeError that is no fault of the file
+        raise
     except UserError as error:
         raise UserError(f"{source}: {str(error).removeprefix('error: ')}") from None
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -746,8 +753,10 @@ class Run:
             )
         for name, digest in head.get("lists", {}).items():  # a run begun before they were kept has none
             if self.lists.get(name, digest) != digest:
+                path = getattr(self.cfg, name)
+                path = " ".join(path) if isinstance(path, tuple) else path
                 raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self.cfg, name)} is not the list that {self.folder} began with: "
+                    f"--{name.replace('_', '-')} {path} is not the list that {self.folder} began with: "
                     "its lines differ; take that one again, or choose another --out"
                 )
         # What a killed run logged after its last checkpoint is dropped: those steps are done, and logged, again.
@@ -1133,7 +1142,7 @@ def saved_bytes(module, *args):
 
 
 # What a step holds beside weights and activations, roughly: CUDA's own memory; and of each pixel of a clip its byte in
-# this batch, in the next one and augmented, its float as a normalised patch, and that patch in half precision.
+# this batch, in the next one and in two copies of augmentation, its float as a normalised patch, and that patch in half.
 CUDA_BYTES = 2**30
 PIXEL_BYTES = 10
 
@@ -1176,14 +1185,15 @@ def block_bytes(block, depth, shape, *args, half=True, grad_checkpoint=False):
 
 
 def print_memory(cfg, phases):
-    """Print GB a GPU of each Phase on --gpus GPUs, and the largest micro-batch that fits each of --gpu-gb."""
+    """Print GB a GPU (2**30 bytes, as of cards) of each Phase on --gpus GPUs, and the largest micro-batch that fits each
+    of --gpu-gb."""
     for phase in phases:
         per_gpu, rest = divmod(phase.batch, cfg.gpus)
         micro = phase.micro or max(1, per_gpu)
         if rest or not per_gpu or per_gpu % micro:
-            raise UserError(
-                f"--batch-size {phase.batch} ({phase.name}) is not divisible by --gpus {cfg.gpus} x --micro-batch {micro}"
-            )
+            times = f" x {phase.flag} {phase.micro}" if phase.micro else ""
+            print(f"memory    {phase.name}: a batch of {phase.batch} is not divisible by --gpus {cfg.gpus}{times}")
+            continue
         gigabytes = (CUDA_BYTES + phase.state + micro * phase.clip) / 2**30
         fits = []
         for card in cfg.gpu_gb:

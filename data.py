@@ -764,6 +764,9 @@ def _times_in_whole(chunk):
     return times
 
 
+ONLY_TIMES = "is a folder of chunks, which only lists with times can read; list its files"
+
+
 class Chunks:
     """A long video in pieces, folder/<start second>.mp4 (AVION, Sec. 4.3), read as if it were one.
 
@@ -808,6 +811,11 @@ class Chunks:
         return self._chunks[k]
 
     @property
+    def times(self):
+        """None: samplers over a whole video's frames can't read chunks."""
+        raise VideoError(self.path, ONLY_TIMES)
+
+    @property
     def info(self):
         """VideoInfo of a chunk: the frame's size is that of all; number of frames and duration are the chunk's."""
         return self._chunk(next(iter(self._chunks), 0)).info
@@ -844,7 +852,7 @@ class Chunks:
 
         VideoError: numbers of frames, which a folder doesn't have."""
         if any(np.ndim(places) != 2 for places, _, _ in views):
-            raise VideoError(self.path, "is a folder of chunks, which only lists with times can read; list its files")
+            raise VideoError(self.path, ONLY_TIMES)
         clips, parts = [None] * len(views), defaultdict(list)  # parts: {chunk: [(view, its places, frames)]}
         for n, (places, _, _) in enumerate(views):
             for k in sorted({k for k, _ in places}):
@@ -1120,6 +1128,9 @@ def digest(*parts):
     return whole.hexdigest()
 
 
+_INTEGER = re.compile("-?[0-9]+")
+
+
 class VideoList:
     """A list file in memory: one video a line, `path,label`; labels all integers or class names.
 
@@ -1151,8 +1162,8 @@ class VideoList:
             raise UserError(f"{path}: can't read the list ({error.strerror})") from None
         if not seen:
             raise UserError(f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`")
-        self._refuse_other_tables(seen)
-        if classes is None and all(re.fullmatch("-?[0-9]+", label) for label in seen):
+        self._refuse_other_tables(seen, once=numbers.count(0) == 1)
+        if classes is None and all(map(_INTEGER.fullmatch, seen)):
             largest = max((int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0)
             classes = [str(i) for i in range(num_classes or largest + 1)]
         self.classes = classes = classes or sorted(seen)
@@ -1203,14 +1214,18 @@ class VideoList:
             'the separator: "path with spaces" label)'
         )
 
-    def _refuse_other_tables(self, seen):
-        """UserError for a header, and for labels that are paths: they would be taken for a class without a word."""
+    def _refuse_other_tables(self, seen, once):
+        """UserError for a header, and for labels that are paths: they would be taken for a class without a word. once:
+        whether the first label is no other line's."""
         first, second = self._paths[0], self._paths[min(1, len(self._paths) - 1)]
-        label, (_, line_number) = next(iter(seen.items()))
-        if not _named_video(first) and (label.lower() in ("label", "class") or _named_video(second)):
+        label, *others = seen
+        _, line_number = seen[label]
+        named = label.lower() in ("label", "class") or _named_video(second)
+        numbered = others and once and all(map(_INTEGER.fullmatch, others))
+        if not _named_video(first) and not _INTEGER.fullmatch(label) and (named or numbered):
             raise UserError(
-                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: remove it (and `data.py "
-                "list` makes lists of published tables)"
+                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: remove it (`data.py list` "
+                "makes lists of published tables); if it is a folder of chunks, let a video's line come first"
             )
         for label, (_, line_number) in seen.items():
             if any(map(_named_video, _WORDS.split(label))):
@@ -1495,18 +1510,21 @@ def make_loader(dataset, batches, workers, device):
     """
     handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
     try:
-        get_temp_dir()  # theirs too: they inherit it, and it goes with this process, however they end
-        # Is there room for the queues' locks? They fail with more words.
-        torch.empty(workers << 16, dtype=torch.uint8).share_memory_()
-        watch = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()  # a worker's process, index, since when
-        watch[:, 2] = time.monotonic()
-        dataset.watch = watch if workers else None
+        dataset.watch = None
+        if workers:
+            get_temp_dir()  # theirs too: they inherit it, and it goes with this process, however they end
+            # Is there room for the queues' locks? They fail with more words.
+            torch.empty(workers << 16, dtype=torch.uint8).share_memory_()
+            dataset.watch = torch.zeros(
+                workers, 3, dtype=torch.float64
+            ).share_memory_()  # its process, index, since when
+            dataset.watch[:, 2] = time.monotonic()
         loader = torch.utils.data.DataLoader(
             dataset,
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=partial(_start_worker, watch),
+            worker_init_fn=partial(_start_worker, dataset.watch),
             pin_memory=device.type == "cuda",
             prefetch_factor=4 if workers else None,
         )

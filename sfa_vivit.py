@@ -83,7 +83,7 @@ IV (tpt_mae.py, or --init-temporal with published weights), scenic's own ViViT c
     python sfa_vivit.py                     # toy videos, made on first use: 2 CPU cores, a few minutes
     torchrun --nproc_per_node=8 sfa_vivit.py --recipe ssv2 --init L_16.npz --train-list train.csv --val-list val.csv
 
-On 8 GPUs that takes 22 GB each; `--plan --gpus 8` prints the --micro-batch that fits less.
+On 8 GPUs that takes 21 GB each by --plan's count; `--plan --gpus 8` prints the --micro-batch that fits less.
 
 Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values of a patch.
 """
@@ -530,15 +530,10 @@ def temporal_weights(path, depth):
     return {k: v for k, v in state.items() if k.startswith("temporal.")}
 
 
-def init_file(cfg):
-    """The file or folder that --init names, "" where it names none."""
-    return "" if cfg.init == "random" else cfg.init
-
-
 def init_weights(cfg, net):
     """The tensors of --init and --init-temporal as `net` takes them: positions resized, an image's kernel inflated, a
     classifier of other classes left out. UserError where the file's patches or its temporal depth differ."""
-    weights = image_weights(cfg.init) if init_file(cfg) else {}
+    weights = image_weights(cfg.init) if cfg.init else {}
     kernel, (frames, patch, _) = weights.get("patch_embed.weight"), net.patch
     if kernel is not None:
         side = kernel.shape[-1] if kernel.dim() == 4 else math.isqrt(kernel.shape[1] // 3 // frames)
@@ -571,7 +566,7 @@ def init_weights(cfg, net):
         weights["temporal.positions"] = resize_positions(time, (time.shape[1] - 1,), (net.steps,))  # [1, 1 + S, D]
     needed = [k for k, _ in net.named_parameters() if k.startswith(("patch_embed.", "spatial."))]
     absent = [name for name in needed if name not in weights]
-    if absent and "spatial" in net.frozen and cfg.init != "random":
+    if absent and "spatial" in net.frozen and cfg.init:
         raise UserError(f"{cfg.init}: no {absent[0]} in it; --freeze spatial would keep what nothing has initialised")
     return weights
 
@@ -881,7 +876,7 @@ def open_lists(cfg, ctx):
 
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape and its crops read from its own checkpoint."""
-    source = init_file(cfg) or f"{cfg.out or 'runs/sfa-' + cfg.recipe}/best.pt"
+    source = cfg.init or f"{cfg.out or 'runs/sfa-' + cfg.recipe}/best.pt"
     shape = ("model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels")
 
     def saved(state):
@@ -934,6 +929,7 @@ def augment(cfg, clips, keys):
 
 def main(cfg):
     check(cfg)
+    cfg = common.without_random(cfg)
     cfg = replace(cfg, temporal_depth=temporal_layers(cfg))  # as it runs: for the log and the checkpoint
     if cfg.plan:
         return print_plan(cfg)
@@ -958,8 +954,8 @@ def main(cfg):
     net = build(cfg, heads, stages[at["stage"]]).to(ctx.device)
     if state:
         meter.load(state["sums"], ctx)
-    elif init_file(cfg) or cfg.init_temporal:
-        source = " and ".join(x for x in (init_file(cfg), cfg.init_temporal) if x)
+    elif cfg.init or cfg.init_temporal:
+        source = " and ".join(x for x in (cfg.init, cfg.init_temporal) if x)
         run.say(common.load_weights(net, init_weights(cfg, net), source))
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     run.say(

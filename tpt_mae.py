@@ -1026,6 +1026,7 @@ def search_schedule(cfg, ctx):
 
 def main(cfg):
     check(cfg)
+    cfg = common.without_random(cfg)
     search = cfg.task == "search_schedule"
     cfg = replace(cfg, out=str(Path(cfg.out or f"runs/tpt_mae-{cfg.recipe}{'-search' if search else ''}")))
     if cfg.plan:
@@ -1061,7 +1062,7 @@ def main(cfg):
             scaler.load_state_dict(state["scaler"])
         at = state["at"]
         meter.load(state["sums"], ctx)
-    elif cfg.init not in ("", "random"):
+    elif cfg.init:
         run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
     compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved

@@ -71,7 +71,7 @@ Missing of the paper's tables: the rows of other methods (Tables 2, 4, 5). Data 
 (crcv.ucf.edu/data/UCF101.php), HMDB51 and Breakfast (serre-lab.clps.brown.edu), COIN (coin-dataset.github.io), HTM-AA and
 HTM-Align (robots.ox.ac.uk/~htd/tan), VideoMAE (github.com/MCG-NJU/VideoMAE). `python data.py list` makes the lists.
 
-    python turbo.py                     # toy videos, made on first use: 2 CPU cores, about 3 minutes
+    python turbo.py                     # toy videos, made on first use: 2 CPU cores, some minutes
     python turbo.py --recipe toy_vl     # video-language; --recipe toy_long: 32 frames of long video
     torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --init videomae.pth --train-list train.csv --val-list val.csv
 
@@ -1033,8 +1033,7 @@ def write_features(net, videos, cfg, ctx):
 
 def main(cfg):
     check(cfg)
-    if cfg.init == "random":
-        cfg = replace(cfg, init="")
+    cfg = common.without_random(cfg)
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)

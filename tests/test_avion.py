@@ -773,6 +773,16 @@ def ek_row(i, narration, verb, nouns, start="00:00:00.50", stop="00:00:02.00"):
     return out.getvalue()
 
 
+def test_digest_tells_nouns(tmp_path):
+    """Relevancy, and so mAP, depends on all nouns of a row, which its action doesn't tell."""
+    digests = set()
+    for nouns in ([2], [2, 5]):
+        path = tmp_path / "list.csv"
+        path.write_text(EK + ek_row(0, "take plate", 0, nouns))
+        digests.add(avion.Narrations([path]).digest())
+    assert len(digests) == 2
+
+
 def test_official_ek100_rows(tmp_path):
     """Times, file names, classes, relevancy, and the sentence file; without it the first row of each text."""
     rows = [ek_row(0, "take plate", 0, [2]), ek_row(1, "take plate", 0, [2], "01:02:03.25", "01:02:04.00"),

@@ -90,6 +90,16 @@ def many_keys(n, *parts):
     return common.make_key(*parts, torch.arange(n))
 
 
+def test_a_full_card_is_no_fault_of_the_checkpoint(tmp_path):
+    torch.save({"model": {}, "config": {}}, tmp_path / "a.pt")
+
+    def build(state):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        common.open_trained(tmp_path / "a.pt", "turbo.py", (), build)
+
+
 def test_mix_is_splitmix64():
     """The first outputs of the published generator for seed 1234567 (Rosetta Code, Splitmix64)."""
     states = [1234567 + i * 0x9E3779B97F4A7C15 for i in (1, 2, 3)]

@@ -416,6 +416,8 @@ def test_the_separator_is_decided_once_a_file(tmp_path, lines, rows):
         (["video,Class", "a,x"], ["list.csv:1", "header"]),
         (["", "file_name activity", "a.mp4 3"], ["list.csv:2", "header", "'activity'"]),
         (["youtube_id\ttarget", "a b.avi\tx"], ["list.csv:1", "header"]),
+        (["folder,class_id", "abc,0", "def,1"], ["list.csv:1", "header", "'class_id'"]),
+        (["video label_id", "abc 0"], ["list.csv:1", "header", "'label_id'"]),
         (["label,youtube_id,time_start,time_end,split", "x,y,1,2,train"], ["list.csv:1"]),
         (["a.mp4 30 4", "b.mp4 30 5"], ["list.csv:1"]),
     ],
@@ -424,6 +426,25 @@ def test_what_is_ambiguous_or_another_table_is_refused(tmp_path, lines, words):
     with pytest.raises(UserError) as error:
         read_list(tmp_path / "list.csv", lines)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize("lines", [["P01 0", "x.mp4 1"], ["v.none 0", "w.mp4 1"], ["P01 cut", "P02 cut", "P03 7"]])
+def test_folders_of_chunks_are_no_header(tmp_path, lines):
+    assert read_list(tmp_path / "list.csv", lines) == [tuple(line.split()) for line in lines]
+
+
+def test_frames_of_a_whole_video_cannot_be_sampled_from_chunks(chunks):
+    """A list of labels, whose clips have no times, that names a folder of chunks: one line that says what to do."""
+    with data.open_video(chunks / "whole.mp4") as video:
+        for sample in (data.fps_frames, data.span_frames):
+            with pytest.raises(data.VideoError, match="a folder of chunks.*list its files"):
+                sample(video, 2, 5, 0.5) if sample is data.fps_frames else sample(video, 2, (0.5, 0.5))
+
+
+def test_no_loader_process_needs_no_temporary_folder(toy, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True)
+    assert next(data.make_loader(dataset, [[(0, 3)]], 0, CPU)).index.tolist() == [3]
 
 
 def test_a_class_may_be_called_label(tmp_path):

@@ -1366,7 +1366,6 @@ def refused(*argv):
         (["--crop-share", "0"], ["--crop-share 0"]),
         (["--crop-share", "1.1"], ["--crop-share 1.1"]),
         (["--plan", "--gpus", "0"], ["--gpus"]),
-        (["--plan", "--gpus", "7"], ["--gpus 7", "--batch-size"]),
         (["--colour-jitter", "2"], ["--colour-jitter"]),
         (["--drop-path", "1"], ["--drop-path"]),
         (["--train-list", ""], ["--train-list"]),

@@ -1311,10 +1311,9 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     style = start.get("style", "clip")
     net = build(cfg, style, tokenizer.size, classes).to(ctx.device)
-    kind = partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
     slow = lambda name: 0 if name.startswith("textual.") else 1  # text_lr is what a layer below the others would get
     groups = common.param_groups(net, cfg.weight_decay, cfg.text_lr, slow)  # DECISION (decay)
-    optimizer = kind(groups, lr=cfg.lr, fused=True)
+    optimizer = common.optimizer(cfg.optimizer, groups, cfg.lr)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
     meter = common.Meter(ctx.device, "loss")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.

@@ -338,6 +338,28 @@ def param_groups(model, weight_decay, layer_decay=1.0, layer_of=None, layers=0, 
     return list(groups.values())
 
 
+def optimizer(kind, groups, lr, betas=(0.9, 0.999)):
+    """The fused "adamw", or "sgd" with momentum 0.9, of param_groups' groups at the learning rate `lr`."""
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+    zero_momentum(sgd)
+    sgd.register_load_state_dict_post_hook(zero_momentum)  # an older checkpoint may lack some
+    return sgd
+
+
+def zero_momentum(sgd):
+    """Give each parameter that has no momentum yet a momentum of zero, from which the first update is the gradient's.
+
+    torch's fused SGD allocates it in the first step and leaves the filling to the update. Where the scaler skips that
+    one (in fp16 the first as a routine), what happened to be in the memory is momentum from then on.
+    """
+    for group in sgd.param_groups:
+        for parameter in group["params"]:
+            if sgd.state[parameter].get("momentum_buffer") is None:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def loss_scaler(ctx):
     """GradScaler for every precision: its step() skips a non-finite update by a flag on the device, without a sync.
 

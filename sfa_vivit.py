@@ -979,8 +979,7 @@ def main(cfg):
         torch.manual_seed(cfg.seed)  # for the adapter
         net.enter(stage, half)
         trained = [p for p in net.parameters() if p.requires_grad]  # all that optimizer, clipping and ranks know of
-        kind = partial(torch.optim.SGD, momentum=0.9) if cfg.optimizer == "sgd" else torch.optim.AdamW
-        optimizer = kind(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)
+        optimizer = common.optimizer(cfg.optimizer, common.param_groups(net, cfg.weight_decay), cfg.lr)
         scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
         if state:
             net.load_state_dict(state["model"])

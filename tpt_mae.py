@@ -1050,7 +1050,7 @@ def main(cfg):
     net = build(cfg, classes).to(ctx.device)
     groups = common.param_groups(net, cfg.weight_decay, cfg.layer_decay, net.layer_of, len(net.blocks), ("positions",))
     # DECISION (carry): one optimizer for all stages
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    optimizer = common.optimizer("adamw", groups, cfg.lr, (0.9, cfg.beta2))
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
     meter = common.Meter(ctx.device, "loss")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.

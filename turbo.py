@@ -1064,7 +1064,7 @@ def main(cfg):
     total = cfg.max_steps or cfg.epochs * epoch_steps
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, classes, text_width).to(ctx.device)
-    optimizer = torch.optim.AdamW(common.param_groups(net, cfg.weight_decay), lr=cfg.lr, fused=True)
+    optimizer = common.optimizer("adamw", common.param_groups(net, cfg.weight_decay), cfg.lr)
     scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
     meter = common.Meter(ctx.device, "loss", "nce" if align else "ce", "mae")
     # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.

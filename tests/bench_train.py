@@ -67,8 +67,8 @@ class Variant:
     def __init__(self, ctx, net, cfg, frames, plan, loss, encode=None, sgd=False):
         self.ctx, self.net, self.plan, self.shape = ctx, net.to(ctx.device), plan, (frames, 3, cfg.size, cfg.size)
         self.loss, self.encode, self.scaler = loss, encode, common.loss_scaler(ctx)
-        kind = partial(torch.optim.SGD, momentum=0.9) if sgd else torch.optim.AdamW
-        self.optimizer = kind(common.param_groups(net.train(), cfg.weight_decay), lr=1e-5, fused=True)
+        kind = "sgd" if sgd else "adamw"
+        self.optimizer = common.optimizer(kind, common.param_groups(net.train(), cfg.weight_decay), 1e-5)
 
     def inputs(self, batch):
         """What the step is handed, of a data.Batch on the device, or of that many random clips."""

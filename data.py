@@ -32,7 +32,7 @@ import time
 import weakref
 from array import array
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from fractions import Fraction
@@ -1662,117 +1662,200 @@ class Failures:
 # crops, which is what makes it fast; so rand_augment counts the crop's pixels, and grey comes in at the crop's edges.
 
 
-def _to_device(values, device):
-    """A small tensor on the device. The host doesn't wait for it, as it does in torch.tensor(values, device=device)."""
-    return torch.as_tensor(values).to(device, non_blocking=True)
+def to_device(values, device):
+    """A small tensor or list on the device, without the host's waiting: from pinned memory, unless it is there."""
+    values = torch.as_tensor(values)
+    if device.type == "cuda" and values.device.type == "cpu":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def _each(values, x):
+    """One number a clip, [n] or [n, 1], in the shape and type in which it broadcasts over float pixels of x."""
+    return values.float().view(-1, *[1] * (x.dim() - 1))  # [n, 1, 1, 1, 1]
 
 
 def flip(clips, keys, p=0.5):
     """Mirror a clip left-right with probability p: [B, T, C, H, W] -> the same. keys: int64 [B], anywhere."""
-    chosen = _to_device(uniform(keys, "flip") < p, clips.device)  # [B]
+    chosen = to_device(uniform(keys, "flip") < p, clips.device)  # [B]
     return torch.where(chosen[:, None, None, None, None], clips.flip(-1), clips)
 
 
 # PIL's operations, because the recipes' accuracies were reached with them: they round down after every one, and their
-# frame statistics are each frame's own. x: uint8 [..., T, C, H, W] -> the same, equal to PIL's result in every bit
-# (`_affine`: but for one level in a few pixels of a thousand). factor: a number, or float32 [B, 1, 1, 1, 1].
+# frame statistics are each frame's own. x: uint8 [n, T, C, H, W] -> the same, equal to PIL's result in every bit
+# (`_affine`: but for one level in a few pixels of a thousand). values: what a clip's magnitude says, a row a clip.
 
 
 def _blend(base, x, factor):
-    """x made more (factor > 1) or less (< 1) different from base."""
+    """x made more (factor > 1) or less (< 1) different from base; a number, or float32 [n, 1, 1, 1, 1]."""
     return x.float().sub_(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)  # in place: one copy in float
 
 
 def _grey(x):
-    """Luma (ITU-R 601) in fixed point, [..., T, 1, H, W]."""
-    r, g, b = x.int().split(1, -3)  # [..., T, 1, H, W] each
-    return (19595 * r + 38470 * g + 7471 * b + (1 << 15)) >> 16
+    """Luma (ITU-R 601) in fixed point, int32 [n, T, 1, H, W]."""
+    r, g, b = x.int().split(1, -3)  # [n, T, 1, H, W] each
+    return r.mul(19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(1 << 15).bitwise_right_shift_(16)
 
 
 def _mean_grey(x):
-    """The mean luma of each frame, rounded, [..., T, 1, 1, 1]."""
+    """The mean luma of each frame, rounded, [n, T, 1, 1, 1]."""
     n = x.shape[-2] * x.shape[-1]
-    return (2 * _grey(x).sum((-2, -1), keepdim=True) + n) // (2 * n)
+    return (_grey(x).sum((-2, -1), keepdim=True) + n // 2) // n
 
 
 def _smooth(x):
-    """3x3 mean with a weight of 5 in the middle, of 13; the frame's border stays."""
-    total, out = x.short(), x.clone()
-    total = total[..., :-2] + total[..., 1:-1] + total[..., 2:]  # [..., T, C, H, W - 2]
-    total = total[..., :-2, :] + total[..., 1:-1, :] + total[..., 2:, :]  # [..., T, C, H - 2, W - 2]
-    out[..., 1:-1, 1:-1] = (total + 4 * x[..., 1:-1, 1:-1].short() + 6) // 13
+    """3x3 mean with a weight of 5 in the middle, of 13, in float32, which holds these sums exactly; the frame's border
+    stays."""
+    x = x.float()
+    out = x.clone()
+    inner = out[..., 1:-1, 1:-1]  # [n, T, C, H - 2, W - 2], a view
+    total = F.avg_pool2d(x.flatten(0, 2), 3, stride=1, divisor_override=1).view(inner.shape)
+    inner.copy_(total.add_(inner, alpha=4).add_(6).div_(13, rounding_mode="floor"))
     return out
 
 
-def _autocontrast(x):
+def _colour(x, values):
+    return _blend(_grey(x), x, _each(values, x))
+
+
+def _contrast(x, values):
+    return _blend(_mean_grey(x), x, _each(values, x))
+
+
+def _sharpness(x, values):
+    return _blend(_smooth(x), x, _each(values, x))
+
+
+def _autocontrast(x, values=None):
     """Stretch each colour of each frame to 0 .. 255."""
-    low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)  # [..., T, C, 1]
-    low, high = low[..., None].double(), high[..., None].double()  # [..., T, C, 1, 1]
+    low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)  # [n, T, C, 1]
+    low, high = low[..., None].double(), high[..., None].double()  # [n, T, C, 1, 1]
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / tensor would multiply by the inverse
-    return torch.where(high > low, (x * scale + -low * scale).clamp_(0, 255).to(torch.uint8), x)
+    return torch.where(high > low, (x * scale).sub_(low * scale).clamp_(0, 255).to(torch.uint8), x)
 
 
-def _equalize(x):
+def _equalize(x, values=None):
     """Spread each colour of each frame so that all levels occur about equally often."""
-    level = x.flatten(-2).long()  # [..., T, C, H W]
+    level = x.flatten(-2).long()  # [n, T, C, H W]
     count = level.new_zeros(*level.shape[:-1], 256).scatter_add_(-1, level, level.new_ones(1).expand_as(level))
-    step = (count.sum(-1, keepdim=True) - count.gather(-1, level.amax(-1, keepdim=True))) // 255  # [..., T, C, 1]
-    table = ((step // 2 + count.cumsum(-1) - count) // step.clamp(min=1)).clamp(max=255)  # [..., T, C, 256]
-    return torch.where(step > 0, table.gather(-1, level), level).to(torch.uint8).view(x.shape)
+    step = (count.sum(-1, keepdim=True) - count.gather(-1, level.amax(-1, keepdim=True))) // 255  # [n, T, C, 1]
+    table = ((step // 2 + count.cumsum(-1) - count) // step.clamp(min=1)).clamp(max=255)  # [n, T, C, 256]
+    table = torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8)  # [n, T, C, 256]
+    return table.gather(-1, level).view(x.shape)
 
 
-def _affine(x, a, b, c, d, e, f):
-    """Each pixel (x, y) from (a x + b y + c, d x + e y + f), bicubically; grey from outside the frame. x: [T, C, H, W].
+def _look_up(x, table):
+    """Each level by what the clip's table [n, 256] has for it."""
+    return table.to(torch.uint8).gather(1, x.flatten(1).long()).view(x.shape)
+
+
+def _bicubic(matrix, H, W):
+    """For each pixel (x, y) of n frames the 16 around (a x + b y + c, d x + e y + f), and what each of them weighs.
+
+    matrix: a to f, float64 [n, 6]. Returns: index, int32 [n H W, 16], into the n frames' pixels; weight, float32 [n H W,
+    16]; inside, bool [n, H, W], whether the place is in the frame. The weights are PIL's when it transforms, Keys' with
+    a = -1; when it resizes, a is -0.5. grid_sample has -0.75, which is up to 8 levels off on the tests' pictures.
+    """
+    device, n = matrix.device, len(matrix)
+    arange = partial(torch.arange, device=device, dtype=torch.float64)
+    by_x, by_y, by_1 = matrix.view(n, 2, 3).permute(2, 1, 0)[..., None, None]  # [2, n, 1, 1] each: of x and y
+    at = by_x * arange(0.5, W) + by_y * arange(0.5, H)[:, None] + by_1  # [2, n, H, W]
+    size = torch.stack([torch.full((1, 1, 1), s, device=device, dtype=torch.float64) for s in (W, H)])  # [2, 1, 1, 1]
+    inside = ((at >= 0) & (at < size)).all(0)  # [n, H, W]
+    at -= 0.5
+    first = at.floor()  # [2, n, H, W]
+    tap = arange(-1, 3)  # [4]: four pixels in each direction, from the one before
+    t = ((at - first)[..., None] - tap).abs_()  # [2, n, H, W, 4], their distances, in [0, 2]
+    near = (t - 2).mul_(t).mul_(t).add_(1)  # t^3 - 2 t^2 + 1
+    far = (5 - t).mul_(t).sub_(8).mul_(t).add_(4)  # -t^3 + 5 t^2 - 8 t + 4
+    weight = torch.where(t < 1, near, far).float()  # [2, n, H, W, 4]
+    tap = torch.minimum((first[..., None] + tap).clamp_(min=0), (size - 1)[..., None]).int()  # [2, n, H, W, 4]
+    clip = torch.arange(0, n * H * W, H * W, device=device, dtype=torch.int32)  # [n], where a frame's pixels begin
+    row = tap[1] * W + clip[:, None, None, None]  # [n, H, W, 4]
+    index = (row[..., None] + tap[0, ..., None, :]).view(-1, 16)
+    return index, (weight[1, ..., None] * weight[0, ..., None, :]).view(-1, 16), inside
+
+
+def _affine(x, matrix):
+    """Each pixel (x, y) from (a x + b y + c, d x + e y + f), bicubically; grey from outside the frame. matrix: a to f,
+    float64 [n, 6].
 
     An output pixel is a weighted sum of 16 input pixels, with the same weights for all its T C values: embedding_bag,
-    which takes half of grid_sample's time on a CPU. The weights are PIL's when it transforms, Keys' with a = -1; when
-    it resizes, a is -0.5. grid_sample has -0.75, which is up to 8 levels off on the tests' pictures.
+    which takes half of grid_sample's time on a CPU.
     """
-    H, W = x.shape[-2:]
-    columns, rows = (torch.arange(n, device=x.device, dtype=torch.float64) + 0.5 for n in (W, H))
-    at = a * columns + b * rows[:, None] + c, d * columns + e * rows[:, None] + f  # [H, W] each
-    inside = (at[0] >= 0) & (at[0] < W) & (at[1] >= 0) & (at[1] < H)  # [H, W]
-    taps, weights = [], []
-    for place, n in zip(at, (W, H), strict=True):
-        first = (place - 0.5).floor()  # [H, W]
-        t = place - 0.5 - first  # [H, W], in [0, 1)
-        near, far = (lambda t: t**3 - 2 * t**2 + 1), (lambda t: -(t**3) + 5 * t**2 - 8 * t + 4)
-        weights.append(torch.stack([far(1 + t), near(t), near(1 - t), far(2 - t)], -1).float())  # [H, W, 4]
-        taps.append(torch.stack([(first + k).clamp(0, n - 1) for k in (-1, 0, 1, 2)], -1).long())  # [H, W, 4]
-    index = (taps[1][..., None] * W + taps[0][..., None, :]).view(-1, 16)  # [H W, 16]
-    weight = (weights[1][..., None] * weights[0][..., None, :]).view(-1, 16)  # [H W, 16]
-    pixels = x.flatten(0, 1).flatten(1).T.float().contiguous()  # [H W, T C]
-    out = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)  # [H W, T C]
+    n, T, C, H, W = x.shape
+    index, weight, inside = _bicubic(matrix, H, W)
+    pixels = x.flatten(1, 2).flatten(2).transpose(1, 2)  # [n, H W, T C]
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)  # [n H W, T C]
+    out = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)  # [n H W, T C]
     # 1e-3 makes good for what float32 lost, where the exact sum is a whole number and would be rounded down.
-    out = (out.T.reshape(x.shape) + 1e-3).clamp_(0, 255).to(torch.uint8)  # [T, C, H, W]
-    return torch.where(inside, out, 128)  # [T, C, H, W]
+    out = out.add_(1e-3).clamp_(0, 255).to(torch.uint8).view(n, H, W, T, C).permute(0, 3, 4, 1, 2)  # [n, T, C, H, W]
+    return torch.where(inside[:, None, None], out, 128)  # [n, T, C, H, W]
 
 
-def _rotate(x, degrees):
-    """Turn counter-clockwise about the frame's centre."""
-    H, W = x.shape[-2:]
+def _rotation(degrees, W, H):
+    """The matrix that turns counter-clockwise about the frame's centre."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return _affine(x, c, -s, W / 2 - c * W / 2 + s * H / 2, s, c, H / 2 - s * W / 2 - c * H / 2)
+    return c, -s, W / 2 - c * W / 2 + s * H / 2, s, c, H / 2 - s * W / 2 - c * H / 2
 
 
-# timm's operations that grow with the magnitude ("inc1"). v: magnitude / 10, in 0 .. 1, with a random sign.
+def _black_out(x, box):
+    """Black from row `top` to `bottom` and column `left` to `right` of each of the frames, of `height` rows, of which
+    x has one below the other; box: these five, [n, 5]."""
+    top, bottom, left, right, height = box.T[..., None, None]  # [n, 1, 1] each
+    row = torch.arange(x.shape[-2], device=x.device)[:, None] % height  # [n, T H, 1]
+    column = torch.arange(x.shape[-1], device=x.device)  # [W]
+    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)  # [n, T H, W]
+    return x.masked_fill(inside[:, None, None], 0)
+
+
+def _by_operation(clips, plans):
+    """Apply to clip i the operations of plans[i], one after the other: (function, its values for this clip) each.
+
+    An operation is called once for many clips, because a GPU takes as long to begin one as to do it: for all that have
+    come to it in their plans, the one first to which most have come. `_affine` has more kernels than others, and waits
+    until four times as many have.
+    """
+    plans, calls = [list(plan) for plan in plans], []
+    while any(plans):
+        came = Counter(plan[0][0] for plan in plans if plan)
+        function = max(came, key=lambda function: came[function] / (4 if function is _affine else 1))
+        chosen = [i for i, plan in enumerate(plans) if plan and plan[0][0] is function]
+        values = [torch.as_tensor(plans[i].pop(0)[1], dtype=torch.float64) for i in chosen]
+        calls.append((function, torch.tensor(chosen), torch.stack(values)))  # [n], [n, values]
+    out = clips.clone()
+    if not calls:
+        return out
+    # What all calls need goes to the device in two copies.
+    rows = to_device(torch.cat([chosen for _, chosen, _ in calls]), clips.device)
+    rows = rows.split([len(chosen) for _, chosen, _ in calls])
+    numbers = to_device(torch.cat([values.flatten() for *_, values in calls]), clips.device)
+    numbers = numbers.split([values.numel() for *_, values in calls])
+    for (function, _, values), row, number in zip(calls, rows, numbers, strict=True):
+        out.index_copy_(0, row, function(out.index_select(0, row), number.view(values.shape)))
+    return out
+
+
+# timm's operations that grow with the magnitude ("inc1"): the function, and its values for v, magnitude / 10, in 0 .. 1,
+# with a random sign, and frames of w x h pixels. Many are the same for every pixel: a table, made of all the levels.
 # 0 bits left of a colour, at magnitude 10, are black, as with the PIL of VideoMAE's time; newer ones raise an error.
+LEVELS = torch.arange(256)
 RAND_AUGMENT = {
-    "AutoContrast": lambda x, v: _autocontrast(x),
-    "Equalize": lambda x, v: _equalize(x),
-    "Invert": lambda x, v: 255 - x,
-    "Rotate": lambda x, v: _rotate(x, 30 * v),
-    "Posterize": lambda x, v: x & (256 - (16 << int(4 * abs(v)))),
-    "Solarize": lambda x, v: torch.where(x.short() < 256 - int(256 * abs(v)), x, 255 - x),
-    "SolarizeAdd": lambda x, v: torch.where(x < 128, x + int(110 * abs(v)), x),
-    "Color": lambda x, v: _blend(_grey(x), x, 1 + 0.9 * v),
-    "Contrast": lambda x, v: _blend(_mean_grey(x), x, 1 + 0.9 * v),
-    "Brightness": lambda x, v: _blend(0, x, 1 + 0.9 * v),
-    "Sharpness": lambda x, v: _blend(_smooth(x), x, 1 + 0.9 * v),
-    "ShearX": lambda x, v: _affine(x, 1, 0.3 * v, 0, 0, 1, 0),
-    "ShearY": lambda x, v: _affine(x, 1, 0, 0, 0.3 * v, 1, 0),
-    "TranslateX": lambda x, v: _affine(x, 1, 0, 0.45 * v * x.shape[-1], 0, 1, 0),
-    "TranslateY": lambda x, v: _affine(x, 1, 0, 0, 0, 1, 0.45 * v * x.shape[-2]),
+    "AutoContrast": (_autocontrast, lambda v, w, h: ()),
+    "Equalize": (_equalize, lambda v, w, h: ()),
+    "Invert": (_look_up, lambda v, w, h: 255 - LEVELS),
+    "Rotate": (_affine, lambda v, w, h: _rotation(30 * v, w, h)),
+    "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (16 << int(4 * abs(v))))),
+    "Solarize": (_look_up, lambda v, w, h: torch.where(LEVELS < 256 - int(256 * abs(v)), LEVELS, 255 - LEVELS)),
+    "SolarizeAdd": (_look_up, lambda v, w, h: torch.where(LEVELS < 128, LEVELS + int(110 * abs(v)), LEVELS)),
+    "Color": (_colour, lambda v, w, h: [1 + 0.9 * v]),
+    "Contrast": (_contrast, lambda v, w, h: [1 + 0.9 * v]),
+    "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 1 + 0.9 * v)),
+    "Sharpness": (_sharpness, lambda v, w, h: [1 + 0.9 * v]),
+    "ShearX": (_affine, lambda v, w, h: (1, 0.3 * v, 0, 0, 1, 0)),
+    "ShearY": (_affine, lambda v, w, h: (1, 0, 0, 0.3 * v, 1, 0)),
+    "TranslateX": (_affine, lambda v, w, h: (1, 0, 0.45 * v * w, 0, 1, 0)),
+    "TranslateY": (_affine, lambda v, w, h: (1, 0, 0, 0, 1, 0.45 * v * h)),
 }
 
 
@@ -1790,31 +1873,38 @@ def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
     """
     draws = uniform(keys, "rand_augment", 4 * layers).unflatten(-1, (layers, 4))  # [B, layers, 4]
     levels = (magnitude + deviation * torch.special.ndtri(draws[..., 2])).clamp(0, 10) / 10  # [B, layers]
-    out, names = clips.clone(), list(RAND_AUGMENT)
-    for i, plan in enumerate(zip(draws.tolist(), levels.tolist(), strict=True)):
-        for (which, chance, _, sign), level in zip(*plan, strict=True):
+    H, W = clips.shape[-2:]
+    operations, plans = list(RAND_AUGMENT.values()), []
+    for draw, level in zip(draws.tolist(), levels.tolist(), strict=True):  # a clip's
+        plan = []
+        for (which, chance, _, sign), v in zip(draw, level, strict=True):
+            function, values = operations[int(which * len(operations))]
             if chance < 0.5:
-                out[i] = RAND_AUGMENT[names[int(which * len(names))]](out[i], level if sign < 0.5 else -level)
-    return out
+                plan.append((function, values(v if sign < 0.5 else -v, W, H)))
+        plans.append(plan)
+    return _by_operation(clips, plans)
 
 
 # scenic's operations, in its order; v: magnitude / 10, here above 1 too, with no random sign. They are of TensorFlow's
 # official models, slips included, which ViViT was trained with: the threshold of Solarize is a byte and wraps around
 # (at magnitude 20 all is inverted); Posterize keeps int(4 v) bits (at 20 all 8); Contrast moves away from a grey of
-# pixels / 256, on any real clip white. x: uint8 [C, T H, W], a clip's frames one below the other: what they count
-# over a frame they count over the clip, and Sharpness mixes the rows where two frames meet.
+# pixels / 256, on any real clip white. A clip's T frames, one below the other, are one of w x h pixels here: what they
+# count over a frame they count over the clip, and Sharpness mixes the rows where two frames meet.
 SCENIC_AUGMENT = {
-    "AutoContrast": lambda x, v: _autocontrast(x),
-    "Equalize": lambda x, v: _equalize(x),
-    "Invert": lambda x, v: 255 - x,
-    "Posterize": lambda x, v: x & (256 - (256 >> int(4 * v))),
-    "Solarize": lambda x, v: torch.where(x < int(256 * v) % 256, x, 255 - x),
-    "Color": lambda x, v: _blend(_grey(x), x, 0.1 + 1.8 * v),
-    "Contrast": lambda x, v: _blend(min(255, x[0].numel() // 256), x, 0.1 + 1.8 * v),
-    "Brightness": lambda x, v: _blend(0, x, 0.1 + 1.8 * v),
-    "Sharpness": lambda x, v: _blend(_smooth(x), x, 0.1 + 1.8 * v),
+    "AutoContrast": (_autocontrast, lambda v, w, h: ()),
+    "Equalize": (_equalize, lambda v, w, h: ()),
+    "Invert": (_look_up, lambda v, w, h: 255 - LEVELS),
+    "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (256 >> int(4 * v)))),
+    "Solarize": (_look_up, lambda v, w, h: torch.where(LEVELS < int(256 * v) % 256, LEVELS, 255 - LEVELS)),
+    "Color": (_colour, lambda v, w, h: [0.1 + 1.8 * v]),
+    "Contrast": (_look_up, lambda v, w, h: _blend(min(255, w * h // 256), LEVELS, 0.1 + 1.8 * v)),
+    "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 0.1 + 1.8 * v)),
+    "Sharpness": (_sharpness, lambda v, w, h: [0.1 + 1.8 * v]),
     "Cutout": None,  # needs a place: see below
-    "SolarizeAdd": lambda x, v: torch.where(x < 128, (x.short() + int(110 * v)).clamp_(max=255).to(torch.uint8), x),
+    "SolarizeAdd": (
+        _look_up,
+        lambda v, w, h: torch.where(LEVELS < 128, (LEVELS + int(110 * v)).clamp(max=255), LEVELS),
+    ),
 }
 
 
@@ -1828,49 +1918,59 @@ def scenic_rand_augment(clips, keys, magnitude, layers=2):
     anywhere in the frame; what falls outside is lost. Within 3 levels of scenic's, which counts in float32.
     """
     draws = uniform(keys, "rand_augment", 3 * layers).unflatten(-1, (layers, 3))  # [B, layers, 3]
-    names = [*SCENIC_AUGMENT, "nothing"]
+    names, plans = [*SCENIC_AUGMENT, "nothing"], []
     T, _, H, W = clips.shape[1:]
     v, half = magnitude / 10, int(4 * magnitude)
-    out = clips.clone()
-    for clip, plan in zip(out, draws.tolist(), strict=True):  # [T, 3, H, W], a view of `out`
-        for which, down, right in plan:
-            name = names[int(which * len(names))]
+    for draw in draws.tolist():  # a clip's
+        plan = []
+        for which, down, right in draw:
+            name, y, x = names[int(which * len(names))], int(down * H), int(right * W)
             if name == "Cutout":
-                y, x = int(down * H), int(right * W)
-                clip[..., max(0, y - half) : y + half, max(0, x - half) : x + half] = 0
+                plan.append((_black_out, (y - half, y + half, x - half, x + half, H)))
             elif name != "nothing":
-                tall = clip.transpose(0, 1).flatten(1, 2)  # [3, T H, W]
-                clip.copy_(SCENIC_AUGMENT[name](tall, v).unflatten(1, (T, H)).transpose(0, 1))
-    return out
+                function, values = SCENIC_AUGMENT[name]
+                plan.append((function, values(v, W, T * H)))
+        plans.append(plan)
+    tall = clips.transpose(1, 2).flatten(2, 3)[:, None]  # [B, 1, 3, T H, W]
+    return _by_operation(tall, plans)[:, 0].unflatten(2, (T, H)).transpose(1, 2).contiguous()  # [B, T, 3, H, W]
 
 
 def _turn_hue(x, turns):
-    """Turn the hue of uint8 [B, T, 3, H, W] by `turns` of the colour circle, through HSV and back."""
+    """Turn the hue of uint8 [N, 3, H, W] by `turns` of the colour circle, through HSV and back."""
     rgb = x.float()
-    r, g, b = rgb.split(1, -3)  # [B, T, 1, H, W] each
+    r, g, b = rgb.split(1, -3)  # [N, 1, H, W] each
     top = rgb.amax(-3, keepdim=True)
     chroma = top - rgb.amin(-3, keepdim=True)
     hue = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    hue = hue / chroma.clamp(min=1) + 6 * turns  # [B, T, 1, H, W], in sixths of the circle
-    far = torch.cat([(hue + n) % 6 for n in (5, 3, 1)], -3)  # [B, T, 3, H, W]
-    return (top - chroma * torch.minimum(far, 4 - far).clamp_(0, 1) + 0.5).to(torch.uint8)
+    hue = hue / chroma.clamp(min=1) + 6 * turns  # [N, 1, H, W], in sixths of the circle
+    del rgb, r, g, b
+    far = torch.cat([hue + n for n in (5, 3, 1)], -3).remainder_(6)  # [N, 3, H, W]
+    share = torch.minimum(far, 4 - far, out=far).clamp_(0, 1)
+    return share.mul_(chroma).neg_().add_(top).add_(0.5).to(torch.uint8)
 
 
 def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0):
     """torchvision's ColorJitter: factors uniform in [1 - x, 1 + x] (not below 0), turns of the hue in [-hue, hue].
 
     uint8 [B, T, 3, H, W] -> the same; keys: int64 [B], anywhere. DECISION (order): always that of the arguments;
-    torchvision draws it. Every clip has every operation, so that they are done for the whole batch at once.
+    torchvision draws it. Every clip has every operation, so that they are done for the whole batch at once: in quarters
+    of its frames, because the hue of a frame takes 15 times the frame's bytes.
     """
-    u = _to_device(uniform(keys, "colour_jitter", 4), clips.device)[..., None, None, None, None]  # [B, 4, 1, 1, 1, 1]
-    factor = lambda i, x: max(0, 1 - x) + (min(1, x) + x) * u[:, i]  # [B, 1, 1, 1, 1]
-    if brightness:
-        clips = _blend(0, clips, factor(0, brightness))
-    if contrast:
-        clips = _blend(_mean_grey(clips), clips, factor(1, contrast))
-    if saturation:
-        clips = _blend(_grey(clips), clips, factor(2, saturation))
-    return _turn_hue(clips, hue * (2 * u[:, 3] - 1)) if hue else clips
+    u = to_device(uniform(keys, "colour_jitter", 4), clips.device)  # [B, 4]
+    u = u.repeat_interleave(clips.shape[1], 0)[..., None, None, None]  # [B T, 4, 1, 1, 1]
+    frames, out = clips.flatten(0, 1), []  # [B T, 3, H, W]
+    for x, part in zip(frames.chunk(4), u.chunk(4), strict=True):
+        factor = lambda i, most, part=part: max(0, 1 - most) + (min(1, most) + most) * part[:, i]  # [N, 1, 1, 1]
+        if brightness:
+            x = _blend(0, x, factor(0, brightness))
+        if contrast:
+            x = _blend(_mean_grey(x), x, factor(1, contrast))
+        if saturation:
+            x = _blend(_grey(x), x, factor(2, saturation))
+        if hue:
+            x = _turn_hue(x, hue * (2 * part[:, 3] - 1))
+        out.append(x)
+    return torch.cat(out).view(clips.shape)  # [B, T, 3, H, W]
 
 
 def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -1885,18 +1985,30 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """
     chosen = (uniform(keys, "erase") < p).tolist()
     draws = uniform(keys, "erase.box", 40).unflatten(-1, (10, 4)).tolist()
-    mean, std = (_to_device(v, clips.device)[:, None, None] for v in (mean, std))  # [C, 1, 1]
-    (T, C, H, W), out = clips.shape[1:], clips.clone()
+    T, C, H, W = clips.shape[1:]
+    out, boxes = clips.clone(memory_format=torch.contiguous_format), []
     for i in range(len(out)):
         for area, ratio, top, left in draws[i] if chosen[i] else ():
             area, ratio = H * W * (0.02 + area * (1 / 3 - 0.02)), 0.3 ** (1 - 2 * ratio)
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if h < H and w < W:
                 y, x = int(top * (H - h + 1)), int(left * (W - w + 1))
-                pixel_keys = make_key(keys[i], torch.arange(T * C * h * w, device=clips.device))  # [T C h w]
-                noise = torch.special.ndtri(uniform(pixel_keys, "erase.noise")).view(T, C, h, w)
-                out[i, ..., y : y + h, x : x + w] = (255 * (noise * std + mean) + 0.5).clamp_(0, 255)  # [T, C, h, w]
+                boxes.append((T * C * h * w, int(keys[i]), h, w, (i * T * C * H + y) * W + x))
                 break
+    if not boxes:
+        return out
+    # The noise of all boxes is made at once: N values, one box after the other.
+    total = sum(size for size, *_ in boxes)
+    boxes = to_device(boxes, clips.device)  # int64 [boxes, 5]
+    sizes = boxes[:, 0]
+    own = torch.repeat_interleave(sizes, output_size=total)  # [N], the box that a value is in
+    place = torch.arange(total, device=clips.device) - (sizes.cumsum(0) - sizes)[own]  # [N], in the box
+    _, key, h, w, corner = boxes[own].T  # [N] each
+    frame, row, column = place // (h * w), place // w % h, place % w  # [N]; frame counts each colour's
+    noise = torch.special.ndtri(uniform(make_key(key, place), "erase.noise"))  # [N]
+    mean, std = (to_device(v, clips.device)[frame % C] for v in (mean, std))  # [N]
+    pixels = (255 * (noise * std + mean) + 0.5).clamp_(0, 255).to(torch.uint8)  # [N]
+    out.view(-1).scatter_(0, corner + (frame * H + row) * W + column, pixels)
     return out
 
 
@@ -1928,13 +2040,18 @@ def mix(clips, targets, step_key, mixup, cutmix):
         mixed[..., y0:y1, x0:x1] = swap(clips[..., y0:y1, x0:x1])
         clips, lam = mixed, 1 - (y1 - y0) * (x1 - x0) / (H * W)  # the area that was really replaced
     else:
-        clips = clips.float().lerp(swap(clips).float(), 1 - lam)  # [B, T, C, H, W]
+        even, odd = (x.float() for x in clips.unflatten(0, (-1, 2)).unbind(1))  # [B / 2, T, C, H, W]
+        mixed = torch.empty(clips.shape, device=clips.device).unflatten(0, (-1, 2))  # [B / 2, 2, T, C, H, W]
+        torch.lerp(even, odd, 1 - lam, out=mixed[:, 0])
+        torch.lerp(odd, even, 1 - lam, out=mixed[:, 1])
+        clips = mixed.flatten(0, 1)  # [B, T, C, H, W]
     return clips, targets.lerp(swap(targets), 1 - lam)
 
 
 def normalize(patches, mean, std):
     """0-255 pixels, colours last and fastest, to (x / 255 - mean) / std in float32: [..., P] -> [..., P]."""
-    mean, std = (_to_device(v, patches.device).repeat(patches.shape[-1] // 3) for v in (mean, std))  # [P]
+    filled = lambda v: torch.stack([torch.full((), x, device=patches.device) for x in v])  # [3]; nothing is copied
+    mean, std = (filled(v).repeat(patches.shape[-1] // 3) for v in (mean, std))  # [P]
     return (patches.float() / 255 - mean) / std
 
 

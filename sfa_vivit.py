@@ -920,7 +920,7 @@ def predict(net, cfg, ctx, heads, stage, classes):
 def augment(cfg, clips, keys):
     """The augmentation of Table 7 on the device: uint8 [B, T, C, H, W] -> the same; keys int64 [B], on the CPU."""
     if cfg.colour_jitter:  # DECISION (colour)
-        chosen = (uniform(keys, "colour") < cfg.colour_jitter).to(clips.device)  # [B]
+        chosen = data.to_device(uniform(keys, "colour") < cfg.colour_jitter, clips.device)  # [B]
         clips = torch.where(chosen[:, None, None, None, None], data.colour_jitter(clips, keys, hue=0.2), clips)
     if cfg.rand_augment:  # DECISION (RandAug)
         clips = data.scenic_rand_augment(clips, keys, cfg.rand_augment, layers=2)  # [B, T, C, H, W]

@@ -80,10 +80,25 @@ PIL_OPS = {
 }
 
 
+def operate(operation, clip, v):
+    """An entry of data.RAND_AUGMENT on one clip [T, C, H, W]."""
+    function, values = operation
+    height, width = clip.shape[-2:]
+    row = torch.as_tensor(values(v, width, height), dtype=torch.float64)
+    return function(clip[None], data.to_device(row[None], clip.device))[0]
+
+
 def recorder(monkeypatch):
     """Put recorders in the place of the operations; the list fills with (name, v), and nothing is done to the clip."""
     seen = []
-    note = lambda name: lambda x, v: seen.append((name, v)) or x
+
+    def note(name):
+        def function(x, values):
+            seen.extend((name, v) for v in values.flatten().tolist())
+            return x
+
+        return function, lambda v, w, h: [v]
+
     monkeypatch.setattr(data, "RAND_AUGMENT", {name: note(name) for name in data.RAND_AUGMENT})
     return seen
 
@@ -102,7 +117,7 @@ def test_every_operation_equals_pil(name, size):
     clip[3, :, 5:] = torch.tensor([0, 255, 77])[:, None, None]  # a nearly flat frame, with white and black
     for m in (0.0, 0.4, 2.5, 5.0, 6.6, 7.0, 9.3, 10.0):
         for sign in (1, -1):
-            ours = data.RAND_AUGMENT[name](clip, sign * m / 10)
+            ours = operate(data.RAND_AUGMENT[name], clip, sign * m / 10)
             pils = by_pil(PIL_OPS[name], clip, m, sign)
             assert ours.dtype == torch.uint8
             assert ours.shape == clip.shape
@@ -125,7 +140,7 @@ def test_statistics_of_flat_and_two_coloured_frames(name):
     many.flatten(-2)[..., 51:60] = 0  # 509 pixels below the last level: PIL's table ends at 509
     for clip in (flat, two, few, many):
         pils = by_pil(PIL_OPS[name], clip, 7, 1)
-        assert torch.equal(data.RAND_AUGMENT[name](clip, 0.7), pils)
+        assert torch.equal(operate(data.RAND_AUGMENT[name], clip, 0.7), pils)
 
 
 def test_equal_to_pil_from_end_to_end(monkeypatch):
@@ -491,7 +506,7 @@ WITHOUT_WAITING = {
     "normalize": lambda: data.normalize(PIXELS.flatten(2).float(), data.IMAGENET_MEAN, data.IMAGENET_STD),
     "mixup": lambda: data.mix(PIXELS, torch.zeros(4, 5, device="meta"), (0, 0), 0.8, 0.0)[0],
     "cutmix": lambda: data.mix(PIXELS, torch.zeros(4, 5, device="meta"), (0, 0), 0.0, 1.0)[0],
-    **{f"op {name}": lambda name=name: data.RAND_AUGMENT[name](PIXELS[0], 0.7) for name in data.RAND_AUGMENT},
+    **{f"op {name}": lambda op=op: operate(op, PIXELS[0], 0.7) for name, op in data.RAND_AUGMENT.items()},
 }
 
 

@@ -310,12 +310,19 @@ BY_HAND = {
 }
 
 
+def scenic(name, tall, v):
+    """An operation of data.SCENIC_AUGMENT on a clip as it sees it, uint8 [C, T H, W]."""
+    function, values = data.SCENIC_AUGMENT[name]
+    row = torch.as_tensor(values(v, tall.shape[2], tall.shape[1]), dtype=torch.float64)
+    return function(tall[None, None], row[None])[0, 0]
+
+
 @pytest.mark.parametrize("name", BY_HAND)
 def test_scenic_operations_by_hand(name):
     for pixel, expected in BY_HAND[name].items():
         x = torch.full((3, 300, 300), pixel, dtype=torch.uint8)
         for magnitude, value in zip((15, 20), expected, strict=True):
-            assert data.SCENIC_AUGMENT[name](x, magnitude / 10).unique().tolist() == [value], (pixel, magnitude)
+            assert scenic(name, x, magnitude / 10).unique().tolist() == [value], (pixel, magnitude)
 
 
 def test_scenic_operations_see_the_whole_clip():
@@ -323,24 +330,32 @@ def test_scenic_operations_see_the_whole_clip():
     a sharpened pixel's 3 x 3 has 5 of 13 parts."""
     tall = torch.zeros(3, 4, 5, dtype=torch.uint8)  # two frames of 2 x 5
     tall[0], tall[1] = torch.tensor([0, 0, 51, 51])[:, None], 7
-    stretched = data.SCENIC_AUGMENT["AutoContrast"](tall, 2.0)
+    stretched = scenic("AutoContrast", tall, 2.0)
     assert stretched[0, :, 0].tolist() == [0, 0, 255, 255] and stretched[1:].unique().tolist() == [0, 7]
     ramp = torch.arange(512).repeat_interleave(2).div(4, rounding_mode="floor").byte().view(1, 16, 64).expand(3, -1, -1)
-    assert data.SCENIC_AUGMENT["Equalize"](torch.cat([ramp // 2, ramp // 2], 1), 2.0).max() == 255
+    assert scenic("Equalize", torch.cat([ramp // 2, ramp // 2], 1), 2.0).max() == 255
     red = torch.tensor([200, 100, 100], dtype=torch.uint8)[:, None, None].expand(3, 9, 9)  # luma 129.9
-    assert data.SCENIC_AUGMENT["Color"](red, 2.0)[:, 0, 0].tolist() == [255, 19, 19]  # 130 + 3.7 * (70, -30, -30)
+    assert scenic("Color", red, 2.0)[:, 0, 0].tolist() == [255, 19, 19]  # 130 + 3.7 * (70, -30, -30)
     dot = torch.zeros(3, 9, 9, dtype=torch.uint8)
     dot[:, 4, 4] = 26  # smoothed 10, beside it 2
-    sharp = data.SCENIC_AUGMENT["Sharpness"](dot, 1.0)[0]  # factor 1.9
+    sharp = scenic("Sharpness", dot, 1.0)[0]  # factor 1.9
     assert sharp[4, 4] == 40 and sharp.sum() == 40
 
 
 def test_scenic_rand_augment_draws(monkeypatch):
     """Two of 12 outcomes a clip, any as likely, with replacement: the 11 operations, and nothing; without a sign."""
     seen = []
+
+    def note(name):
+        def function(x, values):
+            seen.extend((name, v) for v in values.flatten().tolist())
+            return x
+
+        return function, lambda v, w, h: [v]
+
     for name in data.SCENIC_AUGMENT:
         if name != "Cutout":
-            monkeypatch.setitem(data.SCENIC_AUGMENT, name, lambda x, v, name=name: (seen.append((name, v)), x + 0)[1])
+            monkeypatch.setitem(data.SCENIC_AUGMENT, name, note(name))
     n = 3000
     white = torch.full((n, 1, 3, 1, 1), 255, dtype=torch.uint8)
     cut = (data.scenic_rand_augment(white, make_key(torch.arange(n)), 15) == 0).flatten(1).any(1).sum().item()

@@ -1,4 +1,5 @@
-"""The path that a GPU takes, as far as a CPU can follow it: what is compiled, and what a skipped update leaves behind.
+"""The path that a GPU takes, as far as a CPU can follow it: what is compiled, what a skipped update leaves behind, and
+how many kernels the augmentation begins.
 
 Nothing here needs a card or a C++ compiler: graphs are captured as for CUDA, and then run by PyTorch itself.
 """
@@ -10,8 +11,11 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import common
+import data
 
 CPU = common.Context(0, 1, torch.device("cpu"), "fp32")
 
@@ -134,3 +138,69 @@ def test_each_stage_may_begin_with_a_skipped_update(kind, toy, cli, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]
     assert [loss is None for loss in losses] == [True, False, False, True, False, False]
+
+
+# ---- Kernels of the augmentation -------------------------------------------------------------------------------------
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations on the meta device, which stands for a GPU, that would begin a kernel there or a copy to
+    it; `largest` is the size in bytes of the largest tensor that one of them makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.is_meta]
+        returns = function._schema.returns
+        view = not function._schema.is_mutable and any(value.alias_info for value in returns)
+        unfilled = "empty" in function.__name__
+        if made and not view and not unfilled:
+            self.count += 1
+            self.largest = max([self.largest, *(x.numel() * x.element_size() for x in made)])
+        return out
+
+
+CLIPS = torch.empty(64, 8, 3, 32, 32, dtype=torch.uint8, device="meta")
+LABELS = torch.empty(64, 10, device="meta")
+KEYS = common.make_key(0, 0, torch.arange(64))
+
+
+@pytest.mark.parametrize(
+    ("augment", "most"),
+    [
+        (lambda: data.rand_augment(CLIPS, KEYS, 7, 4), 400),
+        (lambda: data.rand_augment(CLIPS, KEYS, 9, 2), 260),
+        (lambda: data.scenic_rand_augment(CLIPS, KEYS, 20), 200),
+        (lambda: data.erase(CLIPS, KEYS), 110),
+        (lambda: data.colour_jitter(CLIPS, KEYS, hue=0.2), 320),
+        (lambda: data.flip(CLIPS, KEYS), 4),
+        (lambda: data.mix(CLIPS, LABELS, (0, 0), 0.8, 0.0), 7),
+        (lambda: data.mix(CLIPS, LABELS, (0, 0), 0.0, 0.8), 6),
+    ],
+    ids=["rand_augment 4", "rand_augment 2", "scenic", "erase", "colour_jitter", "flip", "mixup", "cutmix"],
+)
+def test_kernels_of_64_clips(augment, most):
+    """A GPU takes some microseconds to begin a kernel, however small: by operation, not by clip."""
+    with Kernels() as kernels:
+        augment()
+    assert 0 < kernels.count <= most
+
+
+def test_colour_jitter_takes_little_memory():
+    """Its hue takes 15 times the bytes of the frames that it is done for: not of all at once."""
+    with Kernels() as kernels:
+        data.colour_jitter(CLIPS, KEYS, hue=0.2)
+    assert kernels.largest <= CLIPS.numel()
+
+
+def test_kernels_would_be_seen():
+    with Kernels() as kernels:
+        x = CLIPS.flatten(0, 1)[3:].float()  # one, of four bytes a pixel
+        x.mul_(2)
+        x.sum()
+        torch.ones(3).to("meta")
+    assert kernels.count == 4
+    assert kernels.largest == 4 * (CLIPS.numel() - 3 * 3 * 32 * 32)

@@ -1082,10 +1082,13 @@ def print_plan(cfg):
     with torch.device("meta"):
         net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), "clip", classes=cfg.num_classes or 2)
         clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
-        macs = f"{common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64)):.2f} of a clip, forward"
+        forward = common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64))
+        macs = f"{forward:.2f} of a clip, forward"
         if isinstance(net, VideoCLIP):
             words = torch.zeros(1, 77, dtype=torch.int64)
-            macs += f"; {common.count_macs(net.textual, words):.2f} of a text of 77 tokens"
+            text = common.count_macs(net.textual, words)
+            macs += f"; {text:.2f} of a text of 77 tokens"
+            forward += text
     tokens = cfg.frames // net.visual.patch[0] * (cfg.size // net.visual.patch[1]) ** 2
     kept = 1 + max(1, int(round(tokens * (1 - cfg.patch_dropout), 6)))
     whole, visual = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (net, net.visual))
@@ -1105,6 +1108,10 @@ MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in
         cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
         print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
     common.print_memory(cfg, [memory(cfg, net, kept)])
+    passes = 4 if cfg.grad_checkpoint else 3
+    if isinstance(net, VideoCLIP) and 0 < cfg.micro_batch < cfg.batch_size // cfg.gpus:
+        passes += 1  # common.cached_step's first
+    data.print_cores([(cfg.frames, passes * forward, 1)])
 
 
 # ---- The tasks -------------------------------------------------------------------------------------------------------

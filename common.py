@@ -561,6 +561,13 @@ def micro_batches(cfg, ctx, pairs=False, repeated=1):
 
 # ---- 6. A run --------------------------------------------------------------------------------------------------------
 
+# What to do where loader processes don't keep up.
+LOADER_ADVICE = (
+    "videos encoded for training (`python data.py chunk`: 3 times faster to read), several clips of a decode (--repeated "
+    "of turbo.py and tpt_mae.py), fewer frames first (--stages of tpt_mae.py and sfa_vivit.py)"
+)
+LIST_SPEED = "`python data.py check LIST --speed` measures your list"
+
 
 @contextlib.contextmanager
 def writing(path, hint=""):
@@ -724,6 +731,7 @@ class Run:
         self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.out or f"runs/{name}-{cfg.recipe}")
         self.started = self.saved = self.logged = self.advanced = time.time()
         self.stopped, self.waited, self.step, self.bar, self.board = 0, 0.0, 0, None, None
+        self.longest_wait, self.advised = 0.0, False
         self.batch_size = cfg.batch_size  # clips a step, for the log's rate; a trainer in stages sets each one's
         self.leaving, self.logged_records, self.lists = False, 0, {}
         if ctx.rank == 0:
@@ -811,7 +819,18 @@ class Run:
         """Count the time spent inside as waiting for data (`data_wait` in the log)."""
         start = time.time()
         yield
-        self.waited += time.time() - start
+        wait = time.time() - start
+        self.waited += wait
+        self.longest_wait = max(self.longest_wait, wait)
+
+    def waits_too_long(self, seconds):
+        """Whether an interval of so many seconds is the run's first that waited for data for more than a tenth of it.
+
+        Its longest wait is left out: it may be for loader processes that start, as each stage's do."""
+        steady = self.waited - self.longest_wait
+        late = steady > 0.1 * (seconds - self.longest_wait) and not self.advised
+        self.advised = self.advised or late
+        return late
 
     def advance(self, step, total):
         """Note the end of a step, and move a terminal's progress bar to it."""
@@ -826,13 +845,15 @@ class Run:
         text = "  ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if k != "step"
         )
+        late = False
         if "loss" in record:
             rate = (step - self.step) / (now - self.logged)
             record["clips_per_second"] = round(rate * self.batch_size, 2)
             record["data_wait"] = round(self.waited / (now - self.logged), 4)
             left = tqdm.format_interval((total - step) / rate)
             text += f"  clips/s {record['clips_per_second']:.4g}  data_wait {record['data_wait']:.1%}  left {left}"
-            self.logged, self.step, self.waited = now, step, 0.0
+            late = self.waits_too_long(now - self.logged)
+            self.logged, self.step, self.waited, self.longest_wait = now, step, 0.0, 0.0
         else:
             self.logged += now - self.advanced  # an evaluation is not counted as training time
         self.logged_records += 1
@@ -848,6 +869,11 @@ class Run:
             self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['clips_per_second']:.0f} clips/s")
         else:
             self.say(f"step {step}/{total}  {text}")
+        if late:
+            self.say(
+                "more than a tenth of this interval went into waiting for data. What helps: more --workers where cores are "
+                f"free, {LOADER_ADVICE}; {LIST_SPEED}"
+            )
 
     def save(self, state, *names):
         """Write `state` under each name, last.pt last: once it is there the others are too. Every rank calls it."""
@@ -1161,6 +1187,15 @@ def saved_bytes(module, *args):
     for parameter in module.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(storages.values())
+
+
+def gpu_clips(gmacs):
+    """Clips a second that an H100 trains, an estimate: 35 % of the 989 TFLOP/s in bf16 of its data sheet.
+
+    gmacs: multiply-adds of a training step on one clip, in 1e9. The share is about what three steps give whose kernels
+    were counted one by one, without a GPU: VideoMAE-B 32 %, AVION's ViT-B 40 %, Turbo 33 %.
+    """
+    return 0.35 * 989e12 / (2e9 * gmacs)
 
 
 # What a step holds beside weights and activations, roughly: CUDA's own memory; and of each pixel of a clip its byte in

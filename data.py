@@ -50,7 +50,18 @@ import torch.nn.functional as F
 from av.video.reformatter import Interpolation, VideoReformatter
 from tqdm import tqdm
 
-from common import UserError, gather_tokens, make_key, permutation, replacing, uniform, unpatchify
+from common import (
+    LIST_SPEED,
+    LOADER_ADVICE,
+    UserError,
+    gather_tokens,
+    gpu_clips,
+    make_key,
+    permutation,
+    replacing,
+    uniform,
+    unpatchify,
+)
 
 try:
     import fcntl
@@ -2666,6 +2677,74 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
     return len(names), failures
 
 
+# CPU milliseconds of one core for a clip of 224 x 224, stride 4 (64 frames and more: 2): of the first clip of a decode,
+# of each further one, and of the first from 720p. H.264 films of 10 s, 340 x 256 and 960 x 720, by x264's defaults, of
+# noise that moves; each clip's best of 4 to 8, the mean of 8 clips; two cores of a shared Xeon, both busy. An idle core
+# reads up to twice as many, and a camera's film takes up to twice as long.
+READING_MS = {  # frames: first, further, first of 720p
+    2: (17, 4, 90),
+    4: (18, 5, 90),
+    8: (22, 5, 110),
+    16: (27, 9, 150),
+    32: (46, 15, 190),
+    64: (58, 26, 260),
+    128: (97, 30, 330),
+}
+
+
+def core_clips(frames, decoded=1):
+    """Clips a second that one core reads, of videos of a short side of 256 pixels and of 720, estimates by READING_MS.
+
+    decoded: clips of one decode (--repeated)."""
+    columns = zip(*READING_MS.values(), strict=True)
+    first, further, large = [float(np.interp(frames, list(READING_MS), column)) for column in columns]
+    more = (decoded - 1) * further
+    return 1000 * decoded / (first + more), 1000 * decoded / (large + more)
+
+
+def print_cores(phases):
+    """Print how many cores keep an H100 busy, for --plan. phases: (frames, GMACs of a training step on one clip, clips of
+    one decode) of each phase of training."""
+    cells = []
+    for frames, gmacs, decoded in phases:
+        rate = gpu_clips(gmacs)
+        small, large = (math.ceil(rate / core) for core in core_clips(frames, decoded))
+        if gmacs > 1:  # else it is a toy, on which a GPU does little but start kernels
+            cells.append(f"{small} ({large}) for {rate:.0f} clips/s of {frames} frames")
+    if cells:
+        print(f"loader    cores that an H100 needs to read 256p (720p), estimates: {'; '.join(cells)}")
+        print(f"          with fewer: {LOADER_ADVICE}; {LIST_SPEED}")
+
+
+def reading_speed(path, root="", frames=16, size=224, stride=4, count=32):
+    """(clips a second that this process reads from a list's videos, [VideoError] of those that can't be read).
+
+    At most `count` of them, evenly over the list, a clip each, timed by the clock: what the disk takes counts too.
+    """
+    videos = VideoList(path, root)
+
+    def plan(video, index, view, key):
+        chosen = stride_frames(video.info, frames, stride, uniform(key, "start").item())
+        return chosen, random_resized_box(video.info, key)
+
+    dataset = ClipDataset(videos, plan, size, seed=0, replace=False)
+    chosen = sorted(set(np.linspace(0, len(videos) - 1, count).astype(int).tolist()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader process
+    seconds, failures = [], []
+    for index in tqdm(chosen, desc="reading", unit="video", disable=None):
+        start = time.perf_counter()
+        clips, *_, reasons = dataset[0, index]
+        if clips is None:
+            failures += reasons
+        else:
+            seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    if not seconds:
+        raise UserError(f"{path}: none of {len(chosen)} videos could be read; the first: {failures[0]}")
+    return len(seconds) / sum(seconds), failures
+
+
 # What a chunk costs to read, at the luma PSNR of x264's defaults (38.5 to 43.3 dB): CPU time of one thread for a clip
 # of 4 frames in a random second. `python tests/bench_chunk.py` on three videos of 15 s (animation, sports; short side
 # 256 to 288), geometric means, one run on two busy x86-64 cores. decode: of an open video; read: with opening it, and
@@ -2873,6 +2952,10 @@ def _parser():
     add("--out", metavar="FILE", help="where to write the bad ones, `path: reason` (default: LIST.bad)")
     add("--good", metavar="FILE", help="where to write LIST without them")
     add("--workers", type=int, help="threads (default: as many as the machine has)")
+    add("--speed", action="store_true", help="measure instead how many clips a second one core reads, of clips of:")
+    add("--frames", type=int, default=16, help="frames (default: %(default)s)")
+    add("--stride", type=int, default=4, help="frames from one to the next (default: %(default)s)")
+    add("--size", type=int, default=224, help="pixels, height and width (default: %(default)s)")
 
     usage = "The same command again goes on where it stopped. Exit status 1 when some could not be cut."
     add = command("chunk", "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4", usage)
@@ -2889,6 +2972,21 @@ def _parser():
     add("--disk", type=float, default=500, help="MB a second that it reads (default: %(default)s, a SATA SSD)")
     add("--step-seconds", type=float, default=4, help="time of a training step (default: %(default)s)")
     return parser
+
+
+def print_speed(args):
+    """What `check --speed` says of a list, beside what an H100 takes."""
+    frames, size, stride = args.frames, args.size, args.stride
+    core, failures = reading_speed(args.list, args.data_root, frames, size, stride)
+    left_out = f", without {len(failures)} that can't be read ({failures[0]})" if failures else ""
+    print(f"a core reads {core:.1f} clips/s of {frames} frames, {stride} apart, {size} x {size}{left_out}")
+    # GMACs of a clip's forward pass: AVION's ViT-B on 4 frames, VideoMAE-B on 16 with 90 % masked.
+    low, high = (gpu_clips(3 * gmacs) for gmacs in (78.5, 33.8))
+    print(
+        f"an H100 trains {low:.0f} (AVION's ViT-B) to {high:.0f} clips/s (VideoMAE-B), an estimate: it needs "
+        f"{math.ceil(low / core)} to {math.ceil(high / core)} such cores; --plan of a script counts it for a recipe"
+    )
+    print(f"with fewer: {LOADER_ADVICE}")
 
 
 def main():
@@ -2908,6 +3006,8 @@ def main():
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
             listed = list_videos(args.format, args.source, args.split, args.fold, args.labels, skipped)
             csv.writer(sys.stdout, lineterminator="\n").writerows(listed)
+        elif args.command == "check" and args.speed:
+            print_speed(args)
         elif args.command == "check":
             args.out = args.out or f"{args.list}.bad"
             n, bad = check_list(args.list, args.data_root, args.full, args.workers, args.out, args.good)

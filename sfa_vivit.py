@@ -715,10 +715,12 @@ def print_plan(cfg):
     )
     grid = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
     cost = {(kind, n): count_gmacs(net, Stage(0, n, 0, 0, *kind)) for kind in kinds for n in grid}
-    whole, shares = cost[kinds[0], last.frames] * (last.stop - last.start), []
+    whole, shares, loads = cost[kinds[0], last.frames] * (last.stop - last.start), [], []
     for stage in stages:
         steps, gmacs = stage.stop - stage.start, count_gmacs(net, stage)
         shares.append(gmacs * steps / whole)
+        passes = 4 if cfg.grad_checkpoint and "spatial" not in stage.frozen else 3
+        loads.append((stage.frames, gmacs * passes / 3, 1))
         print(
             f"stage {stage.number + 1}   {stage.frames} frames, {steps} steps at batch {cfg.batch_size}, peak lr "
             f"{cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{', with adapter' * stage.adapter}; "
@@ -736,6 +738,7 @@ def print_plan(cfg):
         name = f"stage {stage.number + 1}"
         phases.append(common.Phase(name, cfg.batch_size, cfg.micro_batch, fixed, clip, group))
     common.print_memory(cfg, phases)
+    data.print_cores(loads)
     memory = [memory_model(cfg, net, Stage(0, grid[-1], 0, 0, *kind), blocks) for kind in kinds]
     print_table_4(cfg, kinds, grid, cost, memory)
 

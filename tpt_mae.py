@@ -756,6 +756,8 @@ def print_plan(cfg):
     print(f"total     {segments[-1].stop} steps, {total[0]:.3f} PMACs, {hours(total[0])} hours by --clips-per-second. "
           "GMACs: multiply-adds of a clip, forward (a training step: 3 times that); embedded: with all patches embedded"
           )  # fmt: skip
+    passes = 4 if cfg.grad_checkpoint else 3
+    data.print_cores([(stage.frames, passes * macs[stage.frames][0], stage.repeated) for stage in stages])
     for times, name in ((1, "equal frames"), (2, "twice the frames, the paper's comparison")) if cfg.stages else ():
         less = [100 - 100 * a / (times * frames / full * b / 1e6) for a, b in zip(total, macs[full], strict=True)]
         print(f"against   {full} frames only at {name}: {less[0]:.1f} % fewer multiply-adds, embedded {less[1]:.1f} %")

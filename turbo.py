@@ -786,6 +786,9 @@ def print_plan(cfg):
     group = cfg.repeated * (2 if cfg.mixup or cfg.cutmix else 1)  # as common.micro_batches has it
     state = common.state_bytes(total, half=half, gpus=cfg.gpus)
     common.print_memory(cfg, [common.Phase("training", cfg.batch_size, cfg.micro_batch, state, clip, group)])
+    forward, _ = count_gmacs(cfg, classes, m, r, text_width)
+    passes = 4 if cfg.grad_checkpoint else 3
+    data.print_cores([(cfg.frames, passes * forward, cfg.repeated)])
 
     print("\nFigure 2 (drawn, without numbers): MB that the blocks alone save for backward, a clip in fp32")
     print(f"{'frames':>6} {'m = 0':>9} {f'm = {m:g}, r = {r:g}':>20} {'less':>6}")

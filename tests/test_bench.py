@@ -13,8 +13,10 @@ import bench_train as bench
 import pytest
 import torch
 
+import avion
 import common
 import data
+import tpt_mae
 import turbo
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +75,22 @@ def test_flops_are_those_of_a_step():
     assert bench.count_flops(whole) == 2 * (3 * macs - embed)
     plain, efficient, again, half = [bench.count_flops(build(CPU, None)) for build in rows["avion", "CLIP"].values()]
     assert plain == efficient == again > half > 0
+
+
+def test_plan_takes_a_gpu_for_as_fast_as_its_counted_kernels():
+    """Steps whose kernels were counted one by one for an H100, beside what --plan makes of their multiply-adds."""
+    model = tpt_mae.count_gmacs(common.parse(tpt_mae.Config, tpt_mae.RECIPES, ["--recipe", "videomae_k400"]), 2, 16)
+    assert common.gpu_clips(3 * model[0]) == pytest.approx(1570, rel=0.15)
+    model = turbo.count_gmacs(common.parse(turbo.Config, turbo.RECIPES, ["--recipe", "ucf101"]), 101, 0.75, 0.25)
+    assert common.gpu_clips(3 * model[0]) == pytest.approx(1245, rel=0.15)
+    cfg = common.parse(
+        avion.Config, avion.RECIPES, ["--recipe", "ego4d", "--attention", "sdpa", "--no-grad-checkpoint"]
+    )
+    with torch.device("meta"):
+        net = avion.build(cfg, "clip").visual
+        clips = torch.empty(1, 4, 3, 224, 224, dtype=torch.uint8)
+        video = common.count_macs(net, clips, torch.zeros(1, dtype=torch.int64))
+    assert common.gpu_clips(3 * video) == pytest.approx(839, rel=0.15)
 
 
 def test_data_wait_is_measured_behind_a_slow_loader(tmp_path):

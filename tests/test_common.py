@@ -1116,6 +1116,30 @@ def test_log_line(start, monkeypatch, capsys):
     assert "step 10/25930" in out and "loss 0.1235" in out and "72:00:00" in out
 
 
+def test_log_says_once_that_the_loader_is_too_slow(start, monkeypatch, capsys):
+    """Waiting for 4 of 40 s is no more than a tenth, and neither is a long wait while loader processes start."""
+    run, now = start(), 1000.0
+    run.logged = now
+    monkeypatch.setattr(common.time, "time", lambda: now)
+
+    def interval(step, *waits):
+        nonlocal now
+        for wait in waits:
+            with run.waiting():
+                now += wait
+        now += 40 - sum(waits)
+        run.log({"loss": 1.0}, step, 100)
+        return capsys.readouterr().out
+
+    assert "data.py chunk" not in interval(10, 30, 0.9)  # 0.9 of the other 10 s
+    assert "data.py chunk" not in interval(20, 1, 1, 1, 1)
+    lines = interval(30, *[1] * 6).splitlines()
+    assert lines[0].startswith("step 30/100") and len(lines) == 2
+    for words in ("more than a tenth", "--workers", "--repeated", "data.py chunk", "--stages", "--speed"):
+        assert words in lines[1]
+    assert len(interval(40, *[1] * 20).splitlines()) == 1
+
+
 def test_tensorboard(start, monkeypatch):
     """Where it is missing --tensorboard is refused in a line; else it gets the log's numbers at their step."""
     with monkeypatch.context() as patch, pytest.raises(UserError, match="pip install tensorboard"):

@@ -671,3 +671,19 @@ def test_a_list_of_which_2_percent_are_bad_stops(toy, cli, tmp_path):
     assert "4 videos could not be read" in err and all(f"gone_{n}.mp4" in err for n in range(0, 200, 50))
     code, out, err = cli(*args, "--out", tmp_path / "b", "--max-bad", 0.03)
     assert code == 0 and (out + err).count("unreadable, replaced by another") == 4, out + err
+
+
+def test_cores_for_a_gpu(capsys, monkeypatch):
+    """1,000 clips a second at 20 ms each are 20 cores; two clips of a decode share its 20 ms; between lengths it is
+    linear; a toy has no line."""
+    monkeypatch.setattr(data, "READING_MS", {2: (10, 5, 100), 16: (20, 10, 200)})
+    gmacs = 0.35 * 989e12 / 2e9 / 1000
+    data.print_cores([(16, gmacs, 1), (9, gmacs, 1), (16, gmacs, 2), (16, 0.5, 1)])
+    line, advice = capsys.readouterr().out.splitlines()
+    cells = [
+        f"{cores} for 1000 clips/s of {n} frames" for cores, n in (("20 (200)", 16), ("15 (150)", 9), ("15 (105)", 16))
+    ]
+    assert line.endswith("; ".join(cells).replace("20 (200)", "estimates: 20 (200)", 1))
+    assert "--repeated" in advice and "data.py chunk" in advice and "--stages" in advice
+    data.print_cores([(16, 0.5, 1)])
+    assert capsys.readouterr().out == ""

@@ -71,7 +71,8 @@ def test_rows_of_the_paper_plan(script, plan):
     assert len(found) >= 8 and len({flags for _, flags in found}) == len(found)
     for name, flags in found:
         assert re.match("Table|Fig|Sec|App", name), name
-        assert "memory  " in plan(script, flags), name
+        out = plan(script, flags)
+        assert "memory  " in out and "loader  " in out, name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -402,6 +402,34 @@ def test_check(damaged, cli):
     assert (damaged / "b").read_text() == ""
 
 
+def test_check_speed(damaged, monkeypatch, capsys):
+    """A clip that takes 0.25 s by the clock is 4 a second, so that 735 a second need 184 cores; what can't be read is
+    counted apart, and no file is written."""
+    now = 0.0
+    read_views = data.Video.read_views
+
+    def slow(video, views):
+        nonlocal now
+        now += 0.25
+        assert [(len(frames), size) for frames, size, _ in views] == [(4, 32)]
+        return read_views(video, views)
+
+    monkeypatch.setattr(data.Video, "read_views", slow)
+    monkeypatch.setattr(data.time, "perf_counter", lambda: now)
+    flags = ["--data-root", damaged, "--speed", "--frames", 4, "--size", 32, "--stride", 2]
+    monkeypatch.setattr(sys, "argv", ["data.py", "check", str(damaged / "l.csv"), *map(str, flags)])
+    data.main()
+    out = capsys.readouterr().out
+    assert "reads 4.0 clips/s of 4 frames, 2 apart, 32 x 32, without 6 that can't be read" in out
+    assert "735 " in out and "1707 clips/s" in out and "184 to 427 " in out
+    assert not list(damaged.glob("*.bad"))
+
+    (damaged / "bad.csv").write_text("gone.mp4,0\ntext.mp4,0\n")
+    with pytest.raises(UserError, match="bad.csv: none of 2 videos could be read; the first: .*gone.mp4"):
+        data.reading_speed(damaged / "bad.csv", damaged)
+    assert data.reading_speed(damaged / "l.csv", damaged, frames=4, size=32, count=2) == (4.0, [])  # first and last
+
+
 @pytest.mark.parametrize("flag", ["--out", "--good"])
 def test_check_says_first_where_it_cannot_write(damaged, cli, fails, flag, monkeypatch):
     """Before a video is opened; and a file that is there stays whole until the result is known."""

@@ -61,11 +61,13 @@ LEVELS = {  # side of a clip; models; sides of the matrices
 class Variant:
     """A way to train, and the two parts of its step, as in the scripts: forward and backward, and the optimizer.
 
-    plan: of data.ClipDataset. loss(clips, keys, labels); or where encode is given, both as common.cached_step has them.
+    plan: of data.ClipDataset. loss(model, clips, keys, labels); or where encode(model, ...) is given, both as
+    common.cached_step has them. model: the net, behind DistributedDataParallel where there are several ranks.
     """
 
     def __init__(self, ctx, net, cfg, frames, plan, loss, encode=None, sgd=False):
         self.ctx, self.net, self.plan, self.shape = ctx, net.to(ctx.device), plan, (frames, 3, cfg.size, cfg.size)
+        self.model = ctx.wrap(self.net)
         self.loss, self.encode, self.scaler = loss, encode, common.loss_scaler(ctx)
         kind = "sgd" if sgd else "adamw"
         self.optimizer = common.optimizer(kind, common.param_groups(net.train(), cfg.weight_decay), 1e-5)
@@ -79,9 +81,10 @@ class Variant:
 
     def forward_backward(self, inputs):
         if self.encode:
-            return common.cached_step(self.ctx, self.net, self.encode, [inputs], self.loss, self.scaler)
+            encode = partial(self.encode, self.model)
+            return common.cached_step(self.ctx, self.model, encode, [inputs], self.loss, self.scaler)
         with self.ctx.autocast():
-            loss = self.loss(*inputs).mean()
+            loss = self.loss(self.model, *inputs).mean()
         self.scaler.scale(loss).backward()
 
     def optimizer_step(self):
@@ -102,8 +105,8 @@ class Variant:
 def turbo_class(cfg, ctx, videos):
     net = turbo.build(cfg, cfg.num_classes)
 
-    def loss(clips, keys, labels):
-        logits, prediction, target = net(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
+    def loss(model, clips, keys, labels):
+        logits, prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
         labels = data.soft_labels(labels, cfg.num_classes, cfg.label_smoothing)
         return turbo.turbo_loss(logits, labels, prediction, target)[0]
 
@@ -113,9 +116,9 @@ def turbo_class(cfg, ctx, videos):
 def turbo_text(cfg, ctx, videos):
     net, words = turbo.build(cfg, 0, 768), torch.randn(1, 768, device=ctx.device)  # mpnet-base's width
 
-    def encode(inputs, replay):
+    def encode(model, inputs, replay):
         clips, keys, _ = inputs
-        (z_v, z_t), *pixels = net(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words.expand(len(clips), -1))
+        (z_v, z_t), *pixels = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words.expand(len(clips), -1))
         return (z_v, z_t, keys), turbo.partial_mae(*pixels)
 
     loss = partial(turbo.nce_loss, temperature=cfg.temperature)
@@ -125,9 +128,9 @@ def turbo_text(cfg, ctx, videos):
 def avion_clip(cfg, ctx, videos):
     net, words = avion.build(cfg, "clip"), torch.randint(0, 49406, (1, 16), device=ctx.device)  # of CLIP's vocabulary
 
-    def encode(inputs, replay):
+    def encode(model, inputs, replay):
         clips, keys, _ = inputs
-        video, text, scale = net(clips, words.expand(len(clips), -1), keys)
+        video, text, scale = model(clips, words.expand(len(clips), -1), keys)
         return (video, text, keys, scale), None
 
     plan = partial(avion.sample_clip, cfg, True, videos)
@@ -146,7 +149,11 @@ class EmbedAll(tpt_mae.VideoMAE):
 def tpt_step(cfg, frames, embed_all, ctx, videos):
     net = EmbedAll(cfg.model, size=cfg.size, attention="plain") if embed_all else tpt_mae.build(cfg, 0)
     plan = partial(tpt_mae.sample_clip, cfg, frames, True, (1, 1))
-    return Variant(ctx, net, cfg, frames, plan, lambda x, keys, _: tpt_mae.mae_loss(*net(x, keys, cfg.mask_ratio)))
+
+    def loss(model, clips, keys, labels):
+        return tpt_mae.mae_loss(*model(clips, keys, cfg.mask_ratio))
+
+    return Variant(ctx, net, cfg, frames, plan, loss)
 
 
 class Hub(Variant):
@@ -163,7 +170,7 @@ class Hub(Variant):
             decoder_num_hidden_layers=layers, decoder_hidden_size=width, use_mean_pooling=False,
             decoder_num_attention_heads=max(1, width // 64), decoder_intermediate_size=4 * width))  # fmt: skip
         self.places = (cfg.size // spec["patch"][1]) ** 2
-        super().__init__(ctx, net, cfg, 16, plan, lambda pixels, masks: net(pixels, masks).loss)
+        super().__init__(ctx, net, cfg, 16, plan, lambda model, pixels, masks: model(pixels, masks).loss)
 
     def inputs(self, batch):
         clips, keys, _ = super().inputs(batch)
@@ -177,7 +184,10 @@ def sfa_step(cfg, number, ctx, videos):
     stage, heads = sfa_vivit.plan_stages(cfg, 1)[number], (cfg.num_classes,)
     net = sfa_vivit.build(cfg, heads, stage)
     net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
-    loss = lambda x, keys, labels: sfa_vivit.vivit_loss(net(x, keys), sfa_vivit.soft_targets(labels, heads, 0.0), heads)
+
+    def loss(model, clips, keys, labels):
+        return sfa_vivit.vivit_loss(model(clips, keys), sfa_vivit.soft_targets(labels, heads, 0.0), heads)
+
     plan = partial(sfa_vivit.sample_clip, cfg, stage.frames, videos, None)
     return Variant(ctx, net, cfg, stage.frames, plan, loss, sgd=True)
 
@@ -301,8 +311,13 @@ def data_wait(variant, videos, batch, workers):
     return statistics.mean(waits)
 
 
-def measure(ctx, title, rows, grown, videos, args, best):
-    """Print a group's rows of the table. grown: peak memory of each, where it is measured before."""
+COLUMNS = ("clips/s", "step ms", "data wait ms", "forward+backward ms", "optimizer ms", "peak memory GB", "% of product",
+           "against baseline", "spread")  # fmt: skip
+
+
+def measure(ctx, rows, grown, videos, args, best):
+    """A group's rows, each measured, as a dict: its name, numbers in units of 1, spread. All ranks take part, and clips a
+    second are those of all. grown: peak memory of each row, where it is measured before. best: FLOP/s of best_product."""
     ready = [prepare(ctx, build, videos, args.batch) for _, build in rows]
     inputs, times, base = [variant.inputs(args.batch) for variant, *_ in ready], [[] for _ in rows], None
     for _ in range(args.rounds):
@@ -312,14 +327,29 @@ def measure(ctx, title, rows, grown, videos, args, best):
             middle = clock(ctx)
             variant.optimizer_step()
             log.append((middle - start, clock(ctx) - middle))
+    measured = []
     for (name, _), (variant, flops, peak), log, grew in zip(rows, ready, times, grown, strict=True):
-        parts = data_wait(variant, videos, args.batch, args.workers), *map(statistics.median, zip(*log, strict=True))
-        rate, both = args.batch / sum(parts), [sum(pair) for pair in log]
-        base, against = (base, f"{rate / base:.2f}x") if base else (rate, "baseline")
-        cells = [f"{rate:.3g}", *(f"{1000 * x:.1f}" for x in (sum(parts), *parts)), f"{(peak or grew) / 1e9:.2f}"]
-        cells += [f"{100 * flops * args.batch / parts[1] / best:.1f}", against]
-        cells += ["-".join(f"{end / statistics.median(both):.2f}" for end in (min(both), max(both)))]
-        print(f"| {title} | {name} | {' | '.join(cells)} |", flush=True)
+        wait = data_wait(variant, videos, args.batch, args.workers)
+        compute, update = map(statistics.median, zip(*log, strict=True))
+        step = wait + compute + update
+        rate = ctx.world * args.batch / step
+        base = base or rate
+        both = [sum(pair) for pair in log]
+        middle = statistics.median(both)
+        measured.append({
+            "variant": name, "rate": rate, "step": step, "wait": wait, "compute": compute, "optimizer": update,
+            "memory": grew if peak is None else peak, "flops": flops * args.batch / compute, "best": best,
+            "against": rate / base, "spread": (min(both) / middle, max(both) / middle)})  # fmt: skip
+    return measured
+
+
+def cells(row, first):
+    """A row of `measure` as the texts of COLUMNS."""
+    times = [row[name] for name in ("step", "wait", "compute", "optimizer")]
+    texts = [f"{row['rate']:.3g}", *(f"{1000 * x:.1f}" for x in times), f"{row['memory'] / 1e9:.2f}"]
+    texts.append(f"{100 * row['flops'] / row['best']:.1f}")
+    texts.append("baseline" if first else f"{row['against']:.2f}x")
+    return [*texts, "{:.2f}-{:.2f}".format(*row["spread"])]
 
 
 def film(path, width, height):
@@ -372,13 +402,13 @@ def main():
     best, side = best_product(ctx, LEVELS[level][2])
     print(f"`{shlex.join(['python', 'tests/bench_train.py', *sys.argv[1:]])}`: {args.rounds} rounds, batch {args.batch}, "
           f"loader processes {args.workers}; {' '.join(LEVELS[level][1])}; best matrix product {best / 1e9:.0f} GFLOP/s "
-          f"(side {side})\n\n| method | variant | clips/s | step ms | data wait ms | forward+backward ms | optimizer ms "
-          f"| peak memory GB | % of product | against baseline | spread |\n{'|---' * 11}|", flush=True)  # fmt: skip
+          f"(side {side})\n\n| method | variant | {' | '.join(COLUMNS)} |\n{'|---' * 11}|", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         film(Path(folder) / "film.mp4", *((86, 64) if args.tiny else (340, 256)))  # Kinetics' usual size
         videos = data.Captions([("film.mp4", 0.0, 10.0, "")] * max(64, args.batch), folder)
         for (title, rows), peaks in zip(chosen, grown, strict=True):
-            measure(ctx, title, rows, peaks, videos, args, best)
+            for i, row in enumerate(measure(ctx, rows, peaks, videos, args, best)):
+                print(f"| {title} | {row['variant']} | {' | '.join(cells(row, i == 0))} |", flush=True)
         if "tpt" in methods:
             bench_decode(videos, args.rounds)
 

@@ -103,6 +103,8 @@ def test_data_wait_is_measured_behind_a_slow_loader(tmp_path):
         return [0], None
 
     net, cfg = torch.nn.Linear(1, 1), turbo.Config(size=16)
-    variant = bench.Variant(CPU, net, cfg, 1, plan, lambda clips, keys, labels: net(clips[:, 0, 0, :1, 0].float()))
+    variant = bench.Variant(
+        CPU, net, cfg, 1, plan, lambda model, clips, keys, labels: model(clips[:, 0, 0, :1, 0].float())
+    )
     wait = bench.data_wait(variant, videos, 2, 1)
     assert 0.15 < wait < 1

@@ -477,9 +477,64 @@ def _report_lost_rank(report, kind, error, trace):
 # ---- 5. Command line -------------------------------------------------------------------------------------------------
 
 
-def opt(default, help, choices=None, free=False):
-    """A Config field: its default, meaning and source. free: may differ when a run is resumed (paths, machine)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "free": free})
+def opt(default, help, choices=None, free=False, within=""):
+    """A Config field: its default, meaning and source. free: may differ when a run is resumed (paths,
+    machine). within: the interval of its values, such as "[0, 1)", which `check_ranges` heeds."""
+    meta = {"help": help, "choices": choices, "free": free, "within": within}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """The flags that are no paper's business: what a run reads and writes, and the machine it is on. A
+    script's Config extends it with the paper's hyper-parameters, or gives a field another default."""
+
+    recipe: str = opt("toy", "settings of one of the paper's trainings: see RECIPES")
+    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features"], free=True)
+    train_list: str = opt("", "list of training videos: `path label` or `path,label` a line", free=True)
+    val_list: str = opt("", "list of validation videos", free=True)
+    data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
+    train_clips: int = opt(0, "size of the training set, for --plan", free=True, within="[0, inf)")
+    num_classes: int = opt(0, "number of classes; 0: as many as the training list has", within="[0, inf)")
+    input: tuple = opt((), "videos for --task predict", free=True)
+    out: str = opt("", "run folder; empty: runs/<script>-<recipe>", free=True)
+    init: str = opt("", "weights to start from: see the header; `random`: none, and mean it")
+    resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
+    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
+    max_steps: int = opt(0, "number of optimizer steps instead of its epochs; 0: by epochs", within="[0, inf)")
+    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True, within="[0, inf)")
+    grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
+    attention: str = opt("auto", "auto: flash-attn if it can run, or sdpa", ["auto", "flash", "sdpa", "plain"], True)
+    precision: str = opt("auto", "auto: the device's best", ["auto", "fp32", "bf16", "fp16"], free=True)
+    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
+    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True, within="[0, inf)")
+    max_bad: float = opt(
+        0.01, "share of an epoch's videos (at least 1) that may be unreadable", free=True, within="[0, inf)"
+    )
+    max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
+    seed: int = opt(0, "key of every random draw")
+    eval_every: float = opt(1, "epochs between evaluations; the last step is always evaluated", within="[0, inf)")
+    log_every: int = opt(20, "steps between log records", within="[1, inf)")
+    save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
+    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
+    plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+    gpus: int = opt(8, "GPUs that --plan counts memory for (the paper's)", free=True)
+    gpu_gb: tuple = opt(("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True)
+
+
+def check_ranges(cfg):
+    """UserError where the value of a flag lies outside of its interval."""
+    for field in dataclasses.fields(cfg):
+        value, within = getattr(cfg, field.name), field.metadata["within"]
+        if not within:
+            continue
+        low, high = (float(end) for end in within[1:-1].split(","))
+        inside = low <= value if within[0] == "[" else low < value
+        inside &= value <= high if within[-1] == "]" else value < high  # not inside: NaN
+        if not inside:
+            flag = f"--{field.name.replace('_', '-')}"
+            words = {"(0, inf)": "above 0", "[1, inf)": "above 0", "[0, inf)": "at least 0"}
+            raise UserError(f"{flag} must be {words.get(within, f'in {within}')}, not {value}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -505,17 +560,21 @@ def parse(config_class, recipes, argv=None):
     """The command line as a Config: a field a flag, defaults from the recipe. Wrong flags exit with status 2."""
     parser = _Parser(description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    of_runs = {field.name for field in dataclasses.fields(RunConfig)}
+    papers = parser.add_argument_group("the paper's")
+    runs = parser.add_argument_group("a run's, in all four scripts")
     for field in dataclasses.fields(config_class):
         name, meta = "--" + field.name.replace("_", "-"), field.metadata
+        group = runs if field.name in of_runs else papers
         help = f"{meta['help']} [{field.default!r}]".replace("%", "%%")
         if field.type is bool or field.type == (bool | None):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=help)
         elif field.type is tuple:
-            parser.add_argument(name, nargs="+", default=field.default, help=help)
+            group.add_argument(name, nargs="+", default=field.default, help=help)
         else:
             choices = list(recipes) if field.name == "recipe" else meta["choices"]
             kind = integer if field.type is int else field.type
-            parser.add_argument(name, type=kind, default=field.default, choices=choices, help=help)
+            group.add_argument(name, type=kind, default=field.default, choices=choices, help=help)
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**recipes[chosen.recipe])
     flags = vars(parser.parse_args(argv))
@@ -730,7 +789,7 @@ class Run:
     def __init__(self, cfg, ctx, name):
         self.cfg, self.ctx, self.folder = cfg, ctx, Path(cfg.out or f"runs/{name}-{cfg.recipe}")
         self.started = self.saved = self.logged = self.advanced = time.time()
-        self.stopped, self.waited, self.step, self.bar, self.board = 0, 0.0, 0, None, None
+        self.stopped, self.waited, self.logged_step, self.bar, self.board = 0, 0.0, 0, None, None
         self.longest_wait, self.advised = 0.0, False
         self.batch_size = cfg.batch_size  # clips a step, for the log's rate; a trainer in stages sets each one's
         self.leaving, self.logged_records, self.lists = False, 0, {}
@@ -803,7 +862,7 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
         self.ctx.barrier()
         if state:
-            self.started, self.step = self.started - state["seconds"], state["at"]["step"]
+            self.started, self.logged_step = self.started - state["seconds"], state["at"]["step"]
             if source != last or self.cfg.resume != "auto":
                 self.say(f"continuing {source}")
         return state
@@ -847,13 +906,13 @@ class Run:
         )
         late = False
         if "loss" in record:
-            rate = (step - self.step) / (now - self.logged)
+            rate = (step - self.logged_step) / (now - self.logged)
             record["clips_per_second"] = round(rate * self.batch_size, 2)
             record["data_wait"] = round(self.waited / (now - self.logged), 4)
             left = tqdm.format_interval((total - step) / rate)
             text += f"  clips/s {record['clips_per_second']:.4g}  data_wait {record['data_wait']:.1%}  left {left}"
             late = self.waits_too_long(now - self.logged)
-            self.logged, self.step, self.waited, self.longest_wait = now, step, 0.0, 0.0
+            self.logged, self.logged_step, self.waited, self.longest_wait = now, step, 0.0, 0.0
         else:
             self.logged += now - self.advanced  # an evaluation is not counted as training time
         self.logged_records += 1
@@ -917,6 +976,183 @@ class Run:
             raise SystemExit(128 + (self.stopped or signal.SIGTERM))
 
 
+class Trainer(Run):
+    """A run's training: its state, and what its loop has to do beside the method.
+
+        run = Trainer(cfg, ctx, "sfa", train_list=videos, val_list=val_videos)  # new, or goes on
+        run.prepare(net, optimizer, classes=names)         # weights to go on from; compiled, over ranks
+        run.begin(batches, failures, stop=stage.stop, ...)  # a stage: its batches, its steps
+        while run.step < run.stop:
+            for batch in run.micro_batches():              # waits for data, counts what is unreadable
+                with run.forward():                        # autocast
+                    loss = loss_fn(run.model(batch.clips))  # [B]
+                run.backward(loss)                         # of the global batch's mean, guarded
+            run.update(lr)                                 # clip, step, zero
+            run.end_step()                                 # log, checkpoint; leaves on a signal
+            if run.evaluation_due():
+                run.evaluated(evaluate(...), "val_top1")   # log, best.pt, last.pt
+
+    It is called and never calls: it knows no model, no loss and no metric. All draws are keyed and the
+    data's order too, so what a checkpoint needs beside weights is `at`: the step, what was evaluated,
+    what is best, and what a script adds.
+    """
+
+    def __init__(self, cfg, ctx, name, names=("loss",), at=None, **lists):
+        """names: the values a clip that `backward` is given, the loss first. at: what a script counts,
+        as it is at the start. lists: see `resume`."""
+        super().__init__(cfg, ctx, name)
+        self.videos = lists["train_list"]
+        self.meter = Meter(ctx.device, *names)
+        self.at = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "last": {}} | (at or {})
+        self.state = self.resume(**lists)  # a checkpoint that `prepare` goes on from, or None
+        if self.state:
+            self.at = self.state["at"]
+            self.meter.load(self.state["sums"], ctx)
+
+    def prepare(self, net, optimizer, **more):
+        """Take a model and its optimizer, as the checkpoint has them where there is one to go on from.
+
+        `model` is `net` compiled and over ranks, to train; `net` itself is evaluated and saved. more: what
+        a checkpoint holds beside them, such as the names of the classes.
+        """
+        self.net, self.optimizer, self.more = net, optimizer, more
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = loss_scaler(self.ctx)  # outside fp16 it only skips updates that are not finite
+        if self.state:
+            net.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            if self.state["precision"] == self.ctx.precision:
+                self.scaler.load_state_dict(self.state["scaler"])
+        self.state = None  # its memory is free
+        compiled = self.cfg.compile
+        if compiled is None:
+            compiled = self.ctx.device.type == "cuda"
+        self.model = None  # the one of the stage before lets go of the parameters first
+        self.model = self.ctx.wrap(torch.compile(net) if compiled else net)
+
+    def begin(self, batches, failures, batch_size, micro_batch, epoch_steps, stop, total, start=0,
+              epoch_zero=0, eval_every=1):  # fmt: skip
+        """Start, or go on, to train up to step `stop` of `total` on `batches`, a rank's micro-batches.
+
+        batch_size: clips a step over all ranks. failures: a data.Failures. Epochs have `epoch_steps` steps,
+        counted from step `epoch_zero`, and end with a checkpoint. Evaluations are `eval_every` epochs
+        apart, and come after step `start`.
+        """
+        self.batches, self.failures = batches, failures
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.accumulation = batch_size // self.ctx.world // micro_batch
+        self.start, self.stop, self.total = start, stop, total
+        self.epoch_steps, self.epoch_zero = epoch_steps, epoch_zero
+        self.eval_steps = max(1, round(eval_every * epoch_steps))
+
+    @property
+    def step(self):
+        """Optimizer steps done."""
+        return self.at["step"]
+
+    def micro_batches(self):
+        """Yields this rank's micro-batches of a step. Ranks exchange gradients in the last one's backward
+        pass only."""
+        self.indices = []
+        for i in range(self.accumulation):
+            with self.waiting():
+                batch = next(self.batches)
+            self.failures.add(batch, self.micro_batch)
+            self.indices.append(batch.index)
+            with self.ctx.sync(self.model, last=i == self.accumulation - 1):
+                yield batch
+
+    def forward(self):
+        """Context of a forward pass and its loss: half precision where --precision says so."""
+        return self.ctx.autocast()
+
+    def backward(self, loss, *values):
+        """Add to the gradients what this micro-batch has of the global batch's mean loss.
+
+        loss, values: [B], a clip each, which the log gets. Ranks' gradients are averaged, hence the factor
+        `world`. A loss that is not finite makes the gradient so too, and thereby skips the update.
+        """
+        poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
+        mean = loss.sum() * poison * self.ctx.world / self.batch_size
+        self.scaler.scale(mean).backward()
+        self.note(loss, *values)
+
+    def cached_backward(self, encode, batches, loss_fn):
+        """The same for a loss over the whole global batch: see `cached_step`. -> losses, extras: [B] each."""
+        return cached_step(self.ctx, self.model, encode, batches, loss_fn, self.scaler)
+
+    def note(self, loss, *values):
+        """Give the log [B] values of the clips that were fetched since the last note."""
+        self.meter.add(torch.cat(self.indices), loss, *values)
+        self.indices = []
+
+    def update(self, lr):
+        """An optimizer step at learning rate `lr`, with gradients clipped to --clip-grad. Where a gradient
+        is not finite it is skipped, by a flag on the device that nothing waits for."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.lr = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        if self.cfg.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.trained, self.cfg.clip_grad, norm)
+        self.meter.step(norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.at["step"] += 1
+
+    def end_step(self, **more):
+        """What is due once a step is done: its record in the log, with `more`; a checkpoint; after a
+        signal, the end."""
+        step, own = self.at["step"], self.at["step"] - self.epoch_zero
+        self.advance(step, self.total)
+        epoch_ends = own % self.epoch_steps == 0
+        logs = step % self.cfg.log_every == 0 or step == self.stop
+        if epoch_ends or logs:
+            for line in self.failures.collect(self.ctx, (own - 1) // self.epoch_steps):
+                self.say(f"unreadable, replaced by another: {line}")
+        if logs:
+            means, clips, skipped = self.meter.read(self.ctx)
+            names = [self.videos.video(i) for i in clips]
+            self.at["skipped"] += self.guard(names, skipped, self.at["skipped"], self.scaler.get_scale())
+            record = {"epoch": round(own / self.epoch_steps, 3), **means, "lr": self.lr}
+            self.log(record | {"clips": step * self.batch_size} | more, step, self.total)
+        if (self.save_due() or epoch_ends) and self.checkpoint("last.pt"):
+            self.leave(step)
+
+    def evaluation_due(self, at_stop=True):
+        """Whether this step is to be evaluated, and was not: --eval-every epochs are over or, if at_stop,
+        the stage is. True also at the start of a run that was stopped between the two."""
+        step = self.at["step"]
+        if step <= self.start or step <= self.at["evaluated"]:
+            return False
+        return (step - self.epoch_zero) % self.eval_steps == 0 or (at_stop and step == self.stop)
+
+    def evaluated(self, result, metric, lower_is_better=False, also=(), **more):
+        """Note an evaluation: in the log, with `more`; in best.pt, if none was better; in files `also`; in
+        last.pt."""
+        step = self.at["step"]
+        self.log(result | {"clips": step * self.batch_size} | more, step, self.total)
+        score = -result[metric] if lower_is_better else result[metric]
+        files = [*also, "last.pt"]
+        if score > self.at["best"] and self.meter.healthy(self.ctx):
+            self.at["best"] = score
+            files.insert(0, "best.pt")
+        self.at["evaluated"], self.at["last"] = step, result
+        self.checkpoint(*files)
+
+    def checkpoint(self, *names):
+        """Save under each name. False, and the last good checkpoint stays, where the latest step was not
+        finite; but the last step of all is saved."""
+        if self.at["step"] < self.total and not self.meter.healthy(self.ctx):
+            return False
+        state = {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"scaler": self.scaler.state_dict(), "at": self.at}
+        self.save(state | {"sums": self.meter.state(self.ctx)} | self.more, *names)
+        return True
+
+
 def write_features(folder, shape, parts, failures, ctx):
     """Write folder/features.npy, float32 [videos, width], over all ranks; NaN for videos that could not be read.
 
@@ -936,6 +1172,28 @@ def write_features(folder, shape, parts, failures, ctx):
     if ctx.rank == 0:
         missing = f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""
         print(f"{path}: {shape[0]} x {shape[1]}{missing}")
+
+
+def print_predictions(videos, parts, classes, failures):
+    """Print the five likeliest classes of each video. UserError names what could not be read.
+
+    videos: a VideoList. parts yields (index int64 [B], shares [B, classes]); failures is the
+    data.Failures that it fills.
+    """
+    for index, shares in parts:
+        shares, order = shares.sort(-1, descending=True)
+        for i, share, best in zip(index.tolist(), shares.tolist(), order.tolist(), strict=False):
+            words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
+            print(f"{videos.video(i)}: {', '.join(words)}")
+    if failures.new:
+        raise UserError("; ".join(failures.new))
+
+
+def print_result(source, path, result, ctx, how=""):
+    """Print what --task eval found: source, the checkpoint; path, the list; how, in words."""
+    if ctx.rank == 0:
+        words = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+        print(f"{source} on {path}{how}: {words}")
 
 
 # ---- 7. Weights ------------------------------------------------------------------------------------------------------

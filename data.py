@@ -1339,6 +1339,20 @@ class Captions:
         return f"left out: {found})"
 
 
+def need_list(flag, path, ctx, what="a file of one video a line, `path label` or `path,label`"):
+    """UserError where a list is missing. A toy set that it is of, toy/<set>/, is made on first use."""
+    if not path:
+        raise UserError(f"{flag} is missing: {what}")
+    parts = Path(path).parts
+    if len(parts) == 3 and parts[0] == "toy" and parts[1] in TOY_SETS:
+        if ctx.rank == 0:
+            try:
+                make_toy("toy", parts[1])
+            except OSError as error:
+                raise UserError(f"can't make the toy videos: {error}") from None
+        ctx.barrier()
+
+
 def need_videos(videos, max_bad, root="--data-root"):
     """UserError where more of a validation list's videos are missing than its evaluation would forgive: said before the
     first step, and not hours later. root: the flag that says where they are."""
@@ -1487,6 +1501,36 @@ def every_sample(n, batch_size, rank=0, world=1):
     """The (epoch, index) lists of one rank that together, over ranks, hold each entry once (evaluation)."""
     mine = range(rank, n, world)
     return [[(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)]
+
+
+def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx):
+    """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see GlobalBatches."""
+    views = dataset.views  # clips of a video, which stay together
+    order = GlobalBatches(
+        len(dataset),
+        batch_size // views,
+        micro_batch // views,
+        dataset.seed,
+        start,
+        stop,
+        ctx.rank,
+        ctx.world,
+    )
+    return make_loader(dataset, order, workers, ctx.device)
+
+
+def test_batches(dataset, clips, workers, ctx, failures, shared=True):
+    """Yields batches, on the device, that hold each readable video once, view by view, at most `clips`
+    at a time. What can't be read goes to `failures`.
+
+    shared: all ranks have the same videos, and each takes its part of them; else a rank has its own.
+    """
+    rank, world = (ctx.rank, ctx.world) if shared else (0, 1)
+    order = every_sample(len(dataset), max(1, clips // dataset.views), rank, world)
+    for batch in make_loader(dataset, order, workers, ctx.device):
+        failures.new += batch.failures
+        if len(batch.labels):
+            yield batch
 
 
 _workers = weakref.WeakSet()  # the loader processes of all loaders

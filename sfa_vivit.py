@@ -147,69 +147,54 @@ TABLE_4 = {"vivit_h": (96, 128), "vivit_g": (8, 48)}
 
 
 @dataclass
-class Config:
+class Config(common.RunConfig):
     recipe: str = opt("toy", "a column of the paper's table of hyper-parameters: see RECIPES")
-    task: str = opt("train", "what to do with it", choices=["train", "eval", "predict", "features"], free=True)
-    train_list: str = opt("", "list of training videos: `path label` or `path,label` a line", free=True)
-    val_list: str = opt("", "list of validation videos", free=True)
-    data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
-    input: tuple = opt((), "videos for --task predict", free=True)
-    out: str = opt("", "run folder; empty: runs/sfa-<recipe>", free=True)
-    init: str = opt("", "weights to start from: an image ViT's .npz or hub folder, ours; `random`: none, and mean it")
+    init: str = opt("", "an image ViT's .npz or hub folder, or ours; `random`: none, and mean it")
     init_temporal: str = opt("", "the temporal transformer's: VideoMAE's .pth or hub folder, or ours (Table 1, row IV)")
     inflate: str = opt("central", "an image's kernel in a tubelet: in one frame, or in both", ["central", "average"])
-    resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
-    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
-    plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
-    gpus: int = opt(64, "GPUs that --plan counts memory for (the paper: 64 TPUs of 16 GB)", free=True)
-    gpu_gb: tuple = opt(("11", "16", "24", "80"), "GB of the cards that --plan fits clips and frames into", free=True)
 
-    model: str = opt("vivit_l", "model size (Sec. 4.2)", choices=list(MODELS))
-    temporal_depth: int = opt(0, "layers of the temporal transformer; 0: as the model and the recipe have")
+    model: str = opt("vivit_l", "model size (Sec. 4.2)", list(MODELS))
+    temporal_depth: int = opt(
+        0, "layers of the temporal transformer; 0: as the model and the recipe have", within="[0, inf)"
+    )
     gelu: str = opt("exact", "exact, as the hub's and timm's ViTs; tanh: its approximation (scenic)", ["exact", "tanh"])
-    head_std: float = opt(0.0, "standard deviation of the classifier's weights at init (scenic: 0)")
+    head_std: float = opt(0.0, "standard deviation of the classifier's weights at init (scenic: 0)", within="[0, inf)")
     stages: str = opt("8:35,64:35", "frames:epochs of each stage, such as 8:30,32:10,128:10 (Sec. 3.2, App. D)")
     freeze: str = opt("later", "later: spatial, from stage 2 on; or spatial, temporal: in all stages; none (Table 1)")
     adapter: bool = opt(True, "an adapter behind a spatial transformer that is frozen (Table 1, row I without)")
-    spatial_chunk: int = opt(32, "time steps that a frozen spatial transformer takes at once", free=True)
-    stride: int = opt(2, "frames of the video from one frame of the clip to the next")
+    spatial_chunk: int = opt(
+        32, "time steps that a frozen spatial transformer takes at once", free=True, within="[1, inf)"
+    )
+    stride: int = opt(2, "frames of the video from one frame of the clip to the next", within="[1, inf)")
     size: int = opt(224, "height and width of a clip, in pixels")
-    num_classes: int = opt(0, "number of classes; 0: as many as the training list has")
     labels: str = opt("classes", "classes: a label a line; epic: EPIC_100_*.csv, verb and noun", ["classes", "epic"])
 
-    train_clips: int = opt(0, "size of the training set, for --plan", free=True)
-    max_steps: int = opt(0, "number of optimizer steps of each stage instead of its epochs; 0: by epochs")
-    batch_size: int = opt(128, "clips per optimizer step over all ranks (Table 7)")
-    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True)
+    batch_size: int = opt(128, "clips per optimizer step over all ranks (Table 7)", within="[1, inf)")
     optimizer: str = opt("sgd", "sgd: with momentum 0.9 (Table 7)", ["sgd", "adamw"])
-    lr: float = opt(0.5, "peak learning rate at this batch, as used (Table 7)")
-    min_lr: float = opt(0.0, "learning rate at the end of the cosine (scenic)")
-    warmup_epochs: float = opt(2.5, "epochs of linear warm-up, of each stage (Table 7)")
-    weight_decay: float = opt(0.0, "weight decay (scenic)")
-    clip_grad: float = opt(1.0, "largest gradient norm; 0: not clipped (scenic)")
-    drop_path: float = opt(0.0, "stochastic layer drop of the last block, rising linearly (Table 7)")
-    label_smoothing: float = opt(0.0, "share of a label spread over all classes (Table 7)")
-    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (Table 7)")
-    colour_jitter: float = opt(0.0, "probability of colour jitter (Table 7)")
-    rand_augment: float = opt(0.0, "magnitude of 2 layers of RandAugment, scenic's; 0: off (Table 7)")
+    lr: float = opt(0.5, "peak learning rate at this batch, as used (Table 7)", within="[0, inf)")
+    min_lr: float = opt(0.0, "learning rate at the end of the cosine (scenic)", within="[0, inf)")
+    warmup_epochs: float = opt(2.5, "epochs of linear warm-up, of each stage (Table 7)", within="[0, inf)")
+    weight_decay: float = opt(0.0, "weight decay (scenic)", within="[0, inf)")
+    clip_grad: float = opt(1.0, "largest gradient norm; 0: not clipped (scenic)", within="[0, inf)")
+    drop_path: float = opt(
+        0.0, "stochastic layer drop of the last block, rising linearly (Table 7)", within="[0, 0.99]"
+    )
+    label_smoothing: float = opt(0.0, "share of a label spread over all classes (Table 7)", within="[0, 0.99]")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (Table 7)", within="[0, inf)")
+    colour_jitter: float = opt(0.0, "probability of colour jitter (Table 7)", within="[0, 1]")
+    rand_augment: float = opt(0.0, "magnitude of 2 layers of RandAugment, scenic's; 0: off (Table 7)", within="[0, 20]")
     crop: bool = opt(True, "square crops, random with scale jitter in training (Table 7); off: of the whole short side")
-    crop_share: float = opt(224 / 256, "a crop's side as a share of the short side; jittered in training (scenic)")
+    crop_share: float = opt(
+        224 / 256, "a crop's side as a share of the short side; jittered in training (scenic)", within="(0, 1]"
+    )
     flip: bool = opt(True, "random left-right flips in training (Table 7)")  # DECISION (flip)
-    views: int = opt(4, "clips of a video at test, evenly placed in time (scenic); 1 for Table 3")
-    crops: int = opt(3, "squares of a clip at test, along its long side (scenic); 1 for Table 3")
+    views: int = opt(4, "clips of a video at test, evenly placed in time (scenic); 1 for Table 3", within="[1, inf)")
+    crops: int = opt(3, "squares of a clip at test, along its long side (scenic); 1 for Table 3", within="[1, inf)")
 
-    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
-    max_bad: float = opt(0.01, "share of an epoch's videos that may be unreadable (at least 1 video)", free=True)
-    precision: str = opt("auto", "auto: the best of the device", ["auto", "fp32", "bf16", "fp16"], True)
-    attention: str = opt("auto", "auto: flash-attn if it can run, or sdpa", ["auto", "flash", "sdpa", "plain"], True)
-    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
-    grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
-    seed: int = opt(0, "key of every random draw")
-    eval_every: int = opt(1, "epochs between evaluations; a stage's last step is always evaluated")
-    log_every: int = opt(20, "steps between log records")
-    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
-    save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
-    max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
+    max_steps: int = opt(0, "number of optimizer steps of each stage instead of its epochs; 0: by epochs")
+    eval_every: float = opt(1, "epochs between evaluations; a stage's last step is always evaluated", within="[1, inf)")
+    gpus: int = opt(64, "GPUs that --plan counts memory for (the paper: 64 TPUs of 16 GB)", free=True)
+    gpu_gb: tuple = opt(("11", "16", "24", "80"), "GB of the cards that --plan fits clips and frames into", free=True)
 
 
 # ---- The paper's ideas -----------------------------------------------------------------------------------------------
@@ -290,29 +275,33 @@ def clip_frames(count, n, stride, start):
     return [min(count - 1, int(start + i * step + 1e-6)) for i in range(n)]  # 1e-6: 3 * (1 / 3) is to be 1
 
 
-def sample_clip(cfg, frames, videos, views, video, index, view, key):
-    """(frames, box) of a clip. views: None in training, a random start and square; else (clips, squares) of a video at
-    test, evenly placed, of which this is number `view`, squares fastest."""
-    start, end = 0.0, 0.0  # the action's, in seconds
+def sample_clip(video, index, view, key, videos, frames, stride, crop_share=None, views=None):
+    """(frames, box) to read of an open `video`, entry `index` of the list `videos`; data.ClipDataset's `plan`.
+
+    frames: how many, `stride` apart. crop_share: a square's side as a share of the short side; None: all of it. views:
+    None in training, a random start and square; at test (clips, squares) of a video, evenly placed, of which this is
+    number `view`, squares fastest. Of data.Captions, a clip is of the entry's time. ValueError if that is empty.
+    """
     count = video.info.num_frames
-    if cfg.labels == "epic":
-        start, end = videos.start[index], video.clamp(videos.end[index])
+    timed = isinstance(videos, data.Captions)
+    if timed:
+        start, end = videos.start[index], video.clamp(videos.end[index])  # in seconds
         if start >= end:
             raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the action's")
         count = max(1, round((end - start) * video.info.fps))
-    last = last_start(count, frames, cfg.stride)
+    last = last_start(count, frames, stride)
     if views is None:
         first = int(uniform(key, "start").item() * (last + 1))
         scale = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()  # DECISION (scale)
-        box = data.random_box(video.info, key, cfg.crop_share / scale) if cfg.crop else data.centre_box(video.info)
+        box = data.random_box(video.info, key, crop_share / scale) if crop_share else data.centre_box(video.info)
     else:
         clip, square = divmod(view, views[1])
         first = last * clip // (views[0] - 1) if views[0] > 1 else last // 2
-        box = data.crop_box(video.info, square, views[1], cfg.crop_share if cfg.crop else 1.0)
-    chosen = clip_frames(count, frames, cfg.stride, first)
-    if cfg.labels == "classes":
-        return chosen, box
-    return video.at(start + np.array(chosen) / video.info.fps), box
+        box = data.crop_box(video.info, square, views[1], crop_share or 1.0)
+    chosen = clip_frames(count, frames, stride, first)
+    if timed:
+        chosen = video.at(start + np.array(chosen) / video.info.fps)
+    return chosen, box
 
 
 def heads_of(cfg, classes):
@@ -574,50 +563,43 @@ def init_weights(cfg, net):
 # ---- Evaluation and pictures -----------------------------------------------------------------------------------------
 
 
-def outputs(call, videos, cfg, ctx, frames, views, failures):
-    """(batch, call(its clips)) of test clips, on the device: each readable video once over all ranks, view by view."""
-    plan = partial(sample_clip, cfg, frames, videos, views)
-    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views))
-    size = max(1, (cfg.micro_batch or cfg.batch_size // ctx.world) // math.prod(views))
-    batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
-    for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
-        failures.new += batch.failures
-        if len(batch.labels):
-            with torch.no_grad(), ctx.autocast():
-                output = call(batch.clips)
-            yield batch, output
-
-
 @torch.no_grad()
-def evaluate(model, videos, cfg, ctx, heads, frames, views=(1, 1), name="val", picture=None):
+def evaluate(model, batches, failures, heads, ctx, views=1, name="val", picture=None):
     """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each alone (Table 6);
-    and the loss (Fig. 4).
+    and the loss (Fig. 4). Every readable video counts once, at any number of ranks; `unread` of them could not be.
 
-    views: (clips, squares) of a video, whose logits are averaged (scenic). Every readable video counts once, at any
-    number of ranks; `unread` of them could not be.
+    batches: of test clips, on the device, view by view; the logits of a video's `views` are averaged (scenic).
+    failures: what they fill. heads: numbers of classes.
     """
     model.eval()
-    failures, k = data.Failures(len(videos), cfg.max_bad), min(5, math.prod(heads))
+    k = min(5, math.prod(heads))
     sums = torch.zeros(4 + len(heads), dtype=torch.float64, device=ctx.device)  # clips, loss, top-1, top-k, each head's
-    for batch, logits in outputs(model, videos, cfg, ctx, frames, views, failures):  # [V B, classes]
-        logits = logits.float().unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
+    for batch in batches:
+        with ctx.autocast():
+            logits = model(batch.clips)  # [V B, classes]
+            if picture and ctx.rank == 0:
+                write_attention(model, batch.clips[:4], picture)
+                picture = None
+        logits = logits.float().unflatten(0, (views, -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
         hits = joint_scores(logits, heads).topk(k).indices == labels[:, None]  # [B, k]
-        alone = [x.argmax(1) == y for x, y in zip(logits.split(heads, 1), head_labels(labels, heads), strict=True)]
         loss = vivit_loss(logits, soft_targets(labels, heads, 0.0), heads)  # [B]
-        sums += torch.stack([torch.ones_like(loss), loss, hits[:, 0], hits.any(1), *alone]).double().sum(1)
-        if picture and ctx.rank == 0:
-            with ctx.autocast():
-                write_attention(model, batch.clips[:4], picture)
-            picture = None
+        parts = [torch.ones_like(loss), loss, hits[:, 0], hits.any(1)]
+        for scores, own in zip(logits.split(heads, 1), head_labels(labels, heads), strict=True):
+            parts.append(scores.argmax(1) == own)
+        sums += torch.stack(parts).double().sum(1)
     unread = failures.collect(ctx, 0)
-    n, loss, *hits = ctx.sum(sums).tolist()
+    clips, loss, *hits = ctx.sum(sums).tolist()
     model.train()
-    if not n:
-        raise UserError(f"{cfg.val_list}: no video could be read: {'; '.join(unread[:3])}")
-    words = ["top1", f"top{k}", *["verb", "noun"] * (len(heads) > 1)]
-    result = {f"{name}_{word}": 100 * hit / n for word, hit in zip(words, hits, strict=False)}
-    return result | {f"{name}_loss": loss / n, f"{name}_clips": int(n), f"{name}_unread": len(unread)}
+    if not clips:
+        raise UserError(f"no video to validate could be read: {'; '.join(unread[:3])}")
+    result = {}
+    words = ["top1", f"top{k}"]
+    if len(heads) > 1:
+        words += ["verb", "noun"]
+    for word, hit in zip(words, hits, strict=False):
+        result[f"{name}_{word}"] = 100 * hit / clips
+    return result | {f"{name}_loss": loss / clips, f"{name}_clips": int(clips), f"{name}_unread": len(unread)}
 
 
 def write_attention(model, clips, path):
@@ -779,6 +761,7 @@ def print_table_4(cfg, kinds, grid, cost, memory):
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
+    common.check_ranges(cfg)
     try:
         stages = plan_stages(cfg, 1)
     except ValueError as error:
@@ -796,20 +779,8 @@ def check(cfg):
             "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage "
             "1's checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
         )
-    for flag in ("batch_size", "stride", "log_every", "eval_every", "spatial_chunk", "views", "crops"):
-        if getattr(cfg, flag) <= 0:
-            raise UserError(f"--{flag.replace('_', '-')} must be above 0")
-    for flag in ("max_steps", "workers", "micro_batch", "mixup", "max_bad", "temporal_depth", "warmup_epochs", "head_std",
-                 "num_classes", "train_clips", "lr", "min_lr", "weight_decay", "clip_grad"):  # fmt: skip
-        if getattr(cfg, flag) < 0:
-            raise UserError(f"--{flag.replace('_', '-')} must not be negative")
     if cfg.min_lr > cfg.lr:
         raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
-    for flag, most in (("rand_augment", 20), ("colour_jitter", 1), ("drop_path", 0.99), ("label_smoothing", 0.99)):
-        if not 0 <= getattr(cfg, flag) <= most:
-            raise UserError(f"--{flag.replace('_', '-')} must be in [0, {most}]")
-    if not 0 < cfg.crop_share <= 1:
-        raise UserError(f"--crop-share {cfg.crop_share:g} is not a share of the short side, above 0 and at most 1")
     common.check_gpus(cfg)
     pretrained = [name for name in RECIPES if name != "toy"]
     common.need_init(cfg, pretrained, "an image ViT's weights (.npz or hub folder), or a stage 1's")
@@ -856,17 +827,9 @@ def read_list(cfg, ctx, path, classes=None):
 
 
 def open_lists(cfg, ctx):
-    """(training, validation) lists; toy videos are made where the toy recipe's own lists are asked for."""
-    if cfg.train_list == RECIPES["toy"]["train_list"]:
-        if ctx.rank == 0:
-            try:
-                data.make_toy("toy", "pairs")
-            except OSError as error:
-                raise UserError(f"can't make the toy videos: {error}") from None
-        ctx.barrier()
-    for flag, path in (("--train-list", cfg.train_list), ("--val-list", cfg.val_list)):
-        if not path:
-            raise UserError(f"{flag} is missing: a file of one video a line, `path label` or `path,label`")
+    """(training, validation) lists."""
+    data.need_list("--train-list", cfg.train_list, ctx)
+    data.need_list("--val-list", cfg.val_list, ctx)
     videos = read_list(cfg, ctx, cfg.train_list)
     if len(videos.classes) < 2:
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
@@ -877,9 +840,32 @@ def open_lists(cfg, ctx):
     return videos, val_videos
 
 
+def clips_of(cfg, videos, frames, views=None):
+    """The clips of a list: random ones of so many frames to train on, or the `views`, (clips, squares), of each video."""
+    share = cfg.crop_share if cfg.crop else None
+    plan = partial(sample_clip, videos=videos, frames=frames, stride=cfg.stride, crop_share=share, views=views)
+    if views is None:
+        return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True)
+    return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views))
+
+
+def test_batches(cfg, ctx, videos, frames, views, failures):
+    """Batches of the views of each readable video, once over all ranks."""
+    clips = cfg.micro_batch or cfg.batch_size // ctx.world
+    return data.test_batches(clips_of(cfg, videos, frames, views), clips, cfg.workers, ctx, failures)
+
+
+def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", picture=None):
+    """`evaluate` a list, in the `views` of each of its videos."""
+    failures = data.Failures(len(videos), cfg.max_bad)
+    batches = test_batches(cfg, ctx, videos, frames, views, failures)
+    return evaluate(net, batches, failures, heads, ctx, math.prod(views), name, picture)
+
+
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape and its crops read from its own checkpoint."""
-    source = cfg.init or f"{cfg.out or 'runs/sfa-' + cfg.recipe}/best.pt"
+    folder = cfg.out or f"runs/sfa-{cfg.recipe}"
+    source = cfg.init or f"{folder}/best.pt"
     shape = ("model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels")
 
     def saved(state):
@@ -887,47 +873,46 @@ def use(cfg, ctx):
         return own, build(own, heads_of(own, state["classes"]), Stage(*state["stage"]))
 
     cfg, net, state = common.open_trained(source, "sfa_vivit.py", ("classes", "stage"), saved)
-    classes, stage = state["classes"], Stage(*state["stage"])
+    classes, frames = state["classes"], Stage(*state["stage"]).frames
     heads = heads_of(cfg, classes)
     net = net.to(ctx.device)
     if cfg.task == "predict":
-        return predict(net, replace(cfg, labels="classes"), ctx, heads, stage, classes)
+        if not cfg.input:
+            raise UserError("--task predict needs --input video.mp4 ...")
+        videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
+        batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
+        outputs = run_model(net, batches, ctx)  # [B, classes] each
+        shares = ((index, joint_scores(logits, heads).exp()) for index, logits in outputs)
+        return common.print_predictions(videos, shares, classes, failures)
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
     videos = read_list(cfg, ctx, cfg.val_list, classes)
     if cfg.task == "features":  # float32 [videos, D]: CLS of a video's centre clip, in the list's order
         failures = data.Failures(len(videos), cfg.max_bad)
-        vectors = outputs(net.encode, videos, cfg, ctx, stage.frames, (1, 1), failures)  # [B, D] each
-        parts, folder = ((batch.index, x) for batch, x in vectors), cfg.out or f"runs/sfa-{cfg.recipe}"
-        return common.write_features(folder, (len(videos), net.width), parts, failures, ctx)
-    result = evaluate(net, videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
-    if ctx.rank == 0:
-        words = "  ".join(f"{k} {v:.4g}" for k, v in result.items())
-        print(f"{source} on {cfg.val_list}, {stage.frames} frames, {cfg.views} x {cfg.crops} views: {words}")
+        batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
+        features = run_model(net.encode, batches, ctx)  # [B, D] each
+        return common.write_features(folder, (len(videos), net.width), features, failures, ctx)
+    result = validate(cfg, ctx, net, videos, heads, frames, (cfg.views, cfg.crops), "test")
+    common.print_result(source, cfg.val_list, result, ctx, f", {frames} frames, {cfg.views} x {cfg.crops} views")
 
 
-def predict(net, cfg, ctx, heads, stage, classes):
-    """Print the five likeliest classes of each --input video; of verb and noun, the likeliest pairs."""
-    if not cfg.input:
-        raise UserError("--task predict needs --input video.mp4 ...")
-    videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
-    for batch, logits in outputs(net, videos, cfg, ctx, stage.frames, (1, 1), failures):  # [B, classes]
-        shares, order = joint_scores(logits, heads).exp().sort(-1, descending=True)
-        for i, share, best in zip(batch.index.tolist(), shares.tolist(), order.tolist(), strict=True):
-            words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
-            print(f"{videos.video(i)}: {', '.join(words)}")
-    if failures.new:
-        raise UserError("; ".join(failures.new))
+@torch.no_grad()
+def run_model(call, batches, ctx):
+    """Yields (index int64 [B], call(clips)) of each batch."""
+    for batch in batches:
+        with ctx.autocast():
+            output = call(batch.clips)
+        yield batch.index, output
 
 
-def augment(cfg, clips, keys):
+def augment(clips, keys, colour_jitter, rand_augment, flip):
     """The augmentation of Table 7 on the device: uint8 [B, T, C, H, W] -> the same; keys int64 [B], on the CPU."""
-    if cfg.colour_jitter:  # DECISION (colour)
-        chosen = data.to_device(uniform(keys, "colour") < cfg.colour_jitter, clips.device)  # [B]
+    if colour_jitter:  # DECISION (colour)
+        chosen = data.to_device(uniform(keys, "colour") < colour_jitter, clips.device)  # [B]
         clips = torch.where(chosen[:, None, None, None, None], data.colour_jitter(clips, keys, hue=0.2), clips)
-    if cfg.rand_augment:  # DECISION (RandAug)
-        clips = data.scenic_rand_augment(clips, keys, cfg.rand_augment, layers=2)  # [B, T, C, H, W]
-    return data.flip(clips, keys) if cfg.flip else clips  # [B, T, C, H, W]
+    if rand_augment:  # DECISION (RandAug)
+        clips = data.scenic_rand_augment(clips, keys, rand_augment, layers=2)  # [B, T, C, H, W]
+    return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]
 
 
 def main(cfg):
@@ -942,138 +927,93 @@ def main(cfg):
     micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup))
     videos, val_videos = open_lists(cfg, ctx)
     heads = heads_of(cfg, videos.classes)
-    run = common.Run(cfg, ctx, "sfa")
-    state = run.resume(train_list=videos, val_list=val_videos)
-
     epoch_steps = len(videos) // cfg.batch_size
     stages = plan_stages(cfg, epoch_steps)
     total = stages[-1].stop
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision)
-    # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
-    at = {"step": 0, "stage": 0, "evaluated": 0, "best": -1.0, "skipped": 0, "last": {}, "curve": [], "seconds": []}
-    at = state["at"] if state else at
-    meter = common.Meter(ctx.device, "loss")
+
+    at = {"stage": 0, "best": -1.0, "curve": [], "seconds": []}
+    run = common.Trainer(cfg, ctx, "sfa", at=at, train_list=videos, val_list=val_videos)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
-    net = build(cfg, heads, stages[at["stage"]]).to(ctx.device)
-    if state:
-        meter.load(state["sums"], ctx)
-    elif cfg.init or cfg.init_temporal:
+    net = build(cfg, heads, stages[run.at["stage"]]).to(ctx.device)
+    if not run.state and (cfg.init or cfg.init_temporal):
         source = " and ".join(x for x in (cfg.init, cfg.init_temporal) if x)
         run.say(common.load_weights(net, init_weights(cfg, net), source))
-    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation videos, {' + '.join(map(str, heads))} classes; batch "
         f"{cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} "
-        f"on {ctx.device}; steps {at['step']} to {total}"
+        f"on {ctx.device}; steps {run.step} to {total}"
     )
-    failures = data.Failures(len(videos), cfg.max_bad)
 
-    def save(*names):
-        if at["step"] < total and not meter.healthy(ctx):
-            return False  # the last good checkpoint stays
-        state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        state |= {"at": at, "stage": tuple(stage), "sums": meter.state(ctx), "classes": videos.classes}
-        run.save(state, *names)
-        return True
-
-    for stage in stages[at["stage"] :]:
-        if stage.number > at["stage"]:
-            at |= {"stage": stage.number, "best": -1.0, "curve": []}
-        torch.manual_seed(cfg.seed)  # for the adapter
-        net.enter(stage, half)
-        trained = [p for p in net.parameters() if p.requires_grad]  # all that optimizer, clipping and ranks know of
-        optimizer = common.optimizer(cfg.optimizer, common.param_groups(net, cfg.weight_decay), cfg.lr)
-        scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
-        if state:
-            net.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            if state["precision"] == ctx.precision:
-                scaler.load_state_dict(state["scaler"])
-            state = None
-        model = None  # the stage before's lets go of the parameters first
-        model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
-        plan = partial(sample_clip, cfg, stage.frames, videos, None)
-        dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True)
-        part = cfg.seed, at["step"], stage.stop, ctx.rank, ctx.world
-        schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, *part)
-        batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
-        run.say(
-            f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
-            f"{sum(p.numel() for p in trained) / 1e6:.1f} M parameters train; {cfg.model} with {cfg.temporal_depth} "
-            "temporal layers"
+    for stage in stages[run.at["stage"] :]:
+        if stage.number > run.at["stage"]:
+            run.at |= {"stage": stage.number, "best": -1.0, "curve": []}
+        optimizer = enter_stage(cfg, ctx, run, net, stage)
+        run.prepare(net, optimizer, stage=tuple(stage), classes=videos.classes)
+        batches = data.training_batches(
+            clips_of(cfg, videos, stage.frames), cfg.batch_size, micro, run.step, stage.stop, cfg.workers, ctx
         )
+        failures = data.Failures(len(videos), cfg.max_bad)
+        run.begin(
+            batches, failures, cfg.batch_size, micro, epoch_steps, stage.stop, total, stage.start, stage.start, cfg.eval_every
+        )  # fmt: skip
 
-        while True:
-            # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
-            step, done = at["step"], at["step"] - stage.start
-            if step > at["evaluated"] and (step == stage.stop or done % (cfg.eval_every * epoch_steps) == 0):
-                result = evaluate(net, val_videos, cfg, ctx, heads, stage.frames, picture=run.folder / "attention.png")
-                at["curve"] = [*at["curve"], [done, result["val_top1"]]]
-                better = result["val_top1"] > at["best"] and meter.healthy(ctx)
-                if step == stage.stop:
-                    near, best = near_peak(at["curve"])
-                    result |= {"near_peak_epoch": near / epoch_steps, "best_epoch": best / epoch_steps}
-                    result["best_step"] = stage.start + best
-                    at["seconds"] = [*at["seconds"], round(time.time() - run.started, 1)]
-                if step == total and cfg.views * cfg.crops > 1:
-                    result |= evaluate(net, val_videos, cfg, ctx, heads, stage.frames, (cfg.views, cfg.crops), "test")
-                run.log(result | {"stage": stage.number + 1, "clips": step * cfg.batch_size}, step, total)
-                at |= {"evaluated": step, "best": result["val_top1"] if better else at["best"], "last": result}
-                ended = [f"stage{stage.number + 1}.pt"] * (step == stage.stop < total)  # for other stages 2 (--init)
-                save(*["best.pt"] * better, *ended, "last.pt")
-            if step == stage.stop:
-                break
-
-            lr = common.cosine(done, stage.stop - stage.start, cfg.warmup_epochs * epoch_steps, cfg.lr, cfg.min_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            for i in range(accumulation):
-                with run.waiting():
-                    batch = next(batches)
-                failures.add(batch, micro)
-                clips = augment(cfg, batch.clips, batch.keys)  # [B, T, C, H, W], uint8
-                keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
+        steps, warmup = stage.stop - stage.start, cfg.warmup_epochs * epoch_steps
+        if run.evaluation_due():  # the run was stopped between a step and its evaluation
+            evaluate_stage(cfg, ctx, run, net, val_videos, heads, stage)
+        while run.step < stage.stop:
+            lr = common.cosine(run.step - stage.start, steps, warmup, cfg.lr, cfg.min_lr)
+            for batch in run.micro_batches():
+                clips = augment(batch.clips, batch.keys, cfg.colour_jitter, cfg.rand_augment, cfg.flip)
                 targets = soft_targets(batch.labels, heads, cfg.label_smoothing)  # [B, classes]
-                clips, targets = data.mix(clips, targets, (cfg.seed, step), cfg.mixup, 0.0)
-                with ctx.sync(model, last=i == accumulation - 1):
-                    with ctx.autocast():
-                        logits = model(clips, keys)  # [B, classes]
-                        loss = vivit_loss(logits, targets, heads)  # [B]
-                    # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A
-                    # loss that is not finite makes the gradient so too, and thereby skips the update.
-                    poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
-                    scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
-                meter.add(batch.index, loss)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.get_total_norm([p.grad for p in trained])
-            if cfg.clip_grad:
-                nn.utils.clip_grads_with_norm_(trained, cfg.clip_grad, norm)
-            meter.step(norm)
-            scaler.step(optimizer)  # an update that is not finite is skipped, by a flag on the device
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            at["step"] = step = step + 1
+                clips, targets = data.mix(clips, targets, (cfg.seed, run.step), cfg.mixup, 0.0)
+                keys = batch.keys.to(ctx.device, non_blocking=True)  # [B], for drop path
+                with run.forward():
+                    logits = run.model(clips, keys)  # [B, classes]
+                    loss = vivit_loss(logits, targets, heads)  # [B]
+                run.backward(loss)
+            run.update(lr)
+            run.end_step()
+            if run.evaluation_due():
+                evaluate_stage(cfg, ctx, run, net, val_videos, heads, stage)
 
-            run.advance(step, total)
-            epoch_ends = step % epoch_steps == 0
-            if epoch_ends or step % cfg.log_every == 0 or step == stage.stop:
-                for line in failures.collect(ctx, (step - 1) // epoch_steps):
-                    run.say(f"unreadable, replaced by another: {line}")
-            if step % cfg.log_every == 0 or step == stage.stop:
-                means, bad, skipped = meter.read(ctx)
-                at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"], scaler.get_scale())
-                record = {"epoch": round(step / epoch_steps, 3), **means, "lr": lr, "clips": step * cfg.batch_size}
-                run.log(record, step, total)
-            if (run.save_due() or epoch_ends) and save("last.pt"):
-                run.leave(step)
-
-    times = [b - a for a, b in pairwise([0.0, *at["seconds"]])]
+    times = [b - a for a, b in pairwise([0.0, *run.at["seconds"]])]
+    last = run.at["last"]
     run.say(
-        f"complete: top-1 {at['last']['val_top1']:.1f} % of {at['last']['val_clips']} validation clips (chance "
-        f"{100 / math.prod(heads):.1f} %), best of the last stage {at['best']:.1f} %; "
+        f"complete: top-1 {last['val_top1']:.1f} % of {last['val_clips']} validation clips (chance "
+        f"{100 / math.prod(heads):.1f} %), best of the last stage {run.at['best']:.1f} %; "
         f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds, with evaluation. "
         f"{run.folder}/attention.png: clips, and where the spatial transformer looks. --overwrite starts anew."
     )
+
+
+def enter_stage(cfg, ctx, run, net, stage):
+    """Make `net` the model of a stage; returns the optimizer of what trains in it."""
+    torch.manual_seed(cfg.seed)  # for the adapter
+    net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
+    optimizer = common.optimizer(cfg.optimizer, common.param_groups(net, cfg.weight_decay), cfg.lr)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    run.say(
+        f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
+        f"{trained / 1e6:.1f} M parameters train; {cfg.model} with {cfg.temporal_depth} temporal layers"
+    )
+    return optimizer
+
+
+def evaluate_stage(cfg, ctx, run, net, videos, heads, stage):
+    """Validate a step of a stage; at a stage's end also say when it came near its peak, and at the end of all test."""
+    result = validate(cfg, ctx, net, videos, heads, stage.frames, picture=run.folder / "attention.png")
+    run.at["curve"] = [*run.at["curve"], [run.step - stage.start, result["val_top1"]]]
+    also = []
+    if run.step == stage.stop:
+        near, best = near_peak(run.at["curve"])
+        epochs = {"near_peak_epoch": near / run.epoch_steps, "best_epoch": best / run.epoch_steps}
+        result |= epochs | {"best_step": stage.start + best}
+        run.at["seconds"] = [*run.at["seconds"], round(time.time() - run.started, 1)]
+        if run.step < run.total:
+            also = [f"stage{stage.number + 1}.pt"]  # for other stages 2 (--init)
+        elif cfg.views * cfg.crops > 1:
+            result |= validate(cfg, ctx, net, videos, heads, stage.frames, (cfg.views, cfg.crops), "test")
+    run.evaluated(result, "val_top1", also=also, stage=stage.number + 1)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ RECIPES = {
             "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,  # from nothing, SGD learns little in minutes
             "head_std": 0.1,  # DECISION (head)
             "batch_size": 32, "crop": False, "flip": False,  # left is not right
-            "views": 1, "crops": 1, "eval_every": 2, "log_every": 50, "workers": 2, "gpus": 1},
+            "views": 1, "crops": 1, "eval_every": 2.0, "log_every": 50, "workers": 2, "gpus": 1},
     "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8},
     "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8},
     "mit": {"train_clips": 791297, "num_classes": 339, "stages": "8:10,128:10",  # DECISION (epochs)

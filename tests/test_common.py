@@ -939,7 +939,7 @@ def test_same_config_continues(start):
     run = start()
     state = run.resume()
     assert torch.equal(state["w"], at(2)["w"])
-    assert steps_logged(run) == [None, 1, 2] and run.step == 2
+    assert steps_logged(run) == [None, 1, 2] and run.logged_step == 2
     assert (run.folder / "log.jsonl").read_text().endswith("}\n")
     run.log({"value": 9}, 3, 10)
     assert steps_logged(run) == [None, 1, 2, 3]

@@ -262,15 +262,23 @@ class FakeVideo:
         return [int(s * 10 + 1e-3) for s in seconds]
 
 
+def sample(cfg, frames, videos, views, video, index, view, key):
+    """(frames, box) of a clip as a Config has it."""
+    share = cfg.crop_share if cfg.crop else None
+    plan = sfa.clips_of(cfg, videos, frames, views).plan
+    assert plan.keywords["crop_share"] == share
+    return plan(video, index, view, key)
+
+
 def test_test_views_are_clips_by_squares():
     """4 x 3: starts evenly spread over the video, squares left, centre, right; 1 x 1 the centre of both. A square is
     scenic's: 224 of a short side of 256, here 52 of 60 pixels, in the middle of it."""
     cfg = config("--recipe", "k400")
-    plans = [sfa.sample_clip(cfg, 8, None, (4, 3), FakeVideo(), 0, view, KEYS[0]) for view in range(12)]
+    plans = [sample(cfg, 8, None, (4, 3), FakeVideo(), 0, view, KEYS[0]) for view in range(12)]
     assert [frames[0] for frames, _ in plans[::3]] == [0, 28, 56, 85] and plans[0][0] == list(range(0, 16, 2))
     assert [box for _, box in plans[:3]] == [(0, 4, 52, 52), (18, 4, 52, 52), (38, 4, 52, 52)]
     assert plans[9:] == [(plans[9][0], box) for _, box in plans[:3]]
-    frames, box = sfa.sample_clip(cfg, 8, None, (1, 1), FakeVideo(), 0, 0, KEYS[0])
+    frames, box = sample(cfg, 8, None, (1, 1), FakeVideo(), 0, 0, KEYS[0])
     assert frames[0] == 42 and box == (18, 4, 52, 52)
 
 
@@ -285,11 +293,11 @@ def test_crops_of_a_video_of_340_by_256(recipe, size, side):
     video.info = video.info._replace(width=340, height=256)
     assert cfg.size == size
     for views, view, x in (((1, 1), 0, 170 - side // 2), ((4, 3), 0, 0), ((4, 3), 2, 340 - side)):
-        _, box = sfa.sample_clip(cfg, 8, None, views, video, 0, view, KEYS[0])
+        _, box = sample(cfg, 8, None, views, video, 0, view, KEYS[0])
         assert box == (x, 128 - side // 2, side, side)
     video.info = video.info._replace(width=256, height=340)
-    assert sfa.sample_clip(cfg, 8, None, (4, 3), video, 0, 2, KEYS[0])[1] == (128 - side // 2, 340 - side, side, side)
-    drawn = [sfa.sample_clip(cfg, 8, None, None, video, 0, 0, key)[1][2] for key in make_key(torch.arange(300))]
+    assert sample(cfg, 8, None, (4, 3), video, 0, 2, KEYS[0])[1] == (128 - side // 2, 340 - side, side, side)
+    drawn = [sample(cfg, 8, None, None, video, 0, 0, key)[1][2] for key in make_key(torch.arange(300))]
     low, high = (side, side) if recipe == "toy" else (side / 1.33, side / 0.9)
     assert low - 2 <= min(drawn) < low + 4 and high - 5 < max(drawn) <= high + 2
 
@@ -396,7 +404,8 @@ def test_the_recipes_clips_are_augmented_as_scenic(monkeypatch):
     x, calls = clips(3, 2), []
     keys, real = make_key(torch.arange(3)), data.scenic_rand_augment
     monkeypatch.setattr(data, "scenic_rand_augment", lambda *a, **k: (calls.append((a[2], k)), real(*a, **k))[1])
-    out = sfa.augment(config("--recipe", "ssv2", "--no-flip"), x, keys)
+    cfg = config("--recipe", "ssv2", "--no-flip")
+    out = sfa.augment(x, keys, cfg.colour_jitter, cfg.rand_augment, cfg.flip)
     assert calls == [(20.0, {"layers": 2})] and not torch.equal(out, x)
     for i in range(3):
         assert torch.equal(out[i : i + 1], real(x[i : i + 1], keys[i : i + 1], 20, layers=2))
@@ -404,13 +413,13 @@ def test_the_recipes_clips_are_augmented_as_scenic(monkeypatch):
 
 def test_training_clips_vary_in_place_and_scale():
     cfg, videos = config("--recipe", "k400"), FakeVideo()
-    drawn = [sfa.sample_clip(cfg, 8, None, None, videos, 0, 0, key) for key in make_key(torch.arange(300))]
+    drawn = [sample(cfg, 8, None, None, videos, 0, 0, key) for key in make_key(torch.arange(300))]
     starts, sides = {f[0] for f, _ in drawn}, [box[2] for _, box in drawn]
     assert min(starts) == 0 and max(starts) >= 83 and len(starts) > 60
     # 16 frames are one more than 8 frames, 2 apart, span: both starts are drawn, as often.
     short = FakeVideo()
     short.info = FakeVideo.info._replace(num_frames=16)
-    starts = [sfa.sample_clip(cfg, 8, None, None, short, 0, 0, key)[0][0] for key in make_key(torch.arange(300))]
+    starts = [sample(cfg, 8, None, None, short, 0, 0, key)[0][0] for key in make_key(torch.arange(300))]
     assert set(starts) == {0, 1} and 110 < sum(starts) < 190
     low, high = 60 * 224 / 256 / 1.33, 60 * 224 / 256 / 0.9
     assert low - 2 <= min(sides) < low + 3 and high - 3 < max(sides) <= high + 2
@@ -421,12 +430,12 @@ def test_epic_clips_stay_in_the_action():
     cfg = config("--recipe", "epic")
     videos = data.Captions([("a", 2.0, 4.0, ""), ("a", 9.0, 12.0, ""), ("a", 11.0, 12.0, "")])
     for key in KEYS:
-        frames, _ = sfa.sample_clip(cfg, 8, videos, None, FakeVideo(), 0, 0, key)
+        frames, _ = sample(cfg, 8, videos, None, FakeVideo(), 0, 0, key)
         assert 20 <= frames[0] and frames[-1] < 40 and np.diff(frames).tolist() == [1] * 7
-    frames, _ = sfa.sample_clip(cfg, 12, videos, (1, 1), FakeVideo(), 1, 0, KEYS[0])
+    frames, _ = sample(cfg, 12, videos, (1, 1), FakeVideo(), 1, 0, KEYS[0])
     assert frames[0] == 90 and frames[-1] == 99  # of 3 s there is 1: 10 frames, repeated
     with pytest.raises(ValueError, match="nothing from second 11"):
-        sfa.sample_clip(cfg, 8, videos, None, FakeVideo(), 2, 0, KEYS[0])
+        sample(cfg, 8, videos, None, FakeVideo(), 2, 0, KEYS[0])
 
 
 # ---- loss and scores -------------------------------------------------------------------------------------------------
@@ -1250,7 +1259,7 @@ def test_views_are_averaged_as_logits(trained, pairs):
     net = sfa.build(cfg, (8,), Stage(*state["stage"]))
     net.load_state_dict(state["model"])
     videos, ctx, hits, loss = data.VideoList(pairs / "val.csv", pairs), common.launch("fp32"), 0, 0
-    result = sfa.evaluate(net, videos, cfg, ctx, (8,), 16, (2, 1), "test")
+    result = sfa.validate(cfg, ctx, net, videos, (8,), 16, (2, 1), "test")
     net.eval()
     for i in range(8):
         with data.Video(videos.video(i)) as video:
@@ -1329,7 +1338,7 @@ def test_epic_scores_by_hand(kitchen, tmp_path):
         def forward(self, clips):
             return logits.expand(len(clips), -1)
 
-    result = sfa.evaluate(Fixed(), videos, cfg, common.launch("fp32"), sfa.EPIC, 4)
+    result = sfa.validate(cfg, common.launch("fp32"), Fixed(), videos, sfa.EPIC, 4)
     shares = [result[f"val_{word}"] for word in ("top1", "top5", "verb", "noun", "clips", "unread")]
     assert shares == [25, 75, 75, 50, 4, 0]
 
@@ -1378,8 +1387,8 @@ def refused(*argv):
         (["--views", "0"], ["--views"]),
         (["--temporal-depth", "-1"], ["--temporal-depth"]),
         (["--rand-augment", "21"], ["--rand-augment", "20"]),
-        (["--crop-share", "0"], ["--crop-share 0"]),
-        (["--crop-share", "1.1"], ["--crop-share 1.1"]),
+        (["--crop-share", "0"], ["--crop-share", "not 0"]),
+        (["--crop-share", "1.1"], ["--crop-share", "not 1.1"]),
         (["--plan", "--gpus", "0"], ["--gpus"]),
         (["--colour-jitter", "2"], ["--colour-jitter"]),
         (["--drop-path", "1"], ["--drop-path"]),

@@ -211,31 +211,41 @@ class Stage(NamedTuple):
     adapter: bool
 
 
-def plan_stages(cfg, epoch_steps):
+def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
     """The Stages of --stages, --freeze and --adapter, in order; steps count on from one to the next (Fig. 2).
 
-    ValueError where --stages is not frames:epochs, separated by commas, or --freeze names no part of the model.
+    max_steps: of each stage instead of its epochs; 0: by epochs, of `epoch_steps` steps. ValueError where `stages` is
+    not frames:epochs, separated by commas, or `freeze` names no part of the model.
     """
-    stages = []
-    for number, part in enumerate(cfg.stages.split(",")):
+    planned = []
+    start = 0
+    for number, part in enumerate(stages.split(",")):
         frames, _, epochs = part.partition(":")
         if not (frames.isdecimal() and epochs.isdecimal() and int(frames) and int(epochs)):
-            raise ValueError(f"--stages {cfg.stages} is not frames:epochs for each stage, such as 8:30,128:30")
-        frozen = {"none": (), "later": ("spatial",) if number else ()}.get(cfg.freeze, tuple(cfg.freeze.split(",")))
+            raise ValueError(f"--stages {stages} is not frames:epochs for each stage, such as 8:30,128:30")
+        if freeze == "none" or (freeze == "later" and number == 0):
+            frozen = ()
+        elif freeze == "later":
+            frozen = ("spatial",)
+        else:
+            frozen = tuple(freeze.split(","))
         if not {*frozen} <= {"spatial", "temporal"}:
-            raise ValueError(f"--freeze {cfg.freeze}: choose from later, spatial, temporal, none")
-        start = stages[-1].stop if stages else 0
-        stop = start + (cfg.max_steps or int(epochs) * epoch_steps)  # DECISION (restart): a schedule each
-        stages.append(Stage(number, int(frames), start, stop, frozen, cfg.adapter and "spatial" in frozen))
-    return stages
+            raise ValueError(f"--freeze {freeze}: choose from later, spatial, temporal, none")
+        stop = start + (max_steps or int(epochs) * epoch_steps)  # DECISION (restart): a schedule each
+        planned.append(Stage(number, int(frames), start, stop, frozen, adapter and "spatial" in frozen))
+        start = stop
+    return planned
 
 
-def temporal_layers(cfg):
-    """Layers of the temporal transformer: as --temporal-depth says, else what scenic has for the model and data set."""
-    own = MODELS[cfg.model]["temporal"]
-    if cfg.model == "vivit_l" and cfg.recipe in ("k400", "k600"):
-        own = 24  # DECISION (depth)
-    return cfg.temporal_depth or own
+def stages_of(cfg, epoch_steps):
+    return plan_stages(cfg.stages, epoch_steps, cfg.freeze, cfg.adapter, cfg.max_steps)
+
+
+def temporal_layers(model, recipe):
+    """Layers of the temporal transformer that scenic has for a model and a data set."""
+    if model == "vivit_l" and recipe in ("k400", "k600"):
+        return 24  # DECISION (depth)
+    return MODELS[model]["temporal"]
 
 
 def inflate(kernel, frames, how):
@@ -476,7 +486,7 @@ class ViViT(nn.Module):
 
 def build(cfg, heads, stage):
     """The model that a Config describes, in a Stage."""
-    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, temporal_layers(cfg), cfg.drop_path, cfg.attention,
+    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, cfg.temporal_depth, cfg.drop_path, cfg.attention,
                 cfg.grad_checkpoint, cfg.spatial_chunk, cfg.gelu, cfg.head_std)  # fmt: skip
     net.enter(stage)
     return net
@@ -498,8 +508,9 @@ def image_weights(path):
     if not image:
         raise UserError(f"{path}: no image ViT's weights are in it, nor ours (it holds {', '.join([*state][:3])} ...)")
     for name, x in image.items():  # DECISION (class): cls_token too
-        name = name.replace("pos_embed", "positions")
-        ours[name if name.startswith("patch_embed.") else f"spatial.{name}"] = x
+        if not name.startswith("patch_embed."):
+            name = "spatial." + name.replace("pos_embed", "positions")
+        ours[name] = x
     if any(name.endswith("embeddings.position_embeddings") for name in state):
         config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
         try:
@@ -520,44 +531,60 @@ def temporal_weights(path, depth):
 
 
 def init_weights(cfg, net):
-    """The tensors of --init and --init-temporal as `net` takes them: positions resized, an image's kernel inflated, a
-    classifier of other classes left out. UserError where the file's patches or its temporal depth differ."""
+    """The tensors of --init and --init-temporal as `net` takes them. UserError where they don't fit."""
     weights = image_weights(cfg.init) if cfg.init else {}
-    kernel, (frames, patch, _) = weights.get("patch_embed.weight"), net.patch
-    if kernel is not None:
-        side = kernel.shape[-1] if kernel.dim() == 4 else math.isqrt(kernel.shape[1] // 3 // frames)
-        if side != patch:
-            raise UserError(f"{cfg.init}: its patches are {side} pixels wide, those of --model {cfg.model} {patch}")
-        if kernel.dim() == 4:
-            weights["patch_embed.weight"] = common.conv_to_linear(inflate(kernel, frames, cfg.inflate))  # [D, P]
     if cfg.init_temporal:
         temporal = temporal_weights(cfg.init_temporal, len(net.temporal.blocks))
         if not temporal:
             raise UserError(f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is in it")
         weights |= temporal
-    layers = len({name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")})
-    if layers not in (0, len(net.temporal.blocks)):
-        source = cfg.init_temporal or cfg.init
-        raise UserError(f"{source}: its temporal transformer has {layers} layers, this one {len(net.temporal.blocks)}; "
-                        f"give --temporal-depth {layers}")  # fmt: skip
+    check_depth(weights, len(net.temporal.blocks), cfg.init_temporal or cfg.init)
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
-        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
+        weights = {name: x for name, x in weights.items() if not name.startswith("head.")}
+    fit_kernel(weights, net.patch, cfg.inflate, cfg.init)
+    fit_positions(weights, net, cfg.init)
+    for name, _ in net.named_parameters():
+        missing = name.startswith(("patch_embed.", "spatial.")) and name not in weights
+        if missing and "spatial" in net.frozen and cfg.init:
+            raise UserError(f"{cfg.init}: no {name} in it; --freeze spatial would keep what nothing has initialised")
+    return weights
+
+
+def check_depth(weights, depth, source):
+    """UserError where the weights have a temporal transformer of another depth."""
+    layers = {name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")}
+    if layers and len(layers) != depth:
+        raise UserError(
+            f"{source}: its temporal transformer has {len(layers)} layers, this one {depth}; "
+            f"give --temporal-depth {len(layers)}"
+        )
+
+
+def fit_kernel(weights, patch, how, source):
+    """An image's patch kernel becomes a tubelet's, in place; UserError where its patches are of another size."""
+    kernel = weights.get("patch_embed.weight")  # [D, C, p, p], or ours: [D, P]
+    if kernel is None:
+        return
+    frames, side = patch[:2]
+    own = kernel.shape[-1] if kernel.dim() == 4 else math.isqrt(kernel.shape[1] // 3 // frames)
+    if own != side:
+        raise UserError(f"{source}: its patches are {own} pixels wide, those of --model are {side}")
+    if kernel.dim() == 4:
+        weights["patch_embed.weight"] = common.conv_to_linear(inflate(kernel, frames, how))  # [D, P]
+
+
+def fit_positions(weights, net, source):
+    """Learned positions become those of the model's grid and its time steps, in place."""
     space, time = weights.get("spatial.positions"), weights.get("temporal.positions")  # [1, 1 + N, D], [1, 1 + S, D]
     if space is not None:
         if math.isqrt(space.shape[1]) ** 2 == space.shape[1]:  # big_vision's: CLS has no position
             space = torch.cat([torch.zeros_like(space[:, :1]), space], dim=1)  # [1, 1 + N, D]
-        side = math.isqrt(space.shape[1] - 1)
+        side, own = math.isqrt(space.shape[1] - 1), math.isqrt(net.tokens)
         if 1 + side**2 != space.shape[1]:
-            raise UserError(f"{cfg.init}: its {space.shape[1]} positions are not those of CLS and a square of patches")
-        grids = (side,) * 2, (math.isqrt(net.tokens),) * 2
-        weights["spatial.positions"] = resize_positions(space, *grids)  # [1, 1 + N, D]
+            raise UserError(f"{source}: its {space.shape[1]} positions are not those of CLS and a square of patches")
+        weights["spatial.positions"] = resize_positions(space, (side, side), (own, own))  # [1, 1 + N, D]
     if time is not None:
         weights["temporal.positions"] = resize_positions(time, (time.shape[1] - 1,), (net.steps,))  # [1, 1 + S, D]
-    needed = [k for k, _ in net.named_parameters() if k.startswith(("patch_embed.", "spatial."))]
-    absent = [name for name in needed if name not in weights]
-    if absent and "spatial" in net.frozen and cfg.init:
-        raise UserError(f"{cfg.init}: no {absent[0]} in it; --freeze spatial would keep what nothing has initialised")
-    return weights
 
 
 # ---- Evaluation and pictures -----------------------------------------------------------------------------------------
@@ -619,26 +646,30 @@ def write_attention(model, clips, path):
 def count_gmacs(net, stage):
     """GMACs of a training step on one clip in a Stage, forward and backward, counted on `net`, which is on `meta`.
 
-    Time steps cost the same, and so do layers: one image is counted, and one and two layers of each transformer.
+    The layers of a transformer cost the same, and so do time steps: one of each is counted.
     """
     net.enter(stage)
-    frozen = "spatial" in stage.frozen
-    image = torch.empty(1, net.tokens, net.patch_embed.in_features, device="meta")  # [1, N, P]
-    x = torch.empty(1, net.steps, net.width, device="meta", requires_grad=not frozen)  # [1, S, D]
+    spatial_trains = "spatial" not in stage.frozen
 
-    def look():
-        y = net.spatial(net.tubelets(image))  # [1, D]
-        return None if frozen else y.sum().backward()
+    def gmacs(function, *shape, trained=True, input_trained=True):
+        x = torch.empty(1, *shape, device="meta", requires_grad=trained and input_trained)
 
-    def all_layers(encoder, step):
-        blocks, counts = encoder.blocks, []
-        for encoder.blocks in (blocks[:1], blocks[:2]):
-            counts.append(common.count_macs(step))
-        encoder.blocks = blocks
-        return counts[0] + (len(blocks) - 1) * (counts[1] - counts[0])
+        def step():
+            y = function(x)
+            if trained:
+                y.sum().backward()
 
-    rest = all_layers(net.temporal, lambda: net.head(net.over_time(x)).sum().backward())
-    return net.steps * all_layers(net.spatial, look) + rest
+        return common.count_macs(step)
+
+    pixels = net.tokens, net.patch_embed.in_features  # N, P
+    image = gmacs(net.tubelets, *pixels, trained=spatial_trains, input_trained=False)
+    layer = gmacs(net.spatial.blocks[0], 1 + net.tokens, net.width, trained=spatial_trains)
+    over_time = gmacs(net.temporal.blocks[0], 1 + net.steps, net.width)
+    ends = gmacs(net.head, net.width)
+    if net.adapter:
+        ends += gmacs(net.adapter, net.steps, net.width, input_trained=spatial_trains)
+    spatial = net.steps * (image + len(net.spatial.blocks) * layer)
+    return spatial + len(net.temporal.blocks) * over_time + ends
 
 
 def block_memory(cfg):
@@ -682,77 +713,91 @@ def largest_frames(memory, gigabytes):
 def print_plan(cfg):
     """What would run, counted and measured on the model's own parts: no data, no GPU, no training (--plan)."""
     heads = EPIC if cfg.labels == "epic" else (cfg.num_classes or 2,)
-    stages = plan_stages(cfg, max(1, cfg.train_clips // cfg.batch_size))
-    last, kinds = stages[-1], [((), False), (("spatial",), cfg.adapter)]  # everything trains; stage 2
+    stages = stages_of(cfg, max(1, cfg.train_clips // cfg.batch_size))
+    last = stages[-1]
+    full = Stage(0, last.frames, 0, 0, (), False)
+    frozen = full._replace(frozen=("spatial",), adapter=cfg.adapter)
     with torch.device("meta"):
-        plain = replace(cfg, attention="sdpa", grad_checkpoint=False)
-        net = build(plain, heads, Stage(0, last.frames, 0, 0, *kinds[1]))
-    count = lambda *parts: sum(p.numel() for part in parts if part for p in part.parameters()) / 1e6
-    parts = count(net.patch_embed, net.spatial), count(net.temporal), count(net.adapter), count(net.head)
-    names = "spatial", f"temporal ({len(net.temporal.blocks)} layers)", "adapter", "head"
-    print(
-        f"model     {cfg.model}: {sum(parts):.1f} M parameters = "
-        + " + ".join(f"{name} {part:.1f}" for name, part in zip(names, parts, strict=True))
-        + f"; {sum(parts[1:]):.1f} M train where spatial is frozen"
-    )
-    grid = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
-    cost = {(kind, n): count_gmacs(net, Stage(0, n, 0, 0, *kind)) for kind in kinds for n in grid}
-    whole, shares, loads = cost[kinds[0], last.frames] * (last.stop - last.start), [], []
+        net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), heads, frozen)
+    print_model(cfg.model, net)
+    blocks = block_memory(cfg)
+
+    whole = count_gmacs(net, full) * (last.stop - last.start)
+    shares, phases, loads = [], [], []
     for stage in stages:
         steps, gmacs = stage.stop - stage.start, count_gmacs(net, stage)
         shares.append(gmacs * steps / whole)
         passes = 4 if cfg.grad_checkpoint and "spatial" not in stage.frozen else 3
         loads.append((stage.frames, gmacs * passes / 3, 1))
+        adapter = ", with adapter" if stage.adapter else ""
         print(
             f"stage {stage.number + 1}   {stage.frames} frames, {steps} steps at batch {cfg.batch_size}, peak lr "
-            f"{cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{', with adapter' * stage.adapter}; "
-            f"{gmacs:.0f} GMACs a clip"
+            f"{cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{adapter}; {gmacs:.0f} GMACs a clip"
         )
-    print(
-        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training everything on "
-        f"{last.frames} frames for as many steps as the last stage"
-    )
-    blocks, phases = block_memory(cfg), []
-    for stage in stages:
         fixed, step = memory_model(cfg, net, stage, blocks, cfg.gpus)
         clip = stage.frames // net.patch[0] * step
         group = 2 if cfg.mixup else 1
         name = f"stage {stage.number + 1}"
         phases.append(common.Phase(name, cfg.batch_size, cfg.micro_batch, fixed, clip, group))
+    print(
+        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training everything on "
+        f"{last.frames} frames for as many steps as the last stage"
+    )
     common.print_memory(cfg, phases)
     data.print_cores(loads)
-    memory = [memory_model(cfg, net, Stage(0, grid[-1], 0, 0, *kind), blocks) for kind in kinds]
-    print_table_4(cfg, kinds, grid, cost, memory)
+    print_table_4(cfg, net, stages, full, frozen, blocks)
 
 
-def print_table_4(cfg, kinds, grid, cost, memory):
+def print_model(name, net):
+    """The parameters of each part of the model."""
+    depth = len(net.temporal.blocks)
+    parts = {"spatial": [net.patch_embed, net.spatial], f"temporal ({depth} layers)": [net.temporal]}
+    parts |= {"adapter": [net.adapter] if net.adapter else [], "head": [net.head]}
+    millions = {}
+    for part, modules in parts.items():
+        millions[part] = sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+    total = sum(millions.values())
+    listed = " + ".join(f"{part} {number:.1f}" for part, number in millions.items())
+    print(
+        f"model     {name}: {total:.1f} M parameters = {listed}; {total - millions['spatial']:.1f} M train where "
+        "spatial is frozen"
+    )
+
+
+def print_table_4(cfg, net, stages, full, frozen, blocks):
     """Cost and memory of one clip in both kinds of stage, and the frames that fit into each --gpu-gb (Table 4)."""
     print("\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state")
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
-    for n in grid:
-        full, frozen = (cost[kind, n] for kind in kinds)
-        megabytes = " ".join(f"{(fixed + n // 2 * step) / 1e6:9.0f}" for fixed, step in memory)
-        print(f"{n:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {megabytes}")
+    lengths = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
+    memory = [memory_model(cfg, net, stage._replace(frames=lengths[-1]), blocks) for stage in (full, frozen)]
+    for n in lengths:
+        gmacs = [count_gmacs(net, stage._replace(frames=n)) for stage in (full, frozen)]
+        megabytes = [(fixed + n // 2 * step) / 1e6 for fixed, step in memory]
+        print(
+            f"{n:6} {gmacs[0]:9.1f} {gmacs[1]:9.1f} {gmacs[1] / gmacs[0]:6.3f} {megabytes[0]:9.0f} {megabytes[1]:9.0f}"
+        )
+
     precision = "fp32" if cfg.precision == "fp32" else "half precision"
     recomputed = "blocks" if cfg.grad_checkpoint else "nothing"
     print(f"\nmost frames of a micro-batch of one clip, {precision}, {recomputed} recomputed (Table 4)")
     for card in sorted(map(float, cfg.gpu_gb), reverse=True):
-        full, frozen = (largest_frames(part, card) or "none" for part in memory)
+        most = [largest_frames(part, card) or "none" for part in memory]
         paper = ""
         if card == 16 and cfg.model in TABLE_4:
             paper = "; the paper: full {}, frozen {}".format(*TABLE_4[cfg.model])
         elif 11 <= card <= 12:
             paper = "; the paper, of a ViViT that it doesn't name: full 16, frozen 80"
-        print(f"{card:6g} GB: full {full}, frozen {frozen}{paper}")
+        print(f"{card:6g} GB: full {most[0]}, frozen {most[1]}{paper}")
     print(
         "These are not the paper's: no one way of counting gives its H and its g, and it tells neither the precision "
         "nor what\nis recomputed. Not counted: CUDA's own memory and workspace, buckets that ranks exchange, "
         "fragmentation, the loader."
     )
-    if frozen == "none":
+    card, weights = min(map(float, cfg.gpu_gb)), memory[1][0] / 2**30
+    if largest_frames(memory[1], card) == 0:
         raise UserError(
-            f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take {memory[1][0] / 2**30:.1f} GB, "
-            "even with its spatial transformer frozen"
+            f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take {weights:.1f} GB, even with its "
+            "spatial transformer frozen"
         )
 
 
@@ -763,7 +808,7 @@ def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
     common.check_ranges(cfg)
     try:
-        stages = plan_stages(cfg, 1)
+        stages = stages_of(cfg, 1)
     except ValueError as error:
         raise UserError(str(error)) from None
     patch = MODELS[cfg.model]["patch"]
@@ -918,7 +963,8 @@ def augment(clips, keys, colour_jitter, rand_augment, flip):
 def main(cfg):
     check(cfg)
     cfg = common.without_random(cfg)
-    cfg = replace(cfg, temporal_depth=temporal_layers(cfg))  # as it runs: for the log and the checkpoint
+    depth = cfg.temporal_depth or temporal_layers(cfg.model, cfg.recipe)
+    cfg = replace(cfg, temporal_depth=depth)  # as it runs: for the log and the checkpoint
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
@@ -928,7 +974,7 @@ def main(cfg):
     videos, val_videos = open_lists(cfg, ctx)
     heads = heads_of(cfg, videos.classes)
     epoch_steps = len(videos) // cfg.batch_size
-    stages = plan_stages(cfg, epoch_steps)
+    stages = stages_of(cfg, epoch_steps)
     total = stages[-1].stop
 
     at = {"stage": 0, "best": -1.0, "curve": [], "seconds": []}

@@ -181,14 +181,14 @@ class Hub(Variant):
 
 
 def sfa_step(cfg, number, ctx, videos):
-    stage, heads = sfa_vivit.plan_stages(cfg, 1)[number], (cfg.num_classes,)
+    stage, heads = sfa_vivit.stages_of(cfg, 1)[number], (cfg.num_classes,)
     net = sfa_vivit.build(cfg, heads, stage)
     net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
 
     def loss(model, clips, keys, labels):
         return sfa_vivit.vivit_loss(model(clips, keys), sfa_vivit.soft_targets(labels, heads, 0.0), heads)
 
-    plan = partial(sfa_vivit.sample_clip, cfg, stage.frames, videos, None)
+    plan = sfa_vivit.clips_of(cfg, videos, stage.frames).plan
     return Variant(ctx, net, cfg, stage.frames, plan, loss, sgd=True)
 
 

@@ -223,7 +223,7 @@ STAGES = {  # flags: (frames, steps, frozen, adapter) of each stage, at 10 steps
 
 @pytest.mark.parametrize("flags", STAGES)
 def test_stages(flags):
-    stages = sfa.plan_stages(config(*flags), 10)
+    stages = sfa.stages_of(config(*flags), 10)
     assert [(s.frames, s.stop - s.start, ",".join(s.frozen), s.adapter) for s in stages] == STAGES[flags]
     assert stages[0].start == 0 and all(a.stop == b.start for a, b in pairwise(stages))
     assert [s.number for s in stages] == list(range(len(stages)))
@@ -842,7 +842,7 @@ def test_every_row_of_the_paper_plans(row, quick_counts, capsys):
     cfg = config("--recipe", recipe, "--plan", *flags)
     sfa.main(cfg)
     out = capsys.readouterr().out
-    stages = sfa.plan_stages(cfg, cfg.train_clips // cfg.batch_size)
+    stages = sfa.stages_of(cfg, cfg.train_clips // cfg.batch_size)
     printed = re.findall(r"^stage (\d)   (\d+) frames, (\d+) steps.*frozen: ([\w, ]+);", out, re.MULTILINE)
     assert [(int(n), int(f), int(s)) for n, f, s, _ in printed] == [
         (s.number + 1, s.frames, s.stop - s.start) for s in stages
@@ -1027,7 +1027,7 @@ def test_every_path_trains_two_steps(path, pairs_args, tmp_path):
     places = {"VIT": tmp_path / "vit.npz", "OURS": tmp_path / "ours.pt"}
     flags = [places.get(flag, flag) for flag in PATHS[path]]
     log = train(tmp_path / "run", *pairs_args, "--max-steps", 2, "--warmup-epochs", 0, *flags)
-    stages = sfa.plan_stages(config("--max-steps", 2, *flags), 4)
+    stages = sfa.stages_of(config("--max-steps", 2, *flags), 4)
     expected = [step for s in stages for step in (s.start + 1, s.start + 2, s.stop)]
     assert [r["step"] for r in log] == expected
     assert all(math.isfinite(r["loss"]) for r in log if "loss" in r)

@@ -486,7 +486,8 @@ class ViViT(nn.Module):
 
 def build(cfg, heads, stage):
     """The model that a Config describes, in a Stage."""
-    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, cfg.temporal_depth, cfg.drop_path, cfg.attention,
+    depth = cfg.temporal_depth or temporal_layers(cfg.model, cfg.recipe)
+    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, depth, cfg.drop_path, cfg.attention,
                 cfg.grad_checkpoint, cfg.spatial_chunk, cfg.gelu, cfg.head_std)  # fmt: skip
     net.enter(stage)
     return net

@@ -685,6 +685,12 @@ class VideoEncoder(nn.Module):
     def forward(self, clips, keys=None):
         """Clips 0-255 [B, T, C, H, W] of any number of frames -> [B, D]. keys int64 [B] turn on drop path and patch
         dropout: left-out patches are neither normalised nor embedded."""
+        x = common.run_blocks(self.blocks, self.embed(clips, keys), keys, self.grad_checkpoint)  # [B, 1 + K, D]
+        return self.ln_post(x[:, 0])  # [B, D]
+
+    @common.region
+    def embed(self, clips, keys=None):
+        """CLS and the patches that are not left out as tokens [B, 1 + K, D]."""
         patches = patchify(clips, self.patch)  # [B, N, P]
         time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])[:, None]  # [T, 1, D]
         positions = (time + self.positional_embedding[1:]).flatten(0, 1)[None]  # [1, N, D]
@@ -694,9 +700,7 @@ class VideoEncoder(nn.Module):
             patches, positions = gather_tokens(patches, kept), gather_tokens(positions, kept)  # [B, K, P], [B, K, D]
         x = self.patch_embed(data.normalize(patches, self.style.mean, self.style.std)) + positions  # [B, K, D]
         cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)  # [B, 1, D]
-        x = self.ln_pre(torch.cat([cls.to(x.dtype), x], dim=1))  # [B, 1 + K, D]
-        x = common.run_blocks(self.blocks, x, keys, self.grad_checkpoint)  # [B, 1 + K, D]
-        return self.ln_post(x[:, 0])  # [B, D]
+        return self.ln_pre(torch.cat([cls.to(x.dtype), x], dim=1))  # [B, 1 + K, D]
 
 
 class TextEncoder(nn.Module):
@@ -1335,8 +1339,8 @@ def main(cfg):
     elif cfg.init:
         loaded = common.load_weights(net, fit_weights(start, net, cfg), cfg.init)
         run.say(f"{loaded}; activation, eps, mean and std of pixels: {style}'s")
-    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
-    model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
+    common.compile_model(net, ctx, cfg.compile)
+    model = ctx.wrap(net)
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation clips, {sentences} sentences, {classes} classes; "
         f"batch {cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; "

@@ -1,14 +1,15 @@
 """What the four trainers share and no paper changed: ViT blocks, masks, keyed randomness, and how a run lives.
 
     1. Keyed randomness   every random draw is a hash of what it belongs to, so a run has no generator state
-    2. ViT blocks         attention (flash-attn / SDPA / plain), pre-norm block, patches, positions, masks
-    3. Optimisation       cosine schedule, parameter groups, loss scaling
-    4. Processes          one process or torchrun, the same code
-    5. Command line       a dataclass becomes the flags, a recipe changes its defaults
-    6. A run              folder, log, checkpoints that can't be lost, signals
-    7. Weights            published files (.pth, safetensors) read as tensors, their names made ours
-    8. Contrastive step   InfoNCE over the whole global batch, at any number of ranks and micro-batches
-    9. Counting           multiply-adds, saved activations and memory of a real model, for --plan
+    2. Compiling          regions of a model, each one graph
+    3. ViT blocks         attention (flash-attn / SDPA / plain), pre-norm block, patches, positions, masks
+    4. Optimisation       cosine schedule, parameter groups, loss scaling
+    5. Processes          one process or torchrun, the same code
+    6. Command line       a dataclass becomes the flags, a recipe changes its defaults
+    7. A run              folder, log, checkpoints that can't be lost, signals
+    8. Weights            published files (.pth, safetensors) read as tensors, their names made ours
+    9. Contrastive step   InfoNCE over the whole global batch, at any number of ranks and micro-batches
+    10. Counting          multiply-adds, saved activations and memory of a real model, for --plan
 
 Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads, P pixel values in a patch.
 """
@@ -19,6 +20,7 @@ import contextlib
 import dataclasses
 import difflib
 import faulthandler
+import functools
 import json
 import math
 import os
@@ -109,7 +111,58 @@ def _hash_row(keys, purpose, n):
     return make_key(make_key(keys, purpose)[..., None], torch.arange(n, device=keys.device))  # [..., n]
 
 
-# ---- 2. ViT blocks ---------------------------------------------------------------------------------------------------
+# ---- 2. Compiling ----------------------------------------------------------------------------------------------------
+# Regions are compiled, not models: a block once, for all layers, and what comes before and after the blocks. A graph
+# of a whole model grows with its depth, and with the pieces that it takes a long clip in; minutes go by before the
+# first step. Blocks cost little of it: what a larger graph would fuse across their bounds is one reading of the stream.
+
+
+def region(method):
+    """Decorator of a module's method that is compiled as one graph, where compile_model has said so.
+
+    In training only: an evaluation's batches are of other sizes, and each size would be a graph more. What the method
+    reads as a number or a string is a constant of the graph, so modules that share it must not differ there.
+    """
+
+    @functools.wraps(method)
+    def call(self, *args, **options):
+        backend = getattr(self, "compile_backend", None) if self.training else None
+        function = method if backend is None else _compile(method, backend)
+        return function(self, *args, **options)
+
+    return call
+
+
+@functools.cache
+def _compile(function, backend):
+    return torch.compile(function, backend=backend, dynamic=False)  # a graph for each shape: its kernels are faster
+
+
+def compile_model(net, ctx, wanted=None, backend="inductor"):
+    """Have the regions of `net` compiled, in place: its modules and state dict stay as they are. wanted: as --compile
+    says; None: on CUDA."""
+    if not _compiles(ctx, wanted):
+        return
+    # DistributedDataParallel would have each graph cut at its buckets. Graphs of one block need no cuts: their gradients
+    # are exchanged while the backward pass is at the blocks before.
+    torch._dynamo.config.optimize_ddp = False
+    # Beyond this many graphs of one region its code would run uncompiled, with no more than a warning. Each stage of
+    # training and each size of a batch of texts needs one or two; 8 is PyTorch's limit.
+    torch._dynamo.config.recompile_limit = 128
+    for module in net.modules():
+        module.compile_backend = backend
+
+
+def compiled(function, ctx, wanted=None, backend="inductor"):
+    """A function of tensors, such as a loss, compiled as compile_model compiles a region; or as it is."""
+    return _compile(function, backend) if _compiles(ctx, wanted) else function
+
+
+def _compiles(ctx, wanted):
+    return ctx.device.type == "cuda" if wanted is None else wanted
+
+
+# ---- 3. ViT blocks ---------------------------------------------------------------------------------------------------
 
 
 def attention(q, k, v, kind="auto", causal=False):
@@ -181,16 +234,22 @@ class MLP(nn.Module):
 def drop_path(x, rate, keys, purpose):
     """Stochastic depth (Huang et al. 2016): zero a clip's whole branch with probability `rate`, scale up the rest.
 
-    x [B, N, D]; keys int64 [B], or None outside training: then x as it is.
+    x [B, N, D]; keys int64 [B], or None outside training: then x as it is. rate, purpose: 0-d tensors, or as numbers.
     """
-    if keys is None or rate == 0.0:
+    if keys is None:
         return x
-    keep = (uniform(keys, purpose) >= rate).to(x.dtype) / (1.0 - rate)  # [B]
-    return x * keep[:, None, None]  # [B, N, D]
+    keep = (uniform(keys, purpose) >= rate).float() / (1.0 - rate)  # [B]
+    return x * keep.to(x.dtype)[:, None, None]  # [B, N, D]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), x + mlp(norm(x)). `index` keys its drop-path draws."""
+    """Pre-norm transformer block: x + attention(norm(x)), x + mlp(norm(x)). `index` keys its drop-path draws.
+
+    What differs between the blocks of a model, drop path's rate and its purposes, are tensors: numbers and strings
+    would be constants of the graph, and each block would be compiled anew.
+    """
+
+    branches = ("attn", "mlp")  # where drop path draws
 
     def __init__(
         self, dim, heads, mlp_ratio=4, drop_path=0.0, eps=1e-6, act=nn.GELU, kind="auto", causal=False, index=0
@@ -201,23 +260,30 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio), act)
         self.drop_path = drop_path
-        self.purposes = f"drop_path.{index}.attn", f"drop_path.{index}.mlp"
+        purposes = [_crc32(f"drop_path.{index}.{branch}") for branch in self.branches]
+        self.register_buffer("purposes", torch.tensor(purposes), persistent=False)
+        self.register_buffer("rate", torch.tensor(drop_path, dtype=torch.float64), persistent=False)
 
+    @region
     def forward(self, x, keys=None):
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, keys, self.purposes[0])  # [B, N, D]
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, keys, self.purposes[1])  # [B, N, D]
+        x = x + drop_path(self.attn(self.norm1(x)), self.rate, keys, self.purposes[0])  # [B, N, D]
+        return x + drop_path(self.mlp(self.norm2(x)), self.rate, keys, self.purposes[1])  # [B, N, D]
 
 
-def run_blocks(blocks, x, keys=None, grad_checkpoint=False):
+def run_blocks(blocks, x, keys=None, grad_checkpoint=False, **options):
     """Apply blocks in turn; grad_checkpoint stores a block's input only and recomputes the rest in the backward pass.
 
     The recomputation draws the same drop path because draws are keyed: no generator state to save and restore.
+    options: what else each block takes.
     """
+    if not any(block.drop_path for block in blocks):
+        keys = None  # nothing to draw
     for block in blocks:
         if grad_checkpoint:
-            x = torch.utils.checkpoint.checkpoint(block, x, keys, use_reentrant=False, preserve_rng_state=False)
+            call = partial(torch.utils.checkpoint.checkpoint, block, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = block(x, keys)
+            call = block
+        x = call(x, keys, **options)
     return x  # [B, N, D]
 
 
@@ -233,6 +299,10 @@ class Decoder(nn.Module):
     def forward(self, x, count, grad_checkpoint=False):
         """Pixels of the last `count` tokens: [B, K + R, D] -> [B, R, P]; the visible ones need no prediction."""
         x = run_blocks(self.blocks, x, grad_checkpoint=grad_checkpoint)  # [B, K + R, D]
+        return self.pixels(x, count)  # [B, R, P]
+
+    @region
+    def pixels(self, x, count):
         return self.head(self.norm(x[:, x.shape[1] - count :]))  # [B, R, P]
 
 
@@ -311,7 +381,7 @@ def init_linear(module):
             nn.init.zeros_(module.bias)
 
 
-# ---- 3. Optimisation -------------------------------------------------------------------------------------------------
+# ---- 4. Optimisation -------------------------------------------------------------------------------------------------
 
 
 def cosine(step, total, warmup, peak, floor=0.0):
@@ -373,7 +443,7 @@ def loss_scaler(ctx):
     return scaler
 
 
-# ---- 4. Processes ----------------------------------------------------------------------------------------------------
+# ---- 5. Processes ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -474,7 +544,7 @@ def _report_lost_rank(report, kind, error, trace):
         report(kind, error, trace)
 
 
-# ---- 5. Command line -------------------------------------------------------------------------------------------------
+# ---- 6. Command line -------------------------------------------------------------------------------------------------
 
 
 def opt(default, help, choices=None, free=False, within=""):
@@ -618,7 +688,7 @@ def micro_batches(cfg, ctx, pairs=False, repeated=1):
     return micro, per_rank // micro
 
 
-# ---- 6. A run --------------------------------------------------------------------------------------------------------
+# ---- 7. A run --------------------------------------------------------------------------------------------------------
 
 # What to do where loader processes don't keep up.
 LOADER_ADVICE = (
@@ -1024,11 +1094,9 @@ class Trainer(Run):
             if self.state["precision"] == self.ctx.precision:
                 self.scaler.load_state_dict(self.state["scaler"])
         self.state = None  # its memory is free
-        compiled = self.cfg.compile
-        if compiled is None:
-            compiled = self.ctx.device.type == "cuda"
+        compile_model(net, self.ctx, self.cfg.compile)
         self.model = None  # the one of the stage before lets go of the parameters first
-        self.model = self.ctx.wrap(torch.compile(net) if compiled else net)
+        self.model = self.ctx.wrap(net)
 
     def begin(self, batches, failures, batch_size, micro_batch, epoch_steps, stop, total, start=0,
               epoch_zero=0, eval_every=1):  # fmt: skip
@@ -1196,7 +1264,7 @@ def print_result(source, path, result, ctx, how=""):
         print(f"{source} on {path}{how}: {words}")
 
 
-# ---- 7. Weights ------------------------------------------------------------------------------------------------------
+# ---- 8. Weights ------------------------------------------------------------------------------------------------------
 
 _SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                 "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -1354,7 +1422,7 @@ def load_weights(model, weights, source):
     return f"{source}: " + ", ".join(f"{word} {len(k)}" + (f" ({k[0]} ...)" if k else "") for word, k in parts)
 
 
-# ---- 8. The contrastive step -----------------------------------------------------------------------------------------
+# ---- 9. The contrastive step -----------------------------------------------------------------------------------------
 # InfoNCE compares a clip with every text of the global batch, so it is no sum over micro-batches: to accumulate theirs
 # is to train an easier task. (AVION's --update-freq keeps the last one only, or fails.) But it sees nothing but the
 # features: its gradient at these is small, and the chain rule takes it on from there, a micro-batch at a time (Gao et
@@ -1415,7 +1483,7 @@ def cached_step(ctx, model, encode, batches, loss_fn, scaler):
     return losses[start : start + own].detach(), torch.cat(extras).detach()
 
 
-# ---- 9. Counting, for --plan -----------------------------------------------------------------------------------------
+# ---- 10. Counting, for --plan ----------------------------------------------------------------------------------------
 
 
 def count_macs(function, *args):

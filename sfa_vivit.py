@@ -378,6 +378,7 @@ class Encoder(nn.Module):
         for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
             norm.eps = self.eps.item()
 
+    @common.region
     def embed(self, x):
         """Tokens with CLS and positions: [B, N, D] -> [B, 1 + N, D]."""
         return torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.positions
@@ -455,6 +456,7 @@ class ViViT(nn.Module):
         """The tubelets of each time step, of 0-255 clips [B, T, C, H, W]: [B S, N, P]."""
         return patchify(clips, self.patch).unflatten(1, (-1, self.tokens)).flatten(0, 1)  # [B S, N, P]
 
+    @common.region
     def tubelets(self, images):
         """0-255 tubelets [B S, N, P] embedded: [B S, N, D]. Inputs are in [-1, 1], as Google's ViTs expect."""
         return self.patch_embed(data.normalize(images, (0.5,) * 3, (0.5,) * 3))  # [B S, N, D]

@@ -343,20 +343,23 @@ class DividedBlock(Block):
     The mask keeps the same K places in each step, so that both are plain attention over a regular grid [S, K].
     """
 
+    branches = ("attn", "mlp", "attn.time")
+
     def __init__(self, dim, heads, kind="auto", **options):
         super().__init__(dim, heads, kind=kind, **options)
         self.temporal_norm = nn.LayerNorm(dim, eps=1e-6)
         self.temporal_attn = Attention(dim, heads, kind)
         self.temporal_fc = nn.Linear(dim, dim)
 
+    @common.region
     def forward(self, x, keys=None, steps=1):
         B, N, D = x.shape
         time = self.temporal_norm(x).unflatten(1, (steps, -1)).transpose(1, 2).flatten(0, 1)  # [B K, S, D]
         time = self.temporal_attn(time).unflatten(0, (B, -1)).transpose(1, 2).reshape(B, N, D)  # [B, N, D]
-        x = x + common.drop_path(self.temporal_fc(time), self.drop_path, keys, self.purposes[0] + ".time")  # [B, N, D]
+        x = x + common.drop_path(self.temporal_fc(time), self.rate, keys, self.purposes[2])  # [B, N, D]
         space = self.attn(self.norm1(x).reshape(B * steps, -1, D)).reshape(B, N, D)  # [B, N, D]
-        x = x + common.drop_path(space, self.drop_path, keys, self.purposes[0])  # [B, N, D]
-        return x + common.drop_path(self.mlp(self.norm2(x)), self.drop_path, keys, self.purposes[1])  # [B, N, D]
+        x = x + common.drop_path(space, self.rate, keys, self.purposes[0])  # [B, N, D]
+        return x + common.drop_path(self.mlp(self.norm2(x)), self.rate, keys, self.purposes[1])  # [B, N, D]
 
 
 class TrajectoryAttention(Attention):
@@ -394,9 +397,10 @@ class TrajectoryBlock(Block):
         super().__init__(dim, heads, kind=kind, **options)
         self.attn = TrajectoryAttention(dim, heads, kind)
 
+    @common.region
     def forward(self, x, keys=None, steps=1):
-        x = x + common.drop_path(self.attn(self.norm1(x), steps), self.drop_path, keys, self.purposes[0])  # [B, N, D]
-        return x + common.drop_path(self.mlp(self.norm2(x)), self.drop_path, keys, self.purposes[1])  # [B, N, D]
+        x = x + common.drop_path(self.attn(self.norm1(x), steps), self.rate, keys, self.purposes[0])  # [B, N, D]
+        return x + common.drop_path(self.mlp(self.norm2(x)), self.rate, keys, self.purposes[1])  # [B, N, D]
 
 
 BLOCKS = {"joint": Block, "divided": DividedBlock, "trajectory": TrajectoryBlock}  # DECISION (blocks): no CLS in any
@@ -439,13 +443,18 @@ class Encoder(nn.Module):
         Tokens are dropped before normalisation and embedding: what is not looked at costs nothing. `keys` turns on
         drop path. Visible tokens must be the same places of all time steps (tubes), unless attention is joint.
         """
-        steps, positions = patches.shape[1] // self.places, self.positions[:, : patches.shape[1]]  # [1, N, D]
+        x = self.embed(patches, visible)  # [B, K, D]
+        steps = {} if self.joint else {"steps": patches.shape[1] // self.places}
+        return common.run_blocks(self.blocks, x, keys, self.grad_checkpoint, **steps)  # [B, K, D]
+
+    @common.region
+    def embed(self, patches, visible=None):
+        """Visible ones of patches [B, N, P] as tokens [B, K, D]."""
+        positions = self.positions[:, : patches.shape[1]]  # [1, N, D]
         if visible is not None:
             patches, positions = gather_tokens(patches, visible), gather_tokens(positions, visible)  # [B, K, P | D]
         x = data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, K, P]
-        x = self.patch_embed(x) + positions  # [B, K, D]
-        blocks = self.blocks if self.joint else [partial(block, steps=steps) for block in self.blocks]
-        return common.run_blocks(blocks, x, keys, self.grad_checkpoint)  # [B, K, D]
+        return self.patch_embed(x) + positions  # [B, K, D]
 
     def layer_of(self, name):
         """For common.param_groups: 0 the embedding, 1 ... depth the blocks, depth + 1 what is above them."""
@@ -475,10 +484,15 @@ class VideoMAE(Encoder):
 
     def decode(self, tokens, visible, masked):
         """Predicted pixels [B, R, P] of the tokens `masked` [B, R], from encoded visible tokens [B, K, D]."""
+        x = self.fill(tokens, visible, masked)  # [B, K + R, D']
+        return self.decoder(x, masked.shape[1], self.grad_checkpoint)  # [B, R, P]
+
+    @common.region
+    def fill(self, tokens, visible, masked):
+        """The decoder's input: visible tokens, and for each masked one the mask token: [B, K + R, D']."""
         x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
         hidden = self.mask_token + gather_tokens(self.decoder_positions, masked)  # [B, R, D']
-        x = torch.cat([x, hidden.to(x.dtype)], dim=1)  # [B, K + R, D']
-        return self.decoder(x, masked.shape[1], self.grad_checkpoint)  # [B, R, P]
+        return torch.cat([x, hidden.to(x.dtype)], dim=1)  # [B, K + R, D']
 
     def features(self, clips):
         """clips 0-255 [B, T, C, H, W] -> the normed tokens' mean [B, D]: nothing is masked."""
@@ -486,11 +500,17 @@ class VideoMAE(Encoder):
 
     def forward(self, clips, keys, ratio):
         """clips 0-255 [B, T, C, H, W], keys int64 [B] -> prediction and target [B, R, P] of the masked tokens."""
+        patches, visible, masked, target = self.split(clips, keys, ratio)
+        tokens = self.norm(self.encode(patches, visible))  # [B, K, D]
+        return self.decode(tokens, visible, masked), target
+
+    @common.region
+    def split(self, clips, keys, ratio):
+        """-> patches [B, N, P]; which are visible [B, K], which are masked [B, R]; target [B, R, P]."""
         patches = patchify(clips, self.patch)  # [B, N, P]
         steps = patches.shape[1] // self.places
         visible, masked = common.tube_split(keys, steps, self.places, ratio)  # [B, K], [B, R]
-        tokens = self.norm(self.encode(patches, visible))  # [B, K, D]
-        return self.decode(tokens, visible, masked), pixel_target(gather_tokens(patches, masked), self.target)
+        return patches, visible, masked, pixel_target(gather_tokens(patches, masked), self.target)
 
 
 class Classifier(Encoder):
@@ -1066,8 +1086,9 @@ def main(cfg):
         meter.load(state["sums"], ctx)
     elif cfg.init:
         run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
-    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
-    model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
+    common.compile_model(net, ctx, cfg.compile)
+    masked_error = common.compiled(mae_loss, ctx, cfg.compile)
+    model = ctx.wrap(net)
     run.say(f"{len(videos)} training and {len(val_videos)} validation videos, {classes} classes; {len(segments)} "
             f"stages; {ctx.precision} on {ctx.device}; steps {at['step']} to {total}")  # fmt: skip
 
@@ -1135,7 +1156,7 @@ def main(cfg):
                 with ctx.sync(model, last=i == accumulation - 1):
                     with ctx.autocast():
                         if cfg.stages:
-                            loss = mae_loss(*model(clips, keys, cfg.mask_ratio))  # [B]
+                            loss = masked_error(*model(clips, keys, cfg.mask_ratio))  # [B]
                         else:
                             loss = -(labels * model(clips, keys).float().log_softmax(-1)).sum(-1)  # [B]
                     # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A

@@ -548,27 +548,36 @@ class Turbo(nn.Module):
         Tokens are dropped before normalisation and embedding: what is not looked at costs nothing. `keys` turns on
         drop path.
         """
+        x = self.embed(patches, visible)  # [B, 1 + K, D]
+        return self.norm(common.run_blocks(self.blocks, x, keys, self.grad_checkpoint))  # [B, 1 + K, D]
+
+    @common.region
+    def embed(self, patches, visible):
+        """CLS and the visible ones of patches [B, N, P] as tokens [B, 1 + K, D]."""
         # DECISION (embedding): gather first
         x = data.normalize(gather_tokens(patches, visible), data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, K, P]
         x = self.patch_embed(x) + gather_tokens(self.positions, visible)  # [B, K, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1 + K, D]
-        return self.norm(common.run_blocks(self.blocks, x, keys, self.grad_checkpoint))  # [B, 1 + K, D]
+        return torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1 + K, D]
 
     def decode(self, tokens, visible, recon):
         """Predicted pixels [B, R, P] of the tokens `recon` [B, R], from encoded visible tokens [B, K, D] (no CLS)."""
-        x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
-        masked = self.mask_token + gather_tokens(self.decoder_positions, recon)  # [B, R, D']
-        x = torch.cat([x, masked.to(x.dtype)], dim=1)  # [B, K + R, D']
+        x = self.fill(tokens, visible, recon)  # [B, K + R, D']
         return self.decoder(x, recon.shape[1], self.grad_checkpoint)  # [B, R, P]
 
-    def forward(self, clips, keys, m, r, text=None):
+    @common.region
+    def fill(self, tokens, visible, recon):
+        """The decoder's input: visible tokens, and for each reconstructed one the mask token: [B, K + R, D']."""
+        x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
+        masked = self.mask_token + gather_tokens(self.decoder_positions, recon)  # [B, R, D']
+        return torch.cat([x, masked.to(x.dtype)], dim=1)  # [B, K + R, D']
+
+    def forward(self, clips, keys, m, r, text=None, reconstruct=True):
         """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes], prediction and target [B, R, P].
 
         Without a classifier: unit vectors of the videos [B, E] instead of logits; with text, features [B, text width],
-        a tuple of those and the texts' [B, E].
+        a tuple of those and the texts' [B, E]. Without `reconstruct`, as with r = 0, R is 0; what is seen is the same.
         """
-        patches = patchify(clips, self.patch)  # [B, N, P]
-        visible, recon = token_dropout(keys, self.num_tokens, m, r)  # [B, K], [B, R]
+        patches, visible, recon, target = self.split(clips, keys, m, r, reconstruct)
         tokens = self.encode(patches, visible, keys if self.training else None)  # [B, 1 + K, D]
         if hasattr(self, "head"):
             output = self.head(tokens[:, 0])  # [B, classes]
@@ -576,10 +585,18 @@ class Turbo(nn.Module):
             output = F.normalize(self.video_head(tokens[:, 0]).float(), dim=-1)  # [B, E]  # DECISION (cosine)
         if text is not None:
             output = output, self.embed_text(text)  # [B, E] each
-        if recon.shape[1] == 0:
-            return output, *[torch.zeros(len(clips), 0, patches.shape[-1], device=clips.device)] * 2
-        target = pixel_target(gather_tokens(patches, recon), self.target)  # [B, R, P]
+        if target.shape[1] == 0:
+            return output, target, target  # [B, 0, P]
         return output, self.decode(tokens[:, 1:], visible, recon), target
+
+    @common.region
+    def split(self, clips, keys, m, r, reconstruct):
+        """-> patches [B, N, P]; which are visible [B, K], which are reconstructed [B, R]; target [B, R, P]."""
+        patches = patchify(clips, self.patch)  # [B, N, P]
+        visible, recon = token_dropout(keys, self.num_tokens, m, r if reconstruct else 0.0)  # [B, K], [B, R]
+        if recon.shape[1] == 0:
+            return patches, visible, recon, torch.zeros(len(clips), 0, patches.shape[-1], device=clips.device)
+        return patches, visible, recon, pixel_target(gather_tokens(patches, recon), self.target)
 
     def embed_text(self, text):
         """Sentences' features [S, text width] -> unit vectors [S, E]."""
@@ -1081,8 +1098,9 @@ def main(cfg):
         meter.load(state["sums"], ctx)
     elif cfg.init:
         run.say(init_weights(cfg.init, net))
-    compiled = cfg.compile or (cfg.compile is None and ctx.device.type == "cuda")
-    model = ctx.wrap(torch.compile(net) if compiled else net)  # `net` itself, uncompiled, is evaluated and saved
+    common.compile_model(net, ctx, cfg.compile)
+    losses_of, error_of = (common.compiled(loss, ctx, cfg.compile) for loss in (turbo_loss, partial_mae))
+    model = ctx.wrap(net)
     run.say(
         f"{len(videos)} training videos, {len(val_videos)} {unit} to validate, {classes or 'no'} classes; batch "
         f"{cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; "
@@ -1144,8 +1162,8 @@ def main(cfg):
                 i = videos.sentences_of(batch, cfg.repeated)  # [B], as the loader drew them
                 words = torch.from_numpy(text[i]).float().to(ctx.device, non_blocking=True)  # [B, text width]
                 ids = torch.from_numpy(sentence_ids[i]).to(ctx.device, non_blocking=True)  # [B]
-                (z_v, z_t), prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words)
-                return (z_v, z_t, ids), partial_mae(prediction, target)  # [B, E], [B, E], [B]; [B]
+                (z_v, z_t), prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio, words, replay)
+                return (z_v, z_t, ids), error_of(prediction, target)  # [B, E], [B, E], [B]; [B]
 
             loss_fn = partial(nce_loss, temperature=cfg.temperature)
             nce, pmae = common.cached_step(ctx, model, encode, ready, loss_fn, scaler)
@@ -1157,7 +1175,7 @@ def main(cfg):
                 with ctx.sync(model, last=i == accumulation - 1):
                     with ctx.autocast():
                         logits, prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
-                        loss, ce, pmae = turbo_loss(logits, labels, prediction, target)  # [B] each
+                        loss, ce, pmae = losses_of(logits, labels, prediction, target)  # [B] each
                     # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A
                     # loss that is not finite makes the gradient so too, and thereby skips the update.
                     poison = torch.where(loss.isfinite().all(), 1.0, math.nan)

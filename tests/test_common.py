@@ -346,7 +346,8 @@ def test_drop_path_per_clip_rate_and_scale():
         close(y[~dropped], x[~dropped] / (1 - rate))
         assert abs(dropped.double().mean() - rate) < 4 * math.sqrt(rate * (1 - rate) / len(keys))
         assert torch.equal(y[7:8], common.drop_path(x[7:8], rate, keys[7:8], "drop"))
-    assert common.drop_path(x, 0.5, None, "drop") is x and common.drop_path(x, 0.0, keys, "drop") is x
+    assert common.drop_path(x, 0.5, None, "drop") is x
+    assert torch.equal(common.drop_path(x, 0.0, keys, "drop"), x)
     assert common.drop_path(x.half(), 0.5, keys, "drop").dtype == torch.half
 
 

@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import faulthandler
 import functools
+import inspect
 import json
 import math
 import os
@@ -238,8 +239,9 @@ def drop_path(x, rate, keys, purpose):
     """
     if keys is None:
         return x
-    keep = (uniform(keys, purpose) >= rate).float() / (1.0 - rate)  # [B]
-    return x * keep.to(x.dtype)[:, None, None]  # [B, N, D]
+    kept = (uniform(keys, purpose) >= rate).to(torch.promote_types(x.dtype, torch.float32))  # [B], in half too exact
+    factor = (kept / (1.0 - rate)).to(x.dtype)  # [B]
+    return x * factor[:, None, None]  # [B, N, D]
 
 
 class Block(nn.Module):
@@ -498,8 +500,12 @@ class Context:
         """DistributedDataParallel where there are several ranks: it averages gradients while backward still runs."""
         if self.world == 1:
             return model
+        kind = nn.parallel.DistributedDataParallel
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        # Buffers are constants here, such as positions. The flag's name changed in PyTorch 2.13, which warns of the old.
+        new = "forward_sync_buffers" in inspect.signature(kind).parameters
+        options = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+        return kind(model, device_ids=ids, gradient_as_bucket_view=True, **options)  # a gradient is held once, not twice
 
     def sync(self, model, last):
         """Context of one micro-batch's backward pass: gradients are exchanged in the last one only."""

@@ -104,22 +104,25 @@ class Variant:
 
 def turbo_class(cfg, ctx, videos):
     net = turbo.build(cfg, cfg.num_classes)
+    turbo_loss = common.compiled(turbo.turbo_loss, ctx)
 
     def loss(model, clips, keys, labels):
         logits, prediction, target = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
         labels = data.soft_labels(labels, cfg.num_classes, cfg.label_smoothing)
-        return turbo.turbo_loss(logits, labels, prediction, target)[0]
+        return turbo_loss(logits, labels, prediction, target)[0]
 
     return Variant(ctx, net, cfg, cfg.frames, partial(turbo.sample_clip, cfg, True), loss)
 
 
 def turbo_text(cfg, ctx, videos):
     net, words = turbo.build(cfg, 0, 768), torch.randn(1, 768, device=ctx.device)  # mpnet-base's width
+    partial_mae = common.compiled(turbo.partial_mae, ctx)
 
     def encode(model, inputs, replay):
         clips, keys, _ = inputs
-        (z_v, z_t), *pixels = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio * replay, words.expand(len(clips), -1))
-        return (z_v, z_t, keys), turbo.partial_mae(*pixels)
+        text = words.expand(len(clips), -1)  # [B, 768]
+        (z_v, z_t), *pixels = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio, text, replay)
+        return (z_v, z_t, keys), partial_mae(*pixels)
 
     loss = partial(turbo.nce_loss, temperature=cfg.temperature)
     return Variant(ctx, net, cfg, cfg.frames, partial(turbo.sample_clip, cfg, True), loss, encode)
@@ -149,9 +152,10 @@ class EmbedAll(tpt_mae.VideoMAE):
 def tpt_step(cfg, frames, embed_all, ctx, videos):
     net = EmbedAll(cfg.model, size=cfg.size, attention="plain") if embed_all else tpt_mae.build(cfg, 0)
     plan = partial(tpt_mae.sample_clip, cfg, frames, True, (1, 1))
+    mae_loss = common.compiled(tpt_mae.mae_loss, ctx)
 
     def loss(model, clips, keys, labels):
-        return tpt_mae.mae_loss(*model(clips, keys, cfg.mask_ratio))
+        return mae_loss(*model(clips, keys, cfg.mask_ratio))
 
     return Variant(ctx, net, cfg, frames, plan, loss)
 
@@ -286,8 +290,7 @@ def prepare(ctx, build, videos, batch):
     gc.collect()
     before = torch.cuda.memory_allocated() if cuda else 0
     variant = build(ctx, videos)
-    if cuda:
-        variant.net.compile()
+    common.compile_model(variant.net, ctx)
     for i in range(3 if cuda else 1):
         if i == 2:
             torch.cuda.reset_peak_memory_stats()

@@ -1073,7 +1073,7 @@ def memory(cfg, net, tokens):
     spec = MODELS[cfg.model]
     clip = common.PIXEL_BYTES * pixels + kept(tokens, spec["width"], spec["depth"], spec["heads"], False)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    state = common.state_bytes(trained, optimizer=cfg.optimizer, half=half, gpus=cfg.gpus)
+    state = common.state_bytes(trained, optimizer=cfg.optimizer, half=half)
     if isinstance(net, VideoCLIP):
         clip += kept(77, *spec["text"], True)
         state += cfg.batch_size / cfg.gpus * pixels  # all clips of a step wait for their turn, as bytes

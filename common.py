@@ -505,7 +505,8 @@ class Context:
         # Buffers are constants here, such as positions. The flag's name changed in PyTorch 2.13, which warns of the old.
         new = "forward_sync_buffers" in inspect.signature(kind).parameters
         options = {"forward_sync_buffers" if new else "broadcast_buffers": False}
-        return kind(model, device_ids=ids, gradient_as_bucket_view=True, **options)  # a gradient is held once, not twice
+        options["gradient_as_bucket_view"] = True  # else each gradient is held twice
+        return kind(model, device_ids=ids, **options)
 
     def sync(self, model, last):
         """Context of one micro-batch's backward pass: gradients are exchanged in the last one only."""
@@ -1548,14 +1549,13 @@ class Phase(NamedTuple):
     flag: str = "--micro-batch"  # that sets `micro`
 
 
-def state_bytes(trained, frozen=0, optimizer="adamw", half=True, gpus=1):
+def state_bytes(trained, frozen=0, optimizer="adamw", half=True):
     """Bytes of a model's state: of a trained parameter weight, gradient, AdamW's two moments or SGD's one, autocast's
-    copy of the weight in half precision, and on several GPUs the gradient's place in an exchanged bucket; of a frozen
+    copy of the weight in half precision (a bucket that GPUs exchange is the gradients themselves); of a frozen
     one the weight, in half precision the copy too. trained, frozen: numbers of parameters."""
     moments = {"adamw": 8, "sgd": 4}[optimizer]
     copy = 2 if half else 0
-    bucket = 4 if gpus > 1 else 0
-    return trained * (8 + moments + copy + bucket) + frozen * (4 + copy)
+    return trained * (8 + moments + copy) + frozen * (4 + copy)
 
 
 def block_bytes(block, depth, shape, *args, half=True, grad_checkpoint=False):

@@ -83,7 +83,7 @@ IV (tpt_mae.py, or --init-temporal with published weights), scenic's own ViViT c
     python sfa_vivit.py                     # toy videos, made on first use: 2 CPU cores, a few minutes
     torchrun --nproc_per_node=8 sfa_vivit.py --recipe ssv2 --init L_16.npz --train-list train.csv --val-list val.csv
 
-On 8 GPUs that takes 21 GB each by --plan's count; `--plan --gpus 8` prints the --micro-batch that fits less.
+On 8 GPUs that takes 20 GB each by --plan's count; `--plan --gpus 8` prints the --micro-batch that fits less.
 
 Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values of a patch.
 """
@@ -683,7 +683,7 @@ def block_memory(cfg):
     return cache(lambda depth, tokens: measure(depth, (tokens, spec["width"])))
 
 
-def memory_model(cfg, net, stage, blocks, gpus=1):
+def memory_model(cfg, net, stage, blocks):
     """(bytes, bytes more a time step) that training on one clip holds in a Stage; blocks: see block_memory.
 
     Weights, gradients, optimizer state; the clip; what blocks save for backward, under autocast unless --precision
@@ -693,7 +693,7 @@ def memory_model(cfg, net, stage, blocks, gpus=1):
     half, frozen = cfg.precision != "fp32", "spatial" in stage.frozen
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     kept = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-    fixed = common.state_bytes(trained, kept, cfg.optimizer, half, gpus)
+    fixed = common.state_bytes(trained, kept, cfg.optimizer, half)
     if half and frozen:
         fixed -= 4 * kept  # spatial is kept in half alone
 
@@ -737,7 +737,7 @@ def print_plan(cfg):
             f"stage {stage.number + 1}   {stage.frames} frames, {steps} steps at batch {cfg.batch_size}, peak lr "
             f"{cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{adapter}; {gmacs:.0f} GMACs a clip"
         )
-        fixed, step = memory_model(cfg, net, stage, blocks, cfg.gpus)
+        fixed, step = memory_model(cfg, net, stage, blocks)
         clip = stage.frames // net.patch[0] * step
         group = 2 if cfg.mixup else 1
         name = f"stage {stage.number + 1}"
@@ -793,7 +793,7 @@ def print_table_4(cfg, net, stages, full, frozen, blocks):
         print(f"{card:6g} GB: full {most[0]}, frozen {most[1]}{paper}")
     print(
         "These are not the paper's: no one way of counting gives its H and its g, and it tells neither the precision "
-        "nor what\nis recomputed. Not counted: CUDA's own memory and workspace, buckets that ranks exchange, "
+        "nor what\nis recomputed. Not counted: CUDA's own memory and workspace, "
         "fragmentation, the loader."
     )
     card, weights = min(map(float, cfg.gpu_gb)), memory[1][0] / 2**30

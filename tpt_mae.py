@@ -722,7 +722,7 @@ def memory(cfg):
     spec = MODELS[cfg.model]
     with torch.device("meta"):
         model = build(cfg, cfg.num_classes or 2)
-    state = common.state_bytes(sum(p.numel() for p in model.parameters()), half=half, gpus=cfg.gpus)
+    state = common.state_bytes(sum(p.numel() for p in model.parameters()), half=half)
     encoder = BLOCKS[cfg.backbone](spec["width"], spec["heads"], kind=kind)
     kept = model.places - int(cfg.mask_ratio * model.places) if cfg.stages else model.places
     phases = []

@@ -801,7 +801,7 @@ def print_plan(cfg):
     for block, depth, shape in training_blocks(model, model.num_tokens, m, r):
         clip += common.block_bytes(block, depth, shape, half=half, grad_checkpoint=cfg.grad_checkpoint)
     group = cfg.repeated * (2 if cfg.mixup or cfg.cutmix else 1)  # as common.micro_batches has it
-    state = common.state_bytes(total, half=half, gpus=cfg.gpus)
+    state = common.state_bytes(total, half=half)
     common.print_memory(cfg, [common.Phase("training", cfg.batch_size, cfg.micro_batch, state, clip, group)])
     forward, _ = count_gmacs(cfg, classes, m, r, text_width)
     passes = 4 if cfg.grad_checkpoint else 3

@@ -9,6 +9,7 @@ import json
 import math
 
 import pytest
+import small
 import torch
 from conftest import ROOT, command
 from torch import nn
@@ -18,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 import common
 import data
 import sfa_vivit
-import small
 import tpt_mae
 
 CPU = common.Context(0, 1, torch.device("cpu"), "fp32")

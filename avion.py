@@ -52,9 +52,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     classify    App. B.3's weight decay 5e-4, 1 epoch of warm-up, flips, no cutmix; the released command has 4e-5, 2,
                 none and 1.0.
     batch       App. B.3 states one rate, 0.012, for 512 clips (ViT-B) and 192 (ViT-L). The released command scales it,
-                0.003 for 128 clips, so ViT-L's is 0.0045 here; AdamW's rates stay. ViT-L is pretrained on 2 x 56 clips
-                a GPU at once, not 112, because here the residual stream is float32: 112 need
-                more than 24 GB by --plan's count.
+                0.003 for 128 clips, so ViT-L's is 0.0045 here; AdamW's rates stay.
     rate        stochastic depth at one rate in all blocks, as the released code, not rising.
     decay       no weight decay of 1-D parameters; the released code spares PE_s too.
     prompts     zero-shot classes: the mean feature of an action's narrations, as LaViLa.
@@ -152,9 +150,9 @@ RECIPES = {
 }  # fmt: skip
 _LARGE = {"model": "clip_l14", "batch_size": 192}  # App. B.2, B.3: 24 clips on each of 8 GPUs
 RECIPES |= {
-    "ego4d_llm_l14": RECIPES["ego4d_llm"] | _LARGE | {"batch_size": 896, "micro_batch": 56},  # DECISION (batch)
+    "ego4d_llm_l14": RECIPES["ego4d_llm"] | _LARGE | {"batch_size": 896},
     "ek100_mir_l14": RECIPES["ek100_mir"] | _LARGE,
-    "ek100_cls_l14": RECIPES["ek100_cls"] | _LARGE | {"lr": 0.0045},
+    "ek100_cls_l14": RECIPES["ek100_cls"] | _LARGE | {"lr": 0.0045},  # DECISION (batch)
 }
 
 
@@ -698,9 +696,10 @@ class VideoEncoder(nn.Module):
             n = patches.shape[1]
             (kept,) = common.random_split(keys, n, max(1, int(round(n * (1 - self.patch_dropout), 6))))  # [B, K]
             patches, positions = gather_tokens(patches, kept), gather_tokens(positions, kept)  # [B, K, P], [B, K, D]
-        x = self.patch_embed(data.normalize(patches, self.style.mean, self.style.std)) + positions  # [B, K, D]
+        x = self.patch_embed(data.normalize(patches, self.style.mean, self.style.std))  # [B, K, D]
         cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)  # [B, 1, D]
-        return self.ln_pre(torch.cat([cls.to(x.dtype), x], dim=1))  # [B, 1 + K, D]
+        x = torch.cat([cls.to(x.dtype), x + positions.to(x.dtype)], dim=1)  # [B, 1 + K, D]
+        return self.ln_pre(x).to(x.dtype)  # [B, 1 + K, D]
 
 
 class TextEncoder(nn.Module):

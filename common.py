@@ -272,12 +272,23 @@ class Block(nn.Module):
         return x + drop_path(self.mlp(self.norm2(x)), self.rate, keys, self.purposes[1])  # [B, N, D]
 
 
+def working_type(x):
+    """The type in which autocast has products of `x` computed; where it is off, x's own."""
+    device = x.device.type  # meta, where things are counted, has no autocast
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def run_blocks(blocks, x, keys=None, grad_checkpoint=False, **options):
     """Apply blocks in turn; grad_checkpoint stores a block's input only and recomputes the rest in the backward pass.
 
     The recomputation draws the same drop path because draws are keyed: no generator state to save and restore.
-    options: what else each block takes.
+    options: what else each block takes. Under autocast the tokens that blocks add to are in half precision, as
+    VideoMAE's and CLIP's: embeddings and, on CUDA, what LayerNorm gives are float32, and would lift all blocks' sums,
+    which are most of a step's traffic.
     """
+    x = x.to(working_type(x))  # [B, N, D]
     if not any(block.drop_path for block in blocks):
         keys = None  # nothing to draw
     for block in blocks:
@@ -1562,15 +1573,18 @@ def block_bytes(block, depth, shape, *args, half=True, grad_checkpoint=False):
     """Bytes that `depth` blocks like `block` hold of one clip in training, inputs [1, *shape] with shape (N, D).
 
     What one block saves for backward is measured on the CPU, as the growth from one clip to two, so that autocast's
-    copies of weights don't count. Recomputed blocks keep their inputs. One block more is at work.
+    copies of weights don't count. Recomputed blocks keep their inputs. One block more is at work, in backward, with
+    gradients that are a third of what it saved.
     """
+    dtype = torch.bfloat16 if half else torch.float32  # of a block's input: see run_blocks
     saved = []
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         for clips in (1, 2):
-            saved.append(saved_bytes(block, torch.randn(clips, *shape, requires_grad=True), *args))
+            x = torch.randn(clips, *shape, dtype=dtype, requires_grad=True)
+            saved.append(saved_bytes(block, x, *args))
     one = saved[1] - saved[0]
-    kept = 4 * math.prod(shape) if grad_checkpoint else one  # a block's input is float32
-    return depth * kept + one
+    kept = dtype.itemsize * math.prod(shape) if grad_checkpoint else one
+    return depth * kept + one * 4 / 3
 
 
 def print_memory(cfg, phases):

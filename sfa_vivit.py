@@ -381,7 +381,8 @@ class Encoder(nn.Module):
     @common.region
     def embed(self, x):
         """Tokens with CLS and positions: [B, N, D] -> [B, 1 + N, D]."""
-        return torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1) + self.positions
+        cls = self.cls_token.to(x.dtype).expand(len(x), -1, -1)  # [B, 1, D]
+        return torch.cat([cls, x], dim=1) + self.positions.to(x.dtype)
 
     def forward(self, x, keys=None, grad_checkpoint=False):
         x = common.run_blocks(self.blocks, self.embed(x), keys, grad_checkpoint)  # [B, 1 + N, D]

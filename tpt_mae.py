@@ -454,7 +454,8 @@ class Encoder(nn.Module):
         if visible is not None:
             patches, positions = gather_tokens(patches, visible), gather_tokens(positions, visible)  # [B, K, P | D]
         x = data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, K, P]
-        return self.patch_embed(x) + positions  # [B, K, D]
+        x = self.patch_embed(x)  # [B, K, D]
+        return x + positions.to(x.dtype)  # [B, K, D]
 
     def layer_of(self, name):
         """For common.param_groups: 0 the embedding, 1 ... depth the blocks, depth + 1 what is above them."""
@@ -490,9 +491,10 @@ class VideoMAE(Encoder):
     @common.region
     def fill(self, tokens, visible, masked):
         """The decoder's input: visible tokens, and for each masked one the mask token: [B, K + R, D']."""
-        x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
-        hidden = self.mask_token + gather_tokens(self.decoder_positions, masked)  # [B, R, D']
-        return torch.cat([x, hidden.to(x.dtype)], dim=1)  # [B, K + R, D']
+        x = self.encoder_to_decoder(tokens)  # [B, K, D']
+        positions = self.decoder_positions.to(x.dtype)  # [1, N, D']
+        hidden = self.mask_token.to(x.dtype) + gather_tokens(positions, masked)  # [B, R, D']
+        return torch.cat([x + gather_tokens(positions, visible), hidden], dim=1)  # [B, K + R, D']
 
     def features(self, clips):
         """clips 0-255 [B, T, C, H, W] -> the normed tokens' mean [B, D]: nothing is masked."""

@@ -556,7 +556,8 @@ class Turbo(nn.Module):
         """CLS and the visible ones of patches [B, N, P] as tokens [B, 1 + K, D]."""
         # DECISION (embedding): gather first
         x = data.normalize(gather_tokens(patches, visible), data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, K, P]
-        x = self.patch_embed(x) + gather_tokens(self.positions, visible)  # [B, K, D]
+        x = self.patch_embed(x)  # [B, K, D]
+        x = x + gather_tokens(self.positions.to(x.dtype), visible)  # [B, K, D]
         return torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1 + K, D]
 
     def decode(self, tokens, visible, recon):
@@ -567,9 +568,10 @@ class Turbo(nn.Module):
     @common.region
     def fill(self, tokens, visible, recon):
         """The decoder's input: visible tokens, and for each reconstructed one the mask token: [B, K + R, D']."""
-        x = self.encoder_to_decoder(tokens) + gather_tokens(self.decoder_positions, visible)  # [B, K, D']
-        masked = self.mask_token + gather_tokens(self.decoder_positions, recon)  # [B, R, D']
-        return torch.cat([x, masked.to(x.dtype)], dim=1)  # [B, K + R, D']
+        x = self.encoder_to_decoder(tokens)  # [B, K, D']
+        positions = self.decoder_positions.to(x.dtype)  # [1, N, D']
+        masked = self.mask_token.to(x.dtype) + gather_tokens(positions, recon)  # [B, R, D']
+        return torch.cat([x + gather_tokens(positions, visible), masked], dim=1)  # [B, K + R, D']
 
     def forward(self, clips, keys, m, r, text=None, reconstruct=True):
         """clips 0-255 [B, T, C, H, W], keys int64 [B] -> logits [B, classes], prediction and target [B, R, P].

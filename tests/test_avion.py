@@ -1158,7 +1158,8 @@ def test_every_row_of_the_paper_has_a_plan(row, capsys):
 
 
 def test_memory_of_the_papers_batch(capsys):
-    """Table 1: 256 clips a GPU take 19 GB. Sec. 4.1: without recomputed blocks they don't fit 24; half on 16 GPUs."""
+    """Table 1: 256 clips a GPU take 19 GB, of which the count has all but what an uncompiled LayerNorm keeps in float32
+    and the allocator loses. Sec. 4.1: without recomputed blocks they don't fit 24; half on 16 GPUs."""
     cfg = config("--recipe", "ego4d")
     with torch.device("meta"):
         net = avion.build(cfg, "clip")
@@ -1168,10 +1169,16 @@ def test_memory_of_the_papers_batch(capsys):
         common.print_memory(changed, [avion.memory(changed, net, 785)])
         used.append(float(re.search(r"([\d.]+) GB a GPU", line := capsys.readouterr().out)[1]))
         fitting.append(line.split("micro-batch in ")[1].strip())
-    assert used[0] == used[3] == pytest.approx(19, abs=1)
+    weights = sum(p.numel() for p in net.parameters())
+    pixels = 4 * 3 * 224 * 224
+    tokens = 785 * 768 + 77 * 512
+    # Weight, gradient, AdamW's two, a copy in half precision; 10 bytes a pixel, and all clips as bytes; in half
+    # precision the inputs of 12 blocks, and 42 bytes a token and channel of one that is at work (as in test_tpt.py).
+    expected = 2**30 + 18 * weights + 256 * (11 * pixels + (12 * 2 + 42) * tokens)
+    assert used[0] == used[3] == pytest.approx(expected / 2**30, rel=0.02) and 15 < used[0] < 19
     assert used[1] > 70 and used[4] > 1.2 * used[0]
     assert 0.5 * used[0] < used[2] < 0.7 * used[0]  # weights and their gradients stay
-    assert fitting[0] == "24 GB: 256, 80 GB: 256" and fitting[3] == "11 GB: 64"
+    assert fitting[0] == "24 GB: 256, 80 GB: 256" and fitting[3] == "11 GB: 128"
 
 
 def test_rows_of_other_programs(capsys):

@@ -256,10 +256,10 @@ def test_plan_memory_by_hand(capsys, monkeypatch):
     monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
     parameters = 94.3e6  # of ViT-B (86 M) with a decoder of 4 x 384 (8 M)
     for flags, gpus, per_parameter, micro in (
-        (["--recipe", "ucf101"], 8, 22, 2),
+        (["--recipe", "ucf101"], 8, 18, 2),
         (["--recipe", "ucf101", "--gpus", 1], 1, 18, 16),
-        (["--recipe", "ucf101", "--gpus", 2, "--micro-batch", 4], 2, 22, 4),
-        (["--recipe", "ucf101", "--precision", "fp32"], 8, 20, 2),
+        (["--recipe", "ucf101", "--gpus", 2, "--micro-batch", 4], 2, 18, 4),
+        (["--recipe", "ucf101", "--precision", "fp32"], 8, 16, 2),
     ):
         expected = 1 + (parameters * per_parameter + micro * 10 * 16 * 3 * 224 * 224) / 2**30
         assert memory(capsys, *flags)[0] == pytest.approx(expected, abs=0.06), flags

@@ -34,10 +34,10 @@ from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import partial
-from itertools import chain, dropwhile, groupby, islice
+from itertools import chain, dropwhile, groupby, islice, pairwise, tee
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -1370,8 +1370,12 @@ def need_videos(videos, max_bad, root="--data-root"):
 # ----------------------------------------------------------------------------------------------------------------------
 
 LOADER_PATIENCE = 300.0  # seconds that a loader process may spend on one video before the run stops and names it
+# A loader process decodes at most so many clips before it hands them over, and 4 such pieces ahead. What waits in memory
+# is then bounded by the number of processes, not by the micro-batch, and the first one comes soon. The bytes are those of
+# 16 clips of 16 frames of 224 x 224.
+PIECE_CLIPS, PIECE_BYTES, PIECES_AHEAD = 16, 40 << 20, 4
 MORE_ROOM = (
-    "Batches wait in shared memory, up to 4 for each of --workers: take fewer workers, a smaller --micro-batch, or more "
+    f"Clips wait in shared memory, {PIECES_AHEAD} times {PIECE_CLIPS} for each of --workers: take fewer workers, or more "
     "of it (docker run --shm-size=8g)"
 )
 
@@ -1403,12 +1407,21 @@ class ClipDataset(torch.utils.data.Dataset):
     sample is left out of its batch (evaluation). Both are reported in Batch.failures; nothing is repeated or black.
     """
 
-    def __init__(self, videos, plan, size, seed, replace, views=1):
+    def __init__(self, videos, plan, size, seed, replace, views=1, frames=16):
         self.videos, self.plan, self.size, self.seed = videos, plan, size, seed
-        self.replace, self.views, self.watch = replace, views, None
+        self.replace, self.views, self.frames, self.watch = replace, views, frames, None
 
     def __len__(self):
         return len(self.videos)
+
+    def pieces(self, batch):
+        """Cut a micro-batch's list of (epoch, index) into lists of about equal length, of PIECE_CLIPS clips and
+        PIECE_BYTES at most; a sample's views stay together."""
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        clips = min(PIECE_CLIPS, PIECE_BYTES // (self.frames * 3 * height * width))
+        count = -(-len(batch) // max(1, clips // self.views))
+        cuts = [i * len(batch) // count for i in range(count + 1)]
+        return [batch[start:stop] for start, stop in pairwise(cuts)]
 
     def __getitem__(self, item):
         """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys int64 [V], index, failures)."""
@@ -1466,6 +1479,20 @@ def collate(samples):
     return Batch(*tensors, failures)
 
 
+def join(pieces, views, device):
+    """The micro-batch of which collate made `pieces`, on the device, view by view; put together there, because a GPU
+    copies faster than the host."""
+    failures = [line for piece in pieces for line in piece.failures]
+    read = [piece.to(device) for piece in pieces if len(piece.labels)]
+    if len(read) < 2:
+        return (read or pieces)[0]._replace(failures=failures)
+    columns = []
+    for parts in zip(*(piece[:4] for piece in read), strict=True):
+        parts = [part.unflatten(0, (views, -1)) for part in parts]  # [V, S of the piece, ...] each
+        columns.append(torch.cat(parts, 1).flatten(0, 1))  # [V S, ...]
+    return Batch(*columns, failures)
+
+
 class GlobalBatches:
     """The (epoch, index) lists of one rank's micro-batches, from step `start` to step `stop`, through all epochs.
 
@@ -1482,9 +1509,6 @@ class GlobalBatches:
             )
         self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
-
-    def __len__(self):
-        return (self.stop - self.start) * (self.batch_size // self.world // self.micro_batch)
 
     def __iter__(self):
         per_rank, per_epoch, shuffled = self.batch_size // self.world, self.n // self.batch_size, None
@@ -1556,12 +1580,14 @@ def _start_worker(watch, number):
     ForkingPickler.dumps(torch.empty(1).share_memory_())
 
 
-def make_loader(dataset, batches, workers, device):
+def make_loader(dataset, batches, workers, device, augment=None, waiting=nullcontext):
     """Yields the micro-batches that the lists of (epoch, index) in `batches` ask for, on the device, in their order.
 
     `workers` processes decode ahead, with one thread each; they live as long as this generator: in training, the run.
     One that dies, or is at a video for more than LOADER_PATIENCE, ends the run with a UserError that names the video;
-    so do a full shared memory, through which batches come, and a batch that nobody is at work on.
+    so do a full shared memory, through which clips come, and a batch that nobody is at work on.
+    augment(clips on the device, keys) -> clips; on a GPU this is done for the next batch while a step computes.
+    waiting: makes a context that is entered while the loader processes are waited for (Run.waiting counts its time).
     """
     handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
     try:
@@ -1574,14 +1600,16 @@ def make_loader(dataset, batches, workers, device):
                 workers, 3, dtype=torch.float64
             ).share_memory_()  # its process, index, since when
             dataset.watch[:, 2] = time.monotonic()
+        cut = dataset.pieces if workers else lambda batch: [batch]
+        batches, ahead = tee(batches)
         loader = torch.utils.data.DataLoader(
             dataset,
-            batch_sampler=batches,
+            batch_sampler=chain.from_iterable(map(cut, ahead)),
             num_workers=workers,
             collate_fn=collate,
             worker_init_fn=partial(_start_worker, dataset.watch),
             pin_memory=device.type == "cuda",
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PIECES_AHEAD if workers else None,
         )
         host = iter(loader)
     except (RuntimeError, OSError) as error:
@@ -1590,17 +1618,25 @@ def make_loader(dataset, batches, workers, device):
         _workers.update(set(multiprocessing.active_children()) - before)
     # PyTorch's handler would raise in the middle of whatever the trainer does when a worker dies; `_watched` finds out.
     signal.signal(signal.SIGCHLD, handler)
-    found = _watched(host, dataset, len(batches))
-    return _ahead(found, device) if device.type == "cuda" else (batch.to(device) for batch in found)
+
+    def prepare(pieces):
+        batch = join(pieces, dataset.views, device)
+        if augment is None or not len(batch.labels):
+            return batch
+        return batch._replace(clips=augment(batch.clips, batch.keys))
+
+    found = _watched(host, dataset, map(cut, batches), waiting)
+    return _ahead(found, prepare, device) if device.type == "cuda" else (prepare(pieces) for pieces in found)
 
 
 def _last_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _watched(host, dataset, n):
-    """Yields the n batches of a DataLoader's iterator while its workers are alive and at work. (Should it end before
-    them, its StopIteration is a RuntimeError in here, as in any generator, and no evaluation gets shorter unnoticed.)
+def _watched(host, dataset, batches, waiting):
+    """Yields the pieces of each of `batches`, a list of them, from a DataLoader's iterator while its workers are alive
+    and at work. (Should it end before them, its StopIteration is a RuntimeError in here, as in any generator, and no
+    evaluation gets shorter unnoticed.)
 
     A thread looks after the workers, because the trainer may wait for an answer of one that hangs; and ends them where
     there is trouble, because that ends the wait.
@@ -1617,11 +1653,14 @@ def _watched(host, dataset, n):
     if dataset.watch is not None:
         threading.Thread(target=look, daemon=True).start()
     try:
-        for _ in range(n):
-            asked = time.monotonic()
-            batch = next(host)
-            asked = math.inf
-            yield batch
+        for batch in batches:
+            pieces = []
+            with waiting():
+                for _ in batch:
+                    asked = time.monotonic()
+                    pieces.append(next(host))
+                    asked = math.inf
+            yield pieces
     except Exception as error:
         time.sleep(0.2)  # a process may be about to end whose connection has just ended
         trouble = trouble or _trouble(dataset, asked)
@@ -1660,17 +1699,18 @@ def _trouble(dataset, asked):
     return ""
 
 
-def _ahead(batches, device):
-    """Yields batches on a CUDA device, each copied, on a stream of its own, while the step before it computes."""
+def _ahead(batches, prepare, device):
+    """Yields what `prepare` makes of each of `batches` on a CUDA device: their copies and their augmentation, on a
+    stream of its own, while the step before computes."""
     stream, ready = torch.cuda.Stream(device), None
     for batch in chain(batches, [None]):
         following = batch
         if batch is not None:
             with torch.cuda.stream(stream):
-                following = batch.to(device), stream.record_event()
+                following = prepare(batch), stream.record_event()
         if ready:
-            batch, copied = ready
-            copied.wait(torch.cuda.current_stream(device))
+            batch, prepared = ready
+            prepared.wait(torch.cuda.current_stream(device))
             for tensor in batch[:2]:  # clips, labels
                 if tensor.is_cuda:
                     tensor.record_stream(torch.cuda.current_stream(device))  # its memory is in use there from now on

@@ -598,6 +598,93 @@ def test_workers_live_across_epochs(toy):
     assert not any(os.path.exists(f"/proc/{pid:.0f}") for pid in both)
 
 
+def test_pieces_of_a_micro_batch():
+    """At most 16 clips and 40 MB each, of about equal length, in order; a video's views stay together."""
+
+    def lengths(n, size=224, **options):
+        batch = [(0, i) for i in range(n)]
+        pieces = data.ClipDataset((), None, size, 0, replace=True, **options).pieces(batch)
+        assert [item for piece in pieces for item in piece] == batch
+        return [len(piece) for piece in pieces]
+
+    assert lengths(16) == [16] and lengths(1) == [1]
+    assert sorted(lengths(40)) == [13, 13, 14] and lengths(64) == [16] * 4
+    assert lengths(6, views=4) == [3, 3] and lengths(2, views=15) == [1, 1]
+    assert lengths(2, views=100) == [1, 1]
+    assert lengths(8, frames=128) == [2] * 4  # of 19 MB
+    assert lengths(3, size=(720, 1280), frames=64) == [1] * 3  # of 177 MB
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_batch_is_the_same_in_pieces(toy, replace, tmp_path, monkeypatch):
+    """Clips, labels, keys, places and failures, in their order, where several videos, and all of a piece, can't be
+    read."""
+    lines = (toy / "train.csv").read_text().splitlines()
+    for i in (1, 6, 7, 8, 9):
+        lines[i] = f"gone_{i}.mp4,left"
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    videos = data.VideoList(tmp_path / "list.csv", toy)
+    dataset = data.ClipDataset(videos, plain_plan, 32, seed=3, replace=replace, views=2)
+    order = [(2, i) for i in range(16)]
+    lists = [order[:14], order[14:], order[6:10], order[3:6]]
+    whole = list(data.make_loader(dataset, lists, 0, CPU))
+    monkeypatch.setattr(data, "PIECE_CLIPS", 4)
+    assert [len(piece) for piece in dataset.pieces(lists[0])] == [2] * 7
+    parts = list(data.make_loader(dataset, iter(lists), 2, CPU))
+    assert len(parts) == len(whole) == 4
+    for a, b in zip(whole, parts, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True))
+        assert a.failures == b.failures
+    assert len(whole[0].labels) == (28 if replace else 18) and len(whole[0].failures) >= 5
+
+
+def test_what_waits_is_bounded_by_the_processes(toy):
+    """However large the micro-batch: 4 pieces of 16 clips a process beyond what was handed over."""
+    videos = data.VideoList(toy / "train.csv", toy)
+    count = torch.zeros(2, dtype=torch.int64).share_memory_()
+
+    def plan(video, index, view, key):
+        count[torch.utils.data.get_worker_info().id] += 1
+        return [0], None
+
+    dataset = data.ClipDataset(videos, plan, 32, seed=0, replace=True)
+    batches = data.make_loader(dataset, [[(0, i % 16) for i in range(96)]] * 20, 2, CPU)
+    next(batches)
+    wanted = 96 + 2 * 4 * 16
+    deadline = time.monotonic() + 30
+    while count.sum() < wanted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)  # for more than that to come
+    assert count.sum() == wanted
+
+
+def test_only_the_loader_counts_as_waiting(toy):
+    """Not the augmentation, which sees every batch on its device, once and in order."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def waiting():
+        inside.append(1)
+        yield
+        inside.pop()
+
+    def plan(video, index, view, key):
+        assert inside
+        return [0], None
+
+    def augment(clips, keys):
+        assert not inside and len(clips) == len(keys)
+        seen.append(keys.tolist())
+        return clips + 1
+
+    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plan, 32, seed=0, replace=True)
+    lists = [[(0, i), (0, i + 1)] for i in range(0, 16, 2)]
+    plain = list(data.make_loader(dataset, lists, 0, CPU, waiting=waiting))
+    changed = list(data.make_loader(dataset, lists, 0, CPU, augment, waiting))
+    assert seen == [batch.keys.tolist() for batch in plain]
+    assert all(torch.equal(a.clips + 1, b.clips) for a, b in zip(plain, changed, strict=True))
+
+
 def test_copies_run_one_batch_ahead(monkeypatch):
     """On a fake device: every batch comes once, in order, its copy waited for, and the next copy already begun."""
     events = []
@@ -610,16 +697,14 @@ def test_copies_run_one_batch_ahead(monkeypatch):
             number = sum(kind == "copy" for kind, _ in events)
             return SimpleNamespace(wait=lambda stream: events.append(("wait", number)))
 
-    class Fake(data.Batch):
-        def to(self, device):
-            events.append(("copy", int(self.index)))
-            return self
+    def prepare(number):
+        events.append(("copy", number))
+        return data.Batch(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor(number), [])
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    batches = (Fake(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor(i), []) for i in (1, 2, 3))
-    for batch in data._ahead(batches, CPU):
+    for batch in data._ahead((1, 2, 3), prepare, CPU):
         events.append(("step", int(batch.index)))
     order = "copy 1, copy 2, wait 1, step 1, copy 3, wait 2, step 2, wait 3, step 3"
     assert ", ".join(f"{kind} {n}" for kind, n in events) == order

@@ -1386,8 +1386,8 @@ def main(cfg):
             group["lr"] = lr * group["lr_scale"]
         parts, indices = [], []
         for i in range(accumulation):
-            with run.waiting():
-                batch = next(batches)
+            batch = next(batches)
+            run.wait(batch.waited)
             failures.add(batch, micro)
             clips = data.flip(batch.clips, batch.keys) if cfg.flip else batch.clips  # [B, T, C, H, W], uint8
             keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]

@@ -961,14 +961,10 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    @contextlib.contextmanager
-    def waiting(self):
-        """Count the time spent inside as waiting for data (`data_wait` in the log)."""
-        start = time.time()
-        yield
-        wait = time.time() - start
-        self.waited += wait
-        self.longest_wait = max(self.longest_wait, wait)
+    def wait(self, seconds):
+        """Count a batch's wait for data (`data_wait` in the log)."""
+        self.waited += seconds
+        self.longest_wait = max(self.longest_wait, seconds)
 
     def waits_too_long(self, seconds):
         """Whether an interval of so many seconds is the run's first that waited for data for more than a tenth of it.
@@ -1141,8 +1137,8 @@ class Trainer(Run):
         pass only."""
         self.indices = []
         for i in range(self.accumulation):
-            with self.waiting():
-                batch = next(self.batches)
+            batch = next(self.batches)
+            self.wait(batch.waited)
             self.failures.add(batch, self.micro_batch)
             self.indices.append(batch.index)
             with self.ctx.sync(self.model, last=i == self.accumulation - 1):

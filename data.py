@@ -34,10 +34,10 @@ from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
-from itertools import chain, dropwhile, groupby, islice, pairwise, tee
+from itertools import chain, dropwhile, groupby, islice, pairwise, starmap, tee
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -1391,6 +1391,7 @@ class Batch(NamedTuple):
     keys: torch.Tensor  # int64 [B], of (seed, epoch, index, view): all later draws for these clips hash from them
     index: torch.Tensor  # int64 [B], place in the list; it and the keys stay on the CPU
     failures: list  # one line a video that could not be read
+    waited: float = 0.0  # seconds that the trainer waited for the loader processes
 
     def to(self, device):
         """Copy to the device; from pinned memory the copy overlaps with what the GPU is doing."""
@@ -1527,8 +1528,9 @@ def every_sample(n, batch_size, rank=0, world=1):
     return [[(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)]
 
 
-def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx):
-    """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see GlobalBatches."""
+def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx, augment=None):
+    """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see GlobalBatches. augment:
+    see make_loader."""
     views = dataset.views  # clips of a video, which stay together
     order = GlobalBatches(
         len(dataset),
@@ -1540,7 +1542,7 @@ def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx
         ctx.rank,
         ctx.world,
     )
-    return make_loader(dataset, order, workers, ctx.device)
+    return make_loader(dataset, order, workers, ctx.device, augment)
 
 
 def test_batches(dataset, clips, workers, ctx, failures, shared=True):
@@ -1580,14 +1582,13 @@ def _start_worker(watch, number):
     ForkingPickler.dumps(torch.empty(1).share_memory_())
 
 
-def make_loader(dataset, batches, workers, device, augment=None, waiting=nullcontext):
+def make_loader(dataset, batches, workers, device, augment=None):
     """Yields the micro-batches that the lists of (epoch, index) in `batches` ask for, on the device, in their order.
 
     `workers` processes decode ahead, with one thread each; they live as long as this generator: in training, the run.
     One that dies, or is at a video for more than LOADER_PATIENCE, ends the run with a UserError that names the video;
     so do a full shared memory, through which clips come, and a batch that nobody is at work on.
     augment(clips on the device, keys) -> clips; on a GPU this is done for the next batch while a step computes.
-    waiting: makes a context that is entered while the loader processes are waited for (Run.waiting counts its time).
     """
     handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
     try:
@@ -1619,23 +1620,23 @@ def make_loader(dataset, batches, workers, device, augment=None, waiting=nullcon
     # PyTorch's handler would raise in the middle of whatever the trainer does when a worker dies; `_watched` finds out.
     signal.signal(signal.SIGCHLD, handler)
 
-    def prepare(pieces):
-        batch = join(pieces, dataset.views, device)
+    def prepare(pieces, waited):
+        batch = join(pieces, dataset.views, device)._replace(waited=waited)
         if augment is None or not len(batch.labels):
             return batch
         return batch._replace(clips=augment(batch.clips, batch.keys))
 
-    found = _watched(host, dataset, map(cut, batches), waiting)
-    return _ahead(found, prepare, device) if device.type == "cuda" else (prepare(pieces) for pieces in found)
+    found = starmap(prepare, _watched(host, dataset, map(cut, batches)))
+    return _ahead(found, device) if device.type == "cuda" else found
 
 
 def _last_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def _watched(host, dataset, batches, waiting):
-    """Yields the pieces of each of `batches`, a list of them, from a DataLoader's iterator while its workers are alive
-    and at work. (Should it end before them, its StopIteration is a RuntimeError in here, as in any generator, and no
+def _watched(host, dataset, batches):
+    """Yields (the pieces of each of `batches`, a list of them, from a DataLoader's iterator; the seconds that they took)
+    while its workers are alive and at work. (Should it end before them, its StopIteration is a RuntimeError in here, as in any generator, and no
     evaluation gets shorter unnoticed.)
 
     A thread looks after the workers, because the trainer may wait for an answer of one that hangs; and ends them where
@@ -1654,13 +1655,12 @@ def _watched(host, dataset, batches, waiting):
         threading.Thread(target=look, daemon=True).start()
     try:
         for batch in batches:
-            pieces = []
-            with waiting():
-                for _ in batch:
-                    asked = time.monotonic()
-                    pieces.append(next(host))
-                    asked = math.inf
-            yield pieces
+            pieces, began = [], time.monotonic()
+            for _ in batch:
+                asked = time.monotonic()
+                pieces.append(next(host))
+                asked = math.inf
+            yield pieces, time.monotonic() - began
     except Exception as error:
         time.sleep(0.2)  # a process may be about to end whose connection has just ended
         trouble = trouble or _trouble(dataset, asked)
@@ -1699,22 +1699,23 @@ def _trouble(dataset, asked):
     return ""
 
 
-def _ahead(batches, prepare, device):
-    """Yields what `prepare` makes of each of `batches` on a CUDA device: their copies and their augmentation, on a
-    stream of its own, while the step before computes."""
+def _ahead(batches, device):
+    """Yields batches on a CUDA device, each made, by its copies and its augmentation, on a stream of its own while the
+    step before computes."""
     stream, ready = torch.cuda.Stream(device), None
-    for batch in chain(batches, [None]):
-        following = batch
-        if batch is not None:
-            with torch.cuda.stream(stream):
-                following = prepare(batch), stream.record_event()
+    while True:
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            following = batch, stream.record_event()
         if ready:
-            batch, prepared = ready
-            prepared.wait(torch.cuda.current_stream(device))
+            batch, made = ready
+            made.wait(torch.cuda.current_stream(device))
             for tensor in batch[:2]:  # clips, labels
                 if tensor.is_cuda:
                     tensor.record_stream(torch.cuda.current_stream(device))  # its memory is in use there from now on
             yield batch
+        if following[0] is None:
+            return
         ready = following
 
 

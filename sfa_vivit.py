@@ -894,8 +894,8 @@ def clips_of(cfg, videos, frames, views=None):
     share = cfg.crop_share if cfg.crop else None
     plan = partial(sample_clip, videos=videos, frames=frames, stride=cfg.stride, crop_share=share, views=views)
     if views is None:
-        return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True)
-    return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views))
+        return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True, frames=frames)
+    return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views), frames=frames)
 
 
 def test_batches(cfg, ctx, videos, frames, views, failures):
@@ -994,13 +994,21 @@ def main(cfg):
         f"on {ctx.device}; steps {run.step} to {total}"
     )
 
+    augmented = partial(augment, colour_jitter=cfg.colour_jitter, rand_augment=cfg.rand_augment, flip=cfg.flip)
     for stage in stages[run.at["stage"] :]:
         if stage.number > run.at["stage"]:
             run.at |= {"stage": stage.number, "best": -1.0, "curve": []}
         optimizer = enter_stage(cfg, ctx, run, net, stage)
         run.prepare(net, optimizer, stage=tuple(stage), classes=videos.classes)
         batches = data.training_batches(
-            clips_of(cfg, videos, stage.frames), cfg.batch_size, micro, run.step, stage.stop, cfg.workers, ctx
+            clips_of(cfg, videos, stage.frames),
+            cfg.batch_size,
+            micro,
+            run.step,
+            stage.stop,
+            cfg.workers,
+            ctx,
+            augmented,
         )
         failures = data.Failures(len(videos), cfg.max_bad)
         run.begin(
@@ -1013,10 +1021,9 @@ def main(cfg):
         while run.step < stage.stop:
             lr = common.cosine(run.step - stage.start, steps, warmup, cfg.lr, cfg.min_lr)
             for batch in run.micro_batches():
-                clips = augment(batch.clips, batch.keys, cfg.colour_jitter, cfg.rand_augment, cfg.flip)
                 targets = soft_targets(batch.labels, heads, cfg.label_smoothing)  # [B, classes]
-                clips, targets = data.mix(clips, targets, (cfg.seed, run.step), cfg.mixup, 0.0)
-                keys = batch.keys.to(ctx.device, non_blocking=True)  # [B], for drop path
+                clips, targets = data.mix(batch.clips, targets, (cfg.seed, run.step), cfg.mixup, 0.0)
+                keys = data.to_device(batch.keys, ctx.device)  # [B], for drop path
                 with run.forward():
                     logits = run.model(clips, keys)  # [B, classes]
                     loss = vivit_loss(logits, targets, heads)  # [B]

@@ -1142,8 +1142,8 @@ def main(cfg):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
             for i in range(accumulation):
-                with run.waiting():
-                    batch = next(batches)
+                batch = next(batches)
+                run.wait(batch.waited)
                 failures.add(batch, micro)
                 clips = batch.clips  # [B, T, C, H, W], uint8
                 if cfg.rand_augment:

@@ -1147,8 +1147,8 @@ def main(cfg):
             group["lr"] = lr * group["lr_scale"]
         ready = []  # this rank's micro-batches
         for _ in range(accumulation):
-            with run.waiting():
-                batch = next(batches)
+            batch = next(batches)
+            run.wait(batch.waited)
             failures.add(batch, micro)
             clips = batch.clips  # [B, T, C, H, W], uint8
             if cfg.rand_augment:

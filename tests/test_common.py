@@ -1100,9 +1100,8 @@ def test_log_line(start, monkeypatch, capsys):
     run, now = start(), 1000.0
     run.started = run.logged = now
     monkeypatch.setattr(common.time, "time", lambda: now)
-    with run.waiting():
-        now += 25
-    now += 75
+    run.wait(25)
+    now += 100
     run.log({"loss": 0.123456, "lr": 1e-4}, 10, 10 + 25920)  # 100 s for 10 steps of 4 clips
     record = [*run.records()][-1]
     assert record == {
@@ -1126,9 +1125,8 @@ def test_log_says_once_that_the_loader_is_too_slow(start, monkeypatch, capsys):
     def interval(step, *waits):
         nonlocal now
         for wait in waits:
-            with run.waiting():
-                now += wait
-        now += 40 - sum(waits)
+            run.wait(wait)
+        now += 40
         run.log({"loss": 1.0}, step, 100)
         return capsys.readouterr().out
 

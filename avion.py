@@ -1286,6 +1286,7 @@ def search(net, videos, tokenizer, cfg, ctx):
                 print(f"{scores[i]:.3f}  {start:7.1f} - {end:.1f} s  {path}")
 
 
+@common.in_one_line
 def main(cfg):
     check(cfg)
     cfg = common.without_random(cfg)

@@ -174,19 +174,45 @@ def attention(q, k, v, kind="auto", causal=False):
     """
     if kind == "auto":
         half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-        kind = "flash" if flash_attn_func is not None and half else "sdpa"
+        kind = "flash" if half and flash_attn_func is not None and _takes_flash(q.device.index) else "sdpa"
     if kind == "flash":
-        if flash_attn_func is None:
-            raise UserError("--attention flash needs the flash-attn package (and CUDA); leave --attention at auto")
+        if flash_attn_func is None or not (q.is_cuda and _takes_flash(q.device.index)):
+            raise UserError(
+                "--attention flash needs the flash-attn package and a card of compute capability 8.0 (Ampere) or later; "
+                "leave --attention at auto"
+            )
         return flash_attn_func(q, k, v, causal=causal)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
     if kind == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)  # [B, N, H, d]
+        return _sdpa(q, k, v, causal).transpose(1, 2)  # [B, N, H, d]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)  # [N, N], True: may not see
         scores = scores.masked_fill(future, float("-inf"))
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)  # [B, N, H, d]
+
+
+def _takes_flash(index):
+    """Whether flash-attn runs on a CUDA device: it refuses what came before Ampere."""
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+_takes_flash._dynamo_marked_constant = True  # as _crc32
+
+
+# A CUDA kernel's grid takes up to 65,535 sequences x heads in the dimension that SDPA's have for them, and its 32-bit
+# offsets reach 2^31 elements. Of whole clips no batch is as large; of the tokens of a batch, each a sequence, some are.
+SDPA_ROWS, SDPA_ELEMENTS = 65_535, 2**31 - 1
+
+
+def _sdpa(q, k, v, causal):
+    """SDPA of [B, H, N, d], in pieces of the batch where it is too large for one: [B, H, N, d]."""
+    clip = max(x[0].numel() for x in (q, k, v))
+    rows = max(1, min(SDPA_ROWS // q.shape[1], SDPA_ELEMENTS // clip))
+    if len(q) <= rows:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    pieces = zip(q.split(rows), k.split(rows), v.split(rows), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*piece, is_causal=causal) for piece in pieces])
 
 
 class Attention(nn.Module):
@@ -535,12 +561,63 @@ def launch(precision="auto"):
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "fp32" if not cuda else "bf16" if bf16 else "fp16"
     ctx = Context(rank, world, device, precision)
+    if cuda:
+        check_card(device)
+    if cuda and precision != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32: what autocast leaves in float32 needs no more
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
             sys.excepthook = partial(_report_lost_rank, sys.excepthook)
         ctx.side_group = dist.new_group(backend="gloo")
     return ctx
+
+
+def check_card(device):
+    """UserError where this build of PyTorch has no code for the card: its first kernel would say so, or be wrong."""
+    builds = torch.cuda.get_arch_list() if torch.version.cuda else []  # such as sm_75, compute_120
+    major, minor = torch.cuda.get_device_capability(device)
+    for build in builds:
+        kind, _, number = build.partition("_")
+        number = int(re.match("[0-9]+", number)[0])  # sm_90a is 90
+        older = number <= 10 * major + minor
+        same = number // 10 == major
+        if older and (same or kind == "compute"):  # machine code is of one major version; "compute" is compiled at load
+            return
+    if builds:
+        version = torch.__version__.partition("+")[0]
+        cu126 = f"`pip install torch=={version} --index-url https://download.pytorch.org/whl/cu126`, for CUDA 12.6"
+        raise UserError(
+            f"PyTorch {torch.__version__} has no code for {torch.cuda.get_device_name(device)} (sm_{major}{minor}), only "
+            f"for {' '.join(builds)}; install {cu126 if major < 8 else 'a newer one'}, or hide the card "
+            'with CUDA_VISIBLE_DEVICES=""'
+        )
+
+
+# What torch's compilers say where a machine has not what they need: inductor on the CPU; Triton; inductor on a card.
+_NO_COMPILER = (
+    r"No working C\+\+ compiler|Failed to find C compiler|working triton installation|too old to be supported"
+)
+
+
+def in_one_line(main):
+    """Decorator of a script's main: what a machine lacks, and a flag makes up for, ends it with one line that says so."""
+
+    @functools.wraps(main)
+    def call(*args, **options):
+        try:
+            return main(*args, **options)
+        except torch.OutOfMemoryError as error:
+            why = ". ".join(str(error).split(". ")[:2])
+            flags = "a lower --micro-batch, or --grad-checkpoint, takes less (--plan counts it)"
+            raise UserError(f"{why}: {flags}") from None
+        except RuntimeError as error:
+            found = re.search(f"[^\n]*({_NO_COMPILER})[^\n]*", str(error))
+            if not found:
+                raise
+            raise UserError(f"{found[0].strip()}: install what it names, or run with --no-compile") from None
+
+    return call
 
 
 @atexit.register  # while this module is imported: atexit calls its first entry last, once loaders are ended

@@ -964,6 +964,7 @@ def augment(clips, keys, colour_jitter, rand_augment, flip):
     return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]
 
 
+@common.in_one_line
 def main(cfg):
     check(cfg)
     cfg = common.without_random(cfg)

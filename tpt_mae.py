@@ -346,9 +346,10 @@ class DividedBlock(Block):
     branches = ("attn", "mlp", "attn.time")
 
     def __init__(self, dim, heads, kind="auto", **options):
+        kind = "sdpa" if kind != "plain" else kind  # flash-attn has no pieces: see common.SDPA_ROWS
         super().__init__(dim, heads, kind=kind, **options)
         self.temporal_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.temporal_attn = Attention(dim, heads, kind)
+        self.temporal_attn = Attention(dim, heads, kind)  # of B K sequences, 12,544 of 64 clips
         self.temporal_fc = nn.Linear(dim, dim)
 
     @common.region
@@ -372,7 +373,8 @@ class TrajectoryAttention(Attention):
     """
 
     def __init__(self, dim, heads, kind="auto"):
-        super().__init__(dim, heads, kind)
+        # Step 2 has B N sequences of one query: more than flash-attn takes, and nothing for it to win (common.SDPA_ROWS).
+        super().__init__(dim, heads, "sdpa" if kind != "plain" else kind)
         self.trajectory_q = nn.Linear(dim, dim)
         self.trajectory_kv = nn.Linear(dim, 2 * dim)
 
@@ -1048,6 +1050,7 @@ def search_schedule(cfg, ctx):
     return ranking
 
 
+@common.in_one_line
 def main(cfg):
     check(cfg)
     cfg = common.without_random(cfg)

@@ -1053,6 +1053,7 @@ def write_features(net, videos, cfg, ctx):
     common.write_features(cfg.out or f"runs/turbo-{cfg.recipe}", shape, parts(), failures, ctx)
 
 
+@common.in_one_line
 def main(cfg):
     check(cfg)
     cfg = common.without_random(cfg)

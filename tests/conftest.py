@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: tests are of the CPU, tests/cuda.py is of a GPU
+
 import pytest
 from forked import Forked, Ranks
 

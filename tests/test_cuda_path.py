@@ -7,6 +7,7 @@ Nothing here needs a card or a C++ compiler: graphs are captured as for CUDA, an
 import contextlib
 import json
 import math
+import os
 
 import pytest
 import small
@@ -356,3 +357,175 @@ def test_two_ranks_compiled(tmp_path):
     assert process.returncode == 0 and "Warning" not in err, out + err
     models, graphs = (int(word.split()[0]) for word in out.split(",")[:2])
     assert models == 14 and graphs <= 6 * models and "{} breaks" in out, out
+
+
+# ---- Attention's kernels ---------------------------------------------------------------------------------------------
+
+
+class Flash:
+    """flash-attn's function as it looks from outside: notes what it is handed, and does nothing."""
+
+    def __init__(self):
+        self.shapes = []
+
+    def __call__(self, q, k, v, causal=False):
+        self.shapes.append(tuple(q.shape))
+        return torch.empty_like(q)
+
+
+class OnCard(torch.Tensor):
+    """A CPU tensor that says it is on a card."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+
+
+def on_card(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape).to(dtype).as_subclass(OnCard)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """set(major, minor): flash-attn is installed, and the card has that capability."""
+    flash = Flash()
+    monkeypatch.setattr(common, "flash_attn_func", flash)
+
+    def set(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        return flash
+
+    return set
+
+
+@pytest.mark.parametrize("capability, calls", [((7, 0), 0), ((7, 5), 0), ((8, 0), 1), ((9, 0), 1), ((12, 0), 1)])
+def test_flash_is_chosen_where_it_runs(card, capability, calls):
+    """Its README: Ampere, Ada and later, in half precision. Asked for on another card, it is refused in one line."""
+    flash, x = card(*capability), on_card(2, 8, 2, 16)
+    assert common.attention(x, x, x).shape == x.shape and len(flash.shapes) == calls
+    common.attention(*[x.float()] * 3)
+    assert len(flash.shapes) == calls
+    if not calls:
+        with pytest.raises(common.UserError, match="capability 8.0"):
+            common.attention(x, x, x, kind="flash")
+
+
+@pytest.mark.parametrize("kind", ["auto", "flash"])
+@pytest.mark.parametrize("backbone, calls", [("joint", 2), ("divided", 0), ("trajectory", 0)])
+def test_flash_is_kept_from_a_token_a_sequence(card, backbone, calls, kind):
+    """Encoder of two blocks: those that attend over time have a sequence a token."""
+    flash = card(9, 0)
+    net = tpt_mae.Classifier(8, "two", 4, 32, backbone, attention=kind).to(torch.bfloat16)
+    steps = {} if backbone == "joint" else {"steps": 2}
+    common.run_blocks(net.blocks, on_card(2, 32, 64), **steps)
+    assert len(flash.shapes) == calls
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_large_batches_go_in_pieces(monkeypatch, causal):
+    """No call is over either limit, each is as large as they allow, and all of it is what one call gives."""
+    q, k, v = torch.randn(3, 11, 3, 2, 4, dtype=torch.float64, requires_grad=True).unbind()  # [B, N, H, d]
+    expected = common.attention(q, k, v, "plain", causal)
+    sizes = []
+
+    def fused(q, k, v, is_causal, real=torch.nn.functional.scaled_dot_product_attention):
+        sizes.append(len(q))
+        return real(q, k, v, is_causal=is_causal)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    for limit, value, pieces in (
+        ("SDPA_ROWS", 9, [4, 4, 3]),  # 2 heads: 8 of 9
+        ("SDPA_ELEMENTS", 5 * 24 + 1, [5, 5, 1]),
+        ("SDPA_ROWS", 1, [1] * 11),  # never none
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(common, limit, value)
+            torch.testing.assert_close(common.attention(q, k, v, "sdpa", causal), expected)
+        assert sizes == pieces
+        sizes.clear()
+    torch.testing.assert_close(common.attention(q, k, v, "sdpa", causal), expected)
+    assert sizes == [11]
+
+
+def test_trajectories_of_many_clips_stay_below_the_limit(monkeypatch):
+    """64 clips of 16 frames at 224 x 224, as fine-tuned: 100,352 sequences of 12 heads."""
+    rows = []
+
+    def fused(q, k, v, is_causal):
+        rows.append(len(q) * q.shape[1])
+        assert max(x.numel() for x in (q, k, v)) < 2**31
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    block = tpt_mae.TrajectoryBlock(768, 12).to("meta")
+    assert block(torch.empty(64, 1568, 768, device="meta"), steps=8).shape == (64, 1568, 768)
+    assert max(rows) <= 65_535 and sum(rows) == 64 * 8 * 12 + 64 * 1568 * 12
+
+
+# ---- What a machine lacks --------------------------------------------------------------------------------------------
+
+
+@common.in_one_line
+def fail(error):
+    raise error
+
+
+def test_out_of_memory_names_the_flags():
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is free."
+    with pytest.raises(common.UserError) as found:
+        fail(torch.OutOfMemoryError(text))
+    line = str(found.value)
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 2.50 GiB: ")
+    assert "--micro-batch" in line and "--grad-checkpoint" in line and "\n" not in line
+
+
+def test_other_errors_keep_their_traceback():
+    for error in (RuntimeError("shape mismatch"), ValueError("x")):
+        with pytest.raises(type(error)) as found:
+            fail(error)
+        assert found.value is error
+
+
+def test_no_compiler_names_the_flag(monkeypatch):
+    """As inductor raises it where there is none; and Triton, for a card."""
+    import torch._inductor.config
+
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(torch._inductor.config, "fx_graph_cache", False)
+    double = common.compiled(lambda x: 2 * x + 1.5, CPU, True)
+    with pytest.raises(common.UserError, match="C.. compiler.*--no-compile"):
+        common.in_one_line(double)(torch.ones(3))
+    triton = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
+    with pytest.raises(common.UserError, match="CC environment variable.*--no-compile"):
+        fail(RuntimeError(f"backend='inductor' raised:\nRuntimeError: {triton}\n\nSet TORCHDYNAMO_VERBOSE=1"))
+
+
+PYPI = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"  # torch.cuda.get_arch_list() of 2.13.0 from PyPI
+
+
+@pytest.mark.parametrize(
+    "capability, builds, word",
+    [((7, 0), PYPI, "cu126"), ((6, 1), PYPI, "cu126"), ((7, 5), PYPI, ""), ((8, 0), PYPI, ""), ((8, 9), PYPI, ""),
+     ((9, 0), PYPI, ""), ((12, 1), PYPI, ""), ((13, 0), PYPI, "newer"), ((13, 0), f"{PYPI} compute_120", ""),
+     ((9, 0), "sm_80 sm_90a", ""), ((7, 0), "sm_50 sm_60 sm_70 sm_75", ""), ((11, 0), PYPI, "newer")],
+)  # fmt: skip
+def test_a_card_that_the_build_has_no_code_for(monkeypatch, capability, builds, word):
+    """NVIDIA: code of sm_XY runs on cards of that X whose minor version is at least Y."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", builds.split)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some Card")
+    if not word:
+        return common.check_card(torch.device("cuda", 0))
+    with pytest.raises(common.UserError) as found:
+        common.check_card(torch.device("cuda", 0))
+    assert word in str(found.value) and "Some Card" in str(found.value) and "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("script", ["turbo", "avion", "tpt_mae", "sfa_vivit"])
+def test_mains_end_in_one_line(script):
+    assert "@common.in_one_line\ndef main(cfg):" in (ROOT / f"{script}.py").read_text()
+
+
+def test_tests_hide_the_gpu():
+    """Also from a run that they start."""
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()

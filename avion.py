@@ -1339,6 +1339,7 @@ def main(cfg):
     elif cfg.init:
         loaded = common.load_weights(net, fit_weights(start, net, cfg), cfg.init)
         run.say(f"{loaded}; activation, eps, mean and std of pixels: {style}'s")
+    state = start = None  # its memory is free
     common.compile_model(net, ctx, cfg.compile)
     model = ctx.wrap(net)
     run.say(

@@ -1091,6 +1091,7 @@ def main(cfg):
         meter.load(state["sums"], ctx)
     elif cfg.init:
         run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
+    state = None  # its memory is free
     common.compile_model(net, ctx, cfg.compile)
     masked_error = common.compiled(mae_loss, ctx, cfg.compile)
     model = ctx.wrap(net)

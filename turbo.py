@@ -1101,6 +1101,7 @@ def main(cfg):
         meter.load(state["sums"], ctx)
     elif cfg.init:
         run.say(init_weights(cfg.init, net))
+    state = None  # its memory is free
     common.compile_model(net, ctx, cfg.compile)
     losses_of, error_of = (common.compiled(loss, ctx, cfg.compile) for loss in (turbo_loss, partial_mae))
     model = ctx.wrap(net)

@@ -529,3 +529,42 @@ def test_mains_end_in_one_line(script):
 def test_tests_hide_the_gpu():
     """Also from a run that they start."""
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+
+
+# A script's own main(), which must have let go of the checkpoint that it went on from by the end of its first step.
+GOING_ON = """
+import gc, sys, weakref
+sys.path.insert(0, {root!r})
+import common, {script} as script
+loaded = []
+def load(path, real=common.load_checkpoint):
+    state = real(path)
+    loaded.extend(weakref.ref(x) for x in state["model"].values())
+    return state
+def advance(self, *args, real=common.Run.advance):
+    gc.collect()
+    print(len(loaded), "loaded,", sum(x() is not None for x in loaded), "kept")
+    return real(self, *args)
+common.load_checkpoint, common.Run.advance = load, advance
+script.main(common.parse(script.Config, script.RECIPES))
+"""
+
+
+@pytest.mark.parametrize("script, stages", [("turbo", []), ("tpt_mae", ["2:100"]), ("sfa_vivit", ["2:1"])])
+def test_a_resumed_run_keeps_no_checkpoint(script, stages, toy_args, cli, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(GOING_ON.format(root=str(ROOT), script=script))
+    args = [driver, *toy_args[:6], "--batch-size", 4, "--size", 32, "--workers", 0, "--save-minutes", 0]
+    args += [flag for flag in ("--stages", *stages) if stages]
+    args += ["--then", ""] if script == "tpt_mae" else []
+    args += ["--max-steps", 4, "--out", tmp_path / "run"]
+    first = cli(*args)
+    assert first[0] == 0 and "0 loaded" in first[1], first
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert state["at"]["step"] == 4
+    state["at"] |= {"step": 2, "evaluated": 0}
+    state["records"] = 0
+    torch.save(state, tmp_path / "run/last.pt")
+    code, out, err = cli(*args)
+    assert code == 0, out + err
+    assert f"{len(state['model'])} loaded, 0 kept" in out and "steps 2 to 4" in out, out

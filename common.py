@@ -1177,7 +1177,7 @@ class Trainer(Run):
         a checkpoint holds beside them, such as the names of the classes.
         """
         self.net, self.optimizer, self.more = net, optimizer, more
-        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.trained = [p for p in net.parameters() if p.requires_grad]
         self.scaler = loss_scaler(self.ctx)  # outside fp16 it only skips updates that are not finite
         if self.state:
             net.load_state_dict(self.state["model"])
@@ -1310,6 +1310,23 @@ class Trainer(Run):
         state |= {"scaler": self.scaler.state_dict(), "at": self.at}
         self.save(state | {"sums": self.meter.state(self.ctx)} | self.more, *names)
         return True
+
+
+class Sums:
+    """An evaluation's sums by name, over this rank's batches, and at the end over all ranks."""
+
+    def __init__(self, ctx, *names):
+        self.ctx = ctx
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=ctx.device) for name in names}
+
+    def add(self, name, values):
+        """values: a tensor, an array or a number."""
+        self.sums[name] += torch.as_tensor(values).double().sum()
+
+    def read(self):
+        """{name: number}; every rank must call it."""
+        totals = self.ctx.sum(torch.stack([*self.sums.values()]))
+        return dict(zip(self.sums, totals.tolist(), strict=True))
 
 
 def write_features(folder, shape, parts, failures, ctx):

@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -57,6 +58,7 @@ from common import (
     gather_tokens,
     gpu_clips,
     make_key,
+    new_array,
     permutation,
     replacing,
     uniform,
@@ -1363,6 +1365,108 @@ def need_videos(videos, max_bad, root="--data-root"):
             f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing ({missing[0]} ...): is {root} "
             f"right? (--max-bad {max_bad:g} allows a few)"
         )
+
+
+# Sentences become features of a frozen language model once, in a file that training maps into memory
+# (Turbo, Sec. 4.2).
+
+
+def hash_words(text, width=256):
+    """A sentence as a unit vector, float32 [width], without a model: words and pairs of neighbours, each
+    at a place and with a sign that its hash gives (Weinberger et al. 2009). Enough to tell toy sentences
+    apart."""
+    words = re.findall(r"\w+", text.lower())
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
+    vector = np.zeros(width, np.float32)
+    for term in [*words, *pairs]:
+        code = zlib.crc32(term.encode())
+        vector[code % width] += 1 if code >> 31 else -1
+    return vector / max(np.linalg.norm(vector), 1e-6)
+
+
+def _language_model(name, device):
+    """(tokenizer, encoder) of a Hugging Face text model; of an encoder-decoder the encoder."""
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise UserError(f"--text-model {name} needs `pip install transformers`; hashing doesn't") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        net = AutoModel.from_pretrained(name)
+    except Exception as error:  # no such folder or name, no network, a missing package: anything is raised
+        raise UserError(f"--text-model {name}: {(str(error) or repr(error)).splitlines()[0]}") from error
+    net = net.get_encoder() if net.config.is_encoder_decoder else getattr(net, "text_model", net)
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer, net.to(device).eval()
+
+
+@torch.no_grad()
+def encode_sentences(texts, model, device):
+    """Yields float16 [b, width] of consecutive sentences: the first token's output of a language model,
+    a hub name or folder; or hash_words, model "hashing"."""
+    batches = ([texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256))
+    if model == "hashing":
+        for batch in batches:
+            yield np.stack([hash_words(text) for text in batch]).astype(np.float16)
+        return
+    tokenizer, net = _language_model(model, device)
+    places = (getattr(net.config, "max_position_embeddings", 0) or 512) - 2  # MPNet's, RoBERTa's begin at 2
+    length = min(128, places, tokenizer.model_max_length)
+    for batch in batches:
+        tokens = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        part = net(**tokens.to(device)).last_hidden_state[:, 0].half().cpu()  # [b, width]
+        # The first token of a causal model sees no other: it says nothing of the sentence.
+        alike = len(set(batch)) > 1 and (part == part[0]).all()
+        if alike or not part.isfinite().all():
+            raise UserError(f"--text-model {model}: its first output token is not finite, or the same for all")
+        yield part.numpy()
+
+
+def text_file(captions, model, folder):
+    """Where the features of a list's sentences are kept: its name tells list, model and sentences apart."""
+    code = zlib.crc32(f"{model} {captions.texts.digest()}".encode())
+    return Path(folder) / f"{Path(captions.path).stem}-{Path(model).name}-{code:08x}.text.npy"
+
+
+def write_text(captions, model, folder, device):
+    """Encode each sentence of Captions once (`encode_sentences`), into `text_file`."""
+    out = text_file(captions, model, folder)
+    temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
+    batches = -(-len(captions) // 256)
+    rows, done = None, 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(b"")  # an error is raised here, before the language model is loaded
+        parts = encode_sentences(captions.texts, model, device)
+        for part in tqdm(parts, f"encoding {captions.path}", batches, unit="batch", disable=None):
+            if rows is None:
+                rows = new_array(temporary, (len(captions), part.shape[1]), np.float16)
+            rows[done : done + len(part)] = part
+            done += len(part)
+        rows.flush()
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"{out}: can't write the sentences' features ({error.strerror})") from None
+    print(f"{out}: {rows.shape[0]} sentences x {rows.shape[1]}")
+
+
+def open_text(captions, model, folder, width=0):
+    """The features that `write_text` wrote, float16 [sentences, width], mapped into memory; of hashing
+    made on the spot where there is no file. UserError where they are missing, or of another width."""
+    path = text_file(captions, model, folder)
+    again = f"run --task encode_text --text-model {model} with the same lists"
+    if model == "hashing" and not path.exists():
+        return np.concatenate([*encode_sentences(captions.texts, "hashing", None)])
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        why = f"no features of the sentences of {captions.path} by {model}"
+        raise UserError(f"{path}: {why} ({getattr(error, 'strerror', error)}); {again}") from None
+    if rows.ndim != 2 or len(rows) != len(captions) or width not in (0, rows.shape[1]):
+        shape = len(captions), width or "any width"
+        raise UserError(f"{path}: features of shape {rows.shape}, where {shape} are needed; {again}")
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def turbo_class(cfg, ctx, videos):
         labels = data.soft_labels(labels, cfg.num_classes, cfg.label_smoothing)
         return turbo_loss(logits, labels, prediction, target)[0]
 
-    return Variant(ctx, net, cfg, cfg.frames, partial(turbo.sample_clip, cfg, True), loss)
+    return Variant(ctx, net, cfg, cfg.frames, turbo.clips_of(cfg, videos).plan, loss)
 
 
 def turbo_text(cfg, ctx, videos):
@@ -120,12 +120,11 @@ def turbo_text(cfg, ctx, videos):
 
     def encode(model, inputs, replay):
         clips, keys, _ = inputs
-        text = words.expand(len(clips), -1)  # [B, 768]
-        (z_v, z_t), *pixels = model(clips, keys, cfg.mask_ratio, cfg.recon_ratio, text, replay)
-        return (z_v, z_t, keys), partial_mae(*pixels)
+        batch = clips, keys, words.expand(len(clips), -1), keys
+        return turbo.encode_pairs(batch, replay, model, cfg.mask_ratio, cfg.recon_ratio, partial_mae)
 
     loss = partial(turbo.nce_loss, temperature=cfg.temperature)
-    return Variant(ctx, net, cfg, cfg.frames, partial(turbo.sample_clip, cfg, True), loss, encode)
+    return Variant(ctx, net, cfg, cfg.frames, turbo.clips_of(cfg, videos).plan, loss, encode)
 
 
 def avion_clip(cfg, ctx, videos):

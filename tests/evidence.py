@@ -42,7 +42,7 @@ def position_mean_error(cfg):
 
     def loader(path):
         videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
-        return turbo.eval_batches(videos, cfg, ctx, data.Failures(len(videos), 0.0))
+        return turbo.test_batches(cfg, ctx, videos, data.Failures(len(videos), 0.0))
 
     total, count = 0, 0
     for batch in loader(cfg.train_list):
@@ -127,7 +127,7 @@ def turbo_long(seeds, out):
         reverse = [classes.index("+".join(reversed(name.split("+")))) for name in classes]
         videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
         hits = []
-        for batch in turbo.eval_batches(videos, cfg, common.launch(), data.Failures(len(videos), 0.0)):
+        for batch in turbo.test_batches(cfg, common.launch(), videos, data.Failures(len(videos), 0.0)):
             logits, _, _ = model(batch.clips, batch.keys, 0.0, 0.0)
             shares = logits.softmax(-1).unflatten(0, (cfg.test_clips, -1)).mean(0)  # [B, classes]
             for share, label in zip(shares, batch.labels.tolist(), strict=False):
@@ -144,10 +144,10 @@ def turbo_vl(seeds, out):
         folder = out / f"turbo-vl-{seed}"
         last = [x for x in run("turbo", folder, "--recipe", "toy_vl", "--seed", seed) if "val_recall1" in x][-1]
         model, cfg, _ = load(turbo, folder, "toy_vl")
-        captions = turbo.read_captions(cfg.val_list, cfg)
+        captions = turbo.captions_of(cfg, cfg.val_list)
         text, hits, chances = turbo.open_text(cfg, captions), [], []
         actors = [captions.text(i).split()[1:3] for i in range(len(captions))]  # of "a red square moves left"
-        features = turbo.second_features(model, captions, cfg, common.launch(), data.Failures(1, 0.0))
+        features = turbo.align_features(cfg, common.launch(), model, captions, data.Failures(1, 0.0))
         for video, rows in features.items():
             inside = [int(i) for i in (captions.video_of == video).nonzero()[0]]
             for i in inside:

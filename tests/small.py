@@ -52,8 +52,7 @@ def turbo_classes(net, clips, keys, m=0.5, r=0.25):
 def turbo_pairs(net, batch, replay):
     clips, keys = batch
     words = common.uniform(keys, "words", 16)  # [B, text width]
-    (video, text), prediction, target = net(clips, keys, 0.5, 0.25, words, replay)
-    return (video, text, keys), turbo.partial_mae(prediction, target)
+    return turbo.encode_pairs((clips, keys, words, keys), replay, net, 0.5, 0.25, turbo.partial_mae)
 
 
 def avion_pairs(net, batch, replay):
@@ -92,9 +91,8 @@ def vivit(net, clips, keys):
     return sfa_vivit.vivit_loss(net(clips, keys), targets(keys), (CLASSES,))
 
 
-def turbo_of(grad_checkpoint, classes=CLASSES, recon=True, text_width=0):
-    return turbo.Turbo(classes, "two", "", 4, 32, recon, drop_path=0.2, grad_checkpoint=grad_checkpoint,
-                       text_width=text_width)  # fmt: skip
+def turbo_of(grad_checkpoint, kind=turbo.Turbo, outputs=CLASSES, recon=True):
+    return kind(outputs, "two", "", 4, 32, recon, drop_path=0.2, grad_checkpoint=grad_checkpoint)
 
 
 def mae_of(backbone, grad_checkpoint):
@@ -108,7 +106,7 @@ def classifier_of(backbone, grad_checkpoint):
 SMALL = {
     "turbo": Small(turbo_of, turbo_classes, 4, turbo, "turbo_loss"),
     "turbo, all tokens": Small(partial(turbo_of, recon=False), partial(turbo_classes, m=0.0, r=0.0), 4),
-    "turbo, text": Small(partial(turbo_of, classes=0, text_width=16), None, 4, turbo, "partial_mae", turbo_pairs,
+    "turbo, text": Small(partial(turbo_of, kind=turbo.TurboText, outputs=16), None, 4, turbo, "partial_mae", turbo_pairs,
                          partial(turbo.nce_loss, temperature=0.07)),
     "avion": Small(two_encoders, None, 4, encode=avion_pairs, loss_fn=lambda v, t, s: common.contrastive_loss(v, t, s)),
     "avion, classes": Small(actions, cross_entropy, 4),

@@ -168,8 +168,7 @@ def test_bad_video(name, bad_videos):
     (bad_videos / f"{name}.csv").write_text(f"{name}.mp4,a\ngood.mp4,b\n")
     videos = data.VideoList(bad_videos / f"{name}.csv", bad_videos)
     for replace in (True, False):
-        plan = turbo.partial(turbo.sample_clip, cfg, replace)
-        dataset = data.ClipDataset(videos, plan, 64, seed=0, replace=replace)
+        dataset = turbo.clips_of(cfg, videos, None if replace else (1, 1))
         batch = data.collate([dataset[0, 0], dataset[0, 1]])
         assert batch.failures and all(f"{name}.mp4" in line and "\n" not in line for line in batch.failures)
         assert batch.index.tolist() == ([1, 1] if replace else [1])

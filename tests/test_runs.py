@@ -191,7 +191,7 @@ def test_samples_do_not_depend_on_workers_or_ranks(work):
     """The same clips, labels and keys at 0, 1, 2, 4 workers, and joined over 2 ranks, across an epoch's end."""
     cfg = common.parse(turbo.Config, turbo.RECIPES, ["--batch-size", "24", "--crop", "resized"])
     videos = data.VideoList(work / "toy/actions/train.csv", work / "toy/actions")
-    dataset = data.ClipDataset(videos, turbo.partial(turbo.sample_clip, cfg, True), 64, seed=0, replace=True)
+    dataset = turbo.clips_of(cfg, videos)
 
     def epoch(workers, rank=0, world=1):
         schedule = data.GlobalBatches(len(videos), 24, 12, 0, 0, 4, rank, world)

@@ -469,7 +469,7 @@ def test_borrowed_panel_is_marked(tmp_path):
     """A normalised target has a fourth panel, framed red, that differs from the model's own."""
     model = small()
     cfg = dataclasses.replace(config("--recipe", "ucf101"), frames=4, size=32)
-    turbo.write_recon(model, clips(2), KEYS[:2], cfg, tmp_path / "r.png")
+    turbo.write_recon(model, clips(2), KEYS[:2], cfg.mask_ratio, cfg.fps, tmp_path / "r.png")
     with av.open(str(tmp_path / "r.png")) as file:
         strip = next(file.decode(video=0)).to_ndarray(format="rgb24")
     assert strip.shape == (2 * 4 * 36, 4 * 36, 3)
@@ -489,7 +489,8 @@ def test_own_reconstruction_borrows_nothing(tmp_path):
     )
     pictures = []
     for x in (patches, darker):
-        turbo.write_recon(model, common.unpatchify(x, model.patch, model.grid), KEYS[:1], cfg, tmp_path / "r.png")
+        video = common.unpatchify(x, model.patch, model.grid)
+        turbo.write_recon(model, video, KEYS[:1], cfg.mask_ratio, cfg.fps, tmp_path / "r.png")
         with av.open(str(tmp_path / "r.png")) as file:
             pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, -1))
     assert (pictures[0][1:3] == pictures[1][1:3]).all()  # seen, own

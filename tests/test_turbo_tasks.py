@@ -34,6 +34,10 @@ def vl(narrated, tmp_path):
             "--repeated", 2]  # fmt: skip
 
 
+def text_file(cfg, captions):
+    return data.text_file(captions, cfg.text_model, cfg.text_features or turbo.folder_of(cfg))
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
 
@@ -83,9 +87,9 @@ def test_long_video_settings_keep_784_tokens(frames, m):
 
 
 def test_hashed_words_tell_order_and_word():
-    a, b, c = map(turbo.hash_words, ("a red square moves left", "a red square moves right", "Moves left a red SQUARE!"))
+    a, b, c = map(data.hash_words, ("a red square moves left", "a red square moves right", "Moves left a red SQUARE!"))
     assert np.isclose(np.linalg.norm(a), 1) and a.dtype == np.float32
-    assert 0.4 < a @ b < 0.95 and 0.4 < a @ c < 0.999 and np.allclose(a, turbo.hash_words("A red square moves LEFT."))
+    assert 0.4 < a @ b < 0.95 and 0.4 < a @ c < 0.999 and np.allclose(a, data.hash_words("A red square moves LEFT."))
 
 
 def test_clips_of_long_video_and_of_test_views():
@@ -94,10 +98,12 @@ def test_clips_of_long_video_and_of_test_views():
     video = SimpleNamespace(info=info, times=np.arange(3000) / 30, path="v")
     video.at = lambda seconds: data.Video.at(video, seconds)
     cfg = config("--recipe", "toy_long")
-    clips = [turbo.sample_clip(cfg, False, video, 0, v, make_key(v))[0] for v in range(10)]
+    plan = turbo.clips_of(cfg, None, (cfg.test_clips, cfg.test_crops)).plan
+    clips = [plan(video, 0, v, make_key(v))[0] for v in range(10)]
     assert len({tuple(c) for c in clips}) == 10 and all(c[0] <= 600 and c[-1] >= 2399 and len(c) == 32 for c in clips)
     cfg = config("--test-clips", 5, "--test-crops", 3)
-    views = [turbo.sample_clip(cfg, False, video, 0, v, make_key(v)) for v in range(15)]
+    plan = turbo.clips_of(cfg, None, (cfg.test_clips, cfg.test_crops)).plan
+    views = [plan(video, 0, v, make_key(v)) for v in range(15)]
     # 16 frames, 6 apart, start at one of frames 0 ... 2909: the first, a quarter of the way, half of it ...
     assert [f[0] for f, _ in views[::3]] == [0, 727, 1455, 2182, 2909] and views[14][0][-1] == 2999
     assert [box for _, box in views[:3]] == [data.crop_box(info, k) for k in range(3)]
@@ -113,12 +119,12 @@ def test_published_captions_are_read(tmp_path):
         csv.writer(file).writerows(
             [["vid", "timestamp", "text"], ["abc", "12", 'add "salt", stir'], ["xyz", "1", "go on"]]
         )
-    read = turbo.read_captions(str(tmp_path / "htm_aa_v1.csv"), cfg)
+    read = turbo.captions_of(cfg, str(tmp_path / "htm_aa_v1.csv"))
     assert [read.video(i) for i in (0, 1)] == ["htm/abc.mp4", "htm/xyz.mp4"] and read.text(0) == 'add "salt", stir'
     assert np.allclose([read.start, read.end], [[8.8, 0], [15.2, 4.2]])  # a clip of 3.2 s begins in the 3.2 s before
     align = {"v1": [[1, 3.5, 8.25, "cut it"], [0, 9, 3, ""], [1, 9, 9, "fry"]], "v2": [[1, 0.0, 2.0, "serve"]]}
     (tmp_path / "htm_align.json").write_text(json.dumps(align))
-    read = turbo.read_captions(str(tmp_path / "htm_align.json"), cfg)
+    read = turbo.captions_of(cfg, str(tmp_path / "htm_align.json"))
     assert [read.text(i) for i in range(3)] == ["cut it", "fry", "serve"] and read.video_of.tolist() == [0, 0, 1]
     assert np.array_equal([read.start, read.end], [[3.5, 9, 0], [8.25, 9, 2]])
     rows = [
@@ -126,7 +132,7 @@ def test_published_captions_are_read(tmp_path):
         {"video": "a", "start": 1, "end": 2, "text": "y", "visible": False},
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(turbo.read_captions(str(tmp_path / "c.jsonl"), cfg)) == 1
+    assert len(turbo.captions_of(cfg, str(tmp_path / "c.jsonl"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_bad_captions_are_named(tmp_path, name, text, words):
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=words) as error:
-        turbo.read_captions(str(tmp_path / name), config("--recipe", "toy_vl"))
+        turbo.captions_of(config("--recipe", "toy_vl"), str(tmp_path / name))
     assert "\n" not in str(error.value)
 
 
@@ -163,7 +169,7 @@ def test_a_few_bad_captions_are_left_out(tmp_path):
     rows = [json.dumps({"video": "v", "start": i, "end": i + 1, "text": f"word {i}"}) for i in range(200)]
     rows[7] = json.dumps({"video": "v", "start": 1, "end": 2, "text": "[\u266a]"})
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join([rows[0], "", *rows[1:]]), encoding="utf-8")
-    captions = turbo.read_captions(str(tmp_path / "a.jsonl"), config("--recipe", "toy_vl"))
+    captions = turbo.captions_of(config("--recipe", "toy_vl"), str(tmp_path / "a.jsonl"))
     assert (
         len(captions) == 199
         and len(captions.left_out) == 1
@@ -172,7 +178,7 @@ def test_a_few_bad_captions_are_left_out(tmp_path):
     rows[9] = json.dumps({"video": "v", "start": 2, "end": 1, "text": "late"})
     (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "", *rows[1:]]))
     with pytest.raises(UserError, match="a.jsonl:9.*2 such of 200 rows, --max-bad 0.001"):
-        turbo.read_captions(str(tmp_path / "a.jsonl"), config("--recipe", "toy_vl", "--max-bad", 0.001))
+        turbo.captions_of(config("--recipe", "toy_vl", "--max-bad", 0.001), str(tmp_path / "a.jsonl"))
 
 
 def pairs_of(counts):
@@ -216,12 +222,12 @@ def test_a_videos_clips_show_different_sentences():
 def test_the_trainer_draws_the_sentences_that_the_loader_drew(vl, narrated):
     """Also of a video that replaces an unreadable one: the sentence belongs to the video that is shown."""
     cfg = config(*vl, "--repeated", 4)
-    pairs = turbo.Pairs(turbo.read_captions(cfg.train_list, cfg))
+    pairs = turbo.Pairs(turbo.captions_of(cfg, cfg.train_list))
     loaded = {}
 
     def plan(video, sentence, key):
         loaded[key.item()] = sentence
-        return turbo.sample_pair(cfg, pairs.captions, video, sentence, key)
+        return turbo.clips_of(cfg, pairs).plan(video, sentence, key)
 
     broken, opened = pairs.video(1), data.open_video
     dataset = turbo.PairDataset(pairs, plan, cfg.size, cfg.seed, replace=True, views=4)
@@ -273,7 +279,7 @@ def test_encode_text_then_train(vl, language_model, tmp_path, cli, fails, narrat
     code, out, err = cli(*flags, "--task", "encode_text")
     assert code == 0 and "32 sentences x 24" in out, out + err
     cfg = config(*flags[1:])
-    captions = turbo.read_captions(cfg.train_list, cfg)
+    captions = turbo.captions_of(cfg, cfg.train_list)
     rows = turbo.open_text(cfg, captions)
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
@@ -299,7 +305,7 @@ def test_encode_text_then_train(vl, language_model, tmp_path, cli, fails, narrat
 
 def test_encode_text_says_first_what_is_wrong(vl, tmp_path, monkeypatch):
     """Folders and files that can't be written, and a second list that can't be read, before the first is encoded."""
-    monkeypatch.setattr(turbo, "encode_sentences", lambda *_: (pytest.fail("it began to encode") for _ in "x"))
+    monkeypatch.setattr(data, "encode_sentences", lambda *_: (pytest.fail("it began to encode") for _ in "x"))
     flags = [*vl, "--task", "encode_text", "--text-model", "hashing", "--text-features"]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file.*can't write"):
@@ -307,7 +313,7 @@ def test_encode_text_says_first_what_is_wrong(vl, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"gone.jsonl: can't read"):
         turbo.main(config(*flags, tmp_path, "--val-list", tmp_path / "gone.jsonl"))
     cfg = config(*flags, tmp_path / "new")
-    turbo.text_file(cfg, turbo.read_captions(cfg.train_list, cfg)).with_suffix(".tmp").mkdir(parents=True)
+    text_file(cfg, turbo.captions_of(cfg, cfg.train_list)).with_suffix(".tmp").mkdir(parents=True)
     with pytest.raises(UserError, match="can't write.*directory"):
         turbo.main(cfg)
 
@@ -316,11 +322,11 @@ def test_text_features_of_another_width(vl, language_model, tmp_path):
     """Widths of the training list's, the validation list's and the checkpoint's are one; lists of one name don't meet."""
     cfg = config(*vl, "--text-model", language_model, "--task", "encode_text")
     turbo.main(cfg)
-    captions = turbo.read_captions(cfg.val_list, cfg)
+    captions = turbo.captions_of(cfg, cfg.val_list)
     assert turbo.open_text(cfg, captions, 24).shape == (16, 24)
     with pytest.raises(UserError, match=r"\(16, 24\), where \(16, 32\) are needed.*encode_text"):
         turbo.open_text(cfg, captions, 32)
-    path = turbo.text_file(cfg, captions)
+    path = text_file(cfg, captions)
     for wrong in (np.zeros(16, np.float16), np.zeros((15, 24), np.float16)):
         np.save(path, wrong)
         with pytest.raises(UserError, match=re.escape(f"features of shape {wrong.shape}")):
@@ -330,18 +336,18 @@ def test_text_features_of_another_width(vl, language_model, tmp_path):
         with pytest.raises(UserError, match=f"{path}: no features") as error:
             turbo.open_text(cfg, captions)
         assert "\n" not in str(error.value)
-    train = turbo.read_captions(cfg.train_list, cfg)
+    train = turbo.captions_of(cfg, cfg.train_list)
     train.path = captions.path
-    assert turbo.text_file(cfg, train) != path
+    assert text_file(cfg, train) != path
 
 
 def test_hashing_is_a_text_model_too(vl, tmp_path):
     cfg = config(*vl, "--task", "encode_text", "--text-features", tmp_path)
     turbo.main(cfg)
-    captions = turbo.read_captions(cfg.val_list, cfg)
-    rows = np.load(turbo.text_file(cfg, captions))
+    captions = turbo.captions_of(cfg, cfg.val_list)
+    rows = np.load(text_file(cfg, captions))
     assert np.array_equal(rows, turbo.open_text(cfg, captions)) and rows.shape == (16, 256)
-    assert np.abs(rows[3] - turbo.hash_words(captions.text(3))).max() < 1e-3
+    assert np.abs(rows[3] - data.hash_words(captions.text(3))).max() < 1e-3
     assert isinstance(turbo.open_text(cfg, captions), np.memmap)  # the file, once there is one; before, the same rows
     elsewhere = config(*vl, "--text-features", tmp_path / "empty")
     assert np.array_equal(rows, turbo.open_text(elsewhere, captions))
@@ -361,13 +367,13 @@ def test_language_models_of_other_kinds(language_model, tmp_path):
     for name, model in (("t5", t5), ("gpt", gpt), ("short", transformers.RobertaModel(short))):
         model.save_pretrained(tmp_path / name), tokenizer.save_pretrained(tmp_path / name)
     texts = ["cut the onion", "fry"]
-    (rows,) = turbo.encode_sentences(texts, str(tmp_path / "t5"), "cpu")
+    (rows,) = data.encode_sentences(texts, str(tmp_path / "t5"), "cpu")
     with torch.no_grad():
         expected = t5.encoder(**tokenizer(texts[1], return_tensors="pt")).last_hidden_state[0, 0].numpy()
     assert rows.shape == (2, 16) and np.abs(rows[1] - expected).max() < 2e-3
     with pytest.raises(UserError, match="gpt: its first output token"):
-        next(turbo.encode_sentences(texts, str(tmp_path / "gpt"), "cpu"))
-    (rows,) = turbo.encode_sentences([*texts, "a sentence of more words than the model has places"],
+        next(data.encode_sentences(texts, str(tmp_path / "gpt"), "cpu"))
+    (rows,) = data.encode_sentences([*texts, "a sentence of more words than the model has places"],
                                      str(tmp_path / "short"), "cpu")  # fmt: skip
     assert rows.shape == (3, 16)  # cut, not an index error
 
@@ -407,7 +413,7 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
             for second in range(seconds):
                 frames = [int((second + (i + 0.5) / 8) * video.info.fps) for i in range(8)]
                 clip = video.read(frames, cfg.size, data.centre_box(video.info))[None]
-                vectors.append(model(clip, make_key(torch.arange(1)), 0.0, 0.0)[0][0])
+                vectors.append(model.features(clip, make_key(torch.arange(1)), 0.0)[0])
         rows.append(torch.stack(vectors))
         align[name] = [[0, 5, 1, ""]]
         for i in range(count):
@@ -425,11 +431,11 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
             outside += start >= seconds
     assert len(found) > 5 and 5 < sum(hits) < len(hits) and outside > 2
     (tmp_path / "val.json").write_text(json.dumps(align))
-    captions, ctx = turbo.read_captions(cfg.val_list, cfg), common.launch()
-    features = turbo.second_features(model, captions, cfg, ctx, data.Failures(2, 0.0))
+    captions, ctx = turbo.captions_of(cfg, cfg.val_list), common.launch()
+    features = turbo.align_features(cfg, ctx, model, captions, data.Failures(2, 0.0))
     for n, expected in enumerate(rows):
         assert torch.allclose(features[n], expected, atol=1e-5) and expected.std(0).max() > 1e-3
-    result = turbo.evaluate_alignment(model, captions, np.stack(text), cfg, ctx)
+    result = turbo.validate(cfg, ctx, model, captions, np.stack(text))
     assert result["val_recall1"] == pytest.approx(100 * np.mean(hits))
     assert result["val_chance"] == pytest.approx(100 * np.mean(chances))
     assert (result["val_clips"], result["val_outside"], result["val_unread"]) == (85, outside, 0)
@@ -566,11 +572,11 @@ def test_the_mixed_clip_is_reconstructed(flag, toy_args, tmp_path, monkeypatch):
         assert labels is seen["labels"] and (labels.max(1).values < 1).any()
         return turbo_loss(logits, labels, prediction, target)
 
-    def model(self, clips, keys, m, r, text=None):
+    def model(self, clips, keys, m, r):
         if self.training:
             seen["keys"] = keys
             assert clips is seen["mixed"] and not torch.equal(clips, seen["plain"])
-        return forward(self, clips, keys, m, r, text)
+        return forward(self, clips, keys, m, r)
 
     for owner, name, function in ((data, "mix", mixing), (turbo, "turbo_loss", loss), (turbo.Turbo, "forward", model)):
         monkeypatch.setattr(owner, name, function)
@@ -594,7 +600,7 @@ def test_probabilities_are_averaged_over_views(toy, toy_args, monkeypatch):
         for view in range(9):
             key = make_key(cfg.seed, 0, i, view)
             with data.Video(videos.video(i)) as video:
-                frames, box = turbo.sample_clip(cfg, False, video, i, view, key)
+                frames, box = turbo.clips_of(cfg, videos, (3, 3)).plan(video, i, view, key)
                 clip = video.read(frames, cfg.size, box)[None]
             for m in hits:
                 shares[m] = shares[m] + model(clip, key[None], m, 0.0)[0].softmax(-1)[0]
@@ -602,7 +608,7 @@ def test_probabilities_are_averaged_over_views(toy, toy_args, monkeypatch):
             hits[m] += int(shares[m].argmax() == videos.labels[i])
     opened, open_video = [], data.open_video
     monkeypatch.setattr(data, "open_video", lambda path: opened.append(path) or open_video(path))
-    result = turbo.evaluate(model, videos, cfg, ctx)
+    result = turbo.validate(cfg, ctx, model, videos, None)
     assert sorted(opened) == sorted(videos.video(i) for i in range(8))
     assert result["val_top1"] == 100 * hits[0.5] / 8 and result["val_top1@0"] == 100 * hits[0.0] / 8
 

@@ -723,7 +723,8 @@ class TextEncoder(nn.Module):
         """int64 [B, L], L <= context -> [B, D]."""
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, L, D]
         x = common.run_blocks(self.blocks, x, grad_checkpoint=self.grad_checkpoint)  # [B, L, D]
-        return self.ln_final(x[torch.arange(len(x)), tokens.argmax(1)])  # [B, D]: the end token has the largest id
+        clip = torch.arange(len(x), device=x.device)  # [B]
+        return self.ln_final(x[clip, tokens.argmax(1)])  # [B, D]: the end token has the largest id
 
 
 class VideoCLIP(nn.Module):
@@ -1351,7 +1352,7 @@ def main(cfg):
 
     dataset = data.ClipDataset(videos, partial(sample_clip, cfg, True, videos), cfg.size, cfg.seed, replace=True)
     schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, cfg.seed, at["step"], total, ctx.rank, ctx.world)
-    batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device)
+    batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device, data.flip if cfg.flip else None)
     failures = data.Failures(len(videos), cfg.max_bad)
     metric = "val_map" if contrastive else "val_action"
 
@@ -1391,12 +1392,15 @@ def main(cfg):
             batch = next(batches)
             run.wait(batch.waited)
             failures.add(batch, micro)
-            clips = data.flip(batch.clips, batch.keys) if cfg.flip else batch.clips  # [B, T, C, H, W], uint8
-            keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
+            clips = batch.clips  # [B, T, C, H, W], uint8
+            keys = data.to_device(batch.keys, ctx.device)  # [B]
             if contrastive:  # the loss needs the whole batch: first all clips, as uint8, then the step
                 tokens = tokenizer(training_texts(videos, batch, cfg))  # [B, L]
-                ids = common.make_key(*F.pad(tokens, (0, 77 - tokens.shape[1])).T)  # [B], the same for the same text
-                parts.append((clips, tokens.to(ctx.device), keys, ids.to(ctx.device)))
+                ids = keys  # [B], each another: nobody asks
+                if cfg.skip_duplicates:
+                    ids = common.make_key(*F.pad(tokens, (0, 77 - tokens.shape[1])).T)  # [B], equal for equal texts
+                    ids = data.to_device(ids, ctx.device)
+                parts.append((clips, data.to_device(tokens, ctx.device), keys, ids))
                 indices.append(batch.index)
                 continue
             labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, A]

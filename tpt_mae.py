@@ -1050,6 +1050,18 @@ def search_schedule(cfg, ctx):
     return ranking
 
 
+def augment(clips, keys, rand_augment, flip, erase):
+    """VideoMAE's augmentation of fine-tuning, on the device: uint8 [B, T, C, H, W] -> the same; keys int64 [B], on the
+    CPU."""
+    if rand_augment:
+        clips = data.rand_augment(clips, keys, rand_augment, layers=4)  # [B, T, C, H, W]
+    if flip:
+        clips = data.flip(clips, keys)  # [B, T, C, H, W]
+    if erase:
+        clips = data.erase(clips, keys, erase)  # [B, T, C, H, W]
+    return clips
+
+
 @common.in_one_line
 def main(cfg):
     check(cfg)
@@ -1106,6 +1118,7 @@ def main(cfg):
         run.save(state | {"at": at, "sums": meter.state(ctx), "classes": videos.classes}, *names)
         return True
 
+    augmented = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip, erase=cfg.erase)
     for segment in segments:
         if segment.stop < at["step"]:
             continue  # done before this process started
@@ -1118,7 +1131,7 @@ def main(cfg):
         span = start + local, segment.stop + local
         parts = stage.batch // stage.repeated, micro // stage.repeated  # in videos
         order = data.GlobalBatches(len(videos), *parts, seed, *span, ctx.rank, ctx.world)
-        batches = data.make_loader(dataset, order, cfg.workers, ctx.device)
+        batches = data.make_loader(dataset, order, cfg.workers, ctx.device, augmented)
         failures, run.batch_size = data.Failures(len(videos), cfg.max_bad), stage.batch
         if start < segment.stop:
             run.say(f"steps {start} to {segment.stop}: {stage.frames}-frame clips; batch {stage.batch} = {ctx.world} "
@@ -1149,16 +1162,9 @@ def main(cfg):
                 batch = next(batches)
                 run.wait(batch.waited)
                 failures.add(batch, micro)
-                clips = batch.clips  # [B, T, C, H, W], uint8
-                if cfg.rand_augment:
-                    clips = data.rand_augment(clips, batch.keys, cfg.rand_augment, layers=4)  # [B, T, C, H, W]
-                if cfg.flip:
-                    clips = data.flip(clips, batch.keys)  # [B, T, C, H, W]
-                if cfg.erase:
-                    clips = data.erase(clips, batch.keys, cfg.erase)  # [B, T, C, H, W]
-                keys = batch.keys.to(ctx.device, non_blocking=True)  # [B]
+                keys = data.to_device(batch.keys, ctx.device)  # [B]
                 labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, classes]
-                clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
+                clips, labels = data.mix(batch.clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
                 with ctx.sync(model, last=i == accumulation - 1):
                     with ctx.autocast():
                         if cfg.stages:

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from waits import Waits
 
 import common
 import data
@@ -477,26 +476,6 @@ def test_small_odd_and_strided_clips(name, shape):
     wider = torch.cat([clips, clips], -1)[..., ::2]
     assert torch.equal(KEYED[name](strided, keys), expected)
     assert torch.equal(KEYED[name](wider, keys), KEYED[name](wider.contiguous(), keys))
-
-
-class Waits(TorchFunctionMode):
-    """Notes what would make the host wait for a GPU, which the meta device stands for: copies to it that block.
-
-    Whatever needs a value that is on the GPU (item, tolist, nonzero, a mask as an index) raises on the meta device.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, out = kwargs or {}, function(*args, **(kwargs or {}))
-        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
-        arrives = any(isinstance(a, torch.Tensor) and a.is_meta for a in [*given, *tree_leaves(out)])
-        from_host = function in (torch.tensor, torch.as_tensor) or any(a.is_cpu and a.dim() for a in given)
-        if arrives and from_host and not kwargs.get("non_blocking"):
-            self.found.append(str(function))
-        return out
 
 
 PIXELS = torch.zeros(4, 2, 3, 16, 20, dtype=torch.uint8, device="meta")

@@ -1,13 +1,15 @@
-"""The path that a GPU takes, as far as a CPU can follow it: what is compiled, what a skipped update leaves behind, and
-how many kernels the augmentation begins.
+"""The path that a GPU takes, as far as a CPU can follow it: what is compiled, what a skipped update leaves behind, how
+many kernels the augmentation begins, and that no step makes the host wait.
 
 Nothing here needs a card or a C++ compiler: graphs are captured as for CUDA, and then run by PyTorch itself.
 """
 
+import ast
 import contextlib
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -16,11 +18,14 @@ from conftest import ROOT, command
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from waits import Waits
 
+import avion
 import common
 import data
 import sfa_vivit
 import tpt_mae
+import turbo
 
 CPU = common.Context(0, 1, torch.device("cpu"), "fp32")
 
@@ -568,3 +573,90 @@ def test_a_resumed_run_keeps_no_checkpoint(script, stages, toy_args, cli, tmp_pa
     code, out, err = cli(*args)
     assert code == 0, out + err
     assert f"{len(state['model'])} loaded, 0 kept" in out and "steps 2 to 4" in out, out
+
+
+# ---- Host waits ------------------------------------------------------------------------------------------------------
+# A GPU is kept busy by a host that is ahead of it. The meta device stands for the GPU: to ask for a value there raises,
+# and `Waits` notes copies to it that block.
+
+META = common.Context(0, 1, torch.device("meta"), "fp32")
+UNSCALED = SimpleNamespace(
+    scale=lambda loss: loss,
+    unscale_=lambda optimizer: None,
+    step=lambda optimizer: optimizer.step(),
+    update=lambda: None,
+)
+
+
+class StepEnds(Exception):
+    """Ends a run after its first update: what comes then may need values, once an epoch or an interval."""
+
+
+@pytest.fixture
+def step_waits(monkeypatch):
+    """Run a script's main() on the meta device for a step; returns what would wait within, from the loader on."""
+
+    def run(script, *flags):
+        waits, make_loader = Waits(), data.make_loader
+
+        def begin(*args, **kwargs):
+            waits.__enter__()
+            return make_loader(*args, **kwargs)
+
+        def advance(self, step, total):
+            raise StepEnds
+
+        def optimizer(kind, groups, lr, **options):
+            return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=True)
+
+        monkeypatch.setattr(common, "launch", lambda precision: META)
+        monkeypatch.setattr(common, "loss_scaler", lambda ctx: UNSCALED)
+        monkeypatch.setattr(common, "optimizer", optimizer)  # torch's fused ones know no meta device
+        monkeypatch.setattr(common.Run, "advance", advance)
+        monkeypatch.setattr(data, "make_loader", begin)
+        args = [str(flag) for flag in flags]
+        try:
+            with pytest.raises(StepEnds):
+                script.main(common.parse(script.Config, script.RECIPES, args))
+        finally:
+            waits.__exit__(None, None, None)
+        return waits.found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def narrated(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("narrated")
+    return data.make_toy(folder, "narrated", counts={"train": 4, "val": 2})
+
+
+AUGMENTED = ["--rand-augment", 9, "--flip", "--mixup", 0.8]
+RANDOM = ["--init", "random"]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (turbo, [*AUGMENTED, "--cutmix", 1]),
+        (turbo, ["--recipe", "toy_vl", "--repeated", 2, "--flip"]),
+        (avion, ["--flip", "--no-skip-duplicates"]),
+        (avion, ["--skip-duplicates"]),
+        (avion, ["--recipe", "toy_mir", *RANDOM]),
+        (avion, ["--recipe", "toy_cls", *RANDOM, "--flip", "--mixup", 0.8]),
+        (tpt_mae, ["--then", ""]),
+        (tpt_mae, ["--recipe", "toy_ft", *RANDOM, *AUGMENTED, "--cutmix", 1, "--erase", 0.9]),
+        (sfa_vivit, ["--colour-jitter", 0.8, *AUGMENTED]),
+    ],
+)
+def test_no_step_waits_for_the_device(script, flags, toy, narrated, step_waits, tmp_path):
+    """A step of the script's own main(), of two micro-batches, from the loader to the update."""
+    suffix, folder, root = ".csv", toy, toy
+    if script is avion or "toy_vl" in flags:
+        suffix, folder, root = ".jsonl", narrated, narrated / "videos"
+    if script is avion:
+        root = narrated / "chunks"
+    lists = ["--train-list", folder / f"train{suffix}", "--val-list", folder / f"val{suffix}"]
+    size = ["--workers", 0, "--size", 32, "--clip-grad", 1, "--batch-size", 8, "--micro-batch", 4]
+    found = step_waits(script, *flags, *lists, "--data-root", root, *size, "--out", tmp_path)
+    assert not found

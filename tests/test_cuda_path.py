@@ -4,11 +4,12 @@ many kernels the augmentation begins, and that no step makes the host wait.
 Nothing here needs a card or a C++ compiler: graphs are captured as for CUDA, and then run by PyTorch itself.
 """
 
-import ast
 import contextlib
+import inspect
 import json
 import math
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -597,16 +598,16 @@ def step_waits(monkeypatch):
     """Run a script's main() on the meta device for a step; returns what would wait within, from the loader on."""
 
     def run(script, *flags):
-        waits, make_loader = Waits(), data.make_loader
+        waits, make_loader, stack = Waits(), data.make_loader, contextlib.ExitStack()
 
         def begin(*args, **kwargs):
-            waits.__enter__()
+            stack.enter_context(waits)
             return make_loader(*args, **kwargs)
 
         def advance(self, step, total):
             raise StepEnds
 
-        def optimizer(kind, groups, lr, **options):
+        def optimizer(kind, groups, lr, *rest, **options):
             return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=True)
 
         monkeypatch.setattr(common, "launch", lambda precision: META)
@@ -615,11 +616,8 @@ def step_waits(monkeypatch):
         monkeypatch.setattr(common.Run, "advance", advance)
         monkeypatch.setattr(data, "make_loader", begin)
         args = [str(flag) for flag in flags]
-        try:
-            with pytest.raises(StepEnds):
-                script.main(common.parse(script.Config, script.RECIPES, args))
-        finally:
-            waits.__exit__(None, None, None)
+        with pytest.raises(StepEnds), stack:
+            script.main(common.parse(script.Config, script.RECIPES, args))
         return waits.found
 
     return run
@@ -660,3 +658,36 @@ def test_no_step_waits_for_the_device(script, flags, toy, narrated, step_waits, 
     size = ["--workers", 0, "--size", 32, "--clip-grad", 1, "--batch-size", 8, "--micro-batch", 4]
     found = step_waits(script, *flags, *lists, "--data-root", root, *size, "--out", tmp_path)
     assert not found
+
+
+WAITS = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|to|cuda)\(|\bprint\(|non_blocking|synchronize")
+
+
+@pytest.mark.parametrize("script", [turbo, avion, tpt_mae, sfa_vivit])
+def test_no_loop_asks_the_device(script):
+    """Also on the paths that the runs above don't take: what a step hands to the device goes through data.to_device."""
+    loop = inspect.getsource(script.main)
+    begin = re.search(r"next\(batches\)|micro_batches\(\):", loop).start()
+    step = loop[begin : re.compile(r"zero_grad|run\.update\(").search(loop, begin).start()]
+    assert "backward" in step or "note(" in step, step
+    assert not WAITS.search(step), step
+
+
+def test_no_chore_of_a_step_asks_the_device():
+    trainer, meter = common.Trainer, common.Meter
+    chores = [trainer.micro_batches, trainer.forward, trainer.backward, trainer.note, trainer.update]
+    for function in [*chores, meter.add, meter.step, common.cached_step, data.join, data._ahead]:
+        found = WAITS.search(inspect.getsource(function).replace("piece.to(device)", ""))
+        assert not found, (function, found)
+
+
+def test_copies_to_the_device_come_from_pinned_memory(monkeypatch):
+    """Once: `to_device` and Batch.to, whose tensors the loader has pinned; nothing else begins a copy of its own."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking=False: (device.type, non_blocking))
+    assert data.to_device([1, 2], torch.device("cuda")) == ("cuda", True) and len(pinned) == 1
+    assert data.to_device(torch.ones(2), torch.device("cpu")) == ("cpu", True) and len(pinned) == 1
+    sources = [(ROOT / f"{name}.py").read_text() for name in ("turbo", "avion", "tpt_mae", "sfa_vivit", "common")]
+    assert not any("non_blocking" in source for source in sources)
+    assert (ROOT / "data.py").read_text().count("non_blocking=True") == 2

@@ -198,6 +198,7 @@ class Divided(torch.nn.Module):
     def __init__(self, tpt_mae, width, heads, kind, frames):
         super().__init__()
         self.block, self.frames = tpt_mae.DividedBlock(width, heads, kind=kind), frames
+        self.drop_path = 0.0
 
     def forward(self, x, keys=None):
         return torch.cat([x[:, :1], self.block(x[:, 1:], keys, steps=self.frames)], dim=1)  # [B, 1 + N, D]

@@ -381,10 +381,9 @@ class TrajectoryAttention(Attention):
     def forward(self, x, steps=1):
         B, N, D = x.shape
         H, K, S = self.heads, N // steps, steps
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])  # [3D]
-        qkv = nn.functional.linear(x, self.qkv.weight, bias).reshape(B, N, 3, H, D // H)  # [B, N, 3, H, d]
-        q = qkv[:, None, :, 0].expand(-1, S, -1, -1, -1).flatten(0, 1)  # [B S, N, H, d]: each step is asked by all
-        k, v = (qkv[:, :, i].reshape(B * S, K, H, D // H) for i in (1, 2))  # [B S, K, H, d]
+        q, k, v = self.project(x)  # [B, N, H, d] each
+        q = q[:, None].expand(-1, S, -1, -1, -1).flatten(0, 1)  # [B S, N, H, d]: each step is asked by all
+        k, v = (part.reshape(B * S, K, H, D // H) for part in (k, v))  # [B S, K, H, d]
         y = attention(q, k, v, self.kind).reshape(B, S, S, K, D)  # [B, S (t'), S (t), K, D]
         own = y.diagonal(dim1=1, dim2=2).permute(0, 3, 1, 2)  # [B, S (t), K, D]: y_stt
         q = self.trajectory_q(own).reshape(B * N, 1, H, D // H)  # [B N, 1, H, d]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 from common import Block, UserError, opt
@@ -1249,6 +1250,44 @@ def test_log_is_strict_json(start):
     run.log({"value": math.nan, "grad_norm": math.inf}, 1, 10)
     for line in (run.folder / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+class Joins(TorchDispatchMode):
+    """Notes the sizes of all tensors that are put together from others."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.cat, torch.ops.aten.stack):
+            self.sizes.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_projection_to_qkv(frozen):
+    """Values and gradients are those of one linear layer, cut in three; none of the size of its output is put together
+    in backward, where only the weight's gradient is."""
+    B, N, D, H = 2, 50, 8, 2
+    ours = randomize(common.Attention(D, H))
+    ours.qkv.weight.requires_grad_(not frozen)
+    x = randn(B, N, D, grad=True)
+    parameters = [p for p in (ours.qkv.weight, ours.q_bias, ours.v_bias) if p.requires_grad]
+    weights = [randn(B, N, H, D // H, seed=seed) for seed in (1, 2, 3)]
+    total = lambda parts: sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True))
+
+    bias = torch.cat([ours.q_bias, torch.zeros(D, dtype=torch.float64), ours.v_bias])
+    expected = F.linear(x, ours.qkv.weight, bias).reshape(B, N, 3, H, D // H).unbind(2)
+    gradients = torch.autograd.grad(total(expected), [x, *parameters])
+    found = ours.project(x)
+    loss = total(found)
+    with Joins() as joins:
+        got = torch.autograd.grad(loss, [x, *parameters])
+    for a, b in zip([*found, *got], [*expected, *gradients], strict=True):
+        close(a, b)
+    assert joins.sizes == ([] if frozen else [3 * D * D])
 
 
 # ---- Counting --------------------------------------------------------------------------------------------------------

@@ -142,10 +142,11 @@ def avion_clip(cfg, ctx, videos):
 class EmbedAll(tpt_mae.VideoMAE):
     """The same model as VideoMAE has it: all patches are normalised and embedded, then the masked ones dropped."""
 
-    def encode(self, patches, visible=None, keys=None):
-        x = data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, N, P]
-        x = common.gather_tokens(self.patch_embed(x) + self.positions[:, : x.shape[1]], visible)  # [B, K, D]
-        return common.run_blocks(self.blocks, x)  # [B, K, D]
+    @common.region
+    def embed(self, patches, visible=None):
+        x = self.patch_embed(data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD))  # [B, N, D]
+        x = x + self.positions[:, : x.shape[1]].to(x.dtype)  # [B, N, D]
+        return common.gather_tokens(x, visible)  # [B, K, D]
 
 
 def tpt_step(cfg, frames, embed_all, ctx, videos):

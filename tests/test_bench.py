@@ -77,6 +77,17 @@ def test_flops_are_those_of_a_step():
     assert plain == efficient == again > half > 0
 
 
+def test_videomaes_own_layout_computes_the_same():
+    """The baseline that embeds all patches and writes attention out: dearer, and the same loss from the same weights."""
+    rows = {(method, title): dict(rows) for method, title, rows in bench.groups("tiny")}["tpt", "pretraining"]
+    plain, ours = (rows[name] for name in ("plain attention, all embedded, 16 frames", "ours, 16 frames"))
+    assert bench.count_flops(plain(CPU, None)) > bench.count_flops(ours(CPU, None))
+    plain, ours = plain(CPU, None), ours(CPU, None)
+    plain.net.load_state_dict(ours.net.state_dict())
+    inputs = ours.inputs(2)
+    torch.testing.assert_close(plain.loss(plain.model, *inputs), ours.loss(ours.model, *inputs))
+
+
 def test_plan_takes_a_gpu_for_as_fast_as_its_counted_kernels():
     """Steps whose kernels were counted one by one for an H100, beside what --plan makes of their multiply-adds."""
     model = tpt_mae.count_gmacs(common.parse(tpt_mae.Config, tpt_mae.RECIPES, ["--recipe", "videomae_k400"]), 2, 16)

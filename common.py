@@ -730,6 +730,7 @@ def check_ranges(cfg):
         if not inside:
             flag = f"--{field.name.replace('_', '-')}"
             words = {"(0, inf)": "above 0", "[1, inf)": "above 0", "[0, inf)": "at least 0"}
+            words["(0, 1e6]"] = "above 0 and at most 1000000"
             raise UserError(f"{flag} must be {words.get(within, f'in {within}')}, not {value}")
 
 
@@ -1360,6 +1361,15 @@ class Sums:
         return dict(zip(self.sums, totals.tolist(), strict=True))
 
 
+@torch.no_grad()
+def run_model(call, batches, ctx):
+    """Yields (index int64 [B], call(clips)) of each batch."""
+    for batch in batches:
+        with ctx.autocast():
+            output = call(batch.clips)
+        yield batch.index, output
+
+
 def write_features(folder, shape, parts, failures, ctx):
     """Write folder/features.npy, float32 [videos, width], over all ranks; NaN for videos that could not be read.
 
@@ -1537,6 +1547,16 @@ def vit_weights(state):
         if name.startswith(("patch_embed.", "cls_token", "pos_embed", "blocks.", "norm.")) and "key.bias" not in name:
             ours[name] = x.float().contiguous()
     return ours
+
+
+def vit_for_video(image, frames, mean, std):
+    """An image ViT's weights, of vit_weights, for tubelets of `frames` frames, which share its kernel, and
+    for pixels as (p - mean) / std in the place of its (p - 1/2) * 2: patch_embed.weight is [D, P]."""
+    mean, std = torch.tensor(mean), torch.tensor(std)  # [3] each
+    kernel = image["patch_embed.weight"].permute(0, 2, 3, 1).flatten(1, 2)  # [D, p p, 3]
+    bias = image["patch_embed.bias"] + (kernel * (2 * mean - 1)).sum((1, 2))  # [D]
+    weight = (2 * kernel * std / frames).repeat(1, frames, 1).flatten(1)  # [D, P]
+    return image | {"patch_embed.weight": weight, "patch_embed.bias": bias}
 
 
 def load_weights(model, weights, source):

@@ -930,7 +930,7 @@ def use(cfg, ctx):
             raise UserError("--task predict needs --input video.mp4 ...")
         videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
         batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
-        outputs = run_model(net, batches, ctx)  # [B, classes] each
+        outputs = common.run_model(net, batches, ctx)  # [B, classes] each
         shares = ((index, joint_scores(logits, heads).exp()) for index, logits in outputs)
         return common.print_predictions(videos, shares, classes, failures)
     if not cfg.val_list:
@@ -939,19 +939,10 @@ def use(cfg, ctx):
     if cfg.task == "features":  # float32 [videos, D]: CLS of a video's centre clip, in the list's order
         failures = data.Failures(len(videos), cfg.max_bad)
         batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
-        features = run_model(net.encode, batches, ctx)  # [B, D] each
+        features = common.run_model(net.encode, batches, ctx)  # [B, D] each
         return common.write_features(folder, (len(videos), net.width), features, failures, ctx)
     result = validate(cfg, ctx, net, videos, heads, frames, (cfg.views, cfg.crops), "test")
     common.print_result(source, cfg.val_list, result, ctx, f", {frames} frames, {cfg.views} x {cfg.crops} views")
-
-
-@torch.no_grad()
-def run_model(call, batches, ctx):
-    """Yields (index int64 [B], call(clips)) of each batch."""
-    for batch in batches:
-        with ctx.autocast():
-            output = call(batch.clips)
-        yield batch.index, output
 
 
 def augment(clips, keys, colour_jitter, rand_augment, flip):

@@ -151,7 +151,7 @@ class EmbedAll(tpt_mae.VideoMAE):
 
 def tpt_step(cfg, frames, embed_all, ctx, videos):
     net = EmbedAll(cfg.model, size=cfg.size, attention="plain") if embed_all else tpt_mae.build(cfg, 0)
-    plan = partial(tpt_mae.sample_clip, cfg, frames, True, (1, 1))
+    plan = tpt_mae.clips_of(cfg, videos, frames).plan
     mae_loss = common.compiled(tpt_mae.mae_loss, ctx)
 
     def loss(model, clips, keys, labels):
@@ -166,7 +166,7 @@ class Hub(Variant):
     def __init__(self, cfg, ctx, videos):
         from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
-        spec, plan = tpt_mae.MODELS[cfg.model], partial(tpt_mae.sample_clip, cfg, 16, True, (1, 1))
+        spec, plan = tpt_mae.MODELS[cfg.model], tpt_mae.clips_of(cfg, videos, 16).plan
         layers, width = map(int, spec["decoder"].split("x"))
         net = VideoMAEForPreTraining(VideoMAEConfig(
             image_size=cfg.size, patch_size=spec["patch"][1], hidden_size=spec["width"],
@@ -367,7 +367,7 @@ def bench_decode(videos, rounds):
     """Clips a second of one loader process in tpt's 2-frame stage: one clip or several of each decode."""
     print(f"\n| tpt's loader | frames | clips a decode | ms a video | clips/s | against one |\n{'|---' * 6}|")
     for sampling in ("stride", "segments"):
-        plan, base = partial(tpt_mae.sample_clip, tpt_mae.Config(sampling=sampling), 2, True, (1, 1)), None
+        plan, base = partial(tpt_mae.sample_clip, frames=2, sampling=sampling), None
         for repeats in (1, 2, 4, 8):
             dataset, times = data.ClipDataset(videos, plan, 224, 0, replace=False, views=repeats), []
             for epoch in range(4 * rounds):  # other clips of the same video

@@ -168,21 +168,21 @@ def turbo_vl(seeds, out):
 
 @torch.no_grad()
 def tpt_mean_error(cfg):
-    """The masked error that tpt_mae.evaluate scores, of the best constant: each pixel position's training mean."""
+    """The masked error that tpt_mae.sum_errors sums, of the best constant: each pixel position's training mean."""
     model = tpt_mae.build(cfg, cfg.num_classes)
     target = lambda batch: tpt_mae.pixel_target(tpt_mae.patchify(batch.clips, model.patch), cfg.target)  # [B, N, P]
     ctx = common.launch()
 
     def loader(path):
         videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
-        return tpt_mae.eval_batches(videos, cfg, ctx, data.Failures(len(videos), 0.0))
+        return tpt_mae.test_batches(cfg, ctx, videos, data.Failures(len(videos), 0.0))
 
     total, count = 0, 0
     for batch in loader(cfg.train_list):
         total, count = total + target(batch).sum(0).double(), count + len(batch.labels)
     mean, errors = (total / count).float(), []  # [N, P]
     for batch in loader(cfg.val_list):
-        _, masked = common.tube_split(batch.keys, model.grid[0], model.places, cfg.mask_ratio)  # [B, R]
+        _, masked = common.tube_split(batch.keys.to(ctx.device), model.grid[0], model.places, cfg.mask_ratio)  # [B, R]
         errors += (common.gather_tokens(target(batch), masked) - mean[masked]).square().mean((1, 2)).tolist()
     return sum(errors) / len(errors)
 

@@ -114,6 +114,21 @@ def test_long_and_short_cycles():
     walk(tpt_mae.lay_out([7, 5, 3], rounds=11, order="random"), [7, 5, 3])
 
 
+def test_segments_of_the_docstrings():
+    """The numbers that Segment's and lay_out's pictures show."""
+    stages, segments = tpt_mae.schedule(config("--recipe", "ssv2"), 168913)
+    assert [stage.steps for stage in stages] == [131200, 65600, 32800, 16400] and len(segments) == 4
+    assert [segment.start for segment in segments] == [0, 131200, 196800, 229600]
+    _, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--cycle", "short"), 168913)
+    assert segments[4][:4] == (0, 2460, 3772, 1312) and segments[8].start == 4920
+    assert tpt_mae.lay_out([4, 2], rounds=2) == [
+        (0, 0, 2, 0, (0, 6)),
+        (1, 2, 3, 0, (0, 6)),
+        (0, 3, 5, 2, (0, 6)),
+        (1, 5, 6, 1, (0, 6)),
+    ]
+
+
 def test_random_order():
     """Never the progressive order of a long cycle; another one for another seed; short rounds differ."""
     orders = {tuple(s.stage for s in tpt_mae.lay_out([1] * 4, order="random", seed=seed)) for seed in range(200)}
@@ -185,34 +200,39 @@ class Film:
 FILM = Film(data.VideoInfo(320, 240, 30.0, 100, 100 / 30, 0, "h264"))
 
 
+def sample(cfg, frames, video, view, key, views=None):
+    """(frames, box) of a clip as a run with this Config samples it."""
+    return tpt_mae.clips_of(cfg, [], frames, views).plan(video, 0, view, key)
+
+
 def test_sampling_of_both_data_sets():
     key = make_key(5)
     k400, ssv2 = config("--recipe", "k400"), config("--recipe", "ssv2")
     for frames in (2, 4, 8, 16):
-        chosen, box = tpt_mae.sample_clip(k400, frames, True, (1, 1), FILM, 0, 0, key)
+        chosen, box = sample(k400, frames, FILM, 0, key)
         assert np.diff(chosen).tolist() == [4] * (frames - 1)  # the same stride at every length
         assert box == data.multi_scale_box(FILM.info, key)
-        chosen, _ = tpt_mae.sample_clip(ssv2, frames, True, (1, 1), FILM, 0, 0, key)
+        chosen, _ = sample(ssv2, frames, FILM, 0, key)
         assert all(i * 100 // frames <= f < (i + 1) * 100 // frames for i, f in enumerate(chosen))  # one a segment
-    first, second = (tpt_mae.sample_clip(ssv2, 4, True, (1, 1), FILM, 0, 0, make_key(i))[0] for i in (1, 2))
+    first, second = (sample(ssv2, 4, FILM, 0, make_key(i))[0] for i in (1, 2))
     assert first != second
-    chosen, _ = tpt_mae.sample_clip(k400, 1, True, (1, 1), FILM, 0, 0, key)
+    chosen, _ = sample(k400, 1, FILM, 0, key)
     assert chosen == data.stride_frames(FILM.info, 1, 4, common.uniform(key, "start").item()) * 2  # fills the tubelet
     assert chosen[0] > 0
-    box = tpt_mae.sample_clip(config("--recipe", "k400_ft"), 16, True, (1, 1), FILM, 0, 0, key)[1]
+    box = sample(config("--recipe", "k400_ft"), 16, FILM, 0, key)[1]
     assert box == data.random_resized_box(FILM.info, key)
 
 
 def test_test_views():
     """5 x 3: five starts, three squares; 2 x 3: VideoMAE's two interleaved clips of segments; a centre clip else."""
     cfg = config("--recipe", "k400_ft")
-    views = [tpt_mae.sample_clip(cfg, 16, False, (5, 3), FILM, 0, v, None) for v in range(15)]
+    views = [sample(cfg, 16, FILM, v, None, (5, 3)) for v in range(15)]
     assert [v[0][0] for v in views[::3]] == [0, 9, 18, 27, 36] and [v[1][0] for v in views[:3]] == [0, 40, 80]
     assert all(a[0] == b[0] for a, b in zip(views[::3], views[2::3], strict=True))
     cfg = config("--recipe", "ssv2_ft")
-    views = [tpt_mae.sample_clip(cfg, 4, False, (2, 3), FILM, 0, v, None)[0] for v in (0, 3)]
+    views = [sample(cfg, 4, FILM, v, None, (2, 3))[0] for v in (0, 3)]
     assert views == [[0, 25, 50, 75], [12, 37, 62, 87]]
-    assert tpt_mae.sample_clip(cfg, 4, False, (1, 1), FILM, 0, 0, None) == ([12, 37, 62, 87], (40, 0, 240, 240))
+    assert sample(cfg, 4, FILM, 0, None, (1, 1)) == ([12, 37, 62, 87], (40, 0, 240, 240))
     assert tpt_mae.two_numbers("--test-views", cfg.test_views) == (2, 3)
     for text in ("5", "5x", "x3", "0x3", "5x3x1", "5x-3"):
         with pytest.raises(UserError, match=f"--test-views {text} is not"):
@@ -849,6 +869,14 @@ def test_what_comes_after():
     assert new.train_clips == 168913 and new.then == ""
 
 
+def test_digest_of_a_pretraining_stays():
+    """Of every setting that makes another run, in the order of before: a folder that --then began goes on."""
+    fixed = [field.name for field in dataclasses.fields(tpt_mae.Config) if not field.metadata["free"]]
+    assert sorted(tpt_mae.SETTINGS.split()) == sorted(fixed)
+    flags = ["--recipe", "ssv2", "--then", "ssv2_ft", "--out", "run"]
+    assert tpt_mae.following(config(*flags)).then_of == "2dd512c21ce3ca86"
+
+
 @pytest.mark.parametrize(
     ("flags", "micro", "grad_checkpoint"),
     [
@@ -1006,7 +1034,7 @@ def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) * 3 // 4] + bytes(len(whole) - len(whole) * 3 // 4))
     cfg, ctx = config(*lists, *FINETUNE, "--stride", 2, "--micro-batch", 60), common.launch()
-    plan = lambda video, views, view: tpt_mae.sample_clip(cfg, 8, False, views, video, 0, view, None)
+    plan = lambda video, views, view: sample(cfg, 8, video, view, None, views)
     with data.Video(cut) as video:
         first, last = (plan(video, (5, 3), view)[0] for view in (0, 14))
     assert data.read_clip(cut, first, 32).shape[0] == 8
@@ -1032,7 +1060,7 @@ def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
         for labels, top1 in ((rows, 100), ([*rows[1:], f"{good[0]} {(found[0] + 1) % 8}"], 100 * 8 / 9)):
             (tmp_path / "val.csv").write_text("\n".join([*labels, f"{cut} 0"]))
             videos = data.VideoList(tmp_path / "val.csv", num_classes=8)
-            result = tpt_mae.evaluate(net, videos, cfg, ctx, views)
+            result = tpt_mae.validate(cfg, ctx, net, videos, views)
             assert re.search(rf"^unreadable, not scored: {cut}: .+", capsys.readouterr().out, re.MULTILINE)
             assert (result["val_clips"], result["val_unread"]) == (9, 1)
             assert result["val_top1"] == pytest.approx(top1) and result["val_top5"] >= top1
@@ -1264,7 +1292,6 @@ def test_pictures(trained):
 def test_borrowed_panel(tmp_path):
     """A normalised target has a fourth panel, framed red; the model's own panel doesn't change with hidden pixels."""
     net, video = randomise(tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=32)), clips(1, FRAMES, 32)
-    cfg = dataclasses.replace(config("--recipe", "ssv2"), mask_ratio=0.75)
     patches = common.patchify(video, net.patch)
     _, masked = common.tube_split(KEYS[:1], 2, 4, 0.75)
     hidden = torch.zeros(1, 8, dtype=torch.bool).scatter(1, masked, True)[..., None]
@@ -1272,7 +1299,7 @@ def test_borrowed_panel(tmp_path):
     for x in (patches, torch.where(hidden, patches // 3, patches)):
         pixels = common.unpatchify(x, net.patch, net.grid)
         prediction = net(pixels, KEYS[:1], 0.75)[0].detach()
-        tpt_mae.write_recon(net, pixels, KEYS[:1], prediction, cfg, tmp_path / "r.png")
+        tpt_mae.write_recon(net, pixels, KEYS[:1], prediction, 0.75, tmp_path / "r.png")
         with av.open(str(tmp_path / "r.png")) as file:
             pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, 4, 36, 3))
     assert (pictures[0][3, 0] == [255, 0, 0]).all() and (pictures[0][:3, 0] == 255).all()
@@ -1360,9 +1387,8 @@ def test_search_ranks_and_resumes(lists, tmp_path, capsys, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("best.pt")}
     assert tpt_mae.main(config(*argv, "--then", "toy_ft")) == ranking and len(before) == 4
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("best.pt")}
-    monkeypatch.setattr(
-        tpt_mae, "main", lambda cfg: {"val_top1": {"8:100": 1.0, "2:50,8:50": 3.0}.get(cfg.stages, 2.0)}
-    )
+    top1 = {"8:100": 1.0, "2:50,8:50": 3.0}
+    monkeypatch.setattr(tpt_mae, "train_then", lambda cfg, ctx: {"val_top1": top1.get(cfg.stages, 2.0)})
     ranking = tpt_mae.search_schedule(config(*argv, "--search-frames", "2,4,8", "--then", "toy_ft"), common.launch())
     assert [text for _, text in ranking[:1] + ranking[-1:]] == ["2:50,8:50", "8:100"] and len(ranking) == 6
     assert capsys.readouterr().out.splitlines()[-1].endswith("--stages 2:50,8:50")
@@ -1439,15 +1465,15 @@ def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
 
 def test_signal_in_the_last_evaluation(lists, tmp_path, monkeypatch):
     """What comes after the run is not begun; the same command goes on with it."""
-    evaluate = tpt_mae.evaluate
-    signalled = lambda *args, **more: (signal.raise_signal(signal.SIGTERM), evaluate(*args, **more))[1]
-    monkeypatch.setattr(tpt_mae, "evaluate", signalled)
+    validate = tpt_mae.validate
+    signalled = lambda *args, **more: (signal.raise_signal(signal.SIGTERM), validate(*args, **more))[1]
+    monkeypatch.setattr(tpt_mae, "validate", signalled)
     args = [*lists, *PRETRAIN, "--then", "toy_ft", "--max-steps", 1, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit) as end:
         tpt_mae.main(config(*args))
     assert end.value.code == 128 + signal.SIGTERM and not (tmp_path / "run_ft").exists()
     assert (tmp_path / "run" / "videomae.pth").exists()
-    monkeypatch.setattr(tpt_mae, "evaluate", evaluate)
+    monkeypatch.setattr(tpt_mae, "validate", validate)
     assert "val_top1" in tpt_mae.main(config(*args))
 
 

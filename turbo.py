@@ -156,8 +156,8 @@ PLAIN = {
 }  # fmt: skip
 TOY = PLAIN | {  # left is not right: no flips
     "train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv",
-    "data_root": "toy/actions", "train_clips": 1600, "num_classes": 8, "model": "vit_toy", "size": 64,
-    "recon_ratio": 0.25,
+    "data_root": "toy/actions", "train_clips": 1600, "num_classes": 8, "model": "vit_toy",
+    "size": 64, "recon_ratio": 0.25,
     # In minutes a small model would not learn the normalised target, nor the order of what happens.
     "target": "pixels", "position_scale": 5.0,
     "epochs": 15, "warmup_epochs": 1.0, "eval_every": 5.0, "lr": 1e-3, "clip_grad": 1.0,
@@ -200,7 +200,6 @@ FROM_VIDEOMAE = ("ucf101", "hmdb51", "htm_aa", "breakfast", "coin")
 
 @dataclass
 class Config(common.RunConfig):
-    recipe: str = opt("toy", "a column of the paper's table of hyper-parameters: see RECIPES")
     task: str = opt(
         "train",
         "what to do with it",
@@ -208,7 +207,6 @@ class Config(common.RunConfig):
         free=True,
     )
     train_list: str = opt("", "training videos: `path label` or `path,label` a line; or captions", free=True)
-    val_list: str = opt("", "validation videos, or captions", free=True)
     init: str = opt("", "weights to start from: ours, VideoMAE's .pth or hub folder; `random`: none")
 
     model: str = opt("vit_b", "encoder size", list(MODELS))
@@ -589,18 +587,18 @@ def write_recon(model, clips, keys, m, fps, path):
 
 
 # ---- Part II: video and language -----------------------------------------------------------------
-# Sec. 4.2: narrated videos, a frozen language model, and in place of the cross entropy of Eq. 1 that
-# of Eq. 2: L = lambda_NCE L_NCE + PMAE. L_NCE asks of each clip which sentence of the batch it shows,
-# and of each sentence which clip. What is different from Part I, in the order of a step:
+# Sec. 4.2: narrated videos, a frozen language model, and in place of the cross entropy of Eq. 1
+# that of Eq. 2: L = lambda_NCE L_NCE + PMAE. L_NCE asks of each clip which sentence of the batch it
+# shows, and of each sentence which clip. What is different from Part I, in the order of a step:
 #
 #     loader     draws a sentence of the video, by the clip's key, and reads frames at its time
 #     trainer    draws the sentence AGAIN, by the same key: what it says isn't sent along
 #     model      clip -> z_v; the sentence's features -> z_t: unit vectors of one space
 #     loss       compares all clips of the step with all its sentences, those of the other GPUs and
-#                micro-batches too. So it is no sum over micro-batches, and `common.cached_step` takes
-#                its gradient in two passes: all z of the batch without a graph, L and dL/dz; then
-#                each micro-batch again with one, where dL/dz goes on to the weights. Draws are the
-#                same in both, as they are keyed. A single micro-batch needs one pass only.
+#                micro-batches too. So it is no sum over micro-batches, and `common.cached_step`
+#                takes its gradient in two passes: all z of the batch without a graph, L and dL/dz;
+#                then each micro-batch again with one, where dL/dz goes on to the weights. Draws
+#                are the same in both, as they are keyed. A single micro-batch needs one pass only.
 
 
 class Pairs:
@@ -926,7 +924,7 @@ def count_gmacs(cfg, classes, m, r, text_width=0):
         clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
         inputs = [clips, torch.zeros(1, dtype=torch.int64), m, r]
         if cfg.objective == "align":
-            inputs.append(torch.empty(1, text_width))
+            inputs.append(torch.empty(0, text_width))  # no sentences: what is counted is a clip's
         here = common.count_macs(model, *inputs)
     dropped = model.num_tokens - num_kept(model.num_tokens, m, r)[0]
     return here, here + dropped * model.patch_embed.in_features * model.width / 1e9
@@ -974,8 +972,10 @@ def print_plan(cfg):
             decoder += parameter.numel()
     visible, recon = num_kept(model.num_tokens, m, r)
     steps = cfg.max_steps or cfg.train_clips * cfg.repeated // cfg.batch_size * cfg.epochs
-    print(f"model     {cfg.model}: {total / 1e6:.1f} M parameters, {decoder / 1e6:.1f} M of them the decoder's")
-    print(f"tokens    {visible} visible, {recon} reconstructed of {model.num_tokens} (m = {m}, r = {r})")
+    millions = f"{total / 1e6:.1f} M parameters, {decoder / 1e6:.1f} M of them the decoder's"
+    tokens = f"{visible} visible, {recon} reconstructed of {model.num_tokens}"
+    print(f"model     {cfg.model}: {millions}")
+    print(f"tokens    {tokens} (m = {m}, r = {r})")
     print(
         f"schedule  {cfg.epochs} epochs of {cfg.train_clips} videos x {cfg.repeated} at batch "
         f"{cfg.batch_size}: {steps} steps, peak lr {cfg.lr:g}"
@@ -1000,7 +1000,8 @@ def print_figure_2(cfg, model):
     """What the blocks save for backward at several lengths of a clip, with and without token
     dropout."""
     m, r = cfg.mask_ratio, cfg.recon_ratio
-    print("\nFigure 2 (drawn, without numbers): MB that the blocks alone save for backward, a clip in fp32")
+    what = "MB that the blocks alone save for backward, a clip in fp32"
+    print(f"\nFigure 2 (drawn, without numbers): {what}")
     print(f"{'frames':>6} {'m = 0':>9} {f'm = {m:g}, r = {r:g}':>20} {'less':>6}")
     for frames in sorted({16, 32, 64, cfg.frames}):
         tokens = model.num_tokens // cfg.frames * frames
@@ -1012,8 +1013,9 @@ def print_figure_2(cfg, model):
 def print_table_1(cfg, tokens, classes, text_width):
     """Multiply-adds of Table 1's rows and of this run, beside the paper's where this is its
     model."""
-    print('\nGMACs of a clip, forward, beside Table 1 left (its "GFLOPs" are multiply-adds; matrix products only)')
-    print(f"{'m':>5} {'r':>5} {'visible':>8} {'recon':>6} {'here':>8} {'all embedded':>13} {'paper':>7} {'cheaper':>8}")
+    what = '(its "GFLOPs" are multiply-adds; matrix products only)'
+    print(f"\nGMACs of a clip, forward, beside Table 1 left {what}")
+    print("    m     r  visible  recon     here  all embedded   paper  cheaper")
     own = (cfg.mask_ratio, cfg.recon_ratio)
     shape = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes)
     is_paper = shape == ("vit_b", "4x384", 16, 224, 101)
@@ -1023,19 +1025,17 @@ def print_table_1(cfg, tokens, classes, text_width):
         visible, recon = num_kept(tokens, m, r)
         paper = f"{TABLE_1[m, r]:.1f}" if is_paper and (m, r) in TABLE_1 else "-"
         note = "  <- this run" if (m, r) == own else ""
-        print(
-            f"{m:5.2f} {r:5.2f} {visible:8} {recon:6} {here:8.2f} {embedded:13.2f} {paper:>7} {base / here:7.2f}x{note}"
-        )
+        left = f"{m:5.2f} {r:5.2f} {visible:8} {recon:6} {here:8.2f} {embedded:13.2f}"
+        print(f"{left} {paper:>7} {base / here:7.2f}x{note}")
     if not is_paper:
-        print(
-            "paper: of ViT-B with a decoder of 4 x 384, 16 frames of 224 x 224 and 101 classes, which this run is not"
-        )
+        model = "a decoder of 4 x 384, 16 frames of 224 x 224 and 101 classes"
+        print(f"paper: of ViT-B with {model}, which this run is not")
 
 
 # ---- Weights -------------------------------------------------------------------------------------
 
-# Parts of a checkpoint, by how the names of their weights begin. All but the encoder are taken whole
-# or not at all.
+# Parts of a checkpoint, by how the names of their weights begin. All but the encoder are taken
+# whole or not at all.
 PARTS = {
     "encoder": ("patch_embed.", "blocks."),
     "decoder": ("mask_token", "encoder_to_decoder.", "decoder."),
@@ -1073,10 +1073,9 @@ def check_encoder(path, own, weights):
     theirs = part_of(weights, "encoder")
     if not same_shapes(mine, theirs) or not own.keys() & weights.keys():
         return
+    depths = f"{depth_of(theirs)} blocks, the model's {depth_of(mine)}"
     if depth_of(theirs) > depth_of(mine):
-        raise UserError(
-            f"{path}: its encoder has {depth_of(theirs)} blocks, the model's {depth_of(mine)}; is --model the file's?"
-        )
+        raise UserError(f"{path}: its encoder has {depths}; is --model the file's?")
     refuse_gaps(path, "encoder", mine, theirs)
 
 
@@ -1171,11 +1170,11 @@ def check_alignment(cfg):
 def build(cfg, classes, text_width=0):
     """The model that a Config describes: for `classes` classes, or sentences' features of
     text_width."""
-    kind, outputs = Turbo, classes
     if cfg.objective == "align":
-        kind, outputs = TurboText, text_width
-    return kind(
-        outputs,
+        model = partial(TurboText, text_width)
+    else:
+        model = partial(Turbo, classes)
+    return model(
         cfg.model,
         cfg.decoder,
         cfg.frames,
@@ -1199,10 +1198,13 @@ def folder_of(cfg):
     return cfg.out or f"runs/turbo-{cfg.recipe}"
 
 
+def text_folder(cfg):
+    return cfg.text_features or folder_of(cfg)
+
+
 def open_text(cfg, captions, width=0):
     """The features of a list's sentences, float16 [sentences, W]."""
-    folder = cfg.text_features or folder_of(cfg)
-    return data.open_text(captions, cfg.text_model, folder, width)  # DECISION (sentence)
+    return data.open_text(captions, cfg.text_model, text_folder(cfg), width)  # DECISION (sentence)
 
 
 def open_texts(cfg, captions, val_captions):
@@ -1223,7 +1225,7 @@ def write_texts(cfg, ctx):
     if ctx.rank == 0:
         lists = [captions_of(cfg, path) for path in paths]  # all, before hours of work on the first
         for captions in lists:
-            data.write_text(captions, cfg.text_model, cfg.text_features or folder_of(cfg), ctx.device)
+            data.write_text(captions, cfg.text_model, text_folder(cfg), ctx.device)
 
 
 def open_lists(cfg, ctx):
@@ -1231,25 +1233,26 @@ def open_lists(cfg, ctx):
     what = "a file of one video a line, `path label` or `path,label`; or captions"
     data.need_list("--train-list", cfg.train_list, ctx, what)
     data.need_list("--val-list", cfg.val_list, ctx, what)
-    if cfg.objective == "align":
+    align = cfg.objective == "align"
+    if align:
         videos = Pairs(captions_of(cfg, cfg.train_list))
-        val_videos = captions_of(cfg, cfg.val_list)
     else:
         videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
         if len(videos.classes) < 2:
             raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
-        val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
     if len(videos) * cfg.repeated < cfg.batch_size:
-        raise UserError(
-            f"{cfg.train_list}: {len(videos)} videos x --repeated {cfg.repeated} are less than one "
-            f"--batch-size of {cfg.batch_size}"
-        )
+        few = f"{len(videos)} videos x --repeated {cfg.repeated}"
+        raise UserError(f"{cfg.train_list}: {few} are less than one --batch-size of {cfg.batch_size}")
+    if align:
+        val_videos = captions_of(cfg, cfg.val_list)
+    else:
+        val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
     data.need_videos(val_videos, cfg.max_bad)
     return videos, val_videos
 
 
 def clips_of(cfg, videos, test_views=None):
-    """The clips of a list: random ones to train on, or `test_views`, (clips, crops), of each video."""
+    """The clips of a list: random ones to train on, or `test_views`, (clips, crops), of a video."""
     shape = {"frames": cfg.frames, "fps": cfg.fps, "crop": cfg.crop}
     training = test_views is None
     views = cfg.repeated if training else math.prod(test_views)
@@ -1319,7 +1322,8 @@ def start(cfg, ctx, videos, val_videos, text_width):
     names = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}[cfg.objective]
     run = common.Trainer(cfg, ctx, "turbo", names, {"best": -1.0}, train_list=videos, val_list=val_videos)
     if run.state and run.state["text_width"] != text_width:
-        raise UserError(f"{run.folder}: trained on text features of width {run.state['text_width']}, not {text_width}")
+        widths = f"{run.state['text_width']}, not {text_width}"
+        raise UserError(f"{run.folder}: trained on text features of width {widths}")
     if cfg.objective == "align":
         for captions in (videos.captions, val_videos):
             if captions.left_out:
@@ -1389,9 +1393,9 @@ def use(cfg, ctx):
         return common.write_features(folder_of(cfg), shape, vectors, failures, ctx)
     if align:
         videos = captions_of(cfg, cfg.val_list)
-        text = open_text(cfg, videos, state["text_width"])
         if videos.left_out and ctx.rank == 0:
             print(videos.check_left_out(cfg.max_bad))
+        text = open_text(cfg, videos, state["text_width"])
     else:
         videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
         text = None
@@ -1444,23 +1448,16 @@ def main(cfg):
     augmented = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip)
     batches = data.training_batches(dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augmented)
     failures = data.Failures(len(videos), cfg.max_bad)
-    run.begin(
-        batches,
-        failures,
-        cfg.batch_size,
-        micro,
-        epoch_steps,
-        total,
-        total,
-        eval_every=cfg.eval_every,
-    )
+    size = cfg.batch_size
+    every = cfg.eval_every
+    run.begin(batches, failures, size, micro, epoch_steps, total, total, eval_every=every)
 
     warmup = cfg.warmup_epochs * epoch_steps
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
         evaluate_step(cfg, ctx, run, val_videos, texts.val_features)
     while run.step < total:
         if cfg.objective == "classify":  # Eq. 1: a sum over clips, so micro-batches add up
-            for batch in run.micro_batches():  # of clips that are augmented
+            for batch in run.micro_batches():  # its clips are augmented: see training_batches above
                 labels = data.soft_labels(batch.labels, len(classes), cfg.label_smoothing)
                 clips, labels = data.mix(batch.clips, labels, (cfg.seed, run.step), cfg.mixup, cfg.cutmix)
                 keys = data.to_device(batch.keys, ctx.device)  # [B]
@@ -1472,7 +1469,8 @@ def main(cfg):
             pairs = []
             for batch in run.micro_batches():
                 keys = data.to_device(batch.keys, ctx.device)  # [B]
-                shown = videos.sentences_of(batch, cfg.repeated)  # [B]: drawn AGAIN, by the keys
+                # The loader drew each clip's sentence. It is drawn AGAIN here, by the same keys.
+                shown = videos.sentences_of(batch, cfg.repeated)  # [B]
                 pairs.append((batch.clips, keys, *texts.of(shown, ctx.device)))
             nce, pmae = run.cached_backward(encode, pairs, contrast)  # [B] each
             run.note(nce + pmae, nce, pmae)

@@ -35,7 +35,7 @@ def vl(narrated, tmp_path):
 
 
 def text_file(cfg, captions):
-    return data.text_file(captions, cfg.text_model, cfg.text_features or turbo.folder_of(cfg))
+    return data.text_file(captions, cfg.text_model, turbo.text_folder(cfg))
 
 
 def records(folder):

@@ -7,11 +7,11 @@ long videos are cut into chunks of 15 s, so that a clip reads little. CPU: the r
     paper                                       here
     Sec. 4.1, Figs. 3-4: memory of attention    common.attention (--attention plain), common.run_blocks
     Sec. 4.2, Eqs. 1-2, Fig. 8b: DecodeCrop     sample_clip, data.random_resized_box, data.Video
-    Fig. 8a: decode, then crop                  decode_then_crop (--loader)
+    Fig. 8a: decode, then crop                  data.WholeFrames (--loader)
     Sec. 4.3: chunks; Eq. 3                     data.Chunks, data.largest_chunk
     Sec. 5.2: joint space-time ViT, PE_t        VideoEncoder, stretch_time
     Sec. 5.2: GPT-like text encoder, BPE        TextEncoder, BPETokenizer
-    Sec. 5.2: total batch of 2,048              common.cached_step
+    Sec. 5.2: total batch of 2,048              global_backward, common.cached_step
     Sec. 5.3: InfoNCE; max-margin [71]          common.contrastive_loss, max_margin_loss
     Sec. 5.1: mAP, nDCG of retrieval            mean_average_precision, ndcg, relevancy
     App. B.3: verbs and nouns from actions      marginalise, VideoClassifier
@@ -90,8 +90,6 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import av
-
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: on the CPU the loader needs their cores
 
 import numpy as np
@@ -157,44 +155,35 @@ RECIPES |= {
 
 
 @dataclass
-class Config:
+class Config(common.RunConfig):
     recipe: str = opt("toy", "a section of the paper's App. B: see RECIPES")
-    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "search"], True)
+    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "search"], free=True)
     train_list: tuple = opt((), "lists of clips, read as one: AVION's .pkl, EK-100's .csv, .csv, .jsonl", free=True)
     val_list: str = opt("", "list of validation clips, of the same formats", free=True)
-    actions: tuple = opt((), "EK-100 lists whose verb:noun pairs are the classes; empty: the lists at hand", free=True)
     data_root: str = opt("", "folder of the lists' videos: files, or folders of <start second>.mp4", free=True)
     val_root: str = opt("", "the same for --val-list; empty: --data-root", free=True)
+    actions: tuple = opt((), "EK-100 lists whose verb:noun pairs are the classes; empty: the lists at hand", free=True)
     merges: str = opt("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: --init's own, else single bytes", free=True)
+    init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; random: none; to use: best.pt")
     input: tuple = opt((), "videos or folders of chunks for --task predict and search", free=True)
     query: str = opt("", "what --task search looks for", free=True)
-    window: float = opt(4.0, "seconds of a clip in --task search", free=True)
-    out: str = opt("", "run folder; empty: runs/avion-<recipe>", free=True)
-    init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; random: none; to use: best.pt")
-    resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
-    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
-    plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
-    gpus: int = opt(8, "GPUs that --plan counts memory for (the paper's)", free=True)
-    gpu_gb: tuple = opt(("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True)
+    window: float = opt(4.0, "seconds of a clip in --task search", free=True, within="(0, inf)")
+    num_classes: int = opt(0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True)
 
     model: str = opt("clip_b16", "encoder sizes", list(MODELS))
-    frames: int = opt(4, "frames a clip (App. B)")
-    eval_frames: int = opt(0, "frames a clip at test (Table 2: 16); 0: as in training", free=True)
+    frames: int = opt(4, "frames a clip (App. B)", within="[1, inf)")
+    eval_frames: int = opt(0, "frames a clip at test (Table 2: 16); 0: as in training", free=True, within="[0, inf)")
     size: int = opt(224, "height and width of a clip, in pixels (App. B)")
-    embed_dim: int = opt(256, "width of the features that are compared (App. B.1)")
-    num_classes: int = opt(0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True)
+    embed_dim: int = opt(256, "width of the features that are compared (App. B.1)", within="[1, inf)")
     loss: str = opt("infonce", "what a recipe trains", ["infonce", "max_margin", "cross_entropy"])
     margin: float = opt(0.2, "margin of the max-margin loss (App. B.2)")
     min_relevancy: float = opt(0.1, "max-margin: texts above this relevancy are a clip's own")  # DECISION (text)
     freeze_temperature: bool = opt(True, "keep the temperature at 0.07")  # DECISION (temperature)
     skip_duplicates: bool = opt(False, "pairs with one text are no negatives of each other")  # DECISION (duplicates)
-    patch_dropout: float = opt(0.0, "share of the patches that are left out in training")
+    patch_dropout: float = opt(0.0, "share of the patches that are left out in training", within="[0, 1)")
 
-    train_clips: int = opt(0, "size of the training set, for --plan", free=True)
-    epochs: int = opt(5, "passes over the training list (App. B.1)")
-    max_steps: int = opt(0, "number of optimizer steps instead of --epochs; 0: by epochs")
-    batch_size: int = opt(2048, "clips per optimizer step over all ranks (App. B.1; 896 for ViT-L)")
-    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True)
+    epochs: int = opt(5, "passes over the training list (App. B.1)", within="[1, inf)")
+    batch_size: int = opt(2048, "clips per optimizer step over all ranks (App. B.1; 896 for ViT-L)", within="[1, inf)")
     optimizer: str = opt("adamw", "AdamW, or SGD with momentum 0.9 (App. B.3)", ["adamw", "sgd"])
     lr: float = opt(3e-5, "peak learning rate at this batch, as used (App. B.1)")
     start_lr: float = opt(0.0, "learning rate at the start of the warm-up (App. B.2)")
@@ -202,58 +191,44 @@ class Config:
     warmup_epochs: float = opt(0.0, "epochs of linear warm-up (App. B.1: none)")
     weight_decay: float = opt(0.01, "weight decay (App. B.1)")  # DECISION (decay)
     clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped")
-    text_lr: float = opt(1.0, "factor of the text encoder's learning rate; 0: it keeps its weights")  # DECISION (toy)
-    drop_path: float = opt(0.0, "stochastic depth of every block of the video encoder")  # DECISION (rate)
-    dropout: float = opt(0.0, "dropout before the classifier (App. B.3)")
-    label_smoothing: float = opt(0.0, "share of a label spread over all classes (App. B.3)")
-    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)")
-    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off")
+    text_lr: float = opt(
+        1.0, "factor of the text encoder's learning rate; 0: it keeps its weights", within="[0, inf)"
+    )  # DECISION (toy)
+    drop_path: float = opt(
+        0.0, "stochastic depth of every block of the video encoder", within="[0, 1)"
+    )  # DECISION (rate)
+    dropout: float = opt(0.0, "dropout before the classifier (App. B.3)", within="[0, 1)")
+    label_smoothing: float = opt(0.0, "share of a label spread over all classes (App. B.3)", within="[0, 1)")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)", within="[0, inf)")
+    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off", within="[0, inf)")
     crop: bool = opt(True, "random resized crops in training (App. B); off: the centre square")  # DECISION (crop)
-    crop_min: float = opt(0.5, "least share of the frame's area that a random crop keeps (App. B)")
+    crop_min: float = opt(0.5, "least share of the frame's area that a random crop keeps (App. B)", within="(0, inf)")
     flip: bool = opt(False, "random left-right flips in training (App. B.3)")
-    loader: str = opt("fused", "crop while decoding (Fig. 8b), or after it", ["fused", "decode_then_crop"], True)
+    loader: str = opt("fused", "crop while decoding (Fig. 8b), or after it", ["fused", "decode_then_crop"], free=True)
+    eval_every: int = opt(1, "epochs between evaluations; the last step is always evaluated", within="[1, inf)")
 
-    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
-    max_bad: float = opt(0.01, "share of an epoch's videos that may be unreadable (at least 1)", free=True)
-    precision: str = opt("auto", "auto: the device's best of the others", ["auto", "fp32", "bf16", "fp16"], True)
-    attention: str = opt("auto", "auto: flash where it can run, else sdpa", ["auto", "flash", "sdpa", "plain"], True)
-    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
-    grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
-    seed: int = opt(0, "key of every random draw")
-    eval_every: int = opt(1, "epochs between evaluations; the last step is always evaluated")
-    log_every: int = opt(20, "steps between log records")
-    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
-    save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
-    max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
+    @property
+    def contrastive(self):
+        """Whether clips are compared with texts, and not told apart by classes."""
+        return self.loss != "cross_entropy"
 
 
 # ---- The paper's ideas -----------------------------------------------------------------------------------------------
 
 
-def sample_clip(cfg, train, videos, video, index, view, key):
-    """(frames, box) of a narration: a frame in each of T equal parts of its time, and a crop (App. B).
+def sample_clip(video, index, view, key, videos, frames, train, crop=False, crop_min=0.5):
+    """(frames, box) to read of an open `video` for entry `index` of `videos`; data.ClipDataset's `plan` (App. B).
 
-    In training a random one in each part, and RRC (0.5, 1), drawn before anything is decoded; else the middle ones, and
-    the centre square.
+    A frame in each of so many equal parts of the narration's time. In training a random one in each part and, with
+    `crop`, RRC (crop_min, 1), drawn before anything is decoded; else the middle ones, and the centre square.
     """
-    n = cfg.frames if train else cfg.eval_frames or cfg.frames
-    u = uniform(key, "frames", n).numpy() if train else 0.5  # DECISION (frames)
-    frames = data.between_frames(video, videos.start[index], videos.end[index], n, u)  # opens the chunks it touches
-    if cfg.loader == "decode_then_crop":
-        for part in video._chunks.values() if isinstance(video, data.Chunks) else [video]:
-            part.read_views = partial(decode_then_crop, part.path)
-    if train and cfg.crop:
-        # DECISION (aspect)
-        return frames, data.random_resized_box(video.info, key, (cfg.crop_min, 1.0))  # DECISION (crop)
-    return frames, data.centre_box(video.info)
-
-
-def decode_then_crop(path, views):
-    """`read_views` of a data.Video as the plain loader does it (Fig. 8a): decode, then crop and scale."""
-    try:
-        return [data.read_clip_decode_then_crop(path, *view) for view in views]  # uint8 [T, 3, h, w] each
-    except (av.FFmpegError, LookupError, ValueError, RuntimeError) as error:
-        raise data.VideoError(path, f"can't be decoded ({error})") from error
+    u = uniform(key, "frames", frames).numpy() if train else 0.5  # DECISION (frames)
+    chosen = data.between_frames(
+        video, videos.start[index], videos.end[index], frames, u
+    )  # opens the chunks it touches
+    if crop:  # DECISION (aspect)
+        return chosen, data.random_resized_box(video.info, key, (crop_min, 1.0))  # DECISION (crop)
+    return chosen, data.centre_box(video.info)
 
 
 def max_margin_loss(video, text, margin=0.2, same=None):
@@ -442,6 +417,12 @@ class BPETokenizer:
         for place, row in zip(out, rows, strict=True):
             place[: len(row)] = row
         return torch.from_numpy(out)
+
+
+def text_ids(tokens, context=77):
+    """int64 [B], equal for equal texts: a hash of their tokens, int64 [B, L]."""
+    tokens = F.pad(tokens, (0, context - tokens.shape[1]))  # [B, context]: of one length in all micro-batches
+    return common.make_key(*tokens.T)  # [B]
 
 
 # ---- Lists -----------------------------------------------------------------------------------------------------------
@@ -747,6 +728,12 @@ class VideoCLIP(nn.Module):
         """int64 [B, L] -> float32 [B, E]."""
         return F.normalize(self.text_projection(self.textual(tokens)).float(), dim=-1)  # [B, E]
 
+    @torch.no_grad()
+    def bound_temperature(self):
+        """Keep the temperature at 0.01 or above, as CLIP does after each update; -> the temperature, []."""
+        self.logit_scale.clamp_(0, math.log(100))
+        return 1 / self.logit_scale.exp().double()  # []
+
     def forward(self, clips, tokens, keys):
         """-> features of clips and texts, [B, E] each, and 1 / temperature, []."""
         return self.encode_video(clips, keys), self.encode_text(tokens), self.logit_scale.exp()
@@ -784,12 +771,64 @@ def build(cfg, style, vocabulary=49408, classes=0):
     return VideoCLIP(visual, textual, cfg.embed_dim, cfg.freeze_temperature or cfg.loss == "max_margin")
 
 
-def batch_loss(cfg, video, text, ids, scale=None):
-    """The loss of the global batch, a pair at a time, [B]: features [B, E], int64 ids [B] of the texts, scale []."""
-    same = ids[:, None] == ids if cfg.skip_duplicates else None  # [B, B]
-    if cfg.loss == "max_margin":
-        return max_margin_loss(video, text, cfg.margin, same)
+def batch_loss(video, text, ids, scale, kind="infonce", margin=0.2, skip_duplicates=False):
+    """The loss of the global batch, a pair at a time, [B]: features [B, E], int64 ids [B], equal where texts are; scale:
+    1 / temperature, []."""
+    same = None  # whether pairs have one text, bool [B, B]
+    if skip_duplicates:
+        same = ids[:, None] == ids
+    if kind == "max_margin":
+        return max_margin_loss(video, text, margin, same)
     return common.contrastive_loss(video, text, scale, same)  # DECISION (duplicates)
+
+
+def loss_of(cfg):
+    """The loss that a Config describes, as `global_backward` takes it."""
+    return partial(batch_loss, kind=cfg.loss, margin=cfg.margin, skip_duplicates=cfg.skip_duplicates)
+
+
+def cross_entropy(logits, labels):
+    """-log of the probability of the labels, soft ones: [B, A] each -> [B]."""
+    return -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
+
+
+# ---- The step over the global batch ----------------------------------------------------------------------------------
+# InfoNCE of B pairs with features v_i and t_i of length 1, and s = 1 / temperature:
+#
+#     L = 1 / 2B sum_i [ - log( exp(s v_i t_i) / sum_j exp(s v_i t_j) )     clip i among all texts
+#                        - log( exp(s v_i t_i) / sum_j exp(s v_j t_i) ) ]   text i among all clips
+#
+# All B clips of all ranks are in each term, so L is no sum over micro-batches, and a graph of 2,048 clips fits nowhere.
+# But L sees nothing of them but the features. What it asks of these, dL/dv and dL/dt, is [B, E] each, small, and known
+# before any backward pass; from there the chain rule goes on, a micro-batch m at a time:
+#
+#     dL/dtheta = sum_m [ dL/dv[m] dv[m]/dtheta + dL/dt[m] dt[m]/dtheta ]
+#
+#     pass 1, no graph                  all ranks                            pass 2, with a graph
+#
+#     rank 0  [m 0] [m 1] -> v, t \                                        / [m 0] -> v, t: (v dL/dv[rows]
+#                                  > v, t [B, E] -> L -> dL/dv, dL/dt [B, E]    [m 1]      + t dL/dt[rows]).sum()
+#     rank 1  [m 0] [m 1] -> v, t /                                        \ ...           .backward()
+#
+# Rows of [B, E] run rank after rank, and in a rank micro-batch after micro-batch: those of micro-batch m of rank r begin
+# at (r * accumulation + m) * b, b the clips of one. Drop path and patch dropout draw by the clips' keys, so that pass 2
+# computes what pass 1 did. The price is one more forward pass, as that of --grad-checkpoint; a rank whose clips are one
+# micro-batch keeps the graph of pass 1, and computes nothing twice. max_margin_loss goes the same way, without an s.
+
+
+def global_backward(run, batches, loss_fn):
+    """Add to the gradients those of the mean loss of the global batch (common.cached_step).
+
+    batches: this rank's (clips [b, T, C, H, W], keys [b], tokens [b, L], ids [b]), as VideoCLIP and loss_fn take them.
+    """
+
+    def encode(batch, replay):
+        clips, keys, tokens, ids = batch
+        video, text, scale = run.model(clips, tokens, keys)  # [b, E] each, []
+        return (video, text, ids, scale), None
+
+    loss, _ = run.cached_backward(encode, batches, loss_fn)  # [B]
+    run.note(loss)
 
 
 # ---- Published weights -----------------------------------------------------------------------------------------------
@@ -945,28 +984,25 @@ def fit_weights(start, net, cfg):
 
 
 @torch.no_grad()
-def clip_features(model, videos, cfg, ctx, failures):
-    """Yields (places int64 [B], features [B, E]; of a classifier [B, D]) of this rank's share of the entries' centre
-    clips, those that could be read; the others fill `failures`."""
-    dataset = data.ClipDataset(videos, partial(sample_clip, cfg, False, videos), cfg.size, cfg.seed, replace=False)
-    size = cfg.micro_batch or max(1, cfg.batch_size // ctx.world)
-    batches = data.every_sample(len(videos), size, ctx.rank, ctx.world)
-    for batch in data.make_loader(dataset, batches, cfg.workers, ctx.device):
-        failures.new += batch.failures
-        if len(batch.labels):
-            with ctx.autocast():
-                features = model.encode_video(batch.clips)  # [B, E]
-            yield batch.index, features
+def clip_features(model, batches, ctx):
+    """Yields (index int64 [B], features [B, E]; of a classifier [B, D]) of each batch of clips."""
+    for batch in batches:
+        with ctx.autocast():
+            features = model.encode_video(batch.clips)  # [B, E]
+        yield batch.index, features
 
 
-def encode_clips(model, videos, cfg, ctx):
-    """Features of each entry's centre clip, float32 [V, E] on the CPU ([V, D] of a classifier); which could be read,
-    bool [V]; lines of those that could not. Ranks share the work; every readable clip counts once."""
-    failures = data.Failures(len(videos), cfg.max_bad)
-    out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)
-    for index, x in clip_features(model, videos, cfg, ctx, failures):
+def encode_clips(model, batches, failures, count, ctx):
+    """Features of a list of `count` clips, float32 [V, E] on the CPU ([V, D] of a classifier); which could be read, bool
+    [V]; lines of those that could not.
+
+    batches: this rank's part of the list, see data.test_batches. failures: what they fill.
+    """
+    out = torch.zeros(count, 1 + model.embed_dim, device=ctx.device)  # [V, E + 1]
+    for index, x in clip_features(model, batches, ctx):
         out[index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
-    out, unread = ctx.sum(out).cpu(), failures.collect(ctx, 0)
+    out = ctx.sum(out).cpu()
+    unread = failures.collect(ctx, 0)
     if not out[:, -1].any():
         raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
     return out[:, :-1], out[:, -1] > 0, unread
@@ -983,56 +1019,96 @@ def encode_texts(model, texts, tokenizer, ctx, size=256):
     return ctx.sum(out).cpu()
 
 
-@torch.no_grad()
-def class_logits(model, features, texts, tokenizer, ctx):
-    """Logits [V, A] of the classes: a classifier's; zero-shot, of the texts of each class (a list of lists)."""
+def class_vectors(model, texts, tokenizer, ctx):
+    """What a clip's features are multiplied with, a vector a class: a classifier's weights [A, D]; zero-shot, the mean
+    feature of the texts of each class (a list of lists), [A, E]."""
     if not isinstance(model, VideoCLIP):
-        return F.linear(features, model.head.weight.cpu(), model.head.bias.cpu())
-    parts = encode_texts(model, [t for part in texts for t in part], tokenizer, ctx).split([len(p) for p in texts])
-    classes = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)  # [A, E]  # DECISION (prompts)
-    return model.logit_scale.exp().cpu() * features @ classes.T
+        return model.head.weight.detach().cpu()  # [A, D]
+    encoded = encode_texts(model, [text for part in texts for text in part], tokenizer, ctx)  # [texts, E]
+    means = [part.mean(0) for part in encoded.split([len(part) for part in texts])]  # [E] each  # DECISION (prompts)
+    return F.normalize(torch.stack(means), dim=-1)  # [A, E]
+
+
+@torch.no_grad()
+def class_logits(model, features, classes):
+    """Logits [V, A], on the CPU, of features [V, E] or [V, D] and class_vectors."""
+    features = features.float().cpu()
+    if isinstance(model, VideoCLIP):
+        return model.logit_scale.exp().cpu() * features @ classes.T  # [V, A]
+    return F.linear(features, classes, model.head.bias.cpu())  # [V, A]
+
+
+# What the last line of a run shows of an evaluation.
+SHOWN = (
+    "val_map",
+    "shuffled_map",
+    "val_ndcg",
+    "shuffled_ndcg",
+    "val_r1_v2t",
+    "val_r1_t2v",
+    "val_action",
+    "val_verb",
+    "val_noun",
+)
 
 
 def retrieval_metrics(similarity, relevancy, fractions=True):
     """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to video, their mean.
     fractions: whether mAP counts relevancies below 1, as EK-100's does."""
-    exact, result = (relevancy == 1).double(), {}  # [V, S]
-    for name, metric, r in (
+    exact = (relevancy == 1).double()  # [V, S]
+    result = {}
+    for name, metric, relevant in (
         ("map", mean_average_precision, relevancy if fractions else exact),
         ("ndcg", ndcg, relevancy),
     ):
-        both = [100 * metric(similarity, r), 100 * metric(similarity.T, r.T)]
-        result |= {f"val_{name}": sum(both) / 2, f"val_{name}_v2t": both[0], f"val_{name}_t2v": both[1]}
-    for name, s, r in (("v2t", similarity, exact), ("t2v", similarity.T, exact.T)):
-        result[f"val_r1_{name}"] = 100 * r.gather(1, s.argmax(1, keepdim=True)).mean().item()
+        to_text = 100 * metric(similarity, relevant)
+        to_video = 100 * metric(similarity.T, relevant.T)
+        result[f"val_{name}"] = (to_text + to_video) / 2
+        result[f"val_{name}_v2t"] = to_text
+        result[f"val_{name}_t2v"] = to_video
+    for name, s, relevant in (("v2t", similarity, exact), ("t2v", similarity.T, exact.T)):
+        result[f"val_r1_{name}"] = 100 * relevant.gather(1, s.argmax(1, keepdim=True)).mean().item()
     return result
 
 
-def evaluate(model, videos, actions, tokenizer, cfg, ctx):
+def evaluate(model, batches, failures, videos, actions, tokenizer, ctx):
     """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a VideoClassifier.
 
-    All in %. Texts are the list's distinct ones; `val_unread` clips could not be read and don't count. `shuffled_` is
-    what the metrics give when clips are mixed up.
+    All in %. batches: of the centre clips of `videos`; failures: what they fill. Texts are the list's distinct ones;
+    `val_unread` clips could not be read and don't count. `shuffled_` is what the metrics give when clips are mixed up.
     """
     model.eval()
-    features, read, unread = encode_clips(model, videos, cfg, ctx)  # [V, E], [V]
-    rows, result = read.nonzero()[:, 0], {"val_clips": int(read.sum()), "val_unread": len(unread)}
-    if actions:
-        logits = class_logits(model, features[rows], actions.texts, tokenizer, ctx)  # [V, A]
-        hits = actions.hits(logits.softmax(-1), torch.as_tensor(actions.labels(videos))[rows]).double().mean(0)  # [3]
-        result = dict(zip(("val_action", "val_verb", "val_noun"), (100 * hits).tolist(), strict=True)) | result
+    features, read, unread = encode_clips(model, batches, failures, len(videos), ctx)  # [V, E], [V]
+    rows = read.nonzero()[:, 0]  # [V]: of those that could be read
+    features = features[rows]  # [V, E]
+    result = {}
     if isinstance(model, VideoCLIP):
-        columns, relevant = videos.sentences, videos.relevancy(rows, videos.sentences)  # [S], [V, S]
-        if unread:  # texts of clips that could not be read
-            found = (relevant == 1).any(0)  # [S]
-            columns, relevant = columns[found], relevant[:, found]
-        texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
-        similarity = features[rows] @ texts.T  # [V, S]
-        mixed = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
-        metrics, chance = (retrieval_metrics(x, relevant, bool(videos.ids)) for x in (similarity, mixed))
-        result = metrics | {k.replace("val_", "shuffled_"): chance[k] for k in ("val_map", "val_ndcg")} | result
+        result |= retrieval(model, features, rows, videos, tokenizer, ctx)
+    if actions:
+        classes = class_vectors(model, actions.texts, tokenizer, ctx)  # [A, E]
+        logits = class_logits(model, features, classes)  # [V, A]
+        labels = torch.as_tensor(actions.labels(videos))[rows]  # [V]
+        hits = actions.hits(logits.softmax(-1), labels).double().mean(0)  # [3]
+        result |= zip(("val_action", "val_verb", "val_noun"), (100 * hits).tolist(), strict=True)
     model.train()
-    return result
+    return result | {"val_clips": len(rows), "val_unread": len(unread)}
+
+
+def retrieval(model, features, rows, videos, tokenizer, ctx):
+    """retrieval_metrics of clips, entries `rows` [V] of a list, whose features [V, E] are given, and of its sentences."""
+    columns = videos.sentences  # [S]
+    relevant = videos.relevancy(rows, columns)  # [V, S]
+    if len(rows) < len(videos):  # without texts of clips that could not be read
+        found = (relevant == 1).any(0)  # [S]
+        columns = columns[found]
+        relevant = relevant[:, found]
+    texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
+    similarity = features @ texts.T  # [V, S]
+    shuffled = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
+    fractions = bool(videos.ids)
+    result = retrieval_metrics(similarity, relevant, fractions)
+    chance = retrieval_metrics(shuffled, relevant, fractions)
+    return result | {"shuffled_map": chance["val_map"], "shuffled_ndcg": chance["val_ndcg"]}
 
 
 def at_length(measure, tokens):
@@ -1123,44 +1199,40 @@ MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
-    contrastive, side = cfg.loss != "cross_entropy", MODELS[cfg.model]["patch"]
+    common.check_ranges(cfg)
+    side = MODELS[cfg.model]["patch"]
     tubelet = MODELS[cfg.model].get("tubelet", 1)
-    wrong = {
-        f"--frames and --eval-frames must be multiples of {tubelet}, the frames of a token of --model {cfg.model}":
-            cfg.frames % tubelet or cfg.eval_frames % tubelet,
-        f"--size {cfg.size} is not a multiple of the patch's {side} pixels": cfg.size < side or cfg.size % side,
-        "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed":
-            contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing),
-        f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}": cfg.min_lr > cfg.lr,
-        f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips":
-            contrastive and cfg.batch_size < 2,
-        '--task search needs --query "what to look for"': cfg.task == "search" and not cfg.query.strip(),
-        "--task predict needs --input video.mp4 ...": cfg.task == "predict" and not cfg.input,
-    }  # fmt: skip
-    for flags, words, fits in (
-        ("frames epochs log_every eval_every embed_dim window crop_min", "above 0", lambda x: x > 0),
-        ("eval_frames max_steps workers micro_batch mixup cutmix max_bad text_lr", "0 or more", lambda x: x >= 0),
-        ("patch_dropout drop_path dropout label_smoothing", "in [0, 1)", lambda x: 0 <= x < 1),
-    ):
-        wrong |= {f"--{f.replace('_', '-')} must be {words}": not fits(getattr(cfg, f)) for f in flags.split()}
-    for message in (message for message, bad in wrong.items() if bad):
-        raise UserError(message)
+    if cfg.frames % tubelet or cfg.eval_frames % tubelet:
+        raise UserError(
+            f"--frames and --eval-frames must be multiples of {tubelet}, the frames of a token of --model {cfg.model}"
+        )
+    if cfg.size < side or cfg.size % side:
+        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {side} pixels")
+    if cfg.contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing):
+        raise UserError(
+            "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed"
+        )
+    if cfg.min_lr > cfg.lr:
+        raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
+    if cfg.contrastive and cfg.batch_size < 2:
+        raise UserError(f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips")
+    if cfg.task == "search" and not cfg.query.strip():
+        raise UserError('--task search needs --query "what to look for"')
+    if cfg.task == "predict" and not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
     common.check_gpus(cfg)
     common.need_init(cfg, [name for name in RECIPES if name.startswith("ego4d")], "CLIP's weights")
     common.need_init(cfg, [name for name in RECIPES if name.startswith("ek100")], "weights trained on Ego4D")
 
 
-def open_list(cfg, paths, root, flag, ctx):
-    """Narrations of the lists of a flag; toy videos are made where the toy recipe's own lists are asked for."""
-    if set(paths) & {*_TOY["train_list"], _TOY["val_list"]}:
-        if ctx.rank == 0:
-            try:
-                data.make_toy("toy", "narrated")
-            except OSError as error:
-                raise UserError(f"can't make the toy videos: {error}") from None
-        ctx.barrier()
-    if not any(paths):
-        raise UserError(f"{flag} is missing: a list of narrated clips, .pkl, .csv or .jsonl")
+def open_list(cfg, flag, ctx):
+    """Narrations of the lists of --train-list or --val-list."""
+    if flag == "--train-list":
+        paths, root = cfg.train_list, cfg.data_root
+    else:
+        paths, root = (cfg.val_list,), cfg.val_root or cfg.data_root
+    for path in paths or ("",):
+        data.need_list(flag, path, ctx, "a list of narrated clips, .pkl, .csv or .jsonl")
     videos = Narrations(paths, root)
     note = videos.check_left_out(cfg.max_bad)
     if note and ctx.rank == 0:
@@ -1168,15 +1240,31 @@ def open_list(cfg, paths, root, flag, ctx):
     return videos
 
 
-def open_actions(cfg, videos):
-    """The classes: of --actions, else of all `videos` given; None where these have none and need none."""
-    if not cfg.actions and cfg.loss != "cross_entropy" and not all(entries.classes for entries in videos):
+def open_lists(cfg, ctx):
+    """(training, validation) Narrations, Actions or None."""
+    videos = open_list(cfg, "--train-list", ctx)
+    val_videos = open_list(cfg, "--val-list", ctx)
+    if len(videos) < cfg.batch_size:
+        raise UserError(f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}")
+    actions = open_actions(cfg, [val_videos] if cfg.contrastive else [videos, val_videos])
+    # What evaluation needs is opened now, so that what is wrong is said now, and not after an epoch.
+    data.need_videos(val_videos, cfg.max_bad, "--val-root" if cfg.val_root else "--data-root")
+    if actions:
+        actions.labels(val_videos)
+    if not cfg.contrastive:
+        videos.labels = actions.labels(videos)
+    return videos, val_videos, actions
+
+
+def open_actions(cfg, lists):
+    """The classes: of --actions, else of all `lists` given; None where these have none and need none."""
+    if not cfg.actions and cfg.contrastive and not all(videos.classes for videos in lists):
         return None
     if cfg.actions:
-        videos = [Narrations(cfg.actions)]
-        videos[0].check_left_out(cfg.max_bad)
-    actions = Actions(lists=videos)
-    if cfg.loss == "cross_entropy" and cfg.num_classes not in (0, len(actions.names)):
+        lists = [Narrations(cfg.actions)]
+        lists[0].check_left_out(cfg.max_bad)
+    actions = Actions(lists=lists)
+    if not cfg.contrastive and cfg.num_classes not in (0, len(actions.names)):
         raise UserError(
             f"--num-classes {cfg.num_classes}: the lists have {len(actions.names)} actions; EK-100's 3,806 are those "
             "of training and validation together, which --actions can name"
@@ -1184,14 +1272,41 @@ def open_actions(cfg, videos):
     return actions
 
 
-def training_texts(videos, batch, cfg):
-    """A text for each clip of a batch: one of its phrasings; for max-margin a sentence that is relevant to it."""
-    indices, draws, texts = batch.index.tolist(), uniform(batch.keys, "text").tolist(), []
-    related = cfg.loss == "max_margin" and videos.classes
-    fits = videos.relevancy(batch.index, videos.sentences) > cfg.min_relevancy if related else [None] * len(draws)
-    for i, u, row in zip(indices, draws, fits, strict=True):
-        own = videos.sentences[row].tolist() if related else ()  # DECISION (text)
-        texts.append(videos.text(own[int(u * len(own))]) if own else videos.text(i, u))
+def clips_of(cfg, videos, train):
+    """The clips of a list: random ones to train on, or the centre of each narration."""
+    frames = cfg.frames if train else cfg.eval_frames or cfg.frames
+    crop = train and cfg.crop
+    plan = partial(sample_clip, videos=videos, frames=frames, train=train, crop=crop, crop_min=cfg.crop_min)
+    reader = data.WholeFrames if cfg.loader == "decode_then_crop" else data.Video
+    return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=train, frames=frames, reader=reader)
+
+
+def test_batches(cfg, ctx, videos, failures):
+    """Batches of the centre clip of each readable entry, once over all ranks."""
+    clips = cfg.micro_batch or cfg.batch_size // ctx.world
+    return data.test_batches(clips_of(cfg, videos, train=False), clips, cfg.workers, ctx, failures)
+
+
+def validate(cfg, ctx, net, videos, actions, tokenizer):
+    """`evaluate` a list."""
+    failures = data.Failures(len(videos), cfg.max_bad)
+    batches = test_batches(cfg, ctx, videos, failures)
+    return evaluate(net, batches, failures, videos, actions, tokenizer, ctx)
+
+
+def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
+    """A text for each clip, entries `index` [B] of a list, drawn by `keys` [B]: one of its own phrasings; if `related`,
+    any sentence of the list above this relevancy to it."""
+    draws = uniform(keys, "text").tolist()
+    if related:
+        fits = videos.relevancy(index, videos.sentences) > min_relevancy  # [B, S]
+    texts = []
+    for row, (i, u) in enumerate(zip(index.tolist(), draws, strict=True)):
+        chosen = videos.sentences[fits[row]].tolist() if related else []  # DECISION (text)
+        if chosen:
+            texts.append(videos.text(chosen[int(u * len(chosen))]))
+        else:
+            texts.append(videos.text(i, u))
     return texts
 
 
@@ -1227,64 +1342,108 @@ def open_model(source, cfg, ctx):
 
 def use(cfg, ctx):
     """--task eval, predict, features, search: a trained or published model."""
-    source = cfg.init or f"{cfg.out or 'runs/avion-' + cfg.recipe}/best.pt"
+    folder = cfg.out or f"runs/avion-{cfg.recipe}"
+    source = cfg.init or f"{folder}/best.pt"
     cfg, net, tokenizer, names = open_model(source, cfg, ctx)
-    videos, actions = None, None
-    classified = cfg.task == "predict" and cfg.loss == "cross_entropy" and (names or cfg.actions)
-    if not (cfg.input and (cfg.task == "search" or classified)):
-        videos = open_list(cfg, (cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
-    if names or cfg.task in ("eval", "predict"):
-        actions = Actions(names) if names else open_actions(cfg, [videos])
     if cfg.task == "search":
-        search(net, videos, tokenizer, cfg, ctx)
-    elif cfg.task == "predict":
-        predict(net, videos, actions, tokenizer, cfg, ctx)
-    elif cfg.task == "features":  # in the list's order: of length 1, or CLS of a classifier
+        return search(cfg, ctx, net, tokenizer)
+    if cfg.task == "predict":
+        return predict(cfg, ctx, net, tokenizer, names)
+    videos = open_list(cfg, "--val-list", ctx)
+    if cfg.task == "features":  # in the list's order: of length 1, or CLS of a classifier
         failures = data.Failures(len(videos), cfg.max_bad)
-        parts = clip_features(net, videos, cfg, ctx, failures)
-        folder = cfg.out or f"runs/avion-{cfg.recipe}"
-        common.write_features(folder, (len(videos), net.embed_dim), parts, failures, ctx)
-    else:
-        result = evaluate(net, videos, actions, tokenizer, cfg, ctx)
-        if ctx.rank == 0:
-            print(f"{source} on {cfg.val_list}: " + "  ".join(f"{k} {v:.4g}" for k, v in result.items()))
+        parts = clip_features(net, test_batches(cfg, ctx, videos, failures), ctx)
+        return common.write_features(folder, (len(videos), net.embed_dim), parts, failures, ctx)
+    actions = Actions(names) if names else open_actions(cfg, [videos])
+    result = validate(cfg, ctx, net, videos, actions, tokenizer)
+    common.print_result(source, cfg.val_list, result, ctx)
 
 
-def predict(net, videos, actions, tokenizer, cfg, ctx):
+def predict(cfg, ctx, net, tokenizer, names):
     """Print the five likeliest actions of each --input video; of a VideoCLIP, the closest narrations of --val-list."""
-    names = [videos.text(i) for i in videos.sentences] if isinstance(net, VideoCLIP) else actions.names
-    features, read, unread = encode_clips(net, data.Captions((v, 0.0, math.inf, "") for v in cfg.input), cfg, ctx)
-    logits = class_logits(net, features, [[name] for name in names], tokenizer, ctx)  # [V, A]
-    shares, order = logits.softmax(-1).sort(descending=True)  # [V, A] each
-    for i in read.nonzero()[:, 0].tolist() if ctx.rank == 0 else ():
-        best = zip(order[i, :5].tolist(), shares[i, :5].tolist(), strict=True)
-        print(f"{cfg.input[i]}: {', '.join(f'{names[c]} {100 * p:.1f} %' for c, p in best)}")
-    if unread:
-        raise UserError("; ".join(unread))
+    if isinstance(net, VideoCLIP):
+        listed = open_list(cfg, "--val-list", ctx)
+        names = [listed.text(i) for i in listed.sentences]
+    elif not names:
+        lists = [] if cfg.actions else [open_list(cfg, "--val-list", ctx)]
+        names = open_actions(cfg, lists).names
+    videos = data.Captions((path, 0.0, math.inf, "") for path in cfg.input)
+    failures = data.Failures(len(videos), 1.0)
+    classes = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
+    features = clip_features(net, test_batches(cfg, ctx, videos, failures), ctx)
+    shares = ((index, class_logits(net, x, classes).softmax(-1)) for index, x in features)  # [B, A] each
+    common.print_predictions(videos, shares, names, failures)
 
 
-def search(net, videos, tokenizer, cfg, ctx):
+def search(cfg, ctx, net, tokenizer):
     """Print the ten clips of --window seconds that fit --query best, with their scores (cosines), times and videos, out
     of --input, else of the videos of --val-list; of clips that overlap, the best."""
     if not isinstance(net, VideoCLIP):
         raise UserError("--task search needs a model with a text encoder, not one of --loss cross_entropy")
-    windows, shown = [], []
-    for path in cfg.input or dict.fromkeys(videos.video(i) for i in range(len(videos))):
-        try:
-            with data.open_video(path) as video:
-                end = video.clamp(math.inf)
-        except data.VideoError as error:
-            raise UserError(f"--input {error}") from None
-        starts = np.arange(0.0, max(end - cfg.window / 2, 0.1), cfg.window / 2)
-        windows += [(path, start, min(start + cfg.window, end), "") for start in starts.tolist()]
-    features, read, _ = encode_clips(net, data.Captions(windows), cfg, ctx)
-    scores = (features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]).masked_fill(~read, -math.inf)  # [windows]
-    for i in scores.argsort(descending=True).tolist():
+    paths = cfg.input
+    if not paths:
+        listed = open_list(cfg, "--val-list", ctx)
+        paths = dict.fromkeys(listed.video(i) for i in range(len(listed)))
+    windows = []
+    for path in paths:
+        windows += windows_of(path, cfg.window)
+    videos = data.Captions(windows)
+    failures = data.Failures(len(videos), cfg.max_bad)
+    batches = test_batches(cfg, ctx, videos, failures)
+    features, read, _ = encode_clips(net, batches, failures, len(videos), ctx)  # [windows, E], [windows]
+    scores = features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]  # [windows]
+    shown = []
+    for i in scores.masked_fill(~read, -math.inf).argsort(descending=True).tolist():
         path, start, end, _ = windows[i]
-        if read[i] and not any(path == p and start < e and s < end for p, s, e in shown) and len(shown) < 10:
-            shown.append((path, start, end))
-            if ctx.rank == 0:
-                print(f"{scores[i]:.3f}  {start:7.1f} - {end:.1f} s  {path}")
+        overlaps = any(path == p and start < e and s < end for p, s, e in shown)
+        if not read[i] or overlaps or len(shown) == 10:
+            continue
+        shown.append((path, start, end))
+        if ctx.rank == 0:
+            print(f"{scores[i]:.3f}  {start:7.1f} - {end:.1f} s  {path}")
+
+
+def windows_of(path, seconds):
+    """Spans (path, start, end, "") of so many seconds that cover a video, each half over the one before."""
+    try:
+        with data.open_video(path) as video:
+            end = video.clamp(math.inf)
+    except data.VideoError as error:
+        raise UserError(f"--input {error}") from None
+    starts = np.arange(0.0, max(end - seconds / 2, 0.1), seconds / 2)
+    return [(path, start, min(start + seconds, end), "") for start in starts.tolist()]
+
+
+def open_start(cfg, run, classes):
+    """(model, tokenizer, style) that a run begins with: of --init or from nothing; or that it goes on with."""
+    start = run.state or (read_init(cfg.init) if cfg.init else {})
+    merges = cfg.merges
+    if run.state or not merges:
+        merges = start.get("merges", ())
+    tokenizer = BPETokenizer(merges)
+    if cfg.contrastive and not tokenizer.merges:
+        run.say("no --merges: texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges")
+    style = start.get("style", "clip")
+    torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
+    net = build(cfg, style, tokenizer.size, classes)
+    if cfg.init and not run.state:
+        loaded = common.load_weights(net, fit_weights(start, net, cfg), cfg.init)
+        run.say(f"{loaded}; activation, eps, mean and std of pixels: {style}'s")
+    return net, tokenizer, style
+
+
+def parameter_groups(net, weight_decay, text_lr):
+    """Optimizer groups; the text encoder's have the factor `text_lr` to the learning rate."""
+    layer = lambda name: 0 if name.startswith("textual.") else 1  # layer 0 has one factor of layer decay more
+    return common.param_groups(net, weight_decay, text_lr, layer)  # DECISION (decay)
+
+
+def learning_rate(step, total, warmup, start, peak, end):
+    """Of step 0, 1, ...: from `start` in a line to `peak` in `warmup` steps, then half a cosine to `end` (App. B.2)."""
+    rate = common.cosine(step, total, warmup, peak, end)
+    if step < warmup:
+        rate += start * (1 - step / warmup)
+    return rate
 
 
 @common.in_one_line
@@ -1297,166 +1456,66 @@ def main(cfg):
     if cfg.task != "train":
         return use(cfg, ctx)
     micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
-    videos = open_list(cfg, cfg.train_list, cfg.data_root, "--train-list", ctx)
-    val_videos = open_list(cfg, (cfg.val_list,), cfg.val_root or cfg.data_root, "--val-list", ctx)
-    if len(videos) < cfg.batch_size:
-        raise UserError(f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}")
-    contrastive = cfg.loss != "cross_entropy"
-    actions = open_actions(cfg, [val_videos] if contrastive else [videos, val_videos])
+    videos, val_videos, actions = open_lists(cfg, ctx)
     classes = len(actions.names) if actions else 0
-    # What evaluation needs is opened now, so that what is wrong is said now, and not after an epoch.
-    data.need_videos(val_videos, cfg.max_bad, "--val-root" if cfg.val_root else "--data-root")
-    if actions:
-        actions.labels(val_videos)
-    sentences = len(val_videos.sentences) if contrastive else 0
-    if not contrastive:
-        videos.labels = actions.labels(videos)
-    run = common.Run(cfg, ctx, "avion")
-    state = run.resume(train_list=videos, val_list=val_videos)
-
+    sentences = len(val_videos.sentences) if cfg.contrastive else 0
     epoch_steps = len(videos) // cfg.batch_size
     total = cfg.max_steps or cfg.epochs * epoch_steps
-    start = state or (read_init(cfg.init) if cfg.init else {})
-    tokenizer = BPETokenizer(start.get("merges", ()) if state or not cfg.merges else cfg.merges)
-    if contrastive and not tokenizer.merges:
-        run.say("no --merges: texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges")
-    torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
-    style = start.get("style", "clip")
-    net = build(cfg, style, tokenizer.size, classes).to(ctx.device)
-    slow = lambda name: 0 if name.startswith("textual.") else 1  # text_lr is what a layer below the others would get
-    groups = common.param_groups(net, cfg.weight_decay, cfg.text_lr, slow)  # DECISION (decay)
+    warmup = cfg.warmup_epochs * epoch_steps
+
+    run = common.Trainer(cfg, ctx, "avion", at={"best": -1.0}, train_list=videos, val_list=val_videos)
+    net, tokenizer, style = open_start(cfg, run, classes)
+    net = net.to(ctx.device)
+    groups = parameter_groups(net, cfg.weight_decay, cfg.text_lr)
     optimizer = common.optimizer(cfg.optimizer, groups, cfg.lr)
-    scaler = common.loss_scaler(ctx)  # outside fp16 it scales by 1, and only skips updates that are not finite
-    meter = common.Meter(ctx.device, "loss")
-    # What a checkpoint says beside weights: a run has no other state, because its draws and its data order are keyed.
-    at = {"step": 0, "evaluated": 0, "best": -1.0, "skipped": 0, "last": {}}
-    if state:
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if state["precision"] == ctx.precision:
-            scaler.load_state_dict(state["scaler"])
-        at = state["at"]
-        meter.load(state["sums"], ctx)
-    elif cfg.init:
-        loaded = common.load_weights(net, fit_weights(start, net, cfg), cfg.init)
-        run.say(f"{loaded}; activation, eps, mean and std of pixels: {style}'s")
-    state = start = None  # its memory is free
-    common.compile_model(net, ctx, cfg.compile)
-    model = ctx.wrap(net)
+    names = () if cfg.contrastive else actions.names
+    run.prepare(net, optimizer, classes=names, merges=tokenizer.merges, style=style)
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation clips, {sentences} sentences, {classes} classes; "
         f"batch {cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; "
-        f"{ctx.precision} on {ctx.device}; "
-        f"steps {at['step']} to {total}"
+        f"{ctx.precision} on {ctx.device}; steps {run.step} to {total}"
     )
-
-    dataset = data.ClipDataset(videos, partial(sample_clip, cfg, True, videos), cfg.size, cfg.seed, replace=True)
-    schedule = data.GlobalBatches(len(videos), cfg.batch_size, micro, cfg.seed, at["step"], total, ctx.rank, ctx.world)
-    batches = data.make_loader(dataset, schedule, cfg.workers, ctx.device, data.flip if cfg.flip else None)
+    augment = data.flip if cfg.flip else None
+    dataset = clips_of(cfg, videos, train=True)
+    batches = data.training_batches(dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augment)
     failures = data.Failures(len(videos), cfg.max_bad)
-    metric = "val_map" if contrastive else "val_action"
+    run.begin(batches, failures, cfg.batch_size, micro, epoch_steps, total, total, eval_every=cfg.eval_every)
+    metric = "val_map" if cfg.contrastive else "val_action"
+    related = cfg.loss == "max_margin" and videos.classes
+    loss_fn = loss_of(cfg)
 
-    def encode(part, replay):
-        clips, tokens, keys, ids = part
-        video, text, scale = model(clips, tokens, keys)  # [B, E] each, []
-        return (video, text, ids, *[scale] * (cfg.loss == "infonce")), None
+    if run.evaluation_due():  # the run was stopped between a step and its evaluation
+        run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
+    while run.step < total:
+        lr = learning_rate(run.step, total, warmup, cfg.start_lr, cfg.lr, cfg.min_lr)
+        if cfg.contrastive:  # a loss of the whole batch: first all its clips, which as uint8 are small
+            pairs = []
+            for batch in run.micro_batches():
+                texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
+                tokens = tokenizer(texts)  # [B, L]
+                inputs = batch.keys, tokens, text_ids(tokens)  # [B], [B, L], [B]
+                pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
+            global_backward(run, pairs, loss_fn)
+        else:  # a sum over clips: gradients of micro-batches add up
+            for batch in run.micro_batches():
+                labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, A]
+                clips, labels = data.mix(batch.clips, labels, (cfg.seed, run.step), cfg.mixup, cfg.cutmix)
+                keys = data.to_device(batch.keys, ctx.device)  # [B]
+                with run.forward():
+                    loss = cross_entropy(run.model(clips, keys), labels)  # [B]
+                run.backward(loss)
+        run.update(lr)
+        if cfg.contrastive:
+            run.end_step(temperature=net.bound_temperature())
+        else:
+            run.end_step()
+        if run.evaluation_due():
+            run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
 
-    def save(*names):
-        if at["step"] < total and not meter.healthy(ctx):
-            return False  # the last good checkpoint stays
-        parts = {"model": net, "optimizer": optimizer, "scaler": scaler}
-        state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"classes": () if contrastive else actions.names, "merges": tokenizer.merges, "style": style}
-        run.save(state | {"at": at, "sums": meter.state(ctx)}, *names)
-        return True
-
-    while True:
-        # Evaluation comes before the step, so that a run that was stopped between the two takes it up again.
-        step = at["step"]
-        if step > at["evaluated"] and (step == total or step % (cfg.eval_every * epoch_steps) == 0):
-            result = evaluate(net, val_videos, actions, tokenizer, cfg, ctx)
-            run.log(result | {"clips": step * cfg.batch_size}, step, total)
-            better = result[metric] > at["best"] and meter.healthy(ctx)
-            at |= {"evaluated": step, "best": result[metric] if better else at["best"], "last": result}
-            save(*["best.pt"] * better, "last.pt")
-        if step == total:
-            break
-
-        warmup = cfg.warmup_epochs * epoch_steps
-        lr = common.cosine(step, total, warmup, cfg.lr, cfg.min_lr)
-        lr += cfg.start_lr * max(0.0, 1 - step / warmup) if warmup else 0.0
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        parts, indices = [], []
-        for i in range(accumulation):
-            batch = next(batches)
-            run.wait(batch.waited)
-            failures.add(batch, micro)
-            clips = batch.clips  # [B, T, C, H, W], uint8
-            keys = data.to_device(batch.keys, ctx.device)  # [B]
-            if contrastive:  # the loss needs the whole batch: first all clips, as uint8, then the step
-                tokens = tokenizer(training_texts(videos, batch, cfg))  # [B, L]
-                ids = keys  # [B], each another: nobody asks
-                if cfg.skip_duplicates:
-                    ids = common.make_key(*F.pad(tokens, (0, 77 - tokens.shape[1])).T)  # [B], equal for equal texts
-                    ids = data.to_device(ids, ctx.device)
-                parts.append((clips, data.to_device(tokens, ctx.device), keys, ids))
-                indices.append(batch.index)
-                continue
-            labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, A]
-            clips, labels = data.mix(clips, labels, (cfg.seed, step), cfg.mixup, cfg.cutmix)
-            with ctx.sync(model, last=i == accumulation - 1):
-                with ctx.autocast():
-                    loss = -(labels * model(clips, keys).float().log_softmax(-1)).sum(-1)  # [B]
-                # The mean over the global batch; the ranks' gradients are averaged, hence the factor `world`. A loss
-                # that is not finite makes the gradient so too, and thereby skips the update.
-                poison = torch.where(loss.isfinite().all(), 1.0, math.nan)
-                scaler.scale(loss.sum() * poison * ctx.world / cfg.batch_size).backward()
-            meter.add(batch.index, loss)
-        if contrastive:
-            loss, _ = common.cached_step(ctx, model, encode, parts, partial(batch_loss, cfg), scaler)  # [B]
-            meter.add(torch.cat(indices), loss)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
-        if cfg.clip_grad:
-            nn.utils.clip_grads_with_norm_(net.parameters(), cfg.clip_grad, norm)
-        meter.step(norm)
-        scaler.step(optimizer)  # an update that is not finite is skipped, by a flag on the device
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        if contrastive:
-            net.logit_scale.data.clamp_(0, math.log(100))  # CLIP's bound
-        at["step"] = step = step + 1
-
-        run.advance(step, total)
-        epoch_ends = step % epoch_steps == 0
-        if epoch_ends or step % cfg.log_every == 0 or step == total:
-            for line in failures.collect(ctx, (step - 1) // epoch_steps):
-                run.say(f"unreadable, replaced by another: {line}")
-        if step % cfg.log_every == 0 or step == total:
-            means, bad, skipped = meter.read(ctx)
-            at["skipped"] += run.guard([videos.video(i) for i in bad], skipped, at["skipped"], scaler.get_scale())
-            record = {"epoch": round(step / epoch_steps, 3), **means, "lr": lr, "clips": step * cfg.batch_size}
-            if contrastive:
-                record["temperature"] = 1 / net.logit_scale.exp().item()
-            run.log(record, step, total)
-        if (run.save_due() or epoch_ends) and save("last.pt"):
-            run.leave(step)
-
-    names = (
-        "val_map",
-        "shuffled_map",
-        "val_ndcg",
-        "shuffled_ndcg",
-        "val_r1_v2t",
-        "val_r1_t2v",
-        "val_action",
-        "val_verb",
-        "val_noun",
-    )
-    numbers = ", ".join(f"{name} {at['last'][name]:.1f} %" for name in names if name in at["last"])
+    last = run.at["last"]
+    numbers = ", ".join(f"{name} {last[name]:.1f} %" for name in SHOWN if name in last)
     run.say(
-        f"complete: {numbers} of {at['last']['val_clips']} validation clips; best {metric} {at['best']:.1f} %. "
+        f"complete: {numbers} of {last['val_clips']} validation clips; best {metric} {run.at['best']:.1f} %. "
         f"{run.folder}/best.pt: --task search --query, eval, predict, features. --overwrite starts anew."
     )
 

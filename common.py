@@ -1294,8 +1294,8 @@ class Trainer(Run):
         self.at["step"] += 1
 
     def end_step(self, **more):
-        """What is due once a step is done: its record in the log, with `more`; a checkpoint; after a
-        signal, the end."""
+        """What is due once a step is done: its record in the log, with `more`, of which tensors are read
+        where a record is due only; a checkpoint; after a signal, the end."""
         step, own = self.at["step"], self.at["step"] - self.epoch_zero
         self.advance(step, self.total)
         epoch_ends = own % self.epoch_steps == 0
@@ -1308,7 +1308,10 @@ class Trainer(Run):
             names = [self.videos.video(i) for i in clips]
             self.at["skipped"] += self.guard(names, skipped, self.at["skipped"], self.scaler.get_scale())
             record = {"epoch": round(own / self.epoch_steps, 3), **means, "lr": self.lr}
-            self.log(record | {"clips": step * self.batch_size} | more, step, self.total)
+            record["clips"] = step * self.batch_size
+            for name, value in more.items():
+                record[name] = value.item() if isinstance(value, torch.Tensor) else value
+            self.log(record, step, self.total)
         if (self.save_due() or epoch_ends) and self.checkpoint("last.pt"):
             self.leave(step)
 
@@ -1624,7 +1627,8 @@ def cached_step(ctx, model, encode, batches, loss_fn, scaler):
         whole = ctx.gather_rows(torch.cat(parts).detach()) if parts[0].dim() else parts[0].detach()  # [B, ...] or []
         outputs.append(whole.float().requires_grad_() if whole.is_floating_point() else whole)
     losses = loss_fn(*outputs)  # [B]
-    gradients = torch.autograd.grad(losses.mean(), [x for x in outputs if x.requires_grad])
+    wanted = [x for x in outputs if x.requires_grad]
+    gradients = torch.autograd.grad(losses.mean(), wanted, materialize_grads=True)  # zeros, of what the loss leaves out
     own = len(losses) // ctx.world
     start, size = ctx.rank * own, own // len(batches)
     for i, batch in enumerate(batches):

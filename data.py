@@ -761,6 +761,16 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
     return F.interpolate(clip[:, :, y : y + h, x : x + w], size, mode="bilinear", antialias=True)  # [T, 3, h, w]
 
 
+class WholeFrames(Video):
+    """A Video as the plain loader reads it: whole frames first, then crop and scale (AVION, Fig. 8a)."""
+
+    def read_views(self, views):
+        try:
+            return [read_clip_decode_then_crop(self.path, *view) for view in views]  # uint8 [T, 3, h, w] each
+        except (av.FFmpegError, LookupError, ValueError, RuntimeError) as error:
+            raise VideoError(self.path, f"can't be decoded ({error})") from error
+
+
 def _times_in_whole(chunk):
     """Seconds in the whole video that `data.py chunk` wrote into a chunk; None in a chunk of others.
 
@@ -792,8 +802,9 @@ class Chunks:
     taken for granted, and that its other frames follow at the file's own times.
     """
 
-    def __init__(self, path):
+    def __init__(self, path, reader=Video):
         self.path = os.fsdecode(path)
+        self._reader = reader
         self._chunks = {}
         self._times = {}
         try:
@@ -814,7 +825,7 @@ class Chunks:
     def _chunk(self, k):
         """Chunk k, opened once."""
         if k not in self._chunks:
-            chunk = Video(os.path.join(self.path, self.names[k]))
+            chunk = self._reader(os.path.join(self.path, self.names[k]))
             times = _times_in_whole(chunk)
             if times is None:
                 end = chunk.info.duration
@@ -880,9 +891,9 @@ class Chunks:
         return clips
 
 
-def open_video(path):
-    """A Video, or Chunks where path is a folder."""
-    return Chunks(path) if os.path.isdir(path) else Video(path)
+def open_video(path, reader=Video):
+    """A Video, or Chunks where path is a folder. reader: Video, or a subclass that reads otherwise."""
+    return Chunks(path, reader) if os.path.isdir(path) else reader(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1510,11 +1521,13 @@ class ClipDataset(torch.utils.data.Dataset):
     short. views: clips of a video that one decode serves (repeated sampling; test views), each with a key of its own.
     replace: an unreadable video's place is taken by another, drawn from the sample's own key (training). Otherwise the
     sample is left out of its batch (evaluation). Both are reported in Batch.failures; nothing is repeated or black.
+    reader: of open_video.
     """
 
-    def __init__(self, videos, plan, size, seed, replace, views=1, frames=16):
+    def __init__(self, videos, plan, size, seed, replace, views=1, frames=16, reader=Video):
         self.videos, self.plan, self.size, self.seed = videos, plan, size, seed
         self.replace, self.views, self.frames, self.watch = replace, views, frames, None
+        self.reader = reader
 
     def __len__(self):
         return len(self.videos)
@@ -1552,7 +1565,7 @@ class ClipDataset(torch.utils.data.Dataset):
             self._report(index, busy=True)
             path = self.videos.video(index)
             try:
-                with open_video(path) as video:
+                with open_video(path, self.reader) as video:
                     try:
                         plans = self.plans(video, index, keys)
                     except ValueError as error:  # a clip that this video is too short for

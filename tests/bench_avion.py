@@ -23,7 +23,6 @@ import resource
 import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,8 +66,7 @@ def clips(args, ctx, root, loader, batch, workers, steps, frames=0):
     """Batches of clips as avion.py's training reads them, random crops included."""
     cfg = avion.Config(frames=frames or args.frames, size=args.size, loader=loader)
     videos = avion.Narrations(args.list, root)
-    plan = partial(avion.sample_clip, cfg, True, videos)
-    dataset = data.ClipDataset(videos, plan, args.size, 0, replace=True)
+    dataset = avion.clips_of(cfg, videos, train=True)
     schedule = data.GlobalBatches(len(videos), batch, batch, 0, 0, steps)
     return data.make_loader(dataset, schedule, workers, ctx.device)
 

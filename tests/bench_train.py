@@ -135,8 +135,8 @@ def avion_clip(cfg, ctx, videos):
         video, text, scale = model(clips, words.expand(len(clips), -1), keys)
         return (video, text, keys, scale), None
 
-    plan = partial(avion.sample_clip, cfg, True, videos)
-    return Variant(ctx, net, cfg, cfg.frames, plan, partial(avion.batch_loss, cfg), encode)
+    plan = avion.clips_of(cfg, videos, train=True).plan
+    return Variant(ctx, net, cfg, cfg.frames, plan, avion.loss_of(cfg), encode)
 
 
 class EmbedAll(tpt_mae.VideoMAE):

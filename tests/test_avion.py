@@ -68,6 +68,12 @@ def config(*argv):
     return common.parse(avion.Config, avion.RECIPES, list(map(str, argv)))
 
 
+def encode_clips(net, videos, cfg, ctx):
+    failures = data.Failures(len(videos), cfg.max_bad)
+    batches = avion.test_batches(cfg, ctx, videos, failures)
+    return avion.encode_clips(net, batches, failures, len(videos), ctx)
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
 
@@ -611,7 +617,7 @@ def test_avions_classifier_is_evaluated_as_it_is(tiny, told, tmp_path, capsys):
     clips = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
     expected = net.visual(clips) @ state["module.fc_cls.weight"].T + state["module.fc_cls.bias"]
     torch.testing.assert_close(net(clips), expected)
-    features, _, _ = avion.encode_clips(net, videos, cfg, ctx)
+    features, _, _ = encode_clips(net, videos, cfg, ctx)
     right = (net.head(features).argmax(1).numpy() == avion.Actions(lists=[videos]).labels(videos)).mean()
     assert float(ours[1]) == pytest.approx(100 * right, rel=1e-3)
     with pytest.raises(UserError, match=f"--num-classes {classes}.*--actions"):
@@ -939,7 +945,7 @@ def test_missing_and_short_chunks(tmp_path, told, args, capsys):
         data._toy_write(path, clip, 8)
     cfg = config(*args)
     videos = avion.Narrations([told / "train.jsonl"], chunks)
-    dataset = data.ClipDataset(videos, avion.partial(avion.sample_clip, cfg, True, videos), 64, 0, replace=False)
+    dataset = data.ClipDataset(videos, avion.clips_of(cfg, videos, True).plan, 64, 0, replace=False)
     samples = [dataset[0, i] for i in range(24) if "train_00000" in videos.video(i)]
     assert len(samples) == 8 and all(clip.shape == (8, 3, 64, 64) for (clip,), *_ in samples)
 
@@ -1026,14 +1032,15 @@ def test_sampling_of_a_narration(told):
     start, end = videos.start[3], min(videos.end[3], 30.0)
     step, seen = (end - start) / 4, []
     for key in make_key(torch.arange(60)):
-        frames, (x, y, w, h) = avion.sample_clip(cfg, True, videos, Clock, 3, 0, key)
+        frames, (x, y, w, h) = avion.clips_of(cfg, videos, True).plan(Clock, 3, 0, key)
         assert all(start + k * step <= f <= start + (k + 1) * step for k, f in enumerate(frames))
         assert 0.48 < w * h / (320 * 240) <= 1 and 0 <= x <= 320 - w and 0 <= y <= 240 - h
         seen.append(tuple(frames))
     assert len(set(seen)) == 60
-    frames, box = avion.sample_clip(cfg, False, videos, Clock, 3, 0, make_key(0))
+    frames, box = avion.clips_of(cfg, videos, False).plan(Clock, 3, 0, make_key(0))
     assert frames == pytest.approx([start + (k + 0.5) * step for k in range(4)]) and box == (40, 0, 240, 240)
-    frames, _ = avion.sample_clip(dataclasses.replace(cfg, eval_frames=16), False, videos, Clock, 3, 0, make_key(0))
+    long = dataclasses.replace(cfg, eval_frames=16)
+    frames, _ = avion.clips_of(long, videos, False).plan(Clock, 3, 0, make_key(0))
     assert len(frames) == 16
 
 
@@ -1045,8 +1052,7 @@ def test_decode_then_crop_reads_the_same_clip(told, monkeypatch):
     monkeypatch.setattr(data, "read_clip_decode_then_crop", lambda *args: calls.append(args[0]) or read(*args))
     for loader in ("fused", "decode_then_crop"):
         cfg = config("--loader", loader, "--crop")
-        plan = avion.partial(avion.sample_clip, cfg, True, videos)
-        dataset = data.ClipDataset(videos, plan, 64, 0, replace=False)
+        dataset = avion.clips_of(cfg, videos, True)
         clips.append(torch.stack([dataset[0, i][0][0] for i in range(8)]).float())
         plain.append(len(calls))
     assert (clips[0] - clips[1]).abs().mean() < 3 < (clips[0] - clips[0].flip(0)).abs().mean()
@@ -1057,14 +1063,13 @@ def test_text_of_max_margin_is_any_relevant_sentence(tmp_path):
     rows = [ek_row(0, "take plate", 0, [2]), ek_row(1, "take cup", 0, [3]), ek_row(2, "wash plate", 2, [2]),
             ek_row(3, "open door", 3, [9])]  # fmt: skip
     (tmp_path / "t.csv").write_text(EK + "".join(rows))
-    videos, cfg = avion.Narrations([tmp_path / "t.csv"]), config("--recipe", "ek100_mir")
-    batch = data.Batch(None, None, make_key(torch.arange(200)), torch.zeros(200, dtype=torch.int64), [])
-    texts = avion.training_texts(videos, batch, cfg)
+    videos = avion.Narrations([tmp_path / "t.csv"])
+    clips = torch.zeros(200, dtype=torch.int64), make_key(torch.arange(200))
+    texts = avion.training_texts(videos, *clips, related=True)
     counts = {t: texts.count(t) for t in set(texts)}
     assert set(counts) == {"take plate", "take cup", "wash plate"} and min(counts.values()) > 40
-    own = avion.training_texts(videos, batch, config("--recipe", "ego4d"))
-    assert set(own) == {"take plate"}
-    assert set(avion.training_texts(videos, batch, dataclasses.replace(cfg, min_relevancy=0.5))) == {"take plate"}
+    assert set(avion.training_texts(videos, *clips)) == {"take plate"}
+    assert set(avion.training_texts(videos, *clips, related=True, min_relevancy=0.5)) == {"take plate"}
 
 
 # ---- header, flags, recipes ------------------------------------------------------------------------------------------
@@ -1506,9 +1511,9 @@ def test_zero_shot_by_hand(told, trained):
     net = avion.build(cfg, "clip", tokenizer.size)
     net.load_state_dict(state["model"])
     actions = avion.Actions(lists=[videos])
-    result = avion.evaluate(net, videos, actions, tokenizer, cfg, ctx)
+    result = avion.validate(cfg, ctx, net, videos, actions, tokenizer)
     net.eval()
-    features, read, _ = avion.encode_clips(net, videos, cfg, ctx)
+    features, read, _ = encode_clips(net, videos, cfg, ctx)
     names = sorted({videos.text(i) for i in range(24)})
     texts = net.encode_text(tokenizer(names)).detach()
     parts = {

@@ -403,8 +403,8 @@ def test_check(damaged, cli):
 
 
 def test_check_speed(damaged, monkeypatch, capsys):
-    """A clip that takes 0.25 s by the clock is 4 a second, so that 735 a second need 184 cores; what can't be read is
-    counted apart, and no file is written."""
+    """A clip that takes a core 0.25 s is 4 a second, so that 735 a second need 184 cores; by the clock it takes twice as
+    long here. What can't be read is counted apart, and no file is written."""
     now = 0.0
     read_views = data.Video.read_views
 
@@ -415,19 +415,25 @@ def test_check_speed(damaged, monkeypatch, capsys):
         return read_views(video, views)
 
     monkeypatch.setattr(data.Video, "read_views", slow)
-    monkeypatch.setattr(data.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(data.time, "process_time", lambda: now)
+    monkeypatch.setattr(data.time, "perf_counter", lambda: 2 * now)
     flags = ["--data-root", damaged, "--speed", "--frames", 4, "--size", 32, "--stride", 2]
     monkeypatch.setattr(sys, "argv", ["data.py", "check", str(damaged / "l.csv"), *map(str, flags)])
     data.main()
     out = capsys.readouterr().out
     assert "reads 4.0 clips/s of 4 frames, 2 apart, 32 x 32, without 6 that can't be read" in out
+    assert "by the clock 2.0, " in out
     assert "735 " in out and "1707 clips/s" in out and "184 to 427 " in out
     assert not list(damaged.glob("*.bad"))
 
     (damaged / "bad.csv").write_text("gone.mp4,0\ntext.mp4,0\n")
     with pytest.raises(UserError, match="bad.csv: none of 2 videos could be read; the first: .*gone.mp4"):
         data.reading_speed(damaged / "bad.csv", damaged)
-    assert data.reading_speed(damaged / "l.csv", damaged, frames=4, size=32, count=2) == (4.0, [])  # first and last
+    assert data.reading_speed(damaged / "l.csv", damaged, frames=4, size=32, count=2) == (
+        4.0,
+        2.0,
+        [],
+    )  # first and last
 
 
 @pytest.mark.parametrize("flag", ["--out", "--good"])

@@ -623,7 +623,7 @@ def evaluate(model, batches, failures, heads, ctx, views=1, name="val", picture=
     clips, loss, *hits = ctx.sum(sums).tolist()
     model.train()
     if not clips:
-        raise UserError(f"no video to validate could be read: {'; '.join(unread[:3])}")
+        raise UserError(f"--val-list: no video could be read: {'; '.join(unread[:3])}")
     result = {}
     words = ["top1", f"top{k}"]
     if len(heads) > 1:

@@ -567,7 +567,7 @@ def evaluate(model, batches, failures, classes, views, ratios, m, r, ctx, draw=N
     clips = found.pop("clips")
     pmae = found.pop("mae")
     if not clips:
-        raise UserError(f"no video to validate could be read: {'; '.join(unread[:3])}")
+        raise UserError(f"--val-list: no video could be read: {'; '.join(unread[:3])}")
     result = {f"val_{name}": 100 * hits / clips for name, hits in found.items()}
     result |= {"val_clips": int(clips), "val_unread": len(unread)}
     if r > 0:

@@ -660,6 +660,19 @@ def test_no_step_waits_for_the_device(script, flags, toy, narrated, step_waits, 
     assert not found
 
 
+@pytest.mark.parametrize(("flag", "calls"), [("--skip-duplicates", 2), ("--no-skip-duplicates", 0)])
+def test_texts_are_hashed_only_where_duplicates_are_asked_about(
+    flag, calls, narrated, step_waits, tmp_path, monkeypatch
+):
+    """A hash of 77 tokens is some hundred operations of the host, a micro-batch."""
+    hashed, text_ids = [], avion.text_ids
+    monkeypatch.setattr(avion, "text_ids", lambda tokens: hashed.append(1) or text_ids(tokens))
+    lists = ["--train-list", narrated / "train.jsonl", "--val-list", narrated / "val.jsonl"]
+    size = ["--workers", 0, "--size", 32, "--batch-size", 8, "--micro-batch", 4]
+    step_waits(avion, flag, *lists, "--data-root", narrated / "chunks", *size, "--out", tmp_path)
+    assert len(hashed) == calls
+
+
 WAITS = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|to|cuda)\(|\bprint\(|non_blocking|synchronize")
 
 

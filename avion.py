@@ -90,7 +90,9 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: on the CPU the loader needs their cores
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # idle threads sleep: on the CPU the loader needs their cores
 
 import numpy as np
 import torch
@@ -107,7 +109,10 @@ MODELS = {
     "clip_b16": {"width": 768, "depth": 12, "heads": 12, "patch": 16, "text": (512, 12, 8)},
     "clip_l14": {"width": 1024, "depth": 24, "heads": 16, "patch": 14, "text": (768, 12, 12)},
 }
-MODELS["clip_toy"] |= {"tubelet": 2, "position_scale": 3.0}  # DECISION (toy): frames a token; factor of positions
+MODELS["clip_toy"] |= {
+    "tubelet": 2,
+    "position_scale": 3.0,
+}  # DECISION (toy): frames a token; factor of positions
 
 
 class Style(NamedTuple):
@@ -157,33 +162,61 @@ RECIPES |= {
 @dataclass
 class Config(common.RunConfig):
     recipe: str = opt("toy", "a section of the paper's App. B: see RECIPES")
-    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features", "search"], free=True)
-    train_list: tuple = opt((), "lists of clips, read as one: AVION's .pkl, EK-100's .csv, .csv, .jsonl", free=True)
+    task: str = opt(
+        "train", "what to do with it", ["train", "eval", "predict", "features", "search"], free=True
+    )
+    train_list: tuple = opt(
+        (), "lists of clips, read as one: AVION's .pkl, EK-100's .csv, .csv, .jsonl", free=True
+    )
     val_list: str = opt("", "list of validation clips, of the same formats", free=True)
-    data_root: str = opt("", "folder of the lists' videos: files, or folders of <start second>.mp4", free=True)
+    data_root: str = opt(
+        "", "folder of the lists' videos: files, or folders of <start second>.mp4", free=True
+    )
     val_root: str = opt("", "the same for --val-list; empty: --data-root", free=True)
-    actions: tuple = opt((), "EK-100 lists whose verb:noun pairs are the classes; empty: the lists at hand", free=True)
-    merges: str = opt("", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: --init's own, else single bytes", free=True)
-    init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; random: none; to use: best.pt")
+    actions: tuple = opt(
+        (),
+        "EK-100 lists whose verb:noun pairs are the classes; empty: the lists at hand",
+        free=True,
+    )
+    merges: str = opt(
+        "", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: --init's own, else single bytes", free=True
+    )
+    init: str = opt(
+        "", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; random: none; to use: best.pt"
+    )
     input: tuple = opt((), "videos or folders of chunks for --task predict and search", free=True)
     query: str = opt("", "what --task search looks for", free=True)
     window: float = opt(4.0, "seconds of a clip in --task search", free=True, within="(0, inf)")
-    num_classes: int = opt(0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True)
+    num_classes: int = opt(
+        0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True
+    )
 
     model: str = opt("clip_b16", "encoder sizes", list(MODELS))
     frames: int = opt(4, "frames a clip (App. B)", within="[1, inf)")
-    eval_frames: int = opt(0, "frames a clip at test (Table 2: 16); 0: as in training", free=True, within="[0, inf)")
+    eval_frames: int = opt(
+        0, "frames a clip at test (Table 2: 16); 0: as in training", free=True, within="[0, inf)"
+    )
     size: int = opt(224, "height and width of a clip, in pixels (App. B)")
-    embed_dim: int = opt(256, "width of the features that are compared (App. B.1)", within="[1, inf)")
+    embed_dim: int = opt(
+        256, "width of the features that are compared (App. B.1)", within="[1, inf)"
+    )
     loss: str = opt("infonce", "what a recipe trains", ["infonce", "max_margin", "cross_entropy"])
     margin: float = opt(0.2, "margin of the max-margin loss (App. B.2)")
-    min_relevancy: float = opt(0.1, "max-margin: texts above this relevancy are a clip's own")  # DECISION (text)
+    min_relevancy: float = opt(
+        0.1, "max-margin: texts above this relevancy are a clip's own"
+    )  # DECISION (text)
     freeze_temperature: bool = opt(True, "keep the temperature at 0.07")  # DECISION (temperature)
-    skip_duplicates: bool = opt(False, "pairs with one text are no negatives of each other")  # DECISION (duplicates)
-    patch_dropout: float = opt(0.0, "share of the patches that are left out in training", within="[0, 1)")
+    skip_duplicates: bool = opt(
+        False, "pairs with one text are no negatives of each other"
+    )  # DECISION (duplicates)
+    patch_dropout: float = opt(
+        0.0, "share of the patches that are left out in training", within="[0, 1)"
+    )
 
     epochs: int = opt(5, "passes over the training list (App. B.1)", within="[1, inf)")
-    batch_size: int = opt(2048, "clips per optimizer step over all ranks (App. B.1; 896 for ViT-L)", within="[1, inf)")
+    batch_size: int = opt(
+        2048, "clips per optimizer step over all ranks (App. B.1; 896 for ViT-L)", within="[1, inf)"
+    )
     optimizer: str = opt("adamw", "AdamW, or SGD with momentum 0.9 (App. B.3)", ["adamw", "sgd"])
     lr: float = opt(3e-5, "peak learning rate at this batch, as used (App. B.1)")
     start_lr: float = opt(0.0, "learning rate at the start of the warm-up (App. B.2)")
@@ -192,20 +225,35 @@ class Config(common.RunConfig):
     weight_decay: float = opt(0.01, "weight decay (App. B.1)")  # DECISION (decay)
     clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped")
     text_lr: float = opt(
-        1.0, "factor of the text encoder's learning rate; 0: it keeps its weights", within="[0, inf)"
+        1.0,
+        "factor of the text encoder's learning rate; 0: it keeps its weights",
+        within="[0, inf)",
     )  # DECISION (toy)
     drop_path: float = opt(
         0.0, "stochastic depth of every block of the video encoder", within="[0, 1)"
     )  # DECISION (rate)
     dropout: float = opt(0.0, "dropout before the classifier (App. B.3)", within="[0, 1)")
-    label_smoothing: float = opt(0.0, "share of a label spread over all classes (App. B.3)", within="[0, 1)")
+    label_smoothing: float = opt(
+        0.0, "share of a label spread over all classes (App. B.3)", within="[0, 1)"
+    )
     mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)", within="[0, inf)")
     cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off", within="[0, inf)")
-    crop: bool = opt(True, "random resized crops in training (App. B); off: the centre square")  # DECISION (crop)
-    crop_min: float = opt(0.5, "least share of the frame's area that a random crop keeps (App. B)", within="(0, inf)")
+    crop: bool = opt(
+        True, "random resized crops in training (App. B); off: the centre square"
+    )  # DECISION (crop)
+    crop_min: float = opt(
+        0.5, "least share of the frame's area that a random crop keeps (App. B)", within="(0, inf)"
+    )
     flip: bool = opt(False, "random left-right flips in training (App. B.3)")
-    loader: str = opt("fused", "crop while decoding (Fig. 8b), or after it", ["fused", "decode_then_crop"], free=True)
-    eval_every: int = opt(1, "epochs between evaluations; the last step is always evaluated", within="[1, inf)")
+    loader: str = opt(
+        "fused",
+        "crop while decoding (Fig. 8b), or after it",
+        ["fused", "decode_then_crop"],
+        free=True,
+    )
+    eval_every: int = opt(
+        1, "epochs between evaluations; the last step is always evaluated", within="[1, inf)"
+    )
 
     @property
     def contrastive(self):
@@ -240,7 +288,9 @@ def max_margin_loss(video, text, margin=0.2, same=None):
     similarity = video.float() @ text.float().T  # [B, B]
     own = similarity.diagonal()[:, None]  # [B, 1]
     terms = (margin - own + similarity).relu() + (margin - own + similarity.T).relu()  # [B, B]
-    others = ~torch.eye(len(own), dtype=torch.bool, device=own.device) if same is None else ~same  # [B, B]
+    others = (
+        ~torch.eye(len(own), dtype=torch.bool, device=own.device) if same is None else ~same
+    )  # [B, B]
     return (terms * others).sum(1) / max(1, 2 * (len(own) - 1))  # [B]
 
 
@@ -248,7 +298,9 @@ def stretch_time(embedding, frames):
     """PE_t of T frames for another number, linearly between them (Sec. 5.2): [T, D] -> [frames, D]."""
     if len(embedding) == frames:
         return embedding
-    x = F.interpolate(embedding.T[None].float(), frames, mode="linear", align_corners=False)  # [1, D, frames]
+    x = F.interpolate(
+        embedding.T[None].float(), frames, mode="linear", align_corners=False
+    )  # [1, D, frames]
     return x[0].T.to(embedding.dtype)  # [frames, D]
 
 
@@ -259,7 +311,9 @@ def relevancy(verbs, nouns, other_verbs, other_nouns):
     """
     shared = nouns @ other_nouns.T  # [B, S]
     union = nouns.sum(1)[:, None] + other_nouns.sum(1) - shared  # [B, S]
-    overlap = torch.where(union > 0, shared.double() / union.clamp(min=1), 1.0)  # [B, S]; two without nouns are alike
+    overlap = torch.where(
+        union > 0, shared.double() / union.clamp(min=1), 1.0
+    )  # [B, S]; two without nouns are alike
     return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * overlap  # [B, S]
 
 
@@ -268,9 +322,15 @@ def _blocks(similarity, relevancy, rows=256):
     as large as EK-100's costs little memory beside itself."""
     similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
     if similarity.shape != relevancy.shape or similarity.ndim != 2:
-        raise ValueError(f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]")
+        raise ValueError(
+            f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]"
+        )
     for i in range(0, len(similarity), rows):
-        yield np.array(similarity[i : i + rows], order="C"), np.array(relevancy[i : i + rows], np.float64, order="C"), i
+        yield (
+            np.array(similarity[i : i + rows], order="C"),
+            np.array(relevancy[i : i + rows], np.float64, order="C"),
+            i,
+        )
 
 
 def mean_average_precision(similarity, relevancy):
@@ -284,7 +344,9 @@ def mean_average_precision(similarity, relevancy):
         ranked = np.take_along_axis(r, (-s).argsort(1), 1)  # [b, S]
         hits = ranked == 1  # [b, S]
         if not hits.any(1).all():
-            raise ValueError(f"query {first + hits.any(1).argmin()} has no item of relevancy 1: its AP is not defined")
+            raise ValueError(
+                f"query {first + hits.any(1).argmin()} has no item of relevancy 1: its AP is not defined"
+            )
         total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum()
     return float(total / len(similarity))
 
@@ -297,16 +359,23 @@ def ndcg(similarity, relevancy):
     """
     total, discount = 0.0, np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
     for s, r, first in _blocks(similarity, relevancy):
-        ranked, best = np.take_along_axis(r, s.argsort(1)[:, ::-1], 1), np.sort(r, axis=1)[:, ::-1]  # [b, S] each
+        ranked, best = (
+            np.take_along_axis(r, s.argsort(1)[:, ::-1], 1),
+            np.sort(r, axis=1)[:, ::-1],
+        )  # [b, S] each
         if not (best[:, 0] > 0).all():
-            raise ValueError(f"query {first + (best[:, 0] > 0).argmin()} has no relevant item: its nDCG is not defined")
+            raise ValueError(
+                f"query {first + (best[:, 0] > 0).argmin()} has no relevant item: its nDCG is not defined"
+            )
         total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
     return float(total / len(similarity))
 
 
 def marginalise(probabilities, groups):
     """Probabilities of groups of classes, such as an action's verb (App. B.3): [B, A], int64 [A] -> [B, groups]."""
-    return probabilities.new_zeros(len(probabilities), int(groups.max()) + 1).index_add_(1, groups, probabilities)
+    return probabilities.new_zeros(len(probabilities), int(groups.max()) + 1).index_add_(
+        1, groups, probabilities
+    )
 
 
 # ---- Text ------------------------------------------------------------------------------------------------------------
@@ -320,7 +389,9 @@ def read_merges(path):
         lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().split("\n")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"--merges {path}: can't be read ({error})") from None
-    merges = [line for line in lines[1 : 1 + 49152 - 256 - 2] if line]  # CLIP uses no more of its file
+    merges = [
+        line for line in lines[1 : 1 + 49152 - 256 - 2] if line
+    ]  # CLIP uses no more of its file
     for line in merges:
         left, _, right = line.partition(" ")
         if left not in known or right not in known:
@@ -328,7 +399,9 @@ def read_merges(path):
         known.add(left + right)
         ends |= right.endswith("</w>")
     if not ends:
-        raise UserError(f"--merges {path}: no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6")
+        raise UserError(
+            f"--merges {path}: no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6"
+        )
     return merges
 
 
@@ -348,7 +421,9 @@ def word_patterns():
     """What CLIP cuts a text into: its own two marks, English endings, letters, single digits, and runs of anything else
     (marks, emoji). -> a pattern for any text, and its like for texts in ASCII, six times as fast."""
     spans = {"L": "", "N": ""}  # letters and numbers, which `re` has no classes for
-    for kind, run in groupby(map(chr, range(sys.maxunicode + 1)), key=lambda c: unicodedata.category(c)[0]):
+    for kind, run in groupby(
+        map(chr, range(sys.maxunicode + 1)), key=lambda c: unicodedata.category(c)[0]
+    ):
         if kind in spans:
             first, *rest = run
             spans[kind] += f"{first}-{rest[-1]}" if rest else first
@@ -373,9 +448,15 @@ class BPETokenizer:
 
     def __init__(self, merges=(), context=77):
         self.merges = read_merges(merges) if isinstance(merges, (str, Path)) else list(merges)
-        self.context, self.ranks = context, {tuple(pair.split(" ")): n for n, pair in enumerate(self.merges)}
+        self.context, self.ranks = (
+            context,
+            {tuple(pair.split(" ")): n for n, pair in enumerate(self.merges)},
+        )
         vocabulary = [symbol + end for end in ("", "</w>") for symbol in _BYTES.values()]
-        vocabulary += [pair.replace(" ", "") for pair in self.merges] + ["<|startoftext|>", "<|endoftext|>"]
+        vocabulary += [pair.replace(" ", "") for pair in self.merges] + [
+            "<|startoftext|>",
+            "<|endoftext|>",
+        ]
         self.ids = {symbol: n for n, symbol in enumerate(vocabulary)}
         self.size, self.start, self.end = len(vocabulary), len(vocabulary) - 2, len(vocabulary) - 1
         self.words, self.ascii_words = word_patterns()
@@ -421,7 +502,9 @@ class BPETokenizer:
 
 def text_ids(tokens, context=77):
     """int64 [B], equal for equal texts: a hash of their tokens, int64 [B, L]."""
-    tokens = F.pad(tokens, (0, context - tokens.shape[1]))  # [B, context]: of one length in all micro-batches
+    tokens = F.pad(
+        tokens, (0, context - tokens.shape[1])
+    )  # [B, context]: of one length in all micro-batches
     return common.make_key(*tokens.T)  # [B]
 
 
@@ -476,8 +559,13 @@ def parse_row(row):
             action = f"{verb}:{noun}"
         return row["video"], row["start"], row["end"], row["text"], action, (noun,), ""
     if "narration_id" in row:
-        video, nouns = f"{row['participant_id']}/{row['video_id']}.MP4", json.loads(row["all_noun_classes"])
-        seconds = lambda clock: sum(float(part) * 60**n for n, part in enumerate(reversed(clock.split(":"))))
+        video, nouns = (
+            f"{row['participant_id']}/{row['video_id']}.MP4",
+            json.loads(row["all_noun_classes"]),
+        )
+        seconds = lambda clock: sum(
+            float(part) * 60**n for n, part in enumerate(reversed(clock.split(":")))
+        )
         times = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
         action = f"{row['verb_class']}:{row['noun_class']}"
         return video, *times, row["narration"], action, tuple(nouns), row["narration_id"]
@@ -511,22 +599,39 @@ class Narrations(data.Captions):
                             continue
                         video, start, end, text, name, nouns, narration = parsed
                         texts = (text,) if isinstance(text, str) else text
-                        if not (isinstance(texts, (tuple, list)) and texts and all(isinstance(t, str) for t in texts)):
-                            raise UserError(f"{where}: the narration is not text: {str(text)[:60]!r}")
+                        if not (
+                            isinstance(texts, (tuple, list))
+                            and texts
+                            and all(isinstance(t, str) for t in texts)
+                        ):
+                            raise UserError(
+                                f"{where}: the narration is not text: {str(text)[:60]!r}"
+                            )
                         if not isinstance(video, str):
-                            raise UserError(f"{where}: not video, start, end, text: {(video, start, end)}")
+                            raise UserError(
+                                f"{where}: not video, start, end, text: {(video, start, end)}"
+                            )
                         if not all(t.strip() for t in texts):
                             self.left_out.append(f"{where}: the narration is empty")
                             continue
                         if not -math.inf < start <= end < math.inf:
-                            wrong = f"its time is {start} to {end} s: the start must be before the end"
+                            wrong = (
+                                f"its time is {start} to {end} s: the start must be before the end"
+                            )
                             self.left_out.append(f"{where}: {wrong}")
                             continue
                         action.append(actions.setdefault(name, len(actions)))
                         noun_set.append(sets.setdefault(tuple(sorted(set(nouns))), len(sets)))
                         self.ids += [narration] * bool(narration)
-                        texts = [t.encode("utf-8", "replace").decode() for t in texts]  # half of an emoji, cut off
-                        yield video if os.path.splitext(video)[1] else f"{video}.mp4", start, end, texts
+                        texts = [
+                            t.encode("utf-8", "replace").decode() for t in texts
+                        ]  # half of an emoji, cut off
+                        yield (
+                            video if os.path.splitext(video)[1] else f"{video}.mp4",
+                            start,
+                            end,
+                            texts,
+                        )
                 except OSError as error:
                     raise UserError(f"{path}: can't read the list ({error.strerror})") from None
                 except (LookupError, ValueError, TypeError, AttributeError) as error:
@@ -539,9 +644,14 @@ class Narrations(data.Captions):
         super().__init__(rows(), root)
         self.path, self._lists = ", ".join(map(str, paths)), [Path(path) for path in paths]
         self.classes, self.actions = None not in actions, list(actions)
-        self.action, self.noun_set = (torch.frombuffer(x, dtype=torch.int32) for x in (action, noun_set))
+        self.action, self.noun_set = (
+            torch.frombuffer(x, dtype=torch.int32) for x in (action, noun_set)
+        )
         self.verb = number(str(name).partition(":")[0] for name in actions)  # [actions]
-        column = {noun: n for n, noun in enumerate(dict.fromkeys(noun for nouns in sets for noun in nouns))}
+        column = {
+            noun: n
+            for n, noun in enumerate(dict.fromkeys(noun for nouns in sets for noun in nouns))
+        }
         self.nouns = torch.zeros(len(sets), len(column))  # [sets, n]
         for row, nouns in zip(self.nouns, sets, strict=True):
             row[[column[noun] for noun in nouns]] = 1
@@ -567,7 +677,9 @@ class Narrations(data.Captions):
                 first.setdefault(self.text(i), i)
             chosen = list(first.values())
         if self.classes:
-            classes = (self.verb[self.action] * len(self.nouns) + self.noun_set).tolist()  # [entries]
+            classes = (
+                self.verb[self.action] * len(self.nouns) + self.noun_set
+            ).tolist()  # [entries]
             found = {classes[i] for i in chosen}
             for i, pair in enumerate(classes):
                 if pair not in found:
@@ -607,12 +719,16 @@ class Actions:
         texts = {name: {} for name in names}
         for entries in lists:
             if not entries.classes:
-                raise UserError(f"{entries.path}: not all of its narrations have a verb and a noun class")
+                raise UserError(
+                    f"{entries.path}: not all of its narrations have a verb and a noun class"
+                )
             for i, action in enumerate(entries.action.tolist()):
                 texts.setdefault(entries.actions[action], {})[entries.text(i)] = None
         self.names = list(names) or sorted(texts)
         self.texts = [list(texts[name]) for name in self.names]
-        self.verb, self.noun = (number(name.partition(":")[part] for name in self.names) for part in (0, 2))
+        self.verb, self.noun = (
+            number(name.partition(":")[part] for name in self.names) for part in (0, 2)
+        )
 
     def labels(self, entries):
         """The class of each entry of a Narrations, int64 [entries]; UserError where its action is none."""
@@ -644,17 +760,39 @@ class VideoEncoder(nn.Module):
         spec = MODELS[model]
         self.style = STYLES[style]
         act, eps = self.style.act, self.style.eps
-        self.width, self.grad_checkpoint, self.patch_dropout = spec["width"], grad_checkpoint, patch_dropout
+        self.width, self.grad_checkpoint, self.patch_dropout = (
+            spec["width"],
+            grad_checkpoint,
+            patch_dropout,
+        )
         self.patch = spec.get("tubelet", 1), spec["patch"], spec["patch"]
-        places, steps, scale = (size // spec["patch"]) ** 2, frames // self.patch[0], spec.get("position_scale", 1.0)
-        self.patch_embed = nn.Linear(3 * math.prod(self.patch), self.width, bias=False)  # CLIP's Conv2d, as a product
+        places, steps, scale = (
+            (size // spec["patch"]) ** 2,
+            frames // self.patch[0],
+            spec.get("position_scale", 1.0),
+        )
+        self.patch_embed = nn.Linear(
+            3 * math.prod(self.patch), self.width, bias=False
+        )  # CLIP's Conv2d, as a product
         self.class_embedding = nn.Parameter(0.02 * torch.randn(self.width))
-        self.positional_embedding = nn.Parameter(scale * common.sinusoid_table(1 + places, self.width))  # row 0: CLS
+        self.positional_embedding = nn.Parameter(
+            scale * common.sinusoid_table(1 + places, self.width)
+        )  # row 0: CLS
         # DECISION (temporal): flipped, so that channels where places vary fast vary slowly in time
-        self.temporal_embedding = nn.Parameter(scale * common.sinusoid_table(steps, self.width).flip(1))  # [T, D]
+        self.temporal_embedding = nn.Parameter(
+            scale * common.sinusoid_table(steps, self.width).flip(1)
+        )  # [T, D]
         self.ln_pre = nn.LayerNorm(self.width, eps=eps)
         self.blocks = nn.ModuleList(  # DECISION (rate)
-            Block(self.width, spec["heads"], drop_path=drop_path, eps=eps, act=act, kind=attention, index=i)
+            Block(
+                self.width,
+                spec["heads"],
+                drop_path=drop_path,
+                eps=eps,
+                act=act,
+                kind=attention,
+                index=i,
+            )
             for i in range(spec["depth"])
         )
         self.ln_post = nn.LayerNorm(self.width, eps=eps)
@@ -664,21 +802,32 @@ class VideoEncoder(nn.Module):
     def forward(self, clips, keys=None):
         """Clips 0-255 [B, T, C, H, W] of any number of frames -> [B, D]. keys int64 [B] turn on drop path and patch
         dropout: left-out patches are neither normalised nor embedded."""
-        x = common.run_blocks(self.blocks, self.embed(clips, keys), keys, self.grad_checkpoint)  # [B, 1 + K, D]
+        x = common.run_blocks(
+            self.blocks, self.embed(clips, keys), keys, self.grad_checkpoint
+        )  # [B, 1 + K, D]
         return self.ln_post(x[:, 0])  # [B, D]
 
     @common.region
     def embed(self, clips, keys=None):
         """CLS and the patches that are not left out as tokens [B, 1 + K, D]."""
         patches = patchify(clips, self.patch)  # [B, N, P]
-        time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])[:, None]  # [T, 1, D]
+        time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])[
+            :, None
+        ]  # [T, 1, D]
         positions = (time + self.positional_embedding[1:]).flatten(0, 1)[None]  # [1, N, D]
         if keys is not None and self.patch_dropout:
             n = patches.shape[1]
-            (kept,) = common.random_split(keys, n, max(1, int(round(n * (1 - self.patch_dropout), 6))))  # [B, K]
-            patches, positions = gather_tokens(patches, kept), gather_tokens(positions, kept)  # [B, K, P], [B, K, D]
+            (kept,) = common.random_split(
+                keys, n, max(1, int(round(n * (1 - self.patch_dropout), 6)))
+            )  # [B, K]
+            patches, positions = (
+                gather_tokens(patches, kept),
+                gather_tokens(positions, kept),
+            )  # [B, K, P], [B, K, D]
         x = self.patch_embed(data.normalize(patches, self.style.mean, self.style.std))  # [B, K, D]
-        cls = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)  # [B, 1, D]
+        cls = (self.class_embedding + self.positional_embedding[0]).expand(
+            len(x), 1, -1
+        )  # [B, 1, D]
         x = torch.cat([cls.to(x.dtype), x + positions.to(x.dtype)], dim=1)  # [B, 1 + K, D]
         return self.ln_pre(x).to(x.dtype)  # [B, 1 + K, D]
 
@@ -694,7 +843,8 @@ class TextEncoder(nn.Module):
         self.token_embedding = nn.Embedding(vocabulary, self.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, self.width))
         self.blocks = nn.ModuleList(
-            Block(self.width, heads, eps=1e-5, act=STYLES[style].act, kind=attention, causal=True) for _ in range(depth)
+            Block(self.width, heads, eps=1e-5, act=STYLES[style].act, kind=attention, causal=True)
+            for _ in range(depth)
         )
         self.ln_final = nn.LayerNorm(self.width, eps=1e-5)
         self.apply(common.init_linear)
@@ -718,11 +868,15 @@ class VideoCLIP(nn.Module):
         self.text_projection = nn.Linear(textual.width, embed_dim, bias=False)
         for layer in (self.visual_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)), requires_grad=not freeze_temperature)
+        self.logit_scale = nn.Parameter(
+            torch.tensor(math.log(1 / 0.07)), requires_grad=not freeze_temperature
+        )
 
     def encode_video(self, clips, keys=None):
         """Clips 0-255 [B, T, C, H, W] -> float32 [B, E]; keys int64 [B] in training."""
-        return F.normalize(self.visual_projection(self.visual(clips, keys)).float(), dim=-1)  # [B, E]
+        return F.normalize(
+            self.visual_projection(self.visual(clips, keys)).float(), dim=-1
+        )  # [B, E]
 
     def encode_text(self, tokens):
         """int64 [B, L] -> float32 [B, E]."""
@@ -757,7 +911,9 @@ class VideoClassifier(nn.Module):
         """Clips 0-255 [B, T, C, H, W] -> logits [B, A]; keys int64 [B] in training."""
         x = self.encode_video(clips, keys)  # [B, D]
         if keys is not None and self.dropout:
-            x = x * (uniform(keys, "dropout", x.shape[1]) >= self.dropout) / (1 - self.dropout)  # [B, D]
+            x = (
+                x * (uniform(keys, "dropout", x.shape[1]) >= self.dropout) / (1 - self.dropout)
+            )  # [B, D]
         return self.head(x)  # [B, A]
 
 
@@ -768,7 +924,9 @@ def build(cfg, style, vocabulary=49408, classes=0):
     if cfg.loss == "cross_entropy":
         return VideoClassifier(visual, classes, cfg.dropout)
     textual = TextEncoder(cfg.model, vocabulary, 77, style, cfg.attention, cfg.grad_checkpoint)
-    return VideoCLIP(visual, textual, cfg.embed_dim, cfg.freeze_temperature or cfg.loss == "max_margin")
+    return VideoCLIP(
+        visual, textual, cfg.embed_dim, cfg.freeze_temperature or cfg.loss == "max_margin"
+    )
 
 
 def batch_loss(video, text, ids, scale, kind="infonce", margin=0.2, skip_duplicates=False):
@@ -784,7 +942,9 @@ def batch_loss(video, text, ids, scale, kind="infonce", margin=0.2, skip_duplica
 
 def loss_of(cfg):
     """The loss that a Config describes, as `global_backward` takes it."""
-    return partial(batch_loss, kind=cfg.loss, margin=cfg.margin, skip_duplicates=cfg.skip_duplicates)
+    return partial(
+        batch_loss, kind=cfg.loss, margin=cfg.margin, skip_duplicates=cfg.skip_duplicates
+    )
 
 
 def cross_entropy(logits, labels):
@@ -860,9 +1020,12 @@ def torchscript_weights(path):
 
     plain = {("collections", "OrderedDict"): dict}
     plain |= {
-        ("torch", f"{name.title()}Storage"): getattr(torch, name) for name in ("half", "float", "double", "int", "long")
+        ("torch", f"{name.title()}Storage"): getattr(torch, name)
+        for name in ("half", "float", "double", "int", "long")
     }
-    plain["torch._utils", "_rebuild_tensor_v2"] = lambda x, at, size, stride, *_: x.as_strided(size, stride, at).clone()
+    plain["torch._utils", "_rebuild_tensor_v2"] = lambda x, at, size, stride, *_: x.as_strided(
+        size, stride, at
+    ).clone()
 
     class Tree(pickle.Unpickler):
         def find_class(self, module, name):
@@ -886,11 +1049,15 @@ def torchscript_weights(path):
 
     try:
         with zipfile.ZipFile(path) as file:
-            root = next(name for name in file.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+            root = next(
+                name for name in file.namelist() if name.endswith("/data.pkl")
+            ).removesuffix("data.pkl")
             with file.open(f"{root}data.pkl") as pickled:
                 return dict(tensors(Tree(pickled).load()))
     except Exception as error:  # a damaged archive raises anything
-        raise UserError(f"{path}: not readable as a TorchScript archive of weights ({error})") from error
+        raise UserError(
+            f"{path}: not readable as a TorchScript archive of weights ({error})"
+        ) from error
 
 
 def clip_weights(state):
@@ -902,7 +1069,9 @@ def clip_weights(state):
     names, ours = _HUB if any(name.startswith("vision_model.") for name in state) else _CLIP, {}
     for name, tensor in state.items():
         name = name.removeprefix("module.")
-        if names is _CLIP and not name.startswith(("visual.", "textual.", "logit_scale", "fc_cls.")):
+        if names is _CLIP and not name.startswith(
+            ("visual.", "textual.", "logit_scale", "fc_cls.")
+        ):
             name = f"textual.{name}"
         transposed = name in ("visual.proj", "visual.image_projection", "textual.text_projection")
         for theirs, replacement in names:
@@ -911,7 +1080,9 @@ def clip_weights(state):
             ours[name] = tensor.T  # [E, D]
         elif name == "visual.patch_embed.weight":
             side = math.isqrt(tensor[0].numel() // 3)
-            ours[name] = common.conv_to_linear(tensor.reshape(len(tensor), 3, 1, side, side))  # [D, P]
+            ours[name] = common.conv_to_linear(
+                tensor.reshape(len(tensor), 3, 1, side, side)
+            )  # [D, P]
         elif name.endswith("attn.in_proj_weight"):
             ours[name.replace("in_proj_", "qkv.")] = tensor  # [3D, D]
         elif name.endswith("attn.in_proj_bias"):
@@ -936,7 +1107,9 @@ def read_init(path):
     if any(name.endswith("/constants.pkl") for name in names):
         state = torchscript_weights(path)
     elif names:
-        number = np.float64().__reduce__()[0]  # AVION's files keep their best score as a numpy float, which is data too
+        number = np.float64().__reduce__()[
+            0
+        ]  # AVION's files keep their best score as a numpy float, which is data too
         allowed = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
         with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype(np.float64))]):
             state = common.load_checkpoint(path)
@@ -964,15 +1137,23 @@ def fit_weights(start, net, cfg):
     as many classes."""
     weights, own = dict(start["model"]), net.state_dict()
     if "visual.patch_embed.weight" in weights:
-        time = weights.get("visual.temporal_embedding", torch.zeros(1, len(weights["visual.patch_embed.weight"])))
-        weights["visual.temporal_embedding"] = stretch_time(time, cfg.frames // net.visual.patch[0])  # [T, D]
+        time = weights.get(
+            "visual.temporal_embedding", torch.zeros(1, len(weights["visual.patch_embed.weight"]))
+        )
+        weights["visual.temporal_embedding"] = stretch_time(
+            time, cfg.frames // net.visual.patch[0]
+        )  # [T, D]
     projection = weights.get("visual_projection.weight", ())
     if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
         for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
             weights.pop(name, None)
     if "head.weight" in own:
         same = weights.get("head.weight", torch.empty(0)).shape == own["head.weight"].shape
-        return {k: v for k, v in weights.items() if k.startswith("visual.") or (k.startswith("head.") and same)}
+        return {
+            k: v
+            for k, v in weights.items()
+            if k.startswith("visual.") or (k.startswith("head.") and same)
+        }
     table, ours = (x.get("textual.token_embedding.weight", ()) for x in (weights, own))
     if len(table) and len(table) != len(ours):
         raise UserError(f"{cfg.init}: its texts have {len(table)} different tokens, --merges {cfg.merges or 'none'} "
@@ -1000,7 +1181,9 @@ def encode_clips(model, batches, failures, count, ctx):
     """
     out = torch.zeros(count, 1 + model.embed_dim, device=ctx.device)  # [V, E + 1]
     for index, x in clip_features(model, batches, ctx):
-        out[index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
+        out[index.to(ctx.device)] = F.pad(
+            x.float(), (0, 1), value=1.0
+        )  # the last column: it was read
     out = ctx.sum(out).cpu()
     unread = failures.collect(ctx, 0)
     if not out[:, -1].any():
@@ -1024,8 +1207,12 @@ def class_vectors(model, texts, tokenizer, ctx):
     feature of the texts of each class (a list of lists), [A, E]."""
     if not isinstance(model, VideoCLIP):
         return model.head.weight.detach().cpu()  # [A, D]
-    encoded = encode_texts(model, [text for part in texts for text in part], tokenizer, ctx)  # [texts, E]
-    means = [part.mean(0) for part in encoded.split([len(part) for part in texts])]  # [E] each  # DECISION (prompts)
+    encoded = encode_texts(
+        model, [text for part in texts for text in part], tokenizer, ctx
+    )  # [texts, E]
+    means = [
+        part.mean(0) for part in encoded.split([len(part) for part in texts])
+    ]  # [E] each  # DECISION (prompts)
     return F.normalize(torch.stack(means), dim=-1)  # [A, E]
 
 
@@ -1102,7 +1289,9 @@ def retrieval(model, features, rows, videos, tokenizer, ctx):
         found = (relevant == 1).any(0)  # [S]
         columns = columns[found]
         relevant = relevant[:, found]
-    texts = encode_texts(model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx)  # [S, E]
+    texts = encode_texts(
+        model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx
+    )  # [S, E]
     similarity = features @ texts.T  # [V, S]
     shuffled = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
     fractions = bool(videos.ids)
@@ -1126,7 +1315,9 @@ def saved_megabytes(model, tokens, kind):
     block = Block(width, heads, kind="plain" if kind == "plain" else "sdpa")
 
     def measured(*modules):
-        count = lambda n: sum(common.saved_bytes(module, torch.randn(1, n, width)) for module in modules) / 1e6
+        count = lambda n: (
+            sum(common.saved_bytes(module, torch.randn(1, n, width)) for module in modules) / 1e6
+        )
         return at_length(count, tokens)
 
     sizes = [measured(block.norm1, block.norm2), measured(block.attn), measured(block.mlp)]
@@ -1143,16 +1334,22 @@ def memory(cfg, net, tokens):
 
     def kept(tokens, width, depth, heads, causal):
         block = Block(width, heads, act=STYLES["clip"].act, kind=kind, causal=causal)
-        count = lambda n: common.block_bytes(block, depth, (n, width), half=half, grad_checkpoint=cfg.grad_checkpoint)
+        count = lambda n: common.block_bytes(
+            block, depth, (n, width), half=half, grad_checkpoint=cfg.grad_checkpoint
+        )
         return at_length(count, tokens)
 
     spec = MODELS[cfg.model]
-    clip = common.PIXEL_BYTES * pixels + kept(tokens, spec["width"], spec["depth"], spec["heads"], False)
+    clip = common.PIXEL_BYTES * pixels + kept(
+        tokens, spec["width"], spec["depth"], spec["heads"], False
+    )
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     state = common.state_bytes(trained, optimizer=cfg.optimizer, half=half)
     if isinstance(net, VideoCLIP):
         clip += kept(77, *spec["text"], True)
-        state += cfg.batch_size / cfg.gpus * pixels  # all clips of a step wait for their turn, as bytes
+        state += (
+            cfg.batch_size / cfg.gpus * pixels
+        )  # all clips of a step wait for their turn, as bytes
     group = 2 if cfg.mixup or cfg.cutmix else 1  # whole pairs
     return common.Phase(cfg.recipe, cfg.batch_size, cfg.micro_batch, state, clip, group)
 
@@ -1160,7 +1357,11 @@ def memory(cfg, net, tokens):
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     with torch.device("meta"):
-        net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), "clip", classes=cfg.num_classes or 2)
+        net = build(
+            replace(cfg, attention="sdpa", grad_checkpoint=False),
+            "clip",
+            classes=cfg.num_classes or 2,
+        )
         clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
         forward = common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64))
         macs = f"{forward:.2f} of a clip, forward"
@@ -1183,7 +1384,11 @@ Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a st
 
 MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half)
 {"":<24} {"LayerNorm":>10} {"attention":>10} {"MLP":>10} {"all":>10} {"attention %":>12}""")
-    for kind, name in (("plain", "plain"), ("sdpa", "memory-efficient"), ("checkpoint", "efficient, recomputed")):
+    for kind, name in (
+        ("plain", "plain"),
+        ("sdpa", "memory-efficient"),
+        ("checkpoint", "efficient, recomputed"),
+    ):
         sizes = saved_megabytes(cfg.model, kept, kind)
         cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
         print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
@@ -1213,16 +1418,22 @@ def check(cfg):
             "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed"
         )
     if cfg.min_lr > cfg.lr:
-        raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
+        raise UserError(
+            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
+        )
     if cfg.contrastive and cfg.batch_size < 2:
-        raise UserError(f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips")
+        raise UserError(
+            f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips"
+        )
     if cfg.task == "search" and not cfg.query.strip():
         raise UserError('--task search needs --query "what to look for"')
     if cfg.task == "predict" and not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
     common.check_gpus(cfg)
     common.need_init(cfg, [name for name in RECIPES if name.startswith("ego4d")], "CLIP's weights")
-    common.need_init(cfg, [name for name in RECIPES if name.startswith("ek100")], "weights trained on Ego4D")
+    common.need_init(
+        cfg, [name for name in RECIPES if name.startswith("ek100")], "weights trained on Ego4D"
+    )
 
 
 def open_list(cfg, flag, ctx):
@@ -1245,7 +1456,9 @@ def open_lists(cfg, ctx):
     videos = open_list(cfg, "--train-list", ctx)
     val_videos = open_list(cfg, "--val-list", ctx)
     if len(videos) < cfg.batch_size:
-        raise UserError(f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}")
+        raise UserError(
+            f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}"
+        )
     actions = open_actions(cfg, [val_videos] if cfg.contrastive else [videos, val_videos])
     # What evaluation needs is opened now, so that what is wrong is said now, and not after an epoch.
     data.need_videos(val_videos, cfg.max_bad, "--val-root" if cfg.val_root else "--data-root")
@@ -1276,9 +1489,13 @@ def clips_of(cfg, videos, train):
     """The clips of a list: random ones to train on, or the centre of each narration."""
     frames = cfg.frames if train else cfg.eval_frames or cfg.frames
     crop = train and cfg.crop
-    plan = partial(sample_clip, videos=videos, frames=frames, train=train, crop=crop, crop_min=cfg.crop_min)
+    plan = partial(
+        sample_clip, videos=videos, frames=frames, train=train, crop=crop, crop_min=cfg.crop_min
+    )
     reader = data.WholeFrames if cfg.loader == "decode_then_crop" else data.Video
-    return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=train, frames=frames, reader=reader)
+    return data.ClipDataset(
+        videos, plan, cfg.size, cfg.seed, replace=train, frames=frames, reader=reader
+    )
 
 
 def test_batches(cfg, ctx, videos, failures):
@@ -1320,11 +1537,15 @@ def open_model(source, cfg, ctx):
         its_cfg = replace(cfg, **{key: state["config"][key] for key in keys})
         tokenizer = BPETokenizer(state["merges"])
         if cfg.merges and read_merges(cfg.merges) != tokenizer.merges:
-            raise UserError(f"it was trained with other merges than --merges {cfg.merges}; leave that flag out")
+            raise UserError(
+                f"it was trained with other merges than --merges {cfg.merges}; leave that flag out"
+            )
         return its_cfg, build(its_cfg, state["style"], tokenizer.size, len(state["classes"]))
 
     if "config" in start:
-        cfg, net, _ = common.open_trained(source, "avion.py", ("style", "merges", "classes"), from_ours, start)
+        cfg, net, _ = common.open_trained(
+            source, "avion.py", ("style", "merges", "classes"), from_ours, start
+        )
         return cfg, net.to(ctx.device), BPETokenizer(start["merges"]), start["classes"]
     if "head.weight" in weights:
         cfg = replace(cfg, loss="cross_entropy", num_classes=len(weights["head.weight"]))
@@ -1336,7 +1557,9 @@ def open_model(source, cfg, ctx):
     common.load_weights(net, weights, source)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
     if missing:
-        raise UserError(f"{source}: has no {missing[0]} that fits; its --embed-dim and --loss must be the file's")
+        raise UserError(
+            f"{source}: has no {missing[0]} that fits; its --embed-dim and --loss must be the file's"
+        )
     return cfg, net.to(ctx.device).eval(), tokenizer, ()
 
 
@@ -1371,7 +1594,9 @@ def predict(cfg, ctx, net, tokenizer, names):
     failures = data.Failures(len(videos), 1.0)
     classes = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
     features = clip_features(net, test_batches(cfg, ctx, videos, failures), ctx)
-    shares = ((index, class_logits(net, x, classes).softmax(-1)) for index, x in features)  # [B, A] each
+    shares = (
+        (index, class_logits(net, x, classes).softmax(-1)) for index, x in features
+    )  # [B, A] each
     common.print_predictions(videos, shares, names, failures)
 
 
@@ -1379,7 +1604,9 @@ def search(cfg, ctx, net, tokenizer):
     """Print the ten clips of --window seconds that fit --query best, with their scores (cosines), times and videos, out
     of --input, else of the videos of --val-list; of clips that overlap, the best."""
     if not isinstance(net, VideoCLIP):
-        raise UserError("--task search needs a model with a text encoder, not one of --loss cross_entropy")
+        raise UserError(
+            "--task search needs a model with a text encoder, not one of --loss cross_entropy"
+        )
     paths = cfg.input
     if not paths:
         listed = open_list(cfg, "--val-list", ctx)
@@ -1390,7 +1617,9 @@ def search(cfg, ctx, net, tokenizer):
     videos = data.Captions(windows)
     failures = data.Failures(len(videos), cfg.max_bad)
     batches = test_batches(cfg, ctx, videos, failures)
-    features, read, _ = encode_clips(net, batches, failures, len(videos), ctx)  # [windows, E], [windows]
+    features, read, _ = encode_clips(
+        net, batches, failures, len(videos), ctx
+    )  # [windows, E], [windows]
     scores = features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]  # [windows]
     shown = []
     for i in scores.masked_fill(~read, -math.inf).argsort(descending=True).tolist():
@@ -1422,7 +1651,9 @@ def open_start(cfg, run, classes):
         merges = start.get("merges", ())
     tokenizer = BPETokenizer(merges)
     if cfg.contrastive and not tokenizer.merges:
-        run.say("no --merges: texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges")
+        run.say(
+            "no --merges: texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges"
+        )
     style = start.get("style", "clip")
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, style, tokenizer.size, classes)
@@ -1434,7 +1665,9 @@ def open_start(cfg, run, classes):
 
 def parameter_groups(net, weight_decay, text_lr):
     """Optimizer groups; the text encoder's have the factor `text_lr` to the learning rate."""
-    layer = lambda name: 0 if name.startswith("textual.") else 1  # layer 0 has one factor of layer decay more
+    layer = lambda name: (
+        0 if name.startswith("textual.") else 1
+    )  # layer 0 has one factor of layer decay more
     return common.param_groups(net, weight_decay, text_lr, layer)  # DECISION (decay)
 
 
@@ -1463,7 +1696,9 @@ def main(cfg):
     total = cfg.max_steps or cfg.epochs * epoch_steps
     warmup = cfg.warmup_epochs * epoch_steps
 
-    run = common.Trainer(cfg, ctx, "avion", at={"best": -1.0}, train_list=videos, val_list=val_videos)
+    run = common.Trainer(
+        cfg, ctx, "avion", at={"best": -1.0}, train_list=videos, val_list=val_videos
+    )
     net, tokenizer, style = open_start(cfg, run, classes)
     net = net.to(ctx.device)
     groups = parameter_groups(net, cfg.weight_decay, cfg.text_lr)
@@ -1477,9 +1712,20 @@ def main(cfg):
     )
     augment = data.flip if cfg.flip else None
     dataset = clips_of(cfg, videos, train=True)
-    batches = data.training_batches(dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augment)
+    batches = data.training_batches(
+        dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augment
+    )
     failures = data.Failures(len(videos), cfg.max_bad)
-    run.begin(batches, failures, cfg.batch_size, micro, epoch_steps, total, total, eval_every=cfg.eval_every)
+    run.begin(
+        batches,
+        failures,
+        cfg.batch_size,
+        micro,
+        epoch_steps,
+        total,
+        total,
+        eval_every=cfg.eval_every,
+    )
     metric = "val_map" if cfg.contrastive else "val_action"
     related = cfg.loss == "max_margin" and videos.classes
     loss_fn = loss_of(cfg)
@@ -1488,7 +1734,9 @@ def main(cfg):
         run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
     while run.step < total:
         lr = learning_rate(run.step, total, warmup, cfg.start_lr, cfg.lr, cfg.min_lr)
-        if cfg.contrastive:  # a loss of the whole batch: first all its clips, which as uint8 are small
+        if (
+            cfg.contrastive
+        ):  # a loss of the whole batch: first all its clips, which as uint8 are small
             pairs = []
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
@@ -1502,7 +1750,9 @@ def main(cfg):
         else:  # a sum over clips: gradients of micro-batches add up
             for batch in run.micro_batches():
                 labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, A]
-                clips, labels = data.mix(batch.clips, labels, (cfg.seed, run.step), cfg.mixup, cfg.cutmix)
+                clips, labels = data.mix(
+                    batch.clips, labels, (cfg.seed, run.step), cfg.mixup, cfg.cutmix
+                )
                 keys = data.to_device(batch.keys, ctx.device)  # [B]
                 with run.forward():
                     loss = cross_entropy(run.model(clips, keys), labels)  # [B]

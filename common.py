@@ -74,7 +74,9 @@ def _int64(value):
 def _mix(z):
     """SplitMix64's finaliser (Steele et al., OOPSLA 2014): every input bit changes every output bit. int64 -> int64."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _int64(factor)  # the mask makes >> a logical shift
+        z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * _int64(
+            factor
+        )  # the mask makes >> a logical shift
     return z ^ (z >> 31 & (1 << 33) - 1)
 
 
@@ -100,7 +102,9 @@ def make_key(*parts):
 def uniform(keys, purpose, n=None):
     """Uniforms in [0, 1) that belong to `keys` (int64, any shape) and `purpose`: float32 [...], or [..., n]."""
     bits = make_key(keys, purpose) if n is None else _hash_row(keys, purpose, n)
-    return (bits >> 40 & (1 << 24) - 1).float() * 2.0**-24  # 24 bits: all that a float32 in [0, 1) can hold evenly
+    return (
+        bits >> 40 & (1 << 24) - 1
+    ).float() * 2.0**-24  # 24 bits: all that a float32 in [0, 1) can hold evenly
 
 
 def permutation(keys, purpose, n):
@@ -109,7 +113,9 @@ def permutation(keys, purpose, n):
 
 
 def _hash_row(keys, purpose, n):
-    return make_key(make_key(keys, purpose)[..., None], torch.arange(n, device=keys.device))  # [..., n]
+    return make_key(
+        make_key(keys, purpose)[..., None], torch.arange(n, device=keys.device)
+    )  # [..., n]
 
 
 # ---- 2. Compiling ----------------------------------------------------------------------------------------------------
@@ -136,7 +142,9 @@ def region(method):
 
 @functools.cache
 def _compile(function, backend):
-    return torch.compile(function, backend=backend, dynamic=False)  # a graph for each shape: its kernels are faster
+    return torch.compile(
+        function, backend=backend, dynamic=False
+    )  # a graph for each shape: its kernels are faster
 
 
 def compile_model(net, ctx, wanted=None, backend="inductor"):
@@ -174,7 +182,11 @@ def attention(q, k, v, kind="auto", causal=False):
     """
     if kind == "auto":
         half = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
-        kind = "flash" if half and flash_attn_func is not None and _takes_flash(q.device.index) else "sdpa"
+        kind = (
+            "flash"
+            if half and flash_attn_func is not None and _takes_flash(q.device.index)
+            else "sdpa"
+        )
     if kind == "flash":
         if flash_attn_func is None or not (q.is_cuda and _takes_flash(q.device.index)):
             raise UserError(
@@ -187,7 +199,9 @@ def attention(q, k, v, kind="auto", causal=False):
         return _sdpa(q, k, v, causal).transpose(1, 2)  # [B, N, H, d]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)  # [N, N], True: may not see
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(
+            1
+        )  # [N, N], True: may not see
         scores = scores.masked_fill(future, float("-inf"))
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)  # [B, N, H, d]
 
@@ -296,7 +310,9 @@ def drop_path(x, rate, keys, purpose):
     """
     if keys is None:
         return x
-    kept = (uniform(keys, purpose) >= rate).to(torch.promote_types(x.dtype, torch.float32))  # [B], in half too exact
+    kept = (uniform(keys, purpose) >= rate).to(
+        torch.promote_types(x.dtype, torch.float32)
+    )  # [B], in half too exact
     factor = (kept / (1.0 - rate)).to(x.dtype)  # [B]
     return x * factor[:, None, None]  # [B, N, D]
 
@@ -311,7 +327,16 @@ class Block(nn.Module):
     branches = ("attn", "mlp")  # where drop path draws
 
     def __init__(
-        self, dim, heads, mlp_ratio=4, drop_path=0.0, eps=1e-6, act=nn.GELU, kind="auto", causal=False, index=0
+        self,
+        dim,
+        heads,
+        mlp_ratio=4,
+        drop_path=0.0,
+        eps=1e-6,
+        act=nn.GELU,
+        kind="auto",
+        causal=False,
+        index=0,
     ):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
@@ -326,7 +351,9 @@ class Block(nn.Module):
     @region
     def forward(self, x, keys=None):
         x = x + drop_path(self.attn(self.norm1(x)), self.rate, keys, self.purposes[0])  # [B, N, D]
-        return x + drop_path(self.mlp(self.norm2(x)), self.rate, keys, self.purposes[1])  # [B, N, D]
+        return x + drop_path(
+            self.mlp(self.norm2(x)), self.rate, keys, self.purposes[1]
+        )  # [B, N, D]
 
 
 def working_type(x):
@@ -350,7 +377,12 @@ def run_blocks(blocks, x, keys=None, grad_checkpoint=False, **options):
         keys = None  # nothing to draw
     for block in blocks:
         if grad_checkpoint:
-            call = partial(torch.utils.checkpoint.checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+            call = partial(
+                torch.utils.checkpoint.checkpoint,
+                block,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         else:
             call = block
         x = call(x, keys, **options)
@@ -404,13 +436,17 @@ def conv_to_linear(weight):
 
 def linear_to_conv(weight, patch, channels=3):
     """The inverse of conv_to_linear: [D, P] -> [D, C, p_t, p_h, p_w]."""
-    return weight.reshape(-1, *patch, channels).permute(0, 4, 1, 2, 3).contiguous()  # [D, C, p_t, p_h, p_w]
+    return (
+        weight.reshape(-1, *patch, channels).permute(0, 4, 1, 2, 3).contiguous()
+    )  # [D, C, p_t, p_h, p_w]
 
 
 def gather_tokens(x, index):
     """Pick tokens a clip: x [B, N, ...] or [1, N, ...] (shared by all), index int64 [B, K] -> [B, K, ...]."""
     x = x.expand(index.shape[0], *x.shape[1:])
-    return x.gather(1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:]))
+    return x.gather(
+        1, index.reshape(*index.shape, *[1] * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+    )
 
 
 def sinusoid_table(n, dim):
@@ -419,7 +455,9 @@ def sinusoid_table(n, dim):
     Computed in float64. One-dimensional, so that the table of fewer frames is a prefix of the table of more.
     """
     channel = torch.arange(dim, dtype=torch.float64)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] / 10000 ** (2 * (channel // 2) / dim)  # [n, dim]
+    angle = torch.arange(n, dtype=torch.float64)[:, None] / 10000 ** (
+        2 * (channel // 2) / dim
+    )  # [n, dim]
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()  # [n, dim]
 
 
@@ -458,7 +496,9 @@ def cosine(step, total, warmup, peak, floor=0.0):
     """Learning rate of step 0, 1, ...: linear from 0 over `warmup` steps, then half a cosine from peak to floor."""
     if step < warmup:
         return peak * step / warmup
-    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return floor + (peak - floor) * 0.5 * (
+        1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))
+    )
 
 
 def param_groups(model, weight_decay, layer_decay=1.0, layer_of=None, layers=0, no_decay=()):
@@ -470,10 +510,14 @@ def param_groups(model, weight_decay, layer_decay=1.0, layer_of=None, layers=0, 
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.squeeze().dim() > 1 and name not in no_decay  # squeeze: [1, 1, D] tokens are 1-D too
+            matrix = (
+                parameter.squeeze().dim() > 1 and name not in no_decay
+            )  # squeeze: [1, 1, D] tokens are 1-D too
             decay = weight_decay if matrix else 0.0
             scale = layer_decay ** (layers + 1 - layer_of(name)) if layer_of else 1.0
-            group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale})
+            group = groups.setdefault(
+                (decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale}
+            )
             group["params"].append(parameter)
     return list(groups.values())
 
@@ -585,7 +629,11 @@ def launch(precision="auto"):
     """Join the process group that torchrun describes (NCCL on GPUs, gloo on CPUs), pick device and precision."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if cuda
+        else torch.device("cpu")
+    )
     if cuda:
         torch.cuda.set_device(device)
     if precision == "auto":
@@ -595,7 +643,9 @@ def launch(precision="auto"):
     if cuda:
         check_card(device)
     if cuda and precision != "fp32":
-        torch.set_float32_matmul_precision("high")  # TF32: what autocast leaves in float32 needs no more
+        torch.set_float32_matmul_precision(
+            "high"
+        )  # TF32: what autocast leaves in float32 needs no more
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
@@ -613,7 +663,9 @@ def check_card(device):
         number = int(re.match("[0-9]+", number)[0])  # sm_90a is 90
         older = number <= 10 * major + minor
         same = number // 10 == major
-        if older and (same or kind == "compute"):  # machine code is of one major version; "compute" is compiled at load
+        if older and (
+            same or kind == "compute"
+        ):  # machine code is of one major version; "compute" is compiled at load
             return
     if builds:
         version = torch.__version__.partition("+")[0]
@@ -626,9 +678,7 @@ def check_card(device):
 
 
 # What torch's compilers say where a machine has not what they need: inductor on the CPU; Triton; inductor on a card.
-_NO_COMPILER = (
-    r"No working C\+\+ compiler|Failed to find C compiler|working triton installation|too old to be supported"
-)
+_NO_COMPILER = r"No working C\+\+ compiler|Failed to find C compiler|working triton installation|too old to be supported"
 
 
 def in_one_line(main):
@@ -646,7 +696,9 @@ def in_one_line(main):
             found = re.search(f"[^\n]*({_NO_COMPILER})[^\n]*", str(error))
             if not found:
                 raise
-            raise UserError(f"{found[0].strip()}: install what it names, or run with --no-compile") from None
+            raise UserError(
+                f"{found[0].strip()}: install what it names, or run with --no-compile"
+            ) from None
 
     return call
 
@@ -665,7 +717,10 @@ def _leave_group():
 def _report_lost_rank(report, kind, error, trace):
     """sys.excepthook of several ranks: the first to fail says why; one that loses it has no more than a line to add."""
     if "gloo/transport" in str(error):
-        print(f"error: lost another rank, which says why ({str(error).splitlines()[0]})", file=sys.stderr)
+        print(
+            f"error: lost another rank, which says why ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
     else:
         report(kind, error, trace)
 
@@ -686,36 +741,69 @@ class RunConfig:
     script's Config extends it with the paper's hyper-parameters, or gives a field another default."""
 
     recipe: str = opt("toy", "settings of one of the paper's trainings: see RECIPES")
-    task: str = opt("train", "what to do with it", ["train", "eval", "predict", "features"], free=True)
-    train_list: str = opt("", "list of training videos: `path label` or `path,label` a line", free=True)
+    task: str = opt(
+        "train", "what to do with it", ["train", "eval", "predict", "features"], free=True
+    )
+    train_list: str = opt(
+        "", "list of training videos: `path label` or `path,label` a line", free=True
+    )
     val_list: str = opt("", "list of validation videos", free=True)
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
     train_clips: int = opt(0, "size of the training set, for --plan", free=True, within="[0, inf)")
-    num_classes: int = opt(0, "number of classes; 0: as many as the training list has", within="[0, inf)")
+    num_classes: int = opt(
+        0, "number of classes; 0: as many as the training list has", within="[0, inf)"
+    )
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/<script>-<recipe>", free=True)
     init: str = opt("", "weights to start from: see the header; `random`: none, and mean it")
-    resume: str = opt("auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True)
-    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
-    max_steps: int = opt(0, "number of optimizer steps instead of its epochs; 0: by epochs", within="[0, inf)")
-    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True, within="[0, inf)")
-    grad_checkpoint: bool = opt(False, "recompute blocks in backward: less memory, more time", free=True)
-    attention: str = opt("auto", "auto: flash-attn if it can run, or sdpa", ["auto", "flash", "sdpa", "plain"], True)
-    precision: str = opt("auto", "auto: the device's best", ["auto", "fp32", "bf16", "fp16"], free=True)
-    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
-    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True, within="[0, inf)")
-    max_bad: float = opt(
-        0.01, "share of an epoch's videos (at least 1) that may be unreadable", free=True, within="[0, inf)"
+    resume: str = opt(
+        "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True
     )
-    max_skipped: int = opt(20, "updates skipped for a non-finite loss or gradient before the run stops", free=True)
+    overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
+    max_steps: int = opt(
+        0, "number of optimizer steps instead of its epochs; 0: by epochs", within="[0, inf)"
+    )
+    micro_batch: int = opt(
+        0, "clips that one process holds at once; 0: batch / ranks", free=True, within="[0, inf)"
+    )
+    grad_checkpoint: bool = opt(
+        False, "recompute blocks in backward: less memory, more time", free=True
+    )
+    attention: str = opt(
+        "auto", "auto: flash-attn if it can run, or sdpa", ["auto", "flash", "sdpa", "plain"], True
+    )
+    precision: str = opt(
+        "auto", "auto: the device's best", ["auto", "fp32", "bf16", "fp16"], free=True
+    )
+    compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
+    workers: int = opt(
+        8, "loader processes a rank; 0: load in the training process", free=True, within="[0, inf)"
+    )
+    max_bad: float = opt(
+        0.01,
+        "share of an epoch's videos (at least 1) that may be unreadable",
+        free=True,
+        within="[0, inf)",
+    )
+    max_skipped: int = opt(
+        20, "updates skipped for a non-finite loss or gradient before the run stops", free=True
+    )
     seed: int = opt(0, "key of every random draw")
-    eval_every: float = opt(1, "epochs between evaluations; the last step is always evaluated", within="[0, inf)")
+    eval_every: float = opt(
+        1, "epochs between evaluations; the last step is always evaluated", within="[0, inf)"
+    )
     log_every: int = opt(20, "steps between log records", within="[1, inf)")
     save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
-    tensorboard: bool = opt(False, "also write the log for TensorBoard, where it is installed", free=True)
-    plan: bool = opt(False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True)
+    tensorboard: bool = opt(
+        False, "also write the log for TensorBoard, where it is installed", free=True
+    )
+    plan: bool = opt(
+        False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True
+    )
     gpus: int = opt(8, "GPUs that --plan counts memory for (the paper's)", free=True)
-    gpu_gb: tuple = opt(("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True)
+    gpu_gb: tuple = opt(
+        ("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True
+    )
 
 
 def check_ranges(cfg):
@@ -736,7 +824,12 @@ def check_ranges(cfg):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        flags = sorted(flag for action in self._actions for flag in action.option_strings if flag.startswith("--"))
+        flags = sorted(
+            flag
+            for action in self._actions
+            for flag in action.option_strings
+            if flag.startswith("--")
+        )
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if "unrecognized" in message and unknown:
             close = difflib.get_close_matches(unknown[0], flags, 3)
@@ -765,7 +858,9 @@ def parse(config_class, recipes, argv=None):
         group = runs if field.name in of_runs else papers
         help = f"{meta['help']} [{field.default!r}]".replace("%", "%%")
         if field.type is bool or field.type == (bool | None):
-            group.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default, help=help)
+            group.add_argument(
+                name, action=argparse.BooleanOptionalAction, default=field.default, help=help
+            )
         elif field.type is tuple:
             group.add_argument(name, nargs="+", default=field.default, help=help)
         else:
@@ -806,7 +901,9 @@ def micro_batches(cfg, ctx, pairs=False, repeated=1):
             "the batch is global: batch = ranks x micro-batch x accumulation steps"
         )
     if micro % repeated:
-        raise UserError(f"--micro-batch {micro} (default: batch / ranks) is not a multiple of --repeated {repeated}")
+        raise UserError(
+            f"--micro-batch {micro} (default: batch / ranks) is not a multiple of --repeated {repeated}"
+        )
     if pairs and micro // repeated % 2:
         unit = f"a multiple of {2 * repeated} (two videos x --repeated)" if repeated > 1 else "even"
         raise UserError(
@@ -831,7 +928,9 @@ def writing(path, hint=""):
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's own comes after a file's
+        cause = (
+            error if isinstance(error, OSError) else error.__context__
+        )  # torch.save's own comes after a file's
         if not isinstance(cause, OSError):
             raise
         raise UserError(f"{path}: can't write it ({cause.strerror}){hint}") from None
@@ -866,7 +965,11 @@ def new_array(path, shape, dtype, value=0):
 
     All of it is written first: where the disk is full that is an error, and a change of an unwritten part a SIGBUS."""
     row = np.full(shape[1:], value, dtype)
-    head = {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False, "shape": shape}
+    head = {
+        "descr": np.lib.format.dtype_to_descr(row.dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
     with open(path, "wb") as file:
         np.lib.format.write_array_header_1_0(file, head)
         file.writelines(row.tobytes() for _ in range(shape[0]))
@@ -880,14 +983,22 @@ def load_checkpoint(path):
     """
     try:
         with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)  # a file: of a path it would heed the name
+            return torch.load(
+                file, map_location="cpu", weights_only=True
+            )  # a file: of a path it would heed the name
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError as error:
         unsafe = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = f"loading it would call {unsafe[1]}" if unsafe else "it is not a file of tensors and plain data"
+        why = (
+            f"loading it would call {unsafe[1]}"
+            if unsafe
+            else "it is not a file of tensors and plain data"
+        )
         raise UserError(f"{path}: refused, {why}; nothing in it was run") from error
-    except Exception as error:  # a damaged file raises anything: EOFError, IndexError, struct.error, ...
+    except (
+        Exception
+    ) as error:  # a damaged file raises anything: EOFError, IndexError, struct.error, ...
         why = (str(error) or "it ends too early").splitlines()[0]
         raise UserError(f"{path}: not a readable checkpoint ({why})") from error
 
@@ -919,14 +1030,22 @@ class Meter:
     """Sums of per-clip values over a log interval, and what was not finite, kept on the device: only read() waits."""
 
     def __init__(self, device, *names):
-        self.names, self.sums = names, torch.zeros(1 + len(names), dtype=torch.float64, device=device)
-        self.losses, self.norms = [], []  # (clips' indices, whether each loss is finite); gradient norms, one a step
+        self.names, self.sums = (
+            names,
+            torch.zeros(1 + len(names), dtype=torch.float64, device=device),
+        )
+        self.losses, self.norms = (
+            [],
+            [],
+        )  # (clips' indices, whether each loss is finite); gradient norms, one a step
         self.finite = self.norm = torch.ones((), device=device)  # of the latest step
         self.micro = []
 
     def add(self, index, *values):
         """A micro-batch's values, [B] each, the loss first; index [B] says which clips they are (on the CPU)."""
-        values = torch.stack([torch.ones_like(values[0]), *values]).detach().double()  # [1 + names, B]
+        values = (
+            torch.stack([torch.ones_like(values[0]), *values]).detach().double()
+        )  # [1 + names, B]
         finite = values.isfinite().all(0)  # [B]
         self.sums += values.where(finite, 0.0).sum(1)
         self.losses.append((index, finite))
@@ -944,7 +1063,10 @@ class Meter:
         clips = [i for index, ok in self.losses for i in index[~ok.cpu()].tolist()]
         clips = [i for part in ctx.gather(clips) for i in part]
         steps = sum(not norm.isfinite().item() for norm in self.norms)
-        means = {name: value / count if count else math.nan for name, value in zip(self.names, sums, strict=True)}
+        means = {
+            name: value / count if count else math.nan
+            for name, value in zip(self.names, sums, strict=True)
+        }
         means["grad_norm"] = self.norm.item()
         self.sums.zero_()
         self.losses, self.norms = [], []
@@ -988,14 +1110,18 @@ class Run:
         self.started = self.saved = self.logged = self.advanced = time.time()
         self.stopped, self.waited, self.logged_step, self.bar, self.board = 0, 0.0, 0, None, None
         self.longest_wait, self.advised = 0.0, False
-        self.batch_size = cfg.batch_size  # clips a step, for the log's rate; a trainer in stages sets each one's
+        self.batch_size = (
+            cfg.batch_size
+        )  # clips a step, for the log's rate; a trainer in stages sets each one's
         self.leaving, self.logged_records, self.lists = False, 0, {}
         if ctx.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "log.jsonl").open("a").close()
             except OSError as error:
-                raise UserError(f"--out {self.folder}: can't write there ({error.strerror})") from None
+                raise UserError(
+                    f"--out {self.folder}: can't write there ({error.strerror})"
+                ) from None
             if cfg.tensorboard:
                 self.board = tensorboard_writer(self.folder)
         ctx.barrier()
@@ -1004,11 +1130,15 @@ class Run:
 
     def _stop(self, number, frame):
         self.stopped = number
-        if number == signal.SIGINT:  # a scheduler may repeat its SIGTERM; a person who repeats Ctrl-C means it
+        if (
+            number == signal.SIGINT
+        ):  # a scheduler may repeat its SIGTERM; a person who repeats Ctrl-C means it
             signal.signal(number, signal.SIG_DFL)
 
     def config(self):
-        return json.loads(json.dumps(dataclasses.asdict(self.cfg)))  # as the log gives it back: lists for tuples
+        return json.loads(
+            json.dumps(dataclasses.asdict(self.cfg))
+        )  # as the log gives it back: lists for tuples
 
     def records(self):
         """The log's records, the first of which describes the run; a last line cut short by a kill is left out."""
@@ -1024,20 +1154,30 @@ class Run:
         self.lists = {name: entries.digest() for name, entries in lists.items()}
         records = [] if self.cfg.overwrite else list(self.records())
         source = last if self.cfg.resume == "auto" or last.exists() else Path(self.cfg.resume)
-        state = None if self.cfg.overwrite or (source == last and not last.exists()) else load_checkpoint(source)
+        state = (
+            None
+            if self.cfg.overwrite or (source == last and not last.exists())
+            else load_checkpoint(source)
+        )
         if state and not (isinstance(state, dict) and {"config", "at", "records"} <= state.keys()):
-            raise UserError(f"{source}: not the checkpoint of a run, which --resume needs; for weights use --init")
+            raise UserError(
+                f"{source}: not the checkpoint of a run, which --resume needs; for weights use --init"
+            )
         head = state or (records[0] if records else {})
         before = head.get("config", config)
         fixed = [f.name for f in dataclasses.fields(self.cfg) if not f.metadata["free"]]
         differ = [
-            f"--{k.replace('_', '-')} {before.get(k)} -> {config[k]}" for k in fixed if before.get(k) != config[k]
+            f"--{k.replace('_', '-')} {before.get(k)} -> {config[k]}"
+            for k in fixed
+            if before.get(k) != config[k]
         ]
         if differ:
             raise UserError(
                 f"{self.folder} holds another run ({', '.join(differ)}); choose another --out, or --overwrite it"
             )
-        for name, digest in head.get("lists", {}).items():  # a run begun before they were kept has none
+        for name, digest in head.get(
+            "lists", {}
+        ).items():  # a run begun before they were kept has none
             if self.lists.get(name, digest) != digest:
                 path = getattr(self.cfg, name)
                 path = " ".join(path) if isinstance(path, tuple) else path
@@ -1050,7 +1190,11 @@ class Run:
         self.logged_records = len(kept)
         self.ctx.barrier()  # all ranks have read what rank 0 now rewrites
         if self.ctx.rank == 0:
-            device = torch.cuda.get_device_name() if self.ctx.device.type == "cuda" else platform.machine()
+            device = (
+                torch.cuda.get_device_name()
+                if self.ctx.device.type == "cuda"
+                else platform.machine()
+            )
             head = {"config": config, "lists": self.lists, "versions": versions(), "device": device}
             head |= {"ranks": self.ctx.world, "argv": sys.argv}
             with replacing(self.folder / "log.jsonl") as temporary:
@@ -1088,14 +1232,21 @@ class Run:
         """Note the end of a step, and move a terminal's progress bar to it."""
         self.advanced = time.time()
         if self.ctx.rank == 0 and sys.stderr.isatty():
-            self.bar = self.bar or tqdm(total=total, initial=step - 1, unit="step", dynamic_ncols=True)
+            self.bar = self.bar or tqdm(
+                total=total, initial=step - 1, unit="step", dynamic_ncols=True
+            )
             self.bar.update(step - self.bar.n)
 
     def log(self, record, step, total):
         """Append a record to log.jsonl and show it: on the bar, or as a line with the time left where there is none."""
-        now, record = time.time(), {"step": step, "seconds": round(time.time() - self.started, 1), **record}
+        now, record = (
+            time.time(),
+            {"step": step, "seconds": round(time.time() - self.started, 1), **record},
+        )
         text = "  ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items() if k != "step"
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in record.items()
+            if k != "step"
         )
         late = False
         if "loss" in record:
@@ -1111,14 +1262,19 @@ class Run:
         self.logged_records += 1
         if self.ctx.rank == 0:
             with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
-                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+                finite = {
+                    k: None if isinstance(v, float) and not math.isfinite(v) else v
+                    for k, v in record.items()
+                }
                 file.write(json.dumps(finite) + "\n")
         if self.board:
             with writing(self.folder):
                 for key, value in record.items():
                     self.board.add_scalar(key, value, step)
         if self.bar is not None and "loss" in record:
-            self.bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['clips_per_second']:.0f} clips/s")
+            self.bar.set_postfix_str(
+                f"loss {record['loss']:.4f}, {record['clips_per_second']:.0f} clips/s"
+            )
         else:
             self.say(f"step {step}/{total}  {text}")
         if late:
@@ -1164,7 +1320,9 @@ class Run:
     def leave(self, step):
         """Once saved after a signal on any rank: say so and end as a program that the signal ended (128 + number)."""
         if self.leaving:
-            command = "the same command without --overwrite" if self.cfg.overwrite else "the same command"
+            command = (
+                "the same command without --overwrite" if self.cfg.overwrite else "the same command"
+            )
             self.say(f"stopped at step {step}; {command} continues from {self.folder / 'last.pt'}")
             raise SystemExit(128 + (self.stopped or signal.SIGTERM))
 
@@ -1196,7 +1354,9 @@ class Trainer(Run):
         super().__init__(cfg, ctx, name)
         self.videos = lists["train_list"]
         self.meter = Meter(ctx.device, *names)
-        self.at = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "last": {}} | (at or {})
+        self.at = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "last": {}} | (
+            at or {}
+        )
         self.state = self.resume(**lists)  # a checkpoint that `prepare` goes on from, or None
         if self.state:
             self.at = self.state["at"]
@@ -1210,7 +1370,9 @@ class Trainer(Run):
         """
         self.net, self.optimizer, self.more = net, optimizer, more
         self.trained = [p for p in net.parameters() if p.requires_grad]
-        self.scaler = loss_scaler(self.ctx)  # outside fp16 it only skips updates that are not finite
+        self.scaler = loss_scaler(
+            self.ctx
+        )  # outside fp16 it only skips updates that are not finite
         if self.state:
             net.load_state_dict(self.state["model"])
             optimizer.load_state_dict(self.state["optimizer"])
@@ -1306,7 +1468,9 @@ class Trainer(Run):
         if logs:
             means, clips, skipped = self.meter.read(self.ctx)
             names = [self.videos.video(i) for i in clips]
-            self.at["skipped"] += self.guard(names, skipped, self.at["skipped"], self.scaler.get_scale())
+            self.at["skipped"] += self.guard(
+                names, skipped, self.at["skipped"], self.scaler.get_scale()
+            )
             record = {"epoch": round(own / self.epoch_steps, 3), **means, "lr": self.lr}
             record["clips"] = step * self.batch_size
             for name, value in more.items():
@@ -1352,7 +1516,9 @@ class Sums:
 
     def __init__(self, ctx, *names):
         self.ctx = ctx
-        self.sums = {name: torch.zeros((), dtype=torch.float64, device=ctx.device) for name in names}
+        self.sums = {
+            name: torch.zeros((), dtype=torch.float64, device=ctx.device) for name in names
+        }
 
     def add(self, name, values):
         """values: a tensor, an array or a number."""
@@ -1439,7 +1605,9 @@ def read_safetensors(path):
     """
     try:
         size = os.path.getsize(path)
-        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)  # mapped, not read
+        raw = torch.from_file(
+            str(path), shared=False, size=size, dtype=torch.uint8
+        )  # mapped, not read
         start = at = 8 + int.from_bytes(raw[:8].numpy(), "little")
         header, tensors = json.loads(raw[8:start].numpy().tobytes()), {}
         header.pop("__metadata__", None)
@@ -1448,12 +1616,18 @@ def read_safetensors(path):
             if start + begin != at or end - begin != math.prod(entry["shape"]) * dtype.itemsize:
                 raise ValueError(f"the place or size of {name} is wrong")
             at = start + end
-            tensors[name] = raw[start + begin : at].clone().view(dtype).reshape(entry["shape"])  # clone: aligned
+            tensors[name] = (
+                raw[start + begin : at].clone().view(dtype).reshape(entry["shape"])
+            )  # clone: aligned
         if at != size:
             raise ValueError(f"{size} bytes long, by its header {at}")
         return tensors
-    except Exception as error:  # a damaged header raises anything: JSONDecodeError, KeyError, TypeError, ...
-        raise UserError(f"{path}: not a readable safetensors file ({type(error).__name__}: {error})") from error
+    except (
+        Exception
+    ) as error:  # a damaged header raises anything: JSONDecodeError, KeyError, TypeError, ...
+        raise UserError(
+            f"{path}: not a readable safetensors file ({type(error).__name__}: {error})"
+        ) from error
 
 
 def read_npz(path):
@@ -1462,7 +1636,9 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
     except Exception as error:  # a damaged archive raises anything: BadZipFile, EOFError, ValueError, zlib.error, ...
-        raise UserError(f"{path}: not a readable .npz file of arrays ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{path}: not a readable .npz file of arrays ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def read_weights(path):
@@ -1474,18 +1650,31 @@ def read_weights(path):
     path, names = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path), []
     if path.is_file():
         with path.open("rb") as file:
-            if file.read(9)[8:] == b"{":  # where the JSON begins; torch's files have another byte there
+            if (
+                file.read(9)[8:] == b"{"
+            ):  # where the JSON begins; torch's files have another byte there
                 return read_safetensors(path)
-        with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:  # torch's files are zip archives too
+        with (
+            contextlib.suppress(Exception),
+            zipfile.ZipFile(path) as file,
+        ):  # torch's files are zip archives too
             names = file.namelist()
         if names and all(name.endswith(".npy") for name in names):
             return read_npz(path)
     state = load_checkpoint(path)
     for name in ("model", "module"):
-        state = state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
-    weights = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+        state = (
+            state[name] if isinstance(state, dict) and isinstance(state.get(name), dict) else state
+        )
+    weights = (
+        {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+        if isinstance(state, dict)
+        else {}
+    )
     if not weights:
-        raise UserError(f"{path}: no weights are in it, neither at its top nor under model or module")
+        raise UserError(
+            f"{path}: no weights are in it, neither at its top nor under model or module"
+        )
     return weights
 
 
@@ -1501,11 +1690,15 @@ def videomae_weights(state):
     for name, tensor in state.items():
         for theirs, replacement in _VIDEOMAE:
             name = name.replace(theirs, replacement)
-        ours[name] = conv_to_linear(tensor) if name == "patch_embed.weight" and tensor.dim() == 5 else tensor
+        ours[name] = (
+            conv_to_linear(tensor) if name == "patch_embed.weight" and tensor.dim() == 5 else tensor
+        )
     for query in [name for name in ours if name.endswith("attn.query.weight")]:
         parts = [query.replace("query", part) for part in ("query", "key", "value")]
         if all(part in ours for part in parts):
-            ours[query.replace("query", "qkv")] = torch.cat([ours.pop(part) for part in parts])  # [3D, D]
+            ours[query.replace("query", "qkv")] = torch.cat(
+                [ours.pop(part) for part in parts]
+            )  # [3D, D]
     return ours
 
 
@@ -1527,8 +1720,12 @@ def vit_weights(state):
     cancels, classifiers and pre_logits are left out.
     """
     if any(name.endswith("embedding/kernel") for name in state):
-        theirs = {name.removeprefix("opt/target/").removeprefix("params/"): x for name, x in state.items()}
-        for name in [name for name in theirs if "/encoderblock/" in name]:  # big_vision's scan: [layers, ...]
+        theirs = {
+            name.removeprefix("opt/target/").removeprefix("params/"): x for name, x in state.items()
+        }
+        for name in [
+            name for name in theirs if "/encoderblock/" in name
+        ]:  # big_vision's scan: [layers, ...]
             for i, layer in enumerate(theirs.pop(name)):
                 theirs[name.replace("encoderblock/", f"encoderblock_{i}/")] = layer
         state = {}
@@ -1539,15 +1736,28 @@ def vit_weights(state):
             if name == "patch_embed.weight":
                 x = x.permute(3, 2, 0, 1)  # [D, C, p, p]
             elif kernel:
-                x = (x.flatten(0, -2) if "proj" in name else x.flatten(1)).T  # [D_out, D_in], from [D, H, d] and others
-            state["cls_token" if name == "cls" else name] = x.flatten() if ".attn." in name and not kernel else x
+                x = (
+                    x.flatten(0, -2) if "proj" in name else x.flatten(1)
+                ).T  # [D_out, D_in], from [D, H, d] and others
+            state["cls_token" if name == "cls" else name] = (
+                x.flatten() if ".attn." in name and not kernel else x
+            )
     elif not any(name.endswith("embeddings.position_embeddings") for name in state):
         return {}
     ours = {}
-    for name, x in videomae_weights({name.removeprefix("vit."): x for name, x in state.items()}).items():
-        name = name.replace("embeddings.position_embeddings", "pos_embed").replace("embeddings.", "")
-        name = name.replace("attn.query.bias", "attn.q_bias").replace("attn.value.bias", "attn.v_bias")
-        if name.startswith(("patch_embed.", "cls_token", "pos_embed", "blocks.", "norm.")) and "key.bias" not in name:
+    for name, x in videomae_weights(
+        {name.removeprefix("vit."): x for name, x in state.items()}
+    ).items():
+        name = name.replace("embeddings.position_embeddings", "pos_embed").replace(
+            "embeddings.", ""
+        )
+        name = name.replace("attn.query.bias", "attn.q_bias").replace(
+            "attn.value.bias", "attn.v_bias"
+        )
+        if (
+            name.startswith(("patch_embed.", "cls_token", "pos_embed", "blocks.", "norm."))
+            and "key.bias" not in name
+        ):
             ours[name] = x.float().contiguous()
     return ours
 
@@ -1571,17 +1781,23 @@ def load_weights(model, weights, source):
     for name in weights:
         if name in own and weights[name].shape != own[name].shape:
             shapes = f"{tuple(weights[name].shape)}, the model's is {tuple(own[name].shape)}"
-            raise UserError(f"{source}: {name} is {shapes}; are --model, --decoder and --num-classes the file's?")
+            raise UserError(
+                f"{source}: {name} is {shapes}; are --model, --decoder and --num-classes the file's?"
+            )
     lists = [
         [k for k in own if k in weights],
         [k for k in own if k not in weights],
         [k for k in weights if k not in own],
     ]
     if not lists[0]:
-        raise UserError(f"{source}: no weight of this model is in it (it holds {', '.join(list(weights)[:3])} ...)")
+        raise UserError(
+            f"{source}: no weight of this model is in it (it holds {', '.join(list(weights)[:3])} ...)"
+        )
     model.load_state_dict(weights, strict=False)
     parts = zip(("loaded", "left at init", "not used"), lists, strict=True)
-    return f"{source}: " + ", ".join(f"{word} {len(k)}" + (f" ({k[0]} ...)" if k else "") for word, k in parts)
+    return f"{source}: " + ", ".join(
+        f"{word} {len(k)}" + (f" ({k[0]} ...)" if k else "") for word, k in parts
+    )
 
 
 # ---- 9. The contrastive step -----------------------------------------------------------------------------------------
@@ -1599,9 +1815,13 @@ def contrastive_loss(video, text, scale, same=None):
     """
     logits = scale * video.float() @ text.float().T  # [B, B]
     if same is not None:
-        logits = logits.masked_fill(same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -math.inf)
+        logits = logits.masked_fill(
+            same & ~torch.eye(len(same), dtype=torch.bool, device=same.device), -math.inf
+        )
     labels = torch.arange(len(logits), device=logits.device)  # [B]
-    return 0.5 * sum(F.cross_entropy(x, labels, reduction="none") for x in (logits, logits.T))  # [B]
+    return 0.5 * sum(
+        F.cross_entropy(x, labels, reduction="none") for x in (logits, logits.T)
+    )  # [B]
 
 
 def cached_step(ctx, model, encode, batches, loss_fn, scaler):
@@ -1624,11 +1844,15 @@ def cached_step(ctx, model, encode, batches, loss_fn, scaler):
 
     first, outputs, extras = [forward(batch, single) for batch in batches], [], []
     for parts in zip(*(features for features, _ in first), strict=True):
-        whole = ctx.gather_rows(torch.cat(parts).detach()) if parts[0].dim() else parts[0].detach()  # [B, ...] or []
+        whole = (
+            ctx.gather_rows(torch.cat(parts).detach()) if parts[0].dim() else parts[0].detach()
+        )  # [B, ...] or []
         outputs.append(whole.float().requires_grad_() if whole.is_floating_point() else whole)
     losses = loss_fn(*outputs)  # [B]
     wanted = [x for x in outputs if x.requires_grad]
-    gradients = torch.autograd.grad(losses.mean(), wanted, materialize_grads=True)  # zeros, of what the loss leaves out
+    gradients = torch.autograd.grad(
+        losses.mean(), wanted, materialize_grads=True
+    )  # zeros, of what the loss leaves out
     own = len(losses) // ctx.world
     start, size = ctx.rank * own, own // len(batches)
     for i, batch in enumerate(batches):
@@ -1638,10 +1862,14 @@ def cached_step(ctx, model, encode, batches, loss_fn, scaler):
             extras.append(torch.zeros_like(losses[rows]) if extra is None else extra.float())  # [b]
             # Ranks' gradients are averaged, hence `world` where each has its own part. A scalar's is whole on each.
             total = extras[-1].sum() * ctx.world / len(losses)
-            for x, gradient in zip((x for x in features if x.is_floating_point()), gradients, strict=True):
+            for x, gradient in zip(
+                (x for x in features if x.is_floating_point()), gradients, strict=True
+            ):
                 share = gradient[rows] * ctx.world if x.dim() else gradient / len(batches)
                 total = total + (x.float() * share).sum()  # has the chain rule's gradient
-            finite = losses.isfinite().all() & extras[-1].isfinite().all()  # else the update must be skipped
+            finite = (
+                losses.isfinite().all() & extras[-1].isfinite().all()
+            )  # else the update must be skipped
             scaler.scale(total * torch.where(finite, 1.0, math.nan)).backward()
     return losses[start : start + own].detach(), torch.cat(extras).detach()
 
@@ -1671,7 +1899,9 @@ def saved_bytes(module, *args):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = module(*args)  # kept alive to here: a freed storage's address would be given to the next one
+        output = module(
+            *args
+        )  # kept alive to here: a freed storage's address would be given to the next one
     del output
     for parameter in module.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
@@ -1740,7 +1970,9 @@ def print_memory(cfg, phases):
         micro = phase.micro or max(1, per_gpu)
         if rest or not per_gpu or per_gpu % micro:
             times = f" x {phase.flag} {phase.micro}" if phase.micro else ""
-            print(f"memory    {phase.name}: a batch of {phase.batch} is not divisible by --gpus {cfg.gpus}{times}")
+            print(
+                f"memory    {phase.name}: a batch of {phase.batch} is not divisible by --gpus {cfg.gpus}{times}"
+            )
             continue
         gigabytes = (CUDA_BYTES + phase.state + micro * phase.clip) / 2**30
         fits = []

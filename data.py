@@ -87,10 +87,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 #   leave out frames that nothing refers to and nobody wants               `_droppable`  .76   .77   .69   .73
 # What remains is 1.05 to 1.3 times the bare decoding of the packets that a clip needs (tests/bench_decode.py).
 
-MAX_PIXELS = 1 << 26  # of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
+MAX_PIXELS = (
+    1 << 26
+)  # of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
 HOLD = 0.25  # seconds that a last frame stays on the screen: cuts are rounded to frames, and headers round too
 CHUNK_TIMES = "frame_times"  # metadata of a chunk: `_times_in_whole`, as 16 hexadecimal digits each
-KEEP_BYTES = 256 << 20  # packets of a video stay in memory up to this size; those of a larger one are read again
+KEEP_BYTES = (
+    256 << 20
+)  # packets of a video stay in memory up to this size; those of a larger one are read again
 # The containers that are opened, by FFmpeg's names, and how their files are called. A file is what its content says:
 # the suffixes only tell which files of a folder, and which words of a list, are meant as videos (`_named_video`).
 CONTAINERS = {
@@ -135,7 +139,9 @@ class VideoError(Exception):
     """A video, or a frame of it, that can't be read: `path` and `reason`; str() is both, in one line."""
 
     def __init__(self, path, reason):
-        super().__init__(path, reason)  # kept as arguments, so that workers can hand the error to the trainer (pickle)
+        super().__init__(
+            path, reason
+        )  # kept as arguments, so that workers can hand the error to the trainer (pickle)
         self.path, self.reason = path, reason
 
     def __str__(self):
@@ -160,8 +166,17 @@ def _errors(path, doing):
     """Whatever FFmpeg and PyAV raise on a bad file becomes one VideoError."""
     try:
         yield
-    except (av.FFmpegError, ValueError, LookupError, RuntimeError, MemoryError, OverflowError) as error:
-        reason = f"{doing}: {getattr(error, 'strerror', None) or error}; it is damaged, or not a video"
+    except (
+        av.FFmpegError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        reason = (
+            f"{doing}: {getattr(error, 'strerror', None) or error}; it is damaged, or not a video"
+        )
         raise VideoError(path, reason) from error
 
 
@@ -240,7 +255,9 @@ def _only_frames(sps):
         if chroma == 3:
             flag()
         number(), number(), flag()  # bit depths, lossless
-        if flag():  # scaling lists: a list's differences go on until they are all there, or an entry is 0
+        if (
+            flag()
+        ):  # scaling lists: a list's differences go on until they are all there, or an entry is 0
             for i in range(12 if chroma == 3 else 8):
                 entry = 8 if flag() else 0
                 for _ in range(16 if i < 6 else 64):
@@ -282,7 +299,9 @@ def _mp4_may_turn(file):
             matrices = []
             for name, offset in ((b"mvhd", 36), (b"tkhd", 40)):
                 for part in moov.split(name)[1:]:
-                    at = offset + 12 if part[:1] == b"\1" else offset  # version 1 has three numbers of 8 bytes, not 4
+                    at = (
+                        offset + 12 if part[:1] == b"\1" else offset
+                    )  # version 1 has three numbers of 8 bytes, not 4
                     matrices.append(part[at : at + len(unit)])
             return len(matrices) < 2 or any(matrix != unit for matrix in matrices)
         start += max(size, 8)
@@ -303,7 +322,9 @@ def _mkv_may_turn(file):
         size = int.from_bytes(size) - (1 << 7 * (more + 1))
         if name == b"\x18\x53\x80\x67":  # Segment: go into it
             continue
-        if name in (b"", b"\x1fC\xb6u") or not 0 <= size < (1 << 7 * (more + 1)) - 1:  # end, Cluster, unknown size
+        if (
+            name in (b"", b"\x1fC\xb6u") or not 0 <= size < (1 << 7 * (more + 1)) - 1
+        ):  # end, Cluster, unknown size
             return True
         if name == b"\x16T\xaek":  # Tracks
             return size > KEEP_BYTES or b"\x76\x70" in file.read(size)
@@ -320,7 +341,9 @@ def _side_data(frame):
         graph = av.filter.Graph()
         shape = {"width": frame.width, "height": frame.height, "format": frame.format}
         source = graph.add_buffer(**shape, time_base=frame.time_base)
-        delete = [graph.add("sidedata", f"mode=delete:type={n}") for n in range(64) if n not in known]
+        delete = [
+            graph.add("sidedata", f"mode=delete:type={n}") for n in range(64) if n not in known
+        ]
         graph.link_nodes(source, *delete, graph.add("buffersink")).configure()
         graph.push(frame)
         return graph.pull().side_data
@@ -330,7 +353,9 @@ def _turn(frame):
     """(transpose, flip_x, flip_y), in this order, that make a decoded frame upright; from its display matrix."""
     for side in _side_data(frame):
         if side.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5]  # (p, q) is shown at (a p + c q, b p + d q)
+            a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[
+                :5
+            ]  # (p, q) is shown at (a p + c q, b p + d q)
             if b == c == 0 and a and d:
                 return False, bool(a < 0), bool(d < 0)
             if a == d == 0 and b and c:
@@ -353,8 +378,12 @@ def _view(frame, box):
     if (x | w) & ((1 << sx) - 1) or (y | h) & ((1 << sy) - 1):
         return None
     luma, *chroma = _planes(frame)
-    chroma = [plane[y >> sy : (y + h) >> sy, x >> sx : (x + w) >> sx] for plane in chroma]  # [h >> sy, w >> sx]
-    view = av.VideoFrame.from_dlpack([luma[y : y + h, x : x + w], *chroma], format=frame.format.name)
+    chroma = [
+        plane[y >> sy : (y + h) >> sy, x >> sx : (x + w) >> sx] for plane in chroma
+    ]  # [h >> sy, w >> sx]
+    view = av.VideoFrame.from_dlpack(
+        [luma[y : y + h, x : x + w], *chroma], format=frame.format.name
+    )
     view.colorspace, view.color_range = frame.colorspace, frame.color_range
     return view
 
@@ -368,10 +397,16 @@ def _convert(out, frame, box, scaler):
     h, w = out.shape[1:]
     whole, view = box == (0, 0, frame.width, frame.height), _view(frame, box)
     if whole and not (view and frame.interlaced_frame):
-        view = frame  # it knows where its chroma samples sit, which a view can't be told: half a pixel
-    elif view is None:  # the box cuts chroma samples in half: colours first, at full size; takes 3 to 10 times as long
+        view = (
+            frame  # it knows where its chroma samples sit, which a view can't be told: half a pixel
+        )
+    elif (
+        view is None
+    ):  # the box cuts chroma samples in half: colours first, at full size; takes 3 to 10 times as long
         exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
-        view = _view(VideoReformatter().reformat(frame, format="gbrp", interpolation=exact, threads=1), box)
+        view = _view(
+            VideoReformatter().reformat(frame, format="gbrp", interpolation=exact, threads=1), box
+        )
     flags = Interpolation.BILINEAR
     if (view.width, view.height) == (w, h):
         # Without a change of size swscale takes a shortcut that repeats chroma samples, and leaves the last columns of
@@ -464,13 +499,19 @@ class Video:
         self._container, self._stream = container, stream = self._open(options)
         self._decoder = decoder = stream.codec_context
         self._codec = codec = decoder.codec.canonical_name
-        safe = options is OPEN_FAST and container.format.name in FAST_CONTAINERS and codec in FAST_CODECS
+        safe = (
+            options is OPEN_FAST
+            and container.format.name in FAST_CONTAINERS
+            and codec in FAST_CODECS
+        )
         extra, self._prefix, self._drop = decoder.extradata or b"", 0, False
         if safe and codec in ("h264", "hevc"):
             at = 4 if codec == "h264" else 21
             safe = len(extra) > at and extra[0] == 1  # else its NAL units are not behind lengths
             self._prefix = (extra[at] & 3) + 1 if safe else 0
-            self._drop = safe and (codec == "h264" or extra[21] >> 3 & 7 == 1)  # with one temporal layer
+            self._drop = safe and (
+                codec == "h264" or extra[21] >> 3 & 7 == 1
+            )  # with one temporal layer
         sets = _parameter_sets(extra) if safe and codec == "h264" else set()
         if options is OPEN_FAST and not safe:
             return False
@@ -483,10 +524,14 @@ class Video:
                 if _clean_start(packet, codec, self._prefix, first=not self._rows):
                     self._starts.append(len(self._rows))
                 else:
-                    safe = codec != "hevc"  # BLA and no_output_of_prior_pics hide frames around them
+                    safe = (
+                        codec != "hevc"
+                    )  # BLA and no_output_of_prior_pics hide frames around them
                 safe = safe and not packet.has_sidedata("new_extradata")
                 if codec == "h264":
-                    sets.update(bytes(nal) for nal in _nals(packet, self._prefix) if nal[0] & 31 == 7)
+                    sets.update(
+                        bytes(nal) for nal in _nals(packet, self._prefix) if nal[0] & 31 == 7
+                    )
             self._rows.append((packet.pts, packet.dts, packet.is_discard))
             size += packet.size
             if size > KEEP_BYTES:
@@ -495,10 +540,18 @@ class Video:
                 self._packets.append(packet)
         missing = len(stream.index_entries) - len(self._rows) - gaps
         if missing > 0 and container.format.name == FAST_CONTAINERS[0]:
-            raise VideoError(self.path, f"truncated, {missing} of its {missing + len(self._rows)} frames are missing")
+            raise VideoError(
+                self.path,
+                f"truncated, {missing} of its {missing + len(self._rows)} frames are missing",
+            )
         if not self._rows:
             raise VideoError(self.path, "no frame in its video stream")
-        if not safe or gaps or self._starts[:1] != [0] or any(pts is None for pts, _, _ in self._rows):
+        if (
+            not safe
+            or gaps
+            or self._starts[:1] != [0]
+            or any(pts is None for pts, _, _ in self._rows)
+        ):
             return False
         try:
             if not all(map(_only_frames, sets)):
@@ -528,23 +581,39 @@ class Video:
 
     def _describe(self):
         """Fill `info` and `times`."""
-        self._size, self._turn, rotation = (self._decoder.width, self._decoder.height), (False, False, False), 0
+        self._size, self._turn, rotation = (
+            (self._decoder.width, self._decoder.height),
+            (False, False, False),
+            0,
+        )
         first = None if self._fast else self._count()
         if self._fast and _may_be_turned(self.path):
-            (run,) = self._plan([0])  # of the first frame shown: an edit list may hide those before it
+            (run,) = self._plan(
+                [0]
+            )  # of the first frame shown: an edit list may hide those before it
             _, first = next(self._run(*run))
         if first is not None:
-            self._size, self._turn, rotation = (first.width, first.height), _turn(first), first.rotation
+            self._size, self._turn, rotation = (
+                (first.width, first.height),
+                _turn(first),
+                first.rotation,
+            )
         width, height = self._size[:: -1 if self._turn[0] else 1]
         n, tick = len(self._pts), float(self._stream.time_base)
-        fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)  # as the header says
+        fps = float(
+            self._stream.average_rate or self._stream.guessed_rate or 25
+        )  # as the header says
         pts = np.array([np.nan if pts is None else pts for pts in self._pts])  # [num_frames]
         known = n > 1 and (np.diff(pts) >= 0).all() and pts[-1] > pts[0]
         self.times = (pts - pts[0]) * tick if known else np.arange(n) / fps  # [num_frames]
-        if known and abs((n - 1) / fps - self.times[-1]) > 2 * tick:  # the header is not right, or the rate varies
+        if (
+            known and abs((n - 1) / fps - self.times[-1]) > 2 * tick
+        ):  # the header is not right, or the rate varies
             fps = float((n - 1) / self.times[-1])
         duration = float(self.times[-1] + 1 / fps)
-        self.info = VideoInfo(width, height, fps, n, duration, -rotation % 360 if any(self._turn) else 0, self._codec)
+        self.info = VideoInfo(
+            width, height, fps, n, duration, -rotation % 360 if any(self._turn) else 0, self._codec
+        )
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -556,10 +625,13 @@ class Video:
         late = np.max(seconds, initial=0) - self.info.duration
         if late > HOLD:
             raise VideoError(
-                self.path, f"has no frame at {late + self.info.duration:.1f} s, it ends {late:.1f} s before"
+                self.path,
+                f"has no frame at {late + self.info.duration:.1f} s, it ends {late:.1f} s before",
             )
         # A thousandth of a second on: a time that means a frame's own must not fall before it by a rounding error.
-        return np.maximum(np.searchsorted(self.times, np.add(seconds, 1e-3), "right") - 1, 0).tolist()
+        return np.maximum(
+            np.searchsorted(self.times, np.add(seconds, 1e-3), "right") - 1, 0
+        ).tolist()
 
     def clamp(self, second):
         """`second`, or the end of the video if that is earlier."""
@@ -585,14 +657,20 @@ class Video:
         """
         if self._container is None:
             raise ValueError(f"{self.path} is closed")
-        wanted, jobs = defaultdict(lambda: defaultdict(list)), []  # {frame: {view: its places in the output}}
+        wanted, jobs = (
+            defaultdict(lambda: defaultdict(list)),
+            [],
+        )  # {frame: {view: its places in the output}}
         for n, (frames, size, box) in enumerate(views):
             h, w = size if isinstance(size, (tuple, list)) else (size, size)
             if min(h, w) < 1:
                 raise ValueError(f"size {size} is not positive")
             for t, i in enumerate(frames):
                 if not 0 <= i < self.info.num_frames:
-                    raise VideoError(self.path, f"frame {i} is out of range, it has {self.info.num_frames} frames")
+                    raise VideoError(
+                        self.path,
+                        f"frame {i} is out of range, it has {self.info.num_frames} frames",
+                    )
                 wanted[int(i)][n].append(t)
             out = np.empty((len(frames), 3, h, w), np.uint8)  # [T, 3, h, w]
             jobs.append((out, *self._to_coded(out, box), VideoReformatter()))
@@ -608,20 +686,26 @@ class Video:
     def _check_frame(self, i, frame):
         """VideoError where frame i is of another size, or turned otherwise, than `info` says."""
         if (frame.width, frame.height) != self._size or _turn(frame) != self._turn:
-            raise VideoError(self.path, f"frame {i} has another size or rotation than its header says")
+            raise VideoError(
+                self.path, f"frame {i} has another size or rotation than its header says"
+            )
 
     def _to_coded(self, out, box):
         """Output [T, 3, h, w] and box (x, y, w, h) of upright frames, as the coded ones see them: a view, and a box."""
         width, height = self.info[:2]
         x, y, w, h = (0, 0, width, height) if box is None else map(int, box)
         if not (w > 0 and h > 0 and 0 <= x <= width - w and 0 <= y <= height - h):
-            raise ValueError(f"box {(x, y, w, h)} is not inside the {width}x{height} frame of {self.path}")
+            raise ValueError(
+                f"box {(x, y, w, h)} is not inside the {width}x{height} frame of {self.path}"
+            )
         transpose, flip_x, flip_y = self._turn
         if flip_x:
             x, out = width - x - w, out[..., ::-1]  # [T, 3, h, w]
         if flip_y:
             y, out = height - y - h, out[..., ::-1, :]  # [T, 3, h, w]
-        return (out.swapaxes(2, 3), (y, x, h, w)) if transpose else (out, (x, y, w, h))  # [T, 3, w, h] or [T, 3, h, w]
+        return (
+            (out.swapaxes(2, 3), (y, x, h, w)) if transpose else (out, (x, y, w, h))
+        )  # [T, 3, w, h] or [T, 3, h, w]
 
     def _frames(self, wanted):
         """Yields (index, frame) of each wanted frame."""
@@ -653,7 +737,9 @@ class Video:
         try:
             for run in self._plan(wanted):
                 yield from self._run(*run)
-        except VideoError:  # damaged; or the file is not what its packets said, which counting its frames tells
+        except (
+            VideoError
+        ):  # damaged; or the file is not what its packets said, which counting its frames tells
             other = Video(self.path, fast=False)
             if (other.info[:2], other.info.num_frames) != (self.info[:2], self.info.num_frames):
                 raise
@@ -668,7 +754,11 @@ class Video:
         missing or broken spoils those that refer to it.
         """
         self._decoder.flush_buffers()
-        begin, expected, latest = self._rows[start][0] if start else float("-inf"), set(want), float("-inf")
+        begin, expected, latest = (
+            self._rows[start][0] if start else float("-inf"),
+            set(want),
+            float("-inf"),
+        )
         for n, packet in enumerate(chain(self._read(start, last + 1), [None]), start):
             if packet is not None:
                 pts, _, hidden = self._rows[n]
@@ -682,9 +772,14 @@ class Video:
                     if frame.pts in want:
                         yield want[frame.pts], frame
                 elif frame.pts is None or frame.pts >= begin:
-                    raise VideoError(self.path, "damaged: a frame is corrupt, or not where it should be; re-encode it")
+                    raise VideoError(
+                        self.path,
+                        "damaged: a frame is corrupt, or not where it should be; re-encode it",
+                    )
         if expected:
-            raise VideoError(self.path, f"damaged: {len(expected)} frames don't come out; re-encode it")
+            raise VideoError(
+                self.path, f"damaged: {len(expected)} frames don't come out; re-encode it"
+            )
 
     def _counted(self, wanted):
         """The slow way: decode from the first frame and count. Yields (index, frame) of each wanted frame."""
@@ -692,7 +787,10 @@ class Video:
         for i, frame in enumerate(self._kept if last < len(self._kept) else self._decode_all()):
             if i in wanted:
                 if self._bad[i]:
-                    raise VideoError(self.path, f"damaged: frame {i}, or a frame that it may refer to, is corrupt")
+                    raise VideoError(
+                        self.path,
+                        f"damaged: frame {i}, or a frame that it may refer to, is corrupt",
+                    )
                 yield i, frame
             if i >= last:
                 return
@@ -713,7 +811,9 @@ class Video:
         try:
             return self._decoder.decode(packet)
         except av.FFmpegError as error:
-            raise VideoError(self.path, f"damaged: {error.strerror}; re-encode it or get it again") from error
+            raise VideoError(
+                self.path, f"damaged: {error.strerror}; re-encode it or get it again"
+            ) from error
 
     def _read(self, start, stop):
         """Packets start .. stop - 1 in decode order: from memory, or of a large video from the file again."""
@@ -726,7 +826,9 @@ class Video:
             if start:
                 container.seek(pts if dts is None else dts, stream=stream)
             packets = (packet for packet in container.demux(stream) if packet.size)
-            yield from islice(dropwhile(lambda p: (p.pts, p.dts) != (pts, dts), packets), stop - start)
+            yield from islice(
+                dropwhile(lambda p: (p.pts, p.dts) != (pts, dts), packets), stop - start
+            )
 
 
 def probe(path):
@@ -753,12 +855,19 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
         stream.codec_context.options = {"strict": "1"}
         for i, frame in enumerate(container.decode(stream)):
             if i in frames:
-                turn, clip[i] = frame.rotation // 90, torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [H, W, 3]
+                turn, clip[i] = (
+                    frame.rotation // 90,
+                    torch.from_numpy(frame.to_ndarray(format="rgb24")),
+                )  # [H, W, 3]
             if i >= max(frames):
                 break
-    clip = torch.stack([clip[i] for i in frames]).permute(0, 3, 1, 2).rot90(turn, (2, 3))  # [T, 3, H, W]
+    clip = (
+        torch.stack([clip[i] for i in frames]).permute(0, 3, 1, 2).rot90(turn, (2, 3))
+    )  # [T, 3, H, W]
     x, y, w, h = box or (0, 0, clip.shape[3], clip.shape[2])
-    return F.interpolate(clip[:, :, y : y + h, x : x + w], size, mode="bilinear", antialias=True)  # [T, 3, h, w]
+    return F.interpolate(
+        clip[:, :, y : y + h, x : x + w], size, mode="bilinear", antialias=True
+    )  # [T, 3, h, w]
 
 
 class WholeFrames(Video):
@@ -766,7 +875,9 @@ class WholeFrames(Video):
 
     def read_views(self, views):
         try:
-            return [read_clip_decode_then_crop(self.path, *view) for view in views]  # uint8 [T, 3, h, w] each
+            return [
+                read_clip_decode_then_crop(self.path, *view) for view in views
+            ]  # uint8 [T, 3, h, w] each
         except (av.FFmpegError, LookupError, ValueError, RuntimeError) as error:
             raise VideoError(self.path, f"can't be decoded ({error})") from error
 
@@ -808,9 +919,15 @@ class Chunks:
         self._chunks = {}
         self._times = {}
         try:
-            found = [(int(name.partition(".")[0]), name) for name in os.listdir(self.path) if name[:1].isdecimal()]
+            found = [
+                (int(name.partition(".")[0]), name)
+                for name in os.listdir(self.path)
+                if name[:1].isdecimal()
+            ]
         except (OSError, ValueError) as error:
-            raise VideoError(self.path, f"not a folder of chunks, <start second>.mp4 ({error})") from error
+            raise VideoError(
+                self.path, f"not a folder of chunks, <start second>.mp4 ({error})"
+            ) from error
         if not found:
             raise VideoError(self.path, "a folder with no chunk in it, <start second>.mp4")
         self.starts, self.names = zip(*sorted(found), strict=True)
@@ -858,7 +975,9 @@ class Chunks:
 
     def _at(self, second):
         now = second + 1e-3  # as in `Video.at`
-        k = max(bisect_right(self.starts, now + 1e-3) - 1, 0)  # a start is its first frame's time, rounded
+        k = max(
+            bisect_right(self.starts, now + 1e-3) - 1, 0
+        )  # a start is its first frame's time, rounded
         self._chunk(k)
         while k and self._times[k][0] > now:  # its first frame comes later
             k -= 1
@@ -868,7 +987,10 @@ class Chunks:
         missing = now >= following if following < end else second - end > HOLD
         if missing or (now < times[0] and times[0] > 0):
             near = self.names[k]
-            raise VideoError(self.path, f"no chunk holds second {second:.2f}: one is missing, or {near} is too short")
+            raise VideoError(
+                self.path,
+                f"no chunk holds second {second:.2f}: one is missing, or {near} is too short",
+            )
         return k, max(int(np.searchsorted(times, now, "right")) - 1, 0)
 
     def read_views(self, views):
@@ -877,7 +999,10 @@ class Chunks:
         VideoError: numbers of frames, which a folder doesn't have."""
         if any(np.ndim(places) != 2 for places, _, _ in views):
             raise VideoError(self.path, ONLY_TIMES)
-        clips, parts = [None] * len(views), defaultdict(list)  # parts: {chunk: [(view, its places, frames)]}
+        clips, parts = (
+            [None] * len(views),
+            defaultdict(list),
+        )  # parts: {chunk: [(view, its places, frames)]}
         for n, (places, _, _) in enumerate(views):
             for k in sorted({k for k, _ in places}):
                 here = [t for t, place in enumerate(places) if place[0] == k]
@@ -921,7 +1046,9 @@ def fps_frames(video, n, fps, u):
     _check_length(video.info, n)
     step = max(1 / fps, 1 / video.info.fps)  # seconds
     last = video.times[-1] - (n - 1) * step  # second of the last start
-    starts = max(1, int(np.searchsorted(video.times, last + 1e-3, "right")))  # 1e-3: as `Video.at` rounds
+    starts = max(
+        1, int(np.searchsorted(video.times, last + 1e-3, "right"))
+    )  # 1e-3: as `Video.at` rounds
     step = min(step, video.times[-1] / max(1, n - 1))
     start = video.times[min(int(u * starts), starts - 1)]
     return video.at(start + step * np.arange(n))
@@ -933,7 +1060,9 @@ def stride_frames(info, n, stride, u):
     A shorter video is spread evenly over the n frames, where VideoMAE repeats its last.
     """
     _check_length(info, n)
-    room = max(0, info.num_frames - n * stride)  # as VideoMAE, which leaves stride - 1 frames free behind the last
+    room = max(
+        0, info.num_frames - n * stride
+    )  # as VideoMAE, which leaves stride - 1 frames free behind the last
     step = min(stride, (info.num_frames - 1) / max(1, n - 1))
     start = min(int(u * (room + 1)), room)
     return [start + int(i * step + 1e-6) for i in range(n)]
@@ -1031,8 +1160,13 @@ def random_box(info, key, share=1.0):
 
     Scaling the short side to 256 and cutting 224 (AVION, App. B) is share = 224 / 256.
     """
-    side = min(max(2, round(share * min(info.width, info.height) / 2) * 2), min(info.width, info.height))
-    x, y = (2 * int(u * ((room - side) // 2 + 1)) for u, room in zip(uniform(key, "crop", 2).tolist(), info[:2]))
+    side = min(
+        max(2, round(share * min(info.width, info.height) / 2) * 2), min(info.width, info.height)
+    )
+    x, y = (
+        2 * int(u * ((room - side) // 2 + 1))
+        for u, room in zip(uniform(key, "crop", 2).tolist(), info[:2])
+    )
     return x, y, side, side
 
 
@@ -1047,7 +1181,10 @@ def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries
         shape = ratio[0] * (ratio[1] / ratio[0]) ** shape
         w, h = (2 * max(1, round(math.sqrt(side) / 2)) for side in (area * shape, area / shape))
         if w <= info.width and h <= info.height:
-            x, y = (2 * int(u * (room // 2 + 1)) for u, room in ((left, info.width - w), (top, info.height - h)))
+            x, y = (
+                2 * int(u * (room // 2 + 1))
+                for u, room in ((left, info.width - w), (top, info.height - h))
+            )
             return x, y, w, h
     return centre_box(info)
 
@@ -1058,7 +1195,9 @@ def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
     short, pick = min(info.width, info.height), uniform(key, "crop", 2).tolist()
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
     w, h = (int(short * scale) & ~1 for scale in pairs[int(pick[0] * len(pairs))])
-    places = [(i, j) for i in range(5) for j in range(5) if i % 2 == j % 2]  # quarters of the room, 9 + 4 of them
+    places = [
+        (i, j) for i in range(5) for j in range(5) if i % 2 == j % 2
+    ]  # quarters of the room, 9 + 4 of them
     i, j = places[int(pick[1] * len(places))]
     return (info.width - w) * i // 4 & ~1, (info.height - h) * j // 4 & ~1, w, h
 
@@ -1081,7 +1220,9 @@ class Strings:
             self.append(item)
 
     def append(self, text):
-        self._bytes += text.encode("utf-8", "surrogateescape")  # bytes of a path that are no UTF-8 pass through
+        self._bytes += text.encode(
+            "utf-8", "surrogateescape"
+        )  # bytes of a path that are no UTF-8 pass through
         self._ends.append(len(self._bytes))
 
     def __len__(self):
@@ -1090,7 +1231,9 @@ class Strings:
     def ids(self):
         """int64 [strings], equal for equal strings."""
         numbers = {}
-        return np.array([numbers.setdefault(self[i], len(numbers)) for i in range(len(self))], np.int64)
+        return np.array(
+            [numbers.setdefault(self[i], len(numbers)) for i in range(len(self))], np.int64
+        )
 
     def digest(self):
         """What tells this list from any other: a SHA-256, in hexadecimal."""
@@ -1108,7 +1251,10 @@ def _named_video(name):
 SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
 _WORDS = re.compile("[ ,;]")
 _QUOTED = '"((?:[^"]|"")++)"'
-_SPLIT = {at: re.compile(f'(?:{_QUOTED}|([^"{at}]++)) *{at} *(?:{_QUOTED}|([^"{at}]++))') for at in SEPARATORS}
+_SPLIT = {
+    at: re.compile(f'(?:{_QUOTED}|([^"{at}]++)) *{at} *(?:{_QUOTED}|([^"{at}]++))')
+    for at in SEPARATORS
+}
 
 
 def _fields(line, separator):
@@ -1148,7 +1294,11 @@ def digest(*parts):
     whole = hashlib.sha256()
     for part in parts:
         is_text = isinstance(part, Strings)
-        whole.update(hashlib.sha256(part.digest().encode() if is_text else np.ascontiguousarray(part)).digest())
+        whole.update(
+            hashlib.sha256(
+                part.digest().encode() if is_text else np.ascontiguousarray(part)
+            ).digest()
+        )
     return whole.hexdigest()
 
 
@@ -1178,17 +1328,23 @@ class VideoList:
                     if line:
                         fields = _fields(line, separator)
                         if not fields:
-                            self._refuse(line, line_number, f"; its separator is a {SEPARATORS[separator]}")
+                            self._refuse(
+                                line, line_number, f"; its separator is a {SEPARATORS[separator]}"
+                            )
                         video, label = fields
                         self._paths.append(video)
                         numbers.append(seen.setdefault(label, (len(seen), line_number))[0])
         except OSError as error:
             raise UserError(f"{path}: can't read the list ({error.strerror})") from None
         if not seen:
-            raise UserError(f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`")
+            raise UserError(
+                f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`"
+            )
         self._refuse_other_tables(seen, once=numbers.count(0) == 1)
         if classes is None and all(map(_INTEGER.fullmatch, seen)):
-            largest = max((int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0)
+            largest = max(
+                (int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0
+            )
             classes = [str(i) for i in range(num_classes or largest + 1)]
         self.classes = classes = classes or sorted(seen)
         if num_classes not in (0, len(classes)):
@@ -1333,7 +1489,9 @@ class Captions:
 
     def digest(self):
         """What tells its entries from another list's, wherever the two files lie: a SHA-256, in hexadecimal."""
-        return digest(self.names, self.texts, self.video_of, self.start, self.end, self._ends, self.labels)
+        return digest(
+            self.names, self.texts, self.video_of, self.start, self.end, self._ends, self.labels
+        )
 
     def text(self, index, u=0.0):
         """Caption of entry `index`; of several rephrasings the one that u in [0, 1) picks."""
@@ -1400,12 +1558,18 @@ def _language_model(name, device):
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError:
-        raise UserError(f"--text-model {name} needs `pip install transformers`; hashing doesn't") from None
+        raise UserError(
+            f"--text-model {name} needs `pip install transformers`; hashing doesn't"
+        ) from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         net = AutoModel.from_pretrained(name)
-    except Exception as error:  # no such folder or name, no network, a missing package: anything is raised
-        raise UserError(f"--text-model {name}: {(str(error) or repr(error)).splitlines()[0]}") from error
+    except (
+        Exception
+    ) as error:  # no such folder or name, no network, a missing package: anything is raised
+        raise UserError(
+            f"--text-model {name}: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
     net = net.get_encoder() if net.config.is_encoder_decoder else getattr(net, "text_model", net)
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -1416,21 +1580,29 @@ def _language_model(name, device):
 def encode_sentences(texts, model, device):
     """Yields float16 [b, width] of consecutive sentences: the first token's output of a language model,
     a hub name or folder; or hash_words, model "hashing"."""
-    batches = ([texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256))
+    batches = (
+        [texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256)
+    )
     if model == "hashing":
         for batch in batches:
             yield np.stack([hash_words(text) for text in batch]).astype(np.float16)
         return
     tokenizer, net = _language_model(model, device)
-    places = (getattr(net.config, "max_position_embeddings", 0) or 512) - 2  # MPNet's, RoBERTa's begin at 2
+    places = (
+        getattr(net.config, "max_position_embeddings", 0) or 512
+    ) - 2  # MPNet's, RoBERTa's begin at 2
     length = min(128, places, tokenizer.model_max_length)
     for batch in batches:
-        tokens = tokenizer(batch, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokenizer(
+            batch, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
         part = net(**tokens.to(device)).last_hidden_state[:, 0].half().cpu()  # [b, width]
         # The first token of a causal model sees no other: it says nothing of the sentence.
         alike = len(set(batch)) > 1 and (part == part[0]).all()
         if alike or not part.isfinite().all():
-            raise UserError(f"--text-model {model}: its first output token is not finite, or the same for all")
+            raise UserError(
+                f"--text-model {model}: its first output token is not finite, or the same for all"
+            )
         yield part.numpy()
 
 
@@ -1476,7 +1648,9 @@ def open_text(captions, model, folder, width=0):
         raise UserError(f"{path}: {why} ({getattr(error, 'strerror', error)}); {again}") from None
     if rows.ndim != 2 or len(rows) != len(captions) or width not in (0, rows.shape[1]):
         shape = len(captions), width or "any width"
-        raise UserError(f"{path}: features of shape {rows.shape}, where {shape} are needed; {again}")
+        raise UserError(
+            f"{path}: features of shape {rows.shape}, where {shape} are needed; {again}"
+        )
     return rows
 
 
@@ -1484,7 +1658,9 @@ def open_text(captions, model, folder, width=0):
 # The loader
 # ----------------------------------------------------------------------------------------------------------------------
 
-LOADER_PATIENCE = 300.0  # seconds that a loader process may spend on one video before the run stops and names it
+LOADER_PATIENCE = (
+    300.0  # seconds that a loader process may spend on one video before the run stops and names it
+)
 # A loader process decodes at most so many clips before it hands them over, and 4 such pieces ahead. What waits in memory
 # is then bounded by the number of processes, not by the micro-batch, and the first one comes soon. The bytes are those of
 # 16 clips of 16 frames of 224 x 224.
@@ -1503,7 +1679,9 @@ class Batch(NamedTuple):
 
     clips: torch.Tensor  # uint8 [B, T, C, H, W]
     labels: torch.Tensor  # int64 [B]
-    keys: torch.Tensor  # int64 [B], of (seed, epoch, index, view): all later draws for these clips hash from them
+    keys: (
+        torch.Tensor
+    )  # int64 [B], of (seed, epoch, index, view): all later draws for these clips hash from them
     index: torch.Tensor  # int64 [B], place in the list; it and the keys stay on the CPU
     failures: list  # one line a video that could not be read
     waited: float = 0.0  # seconds that the trainer waited for the loader processes
@@ -1551,7 +1729,9 @@ class ClipDataset(torch.utils.data.Dataset):
         """Tell the trainer which video this loader process is at, and since when; done with it: minus the second."""
         if self.watch is not None:
             since = time.monotonic() if busy else -time.monotonic()
-            self.watch[torch.utils.data.get_worker_info().id, 1:] = torch.tensor([index, since], dtype=torch.float64)
+            self.watch[torch.utils.data.get_worker_info().id, 1:] = torch.tensor(
+                [index, since], dtype=torch.float64
+            )
 
     def plans(self, video, index, keys):
         """`plan` of each view of a sample, keys int64 [V]. Views that depend on each other: a subclass says how."""
@@ -1629,7 +1809,11 @@ class GlobalBatches:
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
 
     def __iter__(self):
-        per_rank, per_epoch, shuffled = self.batch_size // self.world, self.n // self.batch_size, None
+        per_rank, per_epoch, shuffled = (
+            self.batch_size // self.world,
+            self.n // self.batch_size,
+            None,
+        )
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, per_epoch)
             if shuffled != epoch:
@@ -1642,7 +1826,9 @@ class GlobalBatches:
 def every_sample(n, batch_size, rank=0, world=1):
     """The (epoch, index) lists of one rank that together, over ranks, hold each entry once (evaluation)."""
     mine = range(rank, n, world)
-    return [[(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)]
+    return [
+        [(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)
+    ]
 
 
 def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx, augment=None):
@@ -1731,7 +1917,9 @@ def make_loader(dataset, batches, workers, device, augment=None):
         )
         host = iter(loader)
     except (RuntimeError, OSError) as error:
-        raise UserError(f"can't start {workers} loader processes ({_last_line(error)}). {MORE_ROOM}") from None
+        raise UserError(
+            f"can't start {workers} loader processes ({_last_line(error)}). {MORE_ROOM}"
+        ) from None
     finally:
         _workers.update(set(multiprocessing.active_children()) - before)
     # PyTorch's handler would raise in the middle of whatever the trainer does when a worker dies; `_watched` finds out.
@@ -1829,7 +2017,9 @@ def _ahead(batches, device):
             made.wait(torch.cuda.current_stream(device))
             for tensor in batch[:2]:  # clips, labels
                 if tensor.is_cuda:
-                    tensor.record_stream(torch.cuda.current_stream(device))  # its memory is in use there from now on
+                    tensor.record_stream(
+                        torch.cuda.current_stream(device)
+                    )  # its memory is in use there from now on
             yield batch
         if following[0] is None:
             return
@@ -1840,13 +2030,20 @@ class Failures:
     """The videos of an epoch that could not be read, over workers and ranks: too many of them end the run."""
 
     def __init__(self, n, fraction):
-        self.limit, self.new, self.lines, self.epoch = max(1, int(fraction * n)), [], {}, 0  # lines: {video: why}
+        self.limit, self.new, self.lines, self.epoch = (
+            max(1, int(fraction * n)),
+            [],
+            {},
+            0,
+        )  # lines: {video: why}
 
     def add(self, batch, size):
         """Note a training batch's failures; UserError where even its replacements could not be read."""
         self.new += batch.failures
         if len(batch.labels) < size:
-            raise UserError(f"no replacement found for a clip (--max-bad): {'; '.join(batch.failures[:3])}")
+            raise UserError(
+                f"no replacement found for a clip (--max-bad): {'; '.join(batch.failures[:3])}"
+            )
 
     def collect(self, ctx, epoch):
         """Exchange the failures since the last call; every rank calls it, at an epoch's end at the latest. Returns a
@@ -1901,13 +2098,17 @@ def flip(clips, keys, p=0.5):
 
 def _blend(base, x, factor):
     """x made more (factor > 1) or less (< 1) different from base; a number, or float32 [n, 1, 1, 1, 1]."""
-    return x.float().sub_(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)  # in place: one copy in float
+    return (
+        x.float().sub_(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
+    )  # in place: one copy in float
 
 
 def _grey(x):
     """Luma (ITU-R 601) in fixed point, int32 [n, T, 1, H, W]."""
     r, g, b = x.int().split(1, -3)  # [n, T, 1, H, W] each
-    return r.mul(19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(1 << 15).bitwise_right_shift_(16)
+    return (
+        r.mul(19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(1 << 15).bitwise_right_shift_(16)
+    )
 
 
 def _mean_grey(x):
@@ -1943,17 +2144,27 @@ def _autocontrast(x, values=None):
     """Stretch each colour of each frame to 0 .. 255."""
     low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)  # [n, T, C, 1]
     low, high = low[..., None].double(), high[..., None].double()  # [n, T, C, 1, 1]
-    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)  # 255 / tensor would multiply by the inverse
+    scale = torch.full_like(low, 255) / (high - low).clamp(
+        min=1
+    )  # 255 / tensor would multiply by the inverse
     return torch.where(high > low, (x * scale).sub_(low * scale).clamp_(0, 255).to(torch.uint8), x)
 
 
 def _equalize(x, values=None):
     """Spread each colour of each frame so that all levels occur about equally often."""
     level = x.flatten(-2).long()  # [n, T, C, H W]
-    count = level.new_zeros(*level.shape[:-1], 256).scatter_add_(-1, level, level.new_ones(1).expand_as(level))
-    step = (count.sum(-1, keepdim=True) - count.gather(-1, level.amax(-1, keepdim=True))) // 255  # [n, T, C, 1]
-    table = ((step // 2 + count.cumsum(-1) - count) // step.clamp(min=1)).clamp(max=255)  # [n, T, C, 256]
-    table = torch.where(step > 0, table, torch.arange(256, device=x.device)).to(torch.uint8)  # [n, T, C, 256]
+    count = level.new_zeros(*level.shape[:-1], 256).scatter_add_(
+        -1, level, level.new_ones(1).expand_as(level)
+    )
+    step = (
+        count.sum(-1, keepdim=True) - count.gather(-1, level.amax(-1, keepdim=True))
+    ) // 255  # [n, T, C, 1]
+    table = ((step // 2 + count.cumsum(-1) - count) // step.clamp(min=1)).clamp(
+        max=255
+    )  # [n, T, C, 256]
+    table = torch.where(step > 0, table, torch.arange(256, device=x.device)).to(
+        torch.uint8
+    )  # [n, T, C, 256]
     return table.gather(-1, level).view(x.shape)
 
 
@@ -1971,9 +2182,13 @@ def _bicubic(matrix, H, W):
     """
     device, n = matrix.device, len(matrix)
     arange = partial(torch.arange, device=device, dtype=torch.float64)
-    by_x, by_y, by_1 = matrix.view(n, 2, 3).permute(2, 1, 0)[..., None, None]  # [2, n, 1, 1] each: of x and y
+    by_x, by_y, by_1 = matrix.view(n, 2, 3).permute(2, 1, 0)[
+        ..., None, None
+    ]  # [2, n, 1, 1] each: of x and y
     at = by_x * arange(0.5, W) + by_y * arange(0.5, H)[:, None] + by_1  # [2, n, H, W]
-    size = torch.stack([torch.full((1, 1, 1), s, device=device, dtype=torch.float64) for s in (W, H)])  # [2, 1, 1, 1]
+    size = torch.stack(
+        [torch.full((1, 1, 1), s, device=device, dtype=torch.float64) for s in (W, H)]
+    )  # [2, 1, 1, 1]
     inside = ((at >= 0) & (at < size)).all(0)  # [n, H, W]
     at -= 0.5
     first = at.floor()  # [2, n, H, W]
@@ -1982,8 +2197,12 @@ def _bicubic(matrix, H, W):
     near = (t - 2).mul_(t).mul_(t).add_(1)  # t^3 - 2 t^2 + 1
     far = (5 - t).mul_(t).sub_(8).mul_(t).add_(4)  # -t^3 + 5 t^2 - 8 t + 4
     weight = torch.where(t < 1, near, far).float()  # [2, n, H, W, 4]
-    tap = torch.minimum((first[..., None] + tap).clamp_(min=0), (size - 1)[..., None]).int()  # [2, n, H, W, 4]
-    clip = torch.arange(0, n * H * W, H * W, device=device, dtype=torch.int32)  # [n], where a frame's pixels begin
+    tap = torch.minimum(
+        (first[..., None] + tap).clamp_(min=0), (size - 1)[..., None]
+    ).int()  # [2, n, H, W, 4]
+    clip = torch.arange(
+        0, n * H * W, H * W, device=device, dtype=torch.int32
+    )  # [n], where a frame's pixels begin
     row = tap[1] * W + clip[:, None, None, None]  # [n, H, W, 4]
     index = (row[..., None] + tap[0, ..., None, :]).view(-1, 16)
     return index, (weight[1, ..., None] * weight[0, ..., None, :]).view(-1, 16), inside
@@ -1999,10 +2218,14 @@ def _affine(x, matrix):
     n, T, C, H, W = x.shape
     index, weight, inside = _bicubic(matrix, H, W)
     pixels = x.flatten(1, 2).flatten(2).transpose(1, 2)  # [n, H W, T C]
-    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)  # [n H W, T C]
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).flatten(
+        0, 1
+    )  # [n H W, T C]
     out = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)  # [n H W, T C]
     # 1e-3 makes good for what float32 lost, where the exact sum is a whole number and would be rounded down.
-    out = out.add_(1e-3).clamp_(0, 255).to(torch.uint8).view(n, H, W, T, C).permute(0, 3, 4, 1, 2)  # [n, T, C, H, W]
+    out = (
+        out.add_(1e-3).clamp_(0, 255).to(torch.uint8).view(n, H, W, T, C).permute(0, 3, 4, 1, 2)
+    )  # [n, T, C, H, W]
     return torch.where(inside[:, None, None], out, 128)  # [n, T, C, H, W]
 
 
@@ -2032,7 +2255,9 @@ def _by_operation(clips, plans):
     plans, calls = [list(plan) for plan in plans], []
     while any(plans):
         came = Counter(plan[0][0] for plan in plans if plan)
-        function = max(came, key=lambda function: came[function] / (4 if function is _affine else 1))
+        function = max(
+            came, key=lambda function: came[function] / (4 if function is _affine else 1)
+        )
         chosen = [i for i, plan in enumerate(plans) if plan and plan[0][0] is function]
         values = [torch.as_tensor(plans[i].pop(0)[1], dtype=torch.float64) for i in chosen]
         calls.append((function, torch.tensor(chosen), torch.stack(values)))  # [n], [n, values]
@@ -2059,8 +2284,14 @@ RAND_AUGMENT = {
     "Invert": (_look_up, lambda v, w, h: 255 - LEVELS),
     "Rotate": (_affine, lambda v, w, h: _rotation(30 * v, w, h)),
     "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (16 << int(4 * abs(v))))),
-    "Solarize": (_look_up, lambda v, w, h: torch.where(LEVELS < 256 - int(256 * abs(v)), LEVELS, 255 - LEVELS)),
-    "SolarizeAdd": (_look_up, lambda v, w, h: torch.where(LEVELS < 128, LEVELS + int(110 * abs(v)), LEVELS)),
+    "Solarize": (
+        _look_up,
+        lambda v, w, h: torch.where(LEVELS < 256 - int(256 * abs(v)), LEVELS, 255 - LEVELS),
+    ),
+    "SolarizeAdd": (
+        _look_up,
+        lambda v, w, h: torch.where(LEVELS < 128, LEVELS + int(110 * abs(v)), LEVELS),
+    ),
     "Color": (_colour, lambda v, w, h: [1 + 0.9 * v]),
     "Contrast": (_contrast, lambda v, w, h: [1 + 0.9 * v]),
     "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 1 + 0.9 * v)),
@@ -2085,7 +2316,9 @@ def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
     short form, in which timm's default is 2 layers.
     """
     draws = uniform(keys, "rand_augment", 4 * layers).unflatten(-1, (layers, 4))  # [B, layers, 4]
-    levels = (magnitude + deviation * torch.special.ndtri(draws[..., 2])).clamp(0, 10) / 10  # [B, layers]
+    levels = (magnitude + deviation * torch.special.ndtri(draws[..., 2])).clamp(
+        0, 10
+    ) / 10  # [B, layers]
     H, W = clips.shape[-2:]
     operations, plans = list(RAND_AUGMENT.values()), []
     for draw, level in zip(draws.tolist(), levels.tolist(), strict=True):  # a clip's
@@ -2108,7 +2341,10 @@ SCENIC_AUGMENT = {
     "Equalize": (_equalize, lambda v, w, h: ()),
     "Invert": (_look_up, lambda v, w, h: 255 - LEVELS),
     "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (256 >> int(4 * v)))),
-    "Solarize": (_look_up, lambda v, w, h: torch.where(LEVELS < int(256 * v) % 256, LEVELS, 255 - LEVELS)),
+    "Solarize": (
+        _look_up,
+        lambda v, w, h: torch.where(LEVELS < int(256 * v) % 256, LEVELS, 255 - LEVELS),
+    ),
     "Color": (_colour, lambda v, w, h: [0.1 + 1.8 * v]),
     "Contrast": (_look_up, lambda v, w, h: _blend(min(255, w * h // 256), LEVELS, 0.1 + 1.8 * v)),
     "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 0.1 + 1.8 * v)),
@@ -2145,7 +2381,9 @@ def scenic_rand_augment(clips, keys, magnitude, layers=2):
                 plan.append((function, values(v, W, T * H)))
         plans.append(plan)
     tall = clips.transpose(1, 2).flatten(2, 3)[:, None]  # [B, 1, 3, T H, W]
-    return _by_operation(tall, plans)[:, 0].unflatten(2, (T, H)).transpose(1, 2).contiguous()  # [B, T, 3, H, W]
+    return (
+        _by_operation(tall, plans)[:, 0].unflatten(2, (T, H)).transpose(1, 2).contiguous()
+    )  # [B, T, 3, H, W]
 
 
 def _turn_hue(x, turns):
@@ -2154,7 +2392,9 @@ def _turn_hue(x, turns):
     r, g, b = rgb.split(1, -3)  # [N, 1, H, W] each
     top = rgb.amax(-3, keepdim=True)
     chroma = top - rgb.amin(-3, keepdim=True)
-    hue = torch.where(top == r, g - b, torch.where(top == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    hue = torch.where(
+        top == r, g - b, torch.where(top == g, b - r + 2 * chroma, r - g + 4 * chroma)
+    )
     hue = hue / chroma.clamp(min=1) + 6 * turns  # [N, 1, H, W], in sixths of the circle
     del rgb, r, g, b
     far = torch.cat([hue + n for n in (5, 3, 1)], -3).remainder_(6)  # [N, 3, H, W]
@@ -2173,7 +2413,9 @@ def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue
     u = u.repeat_interleave(clips.shape[1], 0)[..., None, None, None]  # [B T, 4, 1, 1, 1]
     frames, out = clips.flatten(0, 1), []  # [B T, 3, H, W]
     for x, part in zip(frames.chunk(4), u.chunk(4), strict=True):
-        factor = lambda i, most, part=part: max(0, 1 - most) + (min(1, most) + most) * part[:, i]  # [N, 1, 1, 1]
+        factor = lambda i, most, part=part: (
+            max(0, 1 - most) + (min(1, most) + most) * part[:, i]
+        )  # [N, 1, 1, 1]
         if brightness:
             x = _blend(0, x, factor(0, brightness))
         if contrast:
@@ -2215,9 +2457,15 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     boxes = to_device(boxes, clips.device)  # int64 [boxes, 5]
     sizes = boxes[:, 0]
     own = torch.repeat_interleave(sizes, output_size=total)  # [N], the box that a value is in
-    place = torch.arange(total, device=clips.device) - (sizes.cumsum(0) - sizes)[own]  # [N], in the box
+    place = (
+        torch.arange(total, device=clips.device) - (sizes.cumsum(0) - sizes)[own]
+    )  # [N], in the box
     _, key, h, w, corner = boxes[own].T  # [N] each
-    frame, row, column = place // (h * w), place // w % h, place % w  # [N]; frame counts each colour's
+    frame, row, column = (
+        place // (h * w),
+        place // w % h,
+        place % w,
+    )  # [N]; frame counts each colour's
     noise = torch.special.ndtri(uniform(make_key(key, place), "erase.noise"))  # [N]
     mean, std = (to_device(v, clips.device)[frame % C] for v in (mean, std))  # [N]
     pixels = (255 * (noise * std + mean) + 0.5).clamp_(0, 255).to(torch.uint8)  # [N]
@@ -2240,7 +2488,9 @@ def mix(clips, targets, step_key, mixup, cutmix):
     if not (mixup or cutmix):
         return clips, targets
     key = make_key(*step_key, "mix").item() & 2**64 - 1
-    rng = np.random.Generator(np.random.Philox(key=key))  # made anew from the step's key: no state is kept
+    rng = np.random.Generator(
+        np.random.Philox(key=key)
+    )  # made anew from the step's key: no state is kept
     use_cutmix = rng.random() < (0.5 if mixup and cutmix else float(cutmix > 0))
     lam, cx, cy = rng.beta(*[cutmix if use_cutmix else mixup] * 2), rng.random(), rng.random()
     swap = lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # clip 2i <-> clip 2i + 1
@@ -2253,8 +2503,12 @@ def mix(clips, targets, step_key, mixup, cutmix):
         mixed[..., y0:y1, x0:x1] = swap(clips[..., y0:y1, x0:x1])
         clips, lam = mixed, 1 - (y1 - y0) * (x1 - x0) / (H * W)  # the area that was really replaced
     else:
-        even, odd = (x.float() for x in clips.unflatten(0, (-1, 2)).unbind(1))  # [B / 2, T, C, H, W]
-        mixed = torch.empty(clips.shape, device=clips.device).unflatten(0, (-1, 2))  # [B / 2, 2, T, C, H, W]
+        even, odd = (
+            x.float() for x in clips.unflatten(0, (-1, 2)).unbind(1)
+        )  # [B / 2, T, C, H, W]
+        mixed = torch.empty(clips.shape, device=clips.device).unflatten(
+            0, (-1, 2)
+        )  # [B / 2, 2, T, C, H, W]
         torch.lerp(even, odd, 1 - lam, out=mixed[:, 0])
         torch.lerp(odd, even, 1 - lam, out=mixed[:, 1])
         clips = mixed.flatten(0, 1)  # [B, T, C, H, W]
@@ -2263,7 +2517,9 @@ def mix(clips, targets, step_key, mixup, cutmix):
 
 def normalize(patches, mean, std):
     """0-255 pixels, colours last and fastest, to (x / 255 - mean) / std in float32: [..., P] -> [..., P]."""
-    filled = lambda v: torch.stack([torch.full((), x, device=patches.device) for x in v])  # [3]; nothing is copied
+    filled = lambda v: torch.stack(
+        [torch.full((), x, device=patches.device) for x in v]
+    )  # [3]; nothing is copied
     mean, std = (filled(v).repeat(patches.shape[-1] // 3) for v in (mean, std))  # [P]
     return (patches.float() / 255 - mean) / std
 
@@ -2279,7 +2535,9 @@ def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     # On 0-255 pixels, whose sums are exact, and in place: of a whole batch's masked patches each copy takes time.
     x = patches.to(torch.float32, copy=True).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
     x -= x.mean(2, keepdim=True)
-    deviation = torch.linalg.vector_norm(x, dim=2, keepdim=True) / math.sqrt(x.shape[2] - 1)  # [B, R, 1, 3]
+    deviation = torch.linalg.vector_norm(x, dim=2, keepdim=True) / math.sqrt(
+        x.shape[2] - 1
+    )  # [B, R, 1, 3]
     return x.div_(deviation + 255e-6).flatten(2)  # [B, R, P]
 
 
@@ -2297,17 +2555,27 @@ def write_reconstruction(path, patches, visible, masked, prediction, target, pat
 
     patches: 0-255 [B, N, P]; visible, masked: int64 [B, K], [B, R]; prediction [B, R, P] of `target` (pixel_target).
     """
-    patches, prediction = patches.float(), prediction.float().unflatten(-1, (-1, 3))  # [B, N, P], [B, R, P/3, 3]
-    mean, std = torch.tensor(IMAGENET_MEAN).to(patches), torch.tensor(IMAGENET_STD).to(patches)  # [3] each
+    patches, prediction = (
+        patches.float(),
+        prediction.float().unflatten(-1, (-1, 3)),
+    )  # [B, N, P], [B, R, P/3, 3]
+    mean, std = (
+        torch.tensor(IMAGENET_MEAN).to(patches),
+        torch.tensor(IMAGENET_STD).to(patches),
+    )  # [3] each
     scales = [(mean * 255, std * 255)]
     if target == "normalized":
         seen, hidden = (gather_tokens(patches, i).unflatten(-1, (-1, 3)) for i in (visible, masked))
         scales = [(x.mean(dims, keepdim=True), x.std(2, keepdim=True).mean(dims, keepdim=True))
                   for x, dims in ((seen, (1, 2)), (hidden, 2))]  # fmt: skip
-    fill = lambda value: patches.scatter(1, masked[..., None].expand(-1, -1, patches.shape[-1]), value)  # [B, N, P]
+    fill = lambda value: patches.scatter(
+        1, masked[..., None].expand(-1, -1, patches.shape[-1]), value
+    )  # [B, N, P]
     grey = torch.full_like(prediction, 128).flatten(2)  # [B, R, P]
     panels = [patches, fill(grey), *(fill((prediction * s + m).flatten(2)) for m, s in scales)]
-    panels = [unpatchify(x.clamp(0, 255).byte(), patch, grid).cpu() for x in panels]  # [B, T, C, H, W]
+    panels = [
+        unpatchify(x.clamp(0, 255).byte(), patch, grid).cpu() for x in panels
+    ]  # [B, T, C, H, W]
     write_panels(path, panels, fps, marked=3)
 
 
@@ -2320,7 +2588,9 @@ def write_panels(path, panels, fps, marked=None, columns=8):
     path, T = Path(path), panels[0].shape[1]
     framed = [F.pad(panel, [2] * 4, value=255) for panel in panels]  # [B, T, C, H + 4, W + 4]
     for panel in framed[marked : marked + 1] if marked is not None else ():
-        edge = F.pad(torch.zeros_like(panel[0, 0, 0, 2:-2, 2:-2], dtype=torch.bool), [2] * 4, value=True)
+        edge = F.pad(
+            torch.zeros_like(panel[0, 0, 0, 2:-2, 2:-2], dtype=torch.bool), [2] * 4, value=True
+        )
         panel[..., edge] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None]
     video = torch.stack(framed, 1)  # [B, panels, T, C, H, W]
     strip = video[:, :, :: -(-T // columns)].permute(0, 1, 4, 2, 5, 3)  # [B, panels, H, T, W, C]
@@ -2333,11 +2603,18 @@ def _write_images(path, images, codec, fps):
     """Write uint8 [H, W, 3] images as one PNG or APNG, whole or not at all."""
     kind = {"png": "image2", "apng": "apng"}[codec]
     options = {"update": "1"} if codec == "png" else {"plays": "0"}
-    with replacing(path) as temporary, av.open(str(temporary), "w", format=kind, options=options) as file:
+    with (
+        replacing(path) as temporary,
+        av.open(str(temporary), "w", format=kind, options=options) as file,
+    ):
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "rgb24"
         for image in images:
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")))
+            file.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")
+                )
+            )
         file.mux(stream.encode())
 
 
@@ -2415,15 +2692,23 @@ def _toy_rng(*key):
 
 def _toy_deal(cards, number, *key):
     """Card `number` of endless shuffled decks: each deck holds every card once, and no pattern shows in the number."""
-    return cards[_toy_rng("deck", number // len(cards), *key).permutation(len(cards))[number % len(cards)]]
+    return cards[
+        _toy_rng("deck", number // len(cards), *key).permutation(len(cards))[number % len(cards)]
+    ]
 
 
 def _toy_sky(rng):
     """A still, dim background [H, W, 3] in [0, 1]: one gradient that all videos share, a tint, weak coarse blobs."""
     grid = np.linspace(0, 3, TOY_SIDE)
-    up = np.maximum(0, 1 - np.abs(grid[:, None] - np.arange(4)))  # [H, 4] bilinear weights of a 4 x 4 grid
-    blobs = np.einsum("ya,xb,abc->yxc", up, up, rng.uniform(0, 0.12, (4, 4, 3)), optimize=True)  # [H, W, 3]
-    return (0.05 + 0.15 * (1 - grid / 3)[:, None, None] + rng.uniform(0, 0.2, 3) + blobs).astype(np.float32)
+    up = np.maximum(
+        0, 1 - np.abs(grid[:, None] - np.arange(4))
+    )  # [H, 4] bilinear weights of a 4 x 4 grid
+    blobs = np.einsum(
+        "ya,xb,abc->yxc", up, up, rng.uniform(0, 0.12, (4, 4, 3)), optimize=True
+    )  # [H, W, 3]
+    return (0.05 + 0.15 * (1 - grid / 3)[:, None, None] + rng.uniform(0, 0.2, 3) + blobs).astype(
+        np.float32
+    )
 
 
 def _toy_draw(frames, state, colour, shape):
@@ -2438,7 +2723,9 @@ def _toy_draw(frames, state, colour, shape):
     dy = ((pixel - y * TOY_SIDE + half) % TOY_SIDE - half).transpose(0, 2, 1)  # [T, H, 1]
     sides = TOY_SHAPES[shape]
     normals = [angle + (k + 0.5) * 2 * np.pi / sides for k in range(sides)]
-    outward = np.cos(normals[0]) * dx + np.sin(normals[0]) * dy  # [T, H, W] distance along the nearest side's normal
+    outward = (
+        np.cos(normals[0]) * dx + np.sin(normals[0]) * dy
+    )  # [T, H, W] distance along the nearest side's normal
     for normal in normals[1:]:
         np.maximum(outward, np.cos(normal) * dx + np.sin(normal) * dy, out=outward)
     cover = np.clip(radius * np.float32(np.cos(np.pi / sides)) - outward + 0.5, 0, 1)[..., None]
@@ -2455,9 +2742,13 @@ def _toy_film(rng, which, scenes):
     fps, speed = TOY_SETS[which]["fps"], TOY_SETS[which]["speed"]
     sky, state, film = _toy_sky(rng), rng.random(4), []
     for motion, actor, n in scenes:
-        step = rng.uniform(*speed) / fps * np.array(TOY_MOTIONS[motion][1] if motion else (0, 0, 0, 0))
+        step = (
+            rng.uniform(*speed) / fps * np.array(TOY_MOTIONS[motion][1] if motion else (0, 0, 0, 0))
+        )
         path = state + np.arange(n)[:, None] * step  # [T, 4]
-        for part in np.split(path, range(16, n, 16)):  # few enough frames to stay in the processor's cache
+        for part in np.split(
+            path, range(16, n, 16)
+        ):  # few enough frames to stay in the processor's cache
             frames = np.repeat(sky[None], len(part), 0)
             if actor:
                 _toy_draw(frames, part % 1, *actor)
@@ -2472,11 +2763,15 @@ def _toy_write(path, frames, fps):
         # Without mbtree=0, x264 reads memory that it hasn't written where a frame is 4 macroblocks wide, and the same
         # frames give other bytes each time: 26 of 64 videos changed with what malloc had left in memory, 0 with it.
         # It also saves bits; crf 32 takes them back at the same error. One thread, because each file has its own.
-        stream = out.add_stream("libx264", rate=fps, options={"preset": "faster", "mbtree": "0", "crf": "32"})
+        stream = out.add_stream(
+            "libx264", rate=fps, options={"preset": "faster", "mbtree": "0", "crf": "32"}
+        )
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.thread_count = 1
         for image in frames:
-            image = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p", threads=1)
+            image = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p", threads=1
+            )
             out.mux(stream.encode(image))
         out.mux(stream.encode())
 
@@ -2498,9 +2793,15 @@ def _toy_script(which, seed, split, index):
         first, n = _toy_deal(list(range(8)), index, seed, split), _toy_frames(rng, 1.9, 5.6, fps)
         pair = TOY_RING[first], TOY_RING[(first + 1) % 8]
         return "+".join(pair), [(pair[0], actor, n), (pair[1], actor, 38 - n)]
-    recipe, scenes = _toy_deal(TOY_RECIPES, index, seed, split), [(None, actor, _toy_frames(rng, 1.5, 3, fps))]
+    recipe, scenes = (
+        _toy_deal(TOY_RECIPES, index, seed, split),
+        [(None, actor, _toy_frames(rng, 1.5, 3, fps))],
+    )
     for motion in recipe:
-        scenes += [(motion, actor, _toy_frames(rng, 5, 9, fps)), (None, actor, _toy_frames(rng, 1.5, 3, fps))]
+        scenes += [
+            (motion, actor, _toy_frames(rng, 5, 9, fps)),
+            (None, actor, _toy_frames(rng, 1.5, 3, fps)),
+        ]
     return "+".join(recipe), scenes
 
 
@@ -2518,7 +2819,11 @@ def _toy_story(seed, split, index):
     rng, fps = _toy_rng(seed, split, index, "story"), TOY_SETS["narrated"]["fps"]
     actors = [_toy_deal(TOY_ACTORS, 2 * index + k, seed, split) for k in (0, 1)]
     turn = 2 * index // len(TOY_ACTORS)  # how often the deck of actors was dealt before
-    lines = [(_toy_deal(list(TOY_MOTIONS), 4 * turn + k, seed, split, a), a) for a in actors for k in range(4)]
+    lines = [
+        (_toy_deal(list(TOY_MOTIONS), 4 * turn + k, seed, split, a), a)
+        for a in actors
+        for k in range(4)
+    ]
     absent = [actor for actor in TOY_ACTORS if actor not in actors]
     lines += [(str(rng.choice(list(TOY_MOTIONS))), absent[rng.integers(len(absent))]), (None, None)]
     captions, scenes, now = [], [], 0
@@ -2529,22 +2834,39 @@ def _toy_story(seed, split, index):
         scenes += [(None, None, gap), (motion, actor, n) if visible else (None, None, n)]
         captions.append(((now + gap) / fps, (now + gap + n) / fps, text, visible))
         now += gap + n
-    return captions, [*scenes, (None, None, fps - now % fps)]  # to a whole second: no chunk of a frame or two
+    return captions, [
+        *scenes,
+        (None, None, fps - now % fps),
+    ]  # to a whole second: no chunk of a frame or two
 
 
 def _toy_video(folder, which, seed, split, index):
     """Makes one video of a set in folder; returns its lines of the split's list."""
-    name, rng, fps = f"{split}_{index:05d}", _toy_rng(seed, which, split, index), TOY_SETS[which]["fps"]
-    label, scenes = _toy_story(seed, split, index) if which == "narrated" else _toy_script(which, seed, split, index)
+    name, rng, fps = (
+        f"{split}_{index:05d}",
+        _toy_rng(seed, which, split, index),
+        TOY_SETS[which]["fps"],
+    )
+    label, scenes = (
+        _toy_story(seed, split, index)
+        if which == "narrated"
+        else _toy_script(which, seed, split, index)
+    )
     frames = _toy_film(rng, which, scenes)
     _toy_write(folder / "videos" / f"{name}.mp4", frames, fps)
     if which != "narrated":
         return f"videos/{name}.mp4,{label}\n"
     (folder / "chunks" / f"{name}.mp4").mkdir(parents=True)
     for start in range(0, len(frames) // fps, 5):
-        _toy_write(folder / "chunks" / f"{name}.mp4" / f"{start}.mp4", frames[start * fps : (start + 5) * fps], fps)
+        _toy_write(
+            folder / "chunks" / f"{name}.mp4" / f"{start}.mp4",
+            frames[start * fps : (start + 5) * fps],
+            fps,
+        )
     keys = "start", "end", "text", "visible"
-    return "".join(json.dumps({"video": name} | dict(zip(keys, caption))) + "\n" for caption in label)
+    return "".join(
+        json.dumps({"video": name} | dict(zip(keys, caption))) + "\n" for caption in label
+    )
 
 
 @contextmanager
@@ -2573,7 +2895,10 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
     if which not in TOY_SETS:
         raise ValueError(f"unknown toy set {which!r}; choose from {', '.join(TOY_SETS)}")
     root, counts = Path(root), dict(counts or TOY_SETS[which]["counts"])
-    target, wanted = root / which, {"version": TOY_VERSION, "set": which, "seed": seed, "counts": counts}
+    target, wanted = (
+        root / which,
+        {"version": TOY_VERSION, "set": which, "seed": seed, "counts": counts},
+    )
     if _toy_made(target) == wanted:
         return target  # without the lock, which a read-only disk can't hold
     root.mkdir(parents=True, exist_ok=True)
@@ -2582,8 +2907,12 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
         if made == wanted:  # by the process that had the lock before
             return target
         if made is None and target.exists():
-            raise FileExistsError(f"{target} is there and is no toy set: choose another folder, or remove it")
-        for leftover in root.glob(f".{which}.tmp*"):  # of a process that was killed: nobody else is at work here
+            raise FileExistsError(
+                f"{target} is there and is no toy set: choose another folder, or remove it"
+            )
+        for leftover in root.glob(
+            f".{which}.tmp*"
+        ):  # of a process that was killed: nobody else is at work here
             shutil.rmtree(leftover)
         new, old = root / f".{which}.tmp-new", root / f".{which}.tmp-old"
         _toy_fill(new, which, seed, counts, workers)
@@ -2610,7 +2939,13 @@ def _toy_fill(folder, which, seed, counts, workers):
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         lines = pool.map(lambda job: _toy_video(folder, which, seed, *job), jobs)
         lines = list(
-            tqdm(lines, f"making toy videos in {folder.parent / which}", len(jobs), unit="video", disable=None)
+            tqdm(
+                lines,
+                f"making toy videos in {folder.parent / which}",
+                len(jobs),
+                unit="video",
+                disable=None,
+            )
         )
     for split in counts:
         suffix = "jsonl" if which == "narrated" else "csv"
@@ -2627,7 +2962,9 @@ def _toy_fill(folder, which, seed, counts, workers):
 
 def _lines(source, *_):
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield from ((f"{source}:{n}", line.strip()) for n, line in enumerate(file, 1) if line.strip())
+        yield from (
+            (f"{source}:{n}", line.strip()) for n, line in enumerate(file, 1) if line.strip()
+        )
 
 
 def _entries(source, *_):
@@ -2643,7 +2980,13 @@ def _videos(source, _, skipped):
 
     Links are followed after all that lies in the folder itself, and each folder is visited once, by whatever names."""
     source = os.fspath(source)
-    waiting, visited, videoless, counts, examples = [source], set(), set(), defaultdict(int), defaultdict(list)
+    waiting, visited, videoless, counts, examples = (
+        [source],
+        set(),
+        set(),
+        defaultdict(int),
+        defaultdict(list),
+    )
 
     def skip(kind, path):
         counts[kind] += 1
@@ -2710,7 +3053,10 @@ def _kinetics(line, classes, fold):
     label, video, start, end, *_ = next(csv.reader([line]))
     if (label, video) == ("label", "youtube_id"):  # the header
         return video, label, None
-    return f"{label.replace(' ', '_')}/{video}_{int(float(start)):06d}_{int(float(end)):06d}.mp4", label
+    return (
+        f"{label.replace(' ', '_')}/{video}_{int(float(start)):06d}_{int(float(end)):06d}.mp4",
+        label,
+    )
 
 
 def _ssv2(entry, classes, fold):
@@ -2723,12 +3069,20 @@ def _moments(line, classes, fold):
 
 
 def _coin(entry, classes, fold):
-    return f"{entry['id']}.mp4", int(entry["recipe_type"]), {"training": True, "testing": False}[entry["subset"]]
+    return (
+        f"{entry['id']}.mp4",
+        int(entry["recipe_type"]),
+        {"training": True, "testing": False}[entry["subset"]],
+    )
 
 
 def _breakfast(path, classes, fold):
-    person, activity, camera = re.fullmatch(r"P(\d\d)_([a-z]+)(_ch\d)?\.\w+", os.path.basename(path)).groups()
-    held_out = (int(person) - 3) // 13 + 1  # persons 3-15, 16-28, 29-41 and 42-54 are the four folds
+    person, activity, camera = re.fullmatch(
+        r"P(\d\d)_([a-z]+)(_ch\d)?\.\w+", os.path.basename(path)
+    ).groups()
+    held_out = (
+        int(person) - 3
+    ) // 13 + 1  # persons 3-15, 16-28, 29-41 and 42-54 are the four folds
     # Of a stereo camera the first eye alone is used, which makes 1,712 videos.
     return path, activity, None if camera == "_ch1" else held_out != fold
 
@@ -2738,16 +3092,47 @@ def _folders(path, classes, fold):
     return path, label
 
 
-SSV2 = '{"id": "78687", "template": "Holding [something]", ...}', "something-something-v2-labels.json"
+SSV2 = (
+    '{"id": "78687", "template": "Holding [something]", ...}',
+    "something-something-v2-labels.json",
+)
 FORMATS = {  # name: (SOURCE, an entry of it, index of classes published beside it, splits in it, reader, converter)
-    "ucf101": ("trainlist01.txt", "Archery/v_Archery_g01_c01.avi 3", "classInd.txt", 0, _lines, _ucf101),
+    "ucf101": (
+        "trainlist01.txt",
+        "Archery/v_Archery_g01_c01.avi 3",
+        "classInd.txt",
+        0,
+        _lines,
+        _ucf101,
+    ),
     "hmdb51": ("the folder of *_test_split1.txt", "name.avi 1", None, 3, _split_files, _hmdb51),
     "kinetics": ("train.csv", "testifying,---QUuC4vJs,84,94,train", None, 0, _lines, _kinetics),
     "ssv2": ("something-something-v2-train.json", *SSV2, 0, _entries, _ssv2),
     "something-else": ("train.json", *SSV2, 0, _entries, _ssv2),
-    "moments": ("trainingSet.csv", "clapping/abc.mp4,clapping,4,0", "moments_categories.txt", 0, _lines, _moments),
-    "coin": ("COIN.json", '"xZecGPPhbHE": {"subset": "training", "recipe_type": 131}', None, 1, _entries, _coin),
-    "breakfast": ("the folder of P03 ... P54", "P03/cam01/P03_coffee.avi", None, 4, _videos, _breakfast),
+    "moments": (
+        "trainingSet.csv",
+        "clapping/abc.mp4,clapping,4,0",
+        "moments_categories.txt",
+        0,
+        _lines,
+        _moments,
+    ),
+    "coin": (
+        "COIN.json",
+        '"xZecGPPhbHE": {"subset": "training", "recipe_type": 131}',
+        None,
+        1,
+        _entries,
+        _coin,
+    ),
+    "breakfast": (
+        "the folder of P03 ... P54",
+        "P03/cam01/P03_coffee.avi",
+        None,
+        4,
+        _videos,
+        _breakfast,
+    ),
     "folders": ("the folder of the classes", "<class>/<video>", None, 0, _videos, _folders),
 }
 
@@ -2755,8 +3140,13 @@ FORMATS = {  # name: (SOURCE, an entry of it, index of classes published beside 
 def _class_numbers(path):
     """{name: number from 0} in classInd.txt (`1 Archery`), moments_categories.txt (`clapping,4`) or SSv2's labels."""
     if os.fspath(path).endswith(".json"):
-        return {name: int(number) for name, number in json.loads(Path(path).read_text("utf-8-sig")).items()}
-    rows = (re.fullmatch(r"(?:(\d+)\s+)?(.+?)(?:,\s*(\d+))?", line).groups() for _, line in _lines(path))
+        return {
+            name: int(number)
+            for name, number in json.loads(Path(path).read_text("utf-8-sig")).items()
+        }
+    rows = (
+        re.fullmatch(r"(?:(\d+)\s+)?(.+?)(?:,\s*(\d+))?", line).groups() for _, line in _lines(path)
+    )
     return {name: int(first) - 1 if first else int(last) for first, name, last in rows}
 
 
@@ -2769,7 +3159,11 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
     """
     expected, example, index, splits, read, convert = FORMATS[form]
     if bool(splits) != bool(split) or not 1 <= fold <= max(splits, 1) or (labels and not index):
-        known = f"--split train or val, and --fold 1 to {splits}" if splits else "no --split and --fold: SOURCE is one"
+        known = (
+            f"--split train or val, and --fold 1 to {splits}"
+            if splits
+            else "no --split and --fold: SOURCE is one"
+        )
         raise UserError(f"{form} takes {known}{'' if index else ', and no --labels'}")
     names = labels or (index and os.path.join(os.path.dirname(source), index))
     place, entry, classes, listed = names, "", {}, []
@@ -2789,7 +3183,9 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
         raise UserError(f"{place}: {error.strerror}{hint}") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         why = f"{error} is missing, or not in {names}" if isinstance(error, KeyError) else error
-        raise UserError(f"{place}: not as published for {form}, `{example}`: {entry!r:.80} ({why})") from None
+        raise UserError(
+            f"{place}: not as published for {form}, `{example}`: {entry!r:.80} ({why})"
+        ) from None
     if not listed:
         found = f"{source}: no such video in it{_but(skipped)}"
         raise UserError(f"{found}; for {form} give {expected}, with entries as `{example}`")
@@ -2807,7 +3203,12 @@ def _in_threads(work, jobs, workers, total, **bar):
     Threads suffice, as in `make_toy`: FFmpeg works outside Python's lock. One damaged video is one VideoError; any
     other error, and Ctrl-C, stops the other threads at their next tick.
     """
-    jobs, workers, failures, stop = iter(jobs), workers or os.cpu_count(), [], []  # threads share the iterator
+    jobs, workers, failures, stop = (
+        iter(jobs),
+        workers or os.cpu_count(),
+        [],
+        [],
+    )  # threads share the iterator
     with tqdm(total=total, disable=None, **bar) as progress, ThreadPoolExecutor(workers) as pool:
 
         def tick(amount=0):
@@ -2858,7 +3259,9 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
     videos, out = VideoList(path, root), out or f"{path}.bad"
     files = [str(file) for file in (path, out, good) if file]
     if len(set(map(os.path.realpath, files))) < len(files):
-        raise UserError(f"{' and '.join(files)}: the list, --out and --good must be different files")
+        raise UserError(
+            f"{' and '.join(files)}: the list, --out and --good must be different files"
+        )
     for file in files[1:]:
         _try_to_write(file)
     names = list(dict.fromkeys(map(videos.video, range(len(videos)))))
@@ -2872,9 +3275,14 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
     failures = _in_threads(work, names, workers, len(names), desc="checking", unit="video")
     Path(out).write_text("".join(f"{error}\n" for error in failures), "utf-8")
     if good:
-        lost, text = {error.path for error in failures}, {"encoding": "utf-8", "errors": "surrogateescape"}
+        lost, text = (
+            {error.path for error in failures},
+            {"encoding": "utf-8", "errors": "surrogateescape"},
+        )
         with open(path, newline="", **text) as old, open(good, "w", newline="", **text) as new:
-            lines = (line for line in old if line.lstrip("\ufeff").strip())  # those that VideoList numbers
+            lines = (
+                line for line in old if line.lstrip("\ufeff").strip()
+            )  # those that VideoList numbers
             new.writelines(line for i, line in enumerate(lines) if videos.video(i) not in lost)
     return len(names), failures
 
@@ -2899,7 +3307,9 @@ def core_clips(frames, decoded=1):
 
     decoded: clips of one decode (--repeated)."""
     columns = zip(*READING_MS.values(), strict=True)
-    first, further, large = [float(np.interp(frames, list(READING_MS), column)) for column in columns]
+    first, further, large = [
+        float(np.interp(frames, list(READING_MS), column)) for column in columns
+    ]
     more = (decoded - 1) * further
     return 1000 * decoded / (first + more), 1000 * decoded / (large + more)
 
@@ -2914,7 +3324,9 @@ def print_cores(phases):
         if gmacs > 1:  # else it is a toy, on which a GPU does little but start kernels
             cells.append(f"{small} ({large}) for {rate:.0f} clips/s of {frames} frames")
     if cells:
-        print(f"loader    cores that an H100 needs to read 256p (720p), estimates: {'; '.join(cells)}")
+        print(
+            f"loader    cores that an H100 needs to read 256p (720p), estimates: {'; '.join(cells)}"
+        )
         print(f"          with fewer: {LOADER_ADVICE}; {LIST_SPEED}")
 
 
@@ -2946,7 +3358,9 @@ def reading_speed(path, root="", frames=16, size=224, stride=4, count=32):
         passed += time.perf_counter() - clock
     torch.set_num_threads(threads)
     if not read:
-        raise UserError(f"{path}: none of {len(chosen)} videos could be read; the first: {failures[0]}")
+        raise UserError(
+            f"{path}: none of {len(chosen)} videos could be read; the first: {failures[0]}"
+        )
     return read / busy, read / passed, failures
 
 
@@ -2965,7 +3379,10 @@ def reading_speed(path, root="", frames=16, size=224, stride=4, count=32):
 #   fastest  flat, cabac=0, keyint=60, no-deblock                                       1.46            5.6          3.6
 ENCODINGS = {  # name: libx264's options; crf has the quality of x264's default
     "fast": {"crf": "21.5", "x264-params": "bframes=7:b-pyramid=none:b-adapt=0:cabac=0:keyint=120"},
-    "fastest": {"crf": "21.5", "x264-params": "bframes=7:b-pyramid=none:b-adapt=0:cabac=0:keyint=60:no-deblock=1"},
+    "fastest": {
+        "crf": "21.5",
+        "x264-params": "bframes=7:b-pyramid=none:b-adapt=0:cabac=0:keyint=60:no-deblock=1",
+    },
     "x264": {"crf": "23"},
 }
 TAGS = "colorspace", "color_range", "color_primaries", "color_trc"
@@ -2986,7 +3403,9 @@ def _in_order(video):
                 yield i, frame
                 n += 1
     if n < video.info.num_frames:
-        raise VideoError(video.path, f"damaged: {n} of its {video.info.num_frames} frames come out in order")
+        raise VideoError(
+            video.path, f"damaged: {n} of its {video.info.num_frames} frames come out in order"
+        )
 
 
 def _upright(frame, w, h, turn, scaler):
@@ -3011,9 +3430,14 @@ def _write_chunk(path, video, frames, pts, times, short_side, options, tick):
     """
     width, height = video.info[:2]
     short = min(short_side, width, height)
-    w, h = (max(2, min(2 * round(side * short / min(width, height) / 2), side // 2 * 2)) for side in (width, height))
+    w, h = (
+        max(2, min(2 * round(side * short / min(width, height) / 2), side // 2 * 2))
+        for side in (width, height)
+    )
     unit, scaler, first = video._stream.time_base, VideoReformatter(), None
-    with av.open(f"file:{path}", "w", format="mp4", options={"movflags": "use_metadata_tags"}) as out:
+    with av.open(
+        f"file:{path}", "w", format="mp4", options={"movflags": "use_metadata_tags"}
+    ) as out:
         out.metadata[CHUNK_TIMES] = times.astype("<f8").tobytes().hex()
         rate = Fraction(video.info.fps).limit_denominator(1001)
         stream = out.add_stream("libx264", rate=rate, options=options)
@@ -3027,10 +3451,16 @@ def _write_chunk(path, video, frames, pts, times, short_side, options, tick):
                 first = pts[i]
                 for tag in TAGS:
                     setattr(stream.codec_context, tag, getattr(picture, tag))
-                if not picture.colorspace:  # RGB, which no YUV can be; swscale takes the matrix of BT.601
+                if (
+                    not picture.colorspace
+                ):  # RGB, which no YUV can be; swscale takes the matrix of BT.601
                     stream.codec_context.colorspace = 6
             picture.pict_type = 0  # the encoder's choice, not the source's
-            picture.pts, picture.duration, picture.time_base = pts[i] - first, pts[i + 1] - pts[i], unit
+            picture.pts, picture.duration, picture.time_base = (
+                pts[i] - first,
+                pts[i + 1] - pts[i],
+                unit,
+            )
             out.mux(stream.encode(picture))
         out.mux(stream.encode())
 
@@ -3055,11 +3485,17 @@ def _chunk_video(job, tick, seconds, short_side, options):
     try:
         with Video(source) as video:
             n, unit = video.info.num_frames, video._stream.time_base
-            pts = np.rint(np.append(video.times, video.info.duration) / float(unit)).astype(np.int64) - range(n + 1)
-            pts = (np.maximum.accumulate(pts) + range(n + 1)).tolist()  # no two frames at the same time
+            pts = np.rint(np.append(video.times, video.info.duration) / float(unit)).astype(
+                np.int64
+            ) - range(n + 1)
+            pts = (
+                np.maximum.accumulate(pts) + range(n + 1)
+            ).tolist()  # no two frames at the same time
             end = video.info.duration
             times = np.append(video.times, end)  # [n + 1]
-            starts = [int((t + 1e-6) // seconds) * seconds for t in video.times]  # 1e-6: 14.9999999 means 15
+            starts = [
+                int((t + 1e-6) // seconds) * seconds for t in video.times
+            ]  # 1e-6: 14.9999999 means 15
             for start, frames in groupby(_in_order(video), lambda item: starts[item[0]]):
                 path, count = part / f"{start}.mp4", starts.count(start)
                 temporary = path.with_name(f".{start}.mp4")
@@ -3069,20 +3505,37 @@ def _chunk_video(job, tick, seconds, short_side, options):
                     for _ in frames:
                         tick()
                 else:
-                    _write_chunk(temporary, video, frames, pts, times_here, short_side, options, tick)
+                    _write_chunk(
+                        temporary, video, frames, pts, times_here, short_side, options, tick
+                    )
                     if not _whole(temporary, times_here):
-                        raise VideoError(source, f"its chunk at {start} s does not read back as it was written")
+                        raise VideoError(
+                            source, f"its chunk at {start} s does not read back as it was written"
+                        )
                     temporary.replace(path)
                 tick(size * count // n)
     except (VideoError, av.FFmpegError) as error:
         if isinstance(error, OSError):  # a full disk is not the video's fault
             raise
         shutil.rmtree(part)
-        raise error if isinstance(error, VideoError) else VideoError(source, f"can't be encoded: {error}") from error
+        raise (
+            error
+            if isinstance(error, VideoError)
+            else VideoError(source, f"can't be encoded: {error}")
+        ) from error
     part.rename(folder)
 
 
-def chunk_videos(source, target, seconds=15, short_side=288, encoding="fast", crf=None, workers=None, skipped=None):
+def chunk_videos(
+    source,
+    target,
+    seconds=15,
+    short_side=288,
+    encoding="fast",
+    crf=None,
+    workers=None,
+    skipped=None,
+):
     """Cut the videos below a folder into chunks: source/a/b.avi -> target/a/b.mp4/<start second>.mp4 (AVION, Sec. 4.3).
 
     A chunk holds the frames at start <= t < start + seconds, t from the first frame: upright, scaled down to
@@ -3093,17 +3546,26 @@ def chunk_videos(source, target, seconds=15, short_side=288, encoding="fast", cr
     target, folders, jobs = Path(target), {}, []
     skipped = [] if skipped is None else skipped
     if os.path.commonpath(map(os.path.realpath, (source, target))) == os.path.realpath(source):
-        raise UserError(f"{target} is in {source}: give a folder outside it, or the chunks would be cut next time")
+        raise UserError(
+            f"{target} is in {source}: give a folder outside it, or the chunks would be cut next time"
+        )
     for _, name in _videos(source, None, skipped):
         path, folder = os.path.join(source, name), (target / name).with_suffix(".mp4")
         if folder in folders:
-            raise UserError(f"{folders[folder]} and {path} would have the same chunks, {folder}: rename one")
+            raise UserError(
+                f"{folders[folder]} and {path} would have the same chunks, {folder}: rename one"
+            )
         folders[folder] = path
         jobs.append((path, folder, os.path.getsize(path) if os.path.exists(path) else 0))
     if not jobs:
         raise UserError(f"{source}: no video in it (.mp4, .mkv, .webm, .avi ...){_but(skipped)}")
     options = ENCODINGS[encoding] | ({"crf": f"{crf:g}"} if crf else {})
-    settings = {"seconds": seconds, "short-side": short_side, "encoding": encoding, "crf": options["crf"]}
+    settings = {
+        "seconds": seconds,
+        "short-side": short_side,
+        "encoding": encoding,
+        "crf": options["crf"],
+    }
     target.mkdir(parents=True, exist_ok=True)
     with _only_maker(target / ".lock"):
         record, temporary = target / "chunks.json", target / ".chunks.json"
@@ -3111,7 +3573,9 @@ def chunk_videos(source, target, seconds=15, short_side=288, encoding="fast", cr
             made = json.loads(record.read_text())
             if made != settings:
                 flags = " ".join(f"--{flag} {value}" for flag, value in made.items())
-                raise UserError(f"{target} holds chunks made with {flags}: use the same flags, or another folder")
+                raise UserError(
+                    f"{target} holds chunks made with {flags}: use the same flags, or another folder"
+                )
         elif set(os.listdir(target)) - {".lock", ".chunks.json"}:
             raise UserError(f"{target} holds something else: use another folder")
         else:
@@ -3119,7 +3583,9 @@ def chunk_videos(source, target, seconds=15, short_side=288, encoding="fast", cr
             temporary.replace(record)
         work = lambda job, tick: _chunk_video(job, tick, seconds, short_side, options)
         total = sum(size for *_, size in jobs)
-        failures = _in_threads(work, jobs, workers, total, desc="chunking", unit="B", unit_scale=True)
+        failures = _in_threads(
+            work, jobs, workers, total, desc="chunking", unit="B", unit_scale=True
+        )
     return len(jobs), failures
 
 
@@ -3134,48 +3600,101 @@ def _parser():
 
     def command(name, text, more=""):
         described = {"help": text, "description": f"{text}\n\n{more}", "allow_abbrev": False}
-        return commands.add_parser(name, formatter_class=argparse.RawDescriptionHelpFormatter, **described).add_argument
+        return commands.add_parser(
+            name, formatter_class=argparse.RawDescriptionHelpFormatter, **described
+        ).add_argument
 
     add = command("toy", "make the toy videos: actions/, pairs/, long/ and narrated/ under DIR")
     add("root", metavar="DIR")
 
     rows = [f"  {name:15} {source:35} {example}" for name, (source, example, *_) in FORMATS.items()]
-    add = command("list", "print the list of a data set as published", "\n".join(["FORMAT, SOURCE, an entry:", *rows]))
+    add = command(
+        "list",
+        "print the list of a data set as published",
+        "\n".join(["FORMAT, SOURCE, an entry:", *rows]),
+    )
     add("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
     add("source", metavar="SOURCE")
-    add("--split", choices=("train", "val", "test"), help="of hmdb51, coin and breakfast; val and test are the same")
-    add("--fold", type=int, default=1, help="which of hmdb51's 3 and breakfast's 4 splits (default: 1)")
-    add("--labels", metavar="FILE", help="index of classes, where it is not beside SOURCE under its published name")
-
-    usage = (
-        "Exit status 1 when some are bad. To go on with the others:\n  data.py check LIST --good GOOD, train on GOOD"
+    add(
+        "--split",
+        choices=("train", "val", "test"),
+        help="of hmdb51, coin and breakfast; val and test are the same",
     )
+    add(
+        "--fold",
+        type=int,
+        default=1,
+        help="which of hmdb51's 3 and breakfast's 4 splits (default: 1)",
+    )
+    add(
+        "--labels",
+        metavar="FILE",
+        help="index of classes, where it is not beside SOURCE under its published name",
+    )
+
+    usage = "Exit status 1 when some are bad. To go on with the others:\n  data.py check LIST --good GOOD, train on GOOD"
     add = command("check", "open every video of LIST and decode some frames", usage)
     add("list", metavar="LIST")
-    add("--data-root", default="", metavar="DIR", help="folder that the paths of LIST are relative to")
+    add(
+        "--data-root",
+        default="",
+        metavar="DIR",
+        help="folder that the paths of LIST are relative to",
+    )
     add("--full", action="store_true", help="decode every frame")
-    add("--out", metavar="FILE", help="where to write the bad ones, `path: reason` (default: LIST.bad)")
+    add(
+        "--out",
+        metavar="FILE",
+        help="where to write the bad ones, `path: reason` (default: LIST.bad)",
+    )
     add("--good", metavar="FILE", help="where to write LIST without them")
     add("--workers", type=int, help="threads (default: as many as the machine has)")
-    add("--speed", action="store_true", help="measure instead how many clips a second one core reads, of clips of:")
+    add(
+        "--speed",
+        action="store_true",
+        help="measure instead how many clips a second one core reads, of clips of:",
+    )
     add("--frames", type=int, default=16, help="frames (default: %(default)s)")
     add("--stride", type=int, default=4, help="frames from one to the next (default: %(default)s)")
     add("--size", type=int, default=224, help="pixels, height and width (default: %(default)s)")
 
-    usage = "The same command again goes on where it stopped. Exit status 1 when some could not be cut."
-    add = command("chunk", "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4", usage)
+    usage = (
+        "The same command again goes on where it stopped. Exit status 1 when some could not be cut."
+    )
+    add = command(
+        "chunk", "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4", usage
+    )
     add("source", metavar="SRC", nargs="?")
     add("target", metavar="DST", nargs="?")
     add("--seconds", type=int, default=15, help="length of a chunk (default: %(default)s)")
     add("--short-side", type=int, default=288, help="pixels, at most (default: %(default)s)")
-    add("--encoding", choices=ENCODINGS, default="fast", help="trades bytes for decoding time (default: %(default)s)")
+    add(
+        "--encoding",
+        choices=ENCODINGS,
+        default="fast",
+        help="trades bytes for decoding time (default: %(default)s)",
+    )
     add("--crf", type=float, help="lower is better and larger (default: the quality of x264's 23)")
     add("--workers", type=int, help="threads, a video each (default: as many as the machine has)")
-    add("--plan", action="store_true", help="print the longest chunk that the disk allows (AVION, Eq. 3), from:")
+    add(
+        "--plan",
+        action="store_true",
+        help="print the longest chunk that the disk allows (AVION, Eq. 3), from:",
+    )
     add("--batch-size", type=int, default=1024, help="clips a step (default: %(default)s)")
     add("--mbps", type=float, default=1, help="Mb a second of video (default: %(default)s)")
-    add("--disk", type=float, default=500, help="MB a second that it reads (default: %(default)s, a SATA SSD)")
-    add("--step-seconds", type=float, default=4, help="time of a training step (default: %(default)s)")
+    add(
+        "--disk",
+        type=float,
+        default=500,
+        help="MB a second that it reads (default: %(default)s, a SATA SSD)",
+    )
+    add(
+        "--step-seconds",
+        type=float,
+        default=4,
+        help="time of a training step (default: %(default)s)",
+    )
     return parser
 
 
@@ -3184,7 +3703,9 @@ def print_speed(args):
     frames, size, stride = args.frames, args.size, args.stride
     core, clock, failures = reading_speed(args.list, args.data_root, frames, size, stride)
     left_out = f", without {len(failures)} that can't be read ({failures[0]})" if failures else ""
-    print(f"a core reads {core:.1f} clips/s of {frames} frames, {stride} apart, {size} x {size}{left_out}")
+    print(
+        f"a core reads {core:.1f} clips/s of {frames} frames, {stride} apart, {size} x {size}{left_out}"
+    )
     print(f"by the clock {clock:.1f}, with what the disk takes, and other processes")
     # GMACs of a clip's forward pass: AVION's ViT-B on 4 frames, VideoMAE-B on 16 with 90 % masked.
     low, high = (gpu_clips(3 * gmacs) for gmacs in (78.5, 33.8))
@@ -3210,17 +3731,27 @@ def main():
             if hasattr(signal, "SIGPIPE"):
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-            listed = list_videos(args.format, args.source, args.split, args.fold, args.labels, skipped)
+            listed = list_videos(
+                args.format, args.source, args.split, args.fold, args.labels, skipped
+            )
             csv.writer(sys.stdout, lineterminator="\n").writerows(listed)
         elif args.command == "check" and args.speed:
             print_speed(args)
         elif args.command == "check":
             args.out = args.out or f"{args.list}.bad"
-            n, bad = check_list(args.list, args.data_root, args.full, args.workers, args.out, args.good)
-            print(f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {args.out}", *bad[:1], sep="\n")
+            n, bad = check_list(
+                args.list, args.data_root, args.full, args.workers, args.out, args.good
+            )
+            print(
+                f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {args.out}",
+                *bad[:1],
+                sep="\n",
+            )
         elif args.plan:
             values = args.batch_size, args.mbps, args.disk, args.step_seconds
-            print("AVION, Eq. 3, {} clips of {} Mb/s from {} MB/s in {} s:".format(*values), end=" ")
+            print(
+                "AVION, Eq. 3, {} clips of {} Mb/s from {} MB/s in {} s:".format(*values), end=" "
+            )
             print(f"chunks of up to {largest_chunk(*values):.1f} s")
         elif not (args.source and args.target):
             parser.error("chunk needs SRC and DST, or --plan")

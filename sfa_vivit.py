@@ -98,7 +98,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads sleep: on the CPU the loader needs their cores
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # idle threads sleep: on the CPU the loader needs their cores
 
 import numpy as np
 import torch
@@ -112,9 +114,23 @@ from common import Block, UserError, opt, parse, patchify, uniform, unpatchify
 # Width, layers, heads and MLP width (Sec. 4.2); patch size; layers of the temporal transformer.
 MODELS = {
     "vivit_toy": {"width": 128, "depth": 4, "heads": 2, "mlp": 512, "patch": 16, "temporal": 2},
-    "vivit_b": {"width": 768, "depth": 12, "heads": 12, "mlp": 3072, "patch": 16, "temporal": 4},  # DECISION (depth)
+    "vivit_b": {
+        "width": 768,
+        "depth": 12,
+        "heads": 12,
+        "mlp": 3072,
+        "patch": 16,
+        "temporal": 4,
+    },  # DECISION (depth)
     "vivit_l": {"width": 1024, "depth": 24, "heads": 16, "mlp": 4096, "patch": 16, "temporal": 4},
-    "vivit_h": {"width": 1280, "depth": 32, "heads": 16, "mlp": 5120, "patch": 14, "temporal": 4},  # DECISION (patch)
+    "vivit_h": {
+        "width": 1280,
+        "depth": 32,
+        "heads": 16,
+        "mlp": 5120,
+        "patch": 14,
+        "temporal": 4,
+    },  # DECISION (patch)
     "vivit_g": {"width": 1408, "depth": 40, "heads": 16, "mlp": 6144, "patch": 14, "temporal": 4},
 }
 
@@ -150,51 +166,114 @@ TABLE_4 = {"vivit_h": (96, 128), "vivit_g": (8, 48)}
 class Config(common.RunConfig):
     recipe: str = opt("toy", "a column of the paper's table of hyper-parameters: see RECIPES")
     init: str = opt("", "an image ViT's .npz or hub folder, or ours; `random`: none, and mean it")
-    init_temporal: str = opt("", "the temporal transformer's: VideoMAE's .pth or hub folder, or ours (Table 1, row IV)")
-    inflate: str = opt("central", "an image's kernel in a tubelet: in one frame, or in both", ["central", "average"])
+    init_temporal: str = opt(
+        "", "the temporal transformer's: VideoMAE's .pth or hub folder, or ours (Table 1, row IV)"
+    )
+    inflate: str = opt(
+        "central",
+        "an image's kernel in a tubelet: in one frame, or in both",
+        ["central", "average"],
+    )
 
     model: str = opt("vivit_l", "model size (Sec. 4.2)", list(MODELS))
     temporal_depth: int = opt(
-        0, "layers of the temporal transformer; 0: as the model and the recipe have", within="[0, inf)"
+        0,
+        "layers of the temporal transformer; 0: as the model and the recipe have",
+        within="[0, inf)",
     )
-    gelu: str = opt("exact", "exact, as the hub's and timm's ViTs; tanh: its approximation (scenic)", ["exact", "tanh"])
-    head_std: float = opt(0.0, "standard deviation of the classifier's weights at init (scenic: 0)", within="[0, inf)")
-    stages: str = opt("8:35,64:35", "frames:epochs of each stage, such as 8:30,32:10,128:10 (Sec. 3.2, App. D)")
-    freeze: str = opt("later", "later: spatial, from stage 2 on; or spatial, temporal: in all stages; none (Table 1)")
-    adapter: bool = opt(True, "an adapter behind a spatial transformer that is frozen (Table 1, row I without)")
+    gelu: str = opt(
+        "exact",
+        "exact, as the hub's and timm's ViTs; tanh: its approximation (scenic)",
+        ["exact", "tanh"],
+    )
+    head_std: float = opt(
+        0.0, "standard deviation of the classifier's weights at init (scenic: 0)", within="[0, inf)"
+    )
+    stages: str = opt(
+        "8:35,64:35", "frames:epochs of each stage, such as 8:30,32:10,128:10 (Sec. 3.2, App. D)"
+    )
+    freeze: str = opt(
+        "later",
+        "later: spatial, from stage 2 on; or spatial, temporal: in all stages; none (Table 1)",
+    )
+    adapter: bool = opt(
+        True, "an adapter behind a spatial transformer that is frozen (Table 1, row I without)"
+    )
     spatial_chunk: int = opt(
-        32, "time steps that a frozen spatial transformer takes at once", free=True, within="[1, inf)"
+        32,
+        "time steps that a frozen spatial transformer takes at once",
+        free=True,
+        within="[1, inf)",
     )
-    stride: int = opt(2, "frames of the video from one frame of the clip to the next", within="[1, inf)")
+    stride: int = opt(
+        2, "frames of the video from one frame of the clip to the next", within="[1, inf)"
+    )
     size: int = opt(224, "height and width of a clip, in pixels")
-    labels: str = opt("classes", "classes: a label a line; epic: EPIC_100_*.csv, verb and noun", ["classes", "epic"])
+    labels: str = opt(
+        "classes",
+        "classes: a label a line; epic: EPIC_100_*.csv, verb and noun",
+        ["classes", "epic"],
+    )
 
-    batch_size: int = opt(128, "clips per optimizer step over all ranks (Table 7)", within="[1, inf)")
+    batch_size: int = opt(
+        128, "clips per optimizer step over all ranks (Table 7)", within="[1, inf)"
+    )
     optimizer: str = opt("sgd", "sgd: with momentum 0.9 (Table 7)", ["sgd", "adamw"])
     lr: float = opt(0.5, "peak learning rate at this batch, as used (Table 7)", within="[0, inf)")
     min_lr: float = opt(0.0, "learning rate at the end of the cosine (scenic)", within="[0, inf)")
-    warmup_epochs: float = opt(2.5, "epochs of linear warm-up, of each stage (Table 7)", within="[0, inf)")
+    warmup_epochs: float = opt(
+        2.5, "epochs of linear warm-up, of each stage (Table 7)", within="[0, inf)"
+    )
     weight_decay: float = opt(0.0, "weight decay (scenic)", within="[0, inf)")
     clip_grad: float = opt(1.0, "largest gradient norm; 0: not clipped (scenic)", within="[0, inf)")
     drop_path: float = opt(
-        0.0, "stochastic layer drop of the last block, rising linearly (Table 7)", within="[0, 0.99]"
+        0.0,
+        "stochastic layer drop of the last block, rising linearly (Table 7)",
+        within="[0, 0.99]",
     )
-    label_smoothing: float = opt(0.0, "share of a label spread over all classes (Table 7)", within="[0, 0.99]")
+    label_smoothing: float = opt(
+        0.0, "share of a label spread over all classes (Table 7)", within="[0, 0.99]"
+    )
     mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (Table 7)", within="[0, inf)")
     colour_jitter: float = opt(0.0, "probability of colour jitter (Table 7)", within="[0, 1]")
-    rand_augment: float = opt(0.0, "magnitude of 2 layers of RandAugment, scenic's; 0: off (Table 7)", within="[0, 20]")
-    crop: bool = opt(True, "square crops, random with scale jitter in training (Table 7); off: of the whole short side")
+    rand_augment: float = opt(
+        0.0, "magnitude of 2 layers of RandAugment, scenic's; 0: off (Table 7)", within="[0, 20]"
+    )
+    crop: bool = opt(
+        True,
+        "square crops, random with scale jitter in training (Table 7); off: of the whole short side",
+    )
     crop_share: float = opt(
-        224 / 256, "a crop's side as a share of the short side; jittered in training (scenic)", within="(0, 1]"
+        224 / 256,
+        "a crop's side as a share of the short side; jittered in training (scenic)",
+        within="(0, 1]",
     )
     flip: bool = opt(True, "random left-right flips in training (Table 7)")  # DECISION (flip)
-    views: int = opt(4, "clips of a video at test, evenly placed in time (scenic); 1 for Table 3", within="[1, inf)")
-    crops: int = opt(3, "squares of a clip at test, along its long side (scenic); 1 for Table 3", within="[1, inf)")
+    views: int = opt(
+        4,
+        "clips of a video at test, evenly placed in time (scenic); 1 for Table 3",
+        within="[1, inf)",
+    )
+    crops: int = opt(
+        3,
+        "squares of a clip at test, along its long side (scenic); 1 for Table 3",
+        within="[1, inf)",
+    )
 
-    max_steps: int = opt(0, "number of optimizer steps of each stage instead of its epochs; 0: by epochs")
-    eval_every: float = opt(1, "epochs between evaluations; a stage's last step is always evaluated", within="[1, inf)")
-    gpus: int = opt(64, "GPUs that --plan counts memory for (the paper: 64 TPUs of 16 GB)", free=True)
-    gpu_gb: tuple = opt(("11", "16", "24", "80"), "GB of the cards that --plan fits clips and frames into", free=True)
+    max_steps: int = opt(
+        0, "number of optimizer steps of each stage instead of its epochs; 0: by epochs"
+    )
+    eval_every: float = opt(
+        1, "epochs between evaluations; a stage's last step is always evaluated", within="[1, inf)"
+    )
+    gpus: int = opt(
+        64, "GPUs that --plan counts memory for (the paper: 64 TPUs of 16 GB)", free=True
+    )
+    gpu_gb: tuple = opt(
+        ("11", "16", "24", "80"),
+        "GB of the cards that --plan fits clips and frames into",
+        free=True,
+    )
 
 
 # ---- The paper's ideas -----------------------------------------------------------------------------------------------
@@ -222,7 +301,9 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
     for number, part in enumerate(stages.split(",")):
         frames, _, epochs = part.partition(":")
         if not (frames.isdecimal() and epochs.isdecimal() and int(frames) and int(epochs)):
-            raise ValueError(f"--stages {stages} is not frames:epochs for each stage, such as 8:30,128:30")
+            raise ValueError(
+                f"--stages {stages} is not frames:epochs for each stage, such as 8:30,128:30"
+            )
         if freeze == "none" or (freeze == "later" and number == 0):
             frozen = ()
         elif freeze == "later":
@@ -231,8 +312,12 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
             frozen = tuple(freeze.split(","))
         if not {*frozen} <= {"spatial", "temporal"}:
             raise ValueError(f"--freeze {freeze}: choose from later, spatial, temporal, none")
-        stop = start + (max_steps or int(epochs) * epoch_steps)  # DECISION (restart): a schedule each
-        planned.append(Stage(number, int(frames), start, stop, frozen, adapter and "spatial" in frozen))
+        stop = start + (
+            max_steps or int(epochs) * epoch_steps
+        )  # DECISION (restart): a schedule each
+        planned.append(
+            Stage(number, int(frames), start, stop, frozen, adapter and "spatial" in frozen)
+        )
         start = stop
     return planned
 
@@ -268,9 +353,14 @@ def resize_positions(positions, grid, new):
     """
     if grid == new:
         return positions
-    cls, rest = positions[:, :1], positions[:, 1:].unflatten(1, grid).movedim(-1, 1)  # [1, 1, D], [1, D, *grid]
+    cls, rest = (
+        positions[:, :1],
+        positions[:, 1:].unflatten(1, grid).movedim(-1, 1),
+    )  # [1, 1, D], [1, D, *grid]
     mode = "linear" if len(grid) == 1 else "bilinear"
-    rest = F.interpolate(rest.float(), new, mode=mode, align_corners=True).to(cls.dtype)  # [1, D, *new]
+    rest = F.interpolate(rest.float(), new, mode=mode, align_corners=True).to(
+        cls.dtype
+    )  # [1, D, *new]
     return torch.cat([cls, rest.movedim(1, -1).flatten(1, -2)], dim=1)  # [1, 1 + N, D]
 
 
@@ -282,7 +372,9 @@ def last_start(count, n, stride):
 def clip_frames(count, n, stride, start):
     """Indices of n frames, `stride` apart, of a video of `count`, from frame `start` of 0 ... last_start."""
     step = min(stride, (count - 1) / max(1, n - 1))  # DECISION (short): spread, not looped
-    return [min(count - 1, int(start + i * step + 1e-6)) for i in range(n)]  # 1e-6: 3 * (1 / 3) is to be 1
+    return [
+        min(count - 1, int(start + i * step + 1e-6)) for i in range(n)
+    ]  # 1e-6: 3 * (1 / 3) is to be 1
 
 
 def sample_clip(video, index, view, key, videos, frames, stride, crop_share=None, views=None):
@@ -297,13 +389,19 @@ def sample_clip(video, index, view, key, videos, frames, stride, crop_share=None
     if timed:
         start, end = videos.start[index], video.clamp(videos.end[index])  # in seconds
         if start >= end:
-            raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the action's")
+            raise ValueError(
+                f"has nothing from second {start:g} to {end:g}, its end or the action's"
+            )
         count = max(1, round((end - start) * video.info.fps))
     last = last_start(count, frames, stride)
     if views is None:
         first = int(uniform(key, "start").item() * (last + 1))
         scale = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()  # DECISION (scale)
-        box = data.random_box(video.info, key, crop_share / scale) if crop_share else data.centre_box(video.info)
+        box = (
+            data.random_box(video.info, key, crop_share / scale)
+            if crop_share
+            else data.centre_box(video.info)
+        )
     else:
         clip, square = divmod(view, views[1])
         first = last * clip // (views[0] - 1) if views[0] > 1 else last // 2
@@ -327,12 +425,17 @@ def head_labels(labels, heads):
 def soft_targets(labels, heads, smoothing):
     """Targets of each head's classes, one beside the other: int64 [B] -> float32 [B, sum(heads)]."""
     parts = zip(head_labels(labels, heads), heads, strict=True)
-    return torch.cat([data.soft_labels(part, n, smoothing) for part, n in parts], 1)  # [B, sum(heads)]
+    return torch.cat(
+        [data.soft_labels(part, n, smoothing) for part, n in parts], 1
+    )  # [B, sum(heads)]
 
 
 def vivit_loss(logits, targets, heads):
     """Cross entropy of each head, their mean, a clip at a time (scenic): [B, sum(heads)] twice -> [B]."""
-    losses = [-(t * x.float().log_softmax(-1)).sum(-1) for x, t in zip(logits.split(heads, 1), targets.split(heads, 1))]
+    losses = [
+        -(t * x.float().log_softmax(-1)).sum(-1)
+        for x, t in zip(logits.split(heads, 1), targets.split(heads, 1))
+    ]
     return torch.stack(losses).mean(0)  # [B]
 
 
@@ -340,7 +443,9 @@ def joint_scores(logits, heads):
     """Log-probability of each class; of each (verb, noun) pair where there are two heads (Table 6): the best action is
     the best pair. [B, sum(heads)] -> [B, prod(heads)]."""
     parts = [x.float().log_softmax(-1) for x in logits.split(heads, 1)]  # [B, classes] each
-    return parts[0] if len(parts) == 1 else (parts[0][:, :, None] + parts[1][:, None]).flatten(1)  # [B, prod(heads)]
+    return (
+        parts[0] if len(parts) == 1 else (parts[0][:, :, None] + parts[1][:, None]).flatten(1)
+    )  # [B, prod(heads)]
 
 
 def near_peak(curve):
@@ -392,7 +497,9 @@ class Encoder(nn.Module):
         """Where CLS looks in the last block, the mean of its heads, for pictures: [B, N, D] -> [B, N]."""
         last = self.blocks[-1]
         x = last.norm1(common.run_blocks(self.blocks[:-1], self.embed(x)))  # [B, 1 + N, D]
-        q, k, _ = F.linear(x, last.attn.qkv.weight).unflatten(2, (3, last.attn.heads, -1)).unbind(2)  # [B, 1 + N, H, d]
+        q, k, _ = (
+            F.linear(x, last.attn.qkv.weight).unflatten(2, (3, last.attn.heads, -1)).unbind(2)
+        )  # [B, 1 + N, H, d]
         q = q[:, 0] + last.attn.q_bias.unflatten(0, (last.attn.heads, -1))  # [B, H, d]
         scores = torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
         return scores.softmax(-1).mean(1)[:, 1:]  # [B, N]
@@ -425,11 +532,18 @@ class ViViT(nn.Module):
         self.width, self.size, self.patch = spec["width"], size, (2, spec["patch"], spec["patch"])
         self.grad_checkpoint, self.spatial_chunk = grad_checkpoint, spatial_chunk
         self.frozen, self.adapter = (), None
-        self.tokens, self.steps = (size // spec["patch"]) ** 2, frames // self.patch[0]  # of a time step; time steps
-        self.patch_embed = nn.Linear(math.prod(self.patch) * 3, self.width)  # = a Conv3d (common.conv_to_linear)
+        self.tokens, self.steps = (
+            (size // spec["patch"]) ** 2,
+            frames // self.patch[0],
+        )  # of a time step; time steps
+        self.patch_embed = nn.Linear(
+            math.prod(self.patch) * 3, self.width
+        )  # = a Conv3d (common.conv_to_linear)
         self.spatial = Encoder(self.tokens, spec, spec["depth"], drop_path, attention, gelu)
         depth = temporal_depth or spec["temporal"]
-        self.temporal = Encoder(self.steps, spec, depth, drop_path, attention, gelu, first=spec["depth"])
+        self.temporal = Encoder(
+            self.steps, spec, depth, drop_path, attention, gelu, first=spec["depth"]
+        )
         self.head = nn.Linear(self.width, num_classes)
         self.apply(common.init_linear)
         nn.init.normal_(self.head.weight, std=head_std)
@@ -440,14 +554,23 @@ class ViViT(nn.Module):
         half: the dtype in which a frozen spatial transformer's matrices are kept; None: as they are. A model that is in
         the stage already stays as it is.
         """
-        place, before, self.steps = self.temporal.positions, self.steps, stage.frames // self.patch[0]
+        place, before, self.steps = (
+            self.temporal.positions,
+            self.steps,
+            stage.frames // self.patch[0],
+        )
         place = resize_positions(place.detach(), (before,), (self.steps,))  # [1, 1 + S, D]
         self.temporal.positions = nn.Parameter(place)
         if stage.adapter != (self.adapter is not None):
             self.adapter = Adapter(self.width).to(place.device) if stage.adapter else None
         self.frozen = stage.frozen
-        for part, modules in (("spatial", [self.patch_embed, self.spatial]), ("temporal", [self.temporal])):
-            for module in modules:  # DECISION (frozen): embedding, CLS and positions with the blocks
+        for part, modules in (
+            ("spatial", [self.patch_embed, self.spatial]),
+            ("temporal", [self.temporal]),
+        ):
+            for (
+                module
+            ) in modules:  # DECISION (frozen): embedding, CLS and positions with the blocks
                 module.requires_grad_(part not in stage.frozen)
         for module in self.modules() if half and "spatial" in stage.frozen else ():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
@@ -455,7 +578,9 @@ class ViViT(nn.Module):
 
     def images(self, clips):
         """The tubelets of each time step, of 0-255 clips [B, T, C, H, W]: [B S, N, P]."""
-        return patchify(clips, self.patch).unflatten(1, (-1, self.tokens)).flatten(0, 1)  # [B S, N, P]
+        return (
+            patchify(clips, self.patch).unflatten(1, (-1, self.tokens)).flatten(0, 1)
+        )  # [B S, N, P]
 
     @common.region
     def tubelets(self, images):
@@ -467,7 +592,9 @@ class ViViT(nn.Module):
         images = self.images(clips)  # [B S, N, P]
         if "spatial" in self.frozen or not torch.is_grad_enabled():
             with torch.no_grad():
-                parts = [self.spatial(self.tubelets(part)) for part in images.split(self.spatial_chunk)]
+                parts = [
+                    self.spatial(self.tubelets(part)) for part in images.split(self.spatial_chunk)
+                ]
             return torch.cat(parts).unflatten(0, (len(clips), -1))  # [B, S, D]
         keys = keys if keys is None else keys.repeat_interleave(len(images) // len(clips))  # [B S]
         x = self.spatial(self.tubelets(images), keys, self.grad_checkpoint)  # [B S, D]
@@ -476,7 +603,9 @@ class ViViT(nn.Module):
     def over_time(self, x, keys=None):
         """Adapter and temporal transformer (Eq. 2): [B, S, D] -> [B, D]."""
         x = x if self.adapter is None else self.adapter(x)  # [B, S, D]
-        return self.temporal(x, None if "temporal" in self.frozen else keys, self.grad_checkpoint)  # [B, D]
+        return self.temporal(
+            x, None if "temporal" in self.frozen else keys, self.grad_checkpoint
+        )  # [B, D]
 
     def encode(self, clips, keys=None):
         """Features of clips: [B, T, C, H, W] -> [B, D]."""
@@ -510,7 +639,9 @@ def image_weights(path):
         return state
     image, ours = common.vit_weights(state), {}
     if not image:
-        raise UserError(f"{path}: no image ViT's weights are in it, nor ours (it holds {', '.join([*state][:3])} ...)")
+        raise UserError(
+            f"{path}: no image ViT's weights are in it, nor ours (it holds {', '.join([*state][:3])} ...)"
+        )
     for name, x in image.items():  # DECISION (class): cls_token too
         if not name.startswith("patch_embed."):
             name = "spatial." + name.replace("pos_embed", "positions")
@@ -518,7 +649,9 @@ def image_weights(path):
     if any(name.endswith("embeddings.position_embeddings") for name in state):
         config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
         try:
-            ours["spatial.eps"] = torch.tensor(float(json.loads(config.read_text())["layer_norm_eps"]))
+            ours["spatial.eps"] = torch.tensor(
+                float(json.loads(config.read_text())["layer_norm_eps"])
+            )
         except (OSError, ValueError, KeyError, TypeError):
             ours["spatial.eps"] = torch.tensor(1e-12)  # what it is there where nothing is said
     return ours
@@ -540,7 +673,9 @@ def init_weights(cfg, net):
     if cfg.init_temporal:
         temporal = temporal_weights(cfg.init_temporal, len(net.temporal.blocks))
         if not temporal:
-            raise UserError(f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is in it")
+            raise UserError(
+                f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is in it"
+            )
         weights |= temporal
     check_depth(weights, len(net.temporal.blocks), cfg.init_temporal or cfg.init)
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
@@ -550,7 +685,9 @@ def init_weights(cfg, net):
     for name, _ in net.named_parameters():
         missing = name.startswith(("patch_embed.", "spatial.")) and name not in weights
         if missing and "spatial" in net.frozen and cfg.init:
-            raise UserError(f"{cfg.init}: no {name} in it; --freeze spatial would keep what nothing has initialised")
+            raise UserError(
+                f"{cfg.init}: no {name} in it; --freeze spatial would keep what nothing has initialised"
+            )
     return weights
 
 
@@ -574,21 +711,32 @@ def fit_kernel(weights, patch, how, source):
     if own != side:
         raise UserError(f"{source}: its patches are {own} pixels wide, those of --model are {side}")
     if kernel.dim() == 4:
-        weights["patch_embed.weight"] = common.conv_to_linear(inflate(kernel, frames, how))  # [D, P]
+        weights["patch_embed.weight"] = common.conv_to_linear(
+            inflate(kernel, frames, how)
+        )  # [D, P]
 
 
 def fit_positions(weights, net, source):
     """Learned positions become those of the model's grid and its time steps, in place."""
-    space, time = weights.get("spatial.positions"), weights.get("temporal.positions")  # [1, 1 + N, D], [1, 1 + S, D]
+    space, time = (
+        weights.get("spatial.positions"),
+        weights.get("temporal.positions"),
+    )  # [1, 1 + N, D], [1, 1 + S, D]
     if space is not None:
         if math.isqrt(space.shape[1]) ** 2 == space.shape[1]:  # big_vision's: CLS has no position
             space = torch.cat([torch.zeros_like(space[:, :1]), space], dim=1)  # [1, 1 + N, D]
         side, own = math.isqrt(space.shape[1] - 1), math.isqrt(net.tokens)
         if 1 + side**2 != space.shape[1]:
-            raise UserError(f"{source}: its {space.shape[1]} positions are not those of CLS and a square of patches")
-        weights["spatial.positions"] = resize_positions(space, (side, side), (own, own))  # [1, 1 + N, D]
+            raise UserError(
+                f"{source}: its {space.shape[1]} positions are not those of CLS and a square of patches"
+            )
+        weights["spatial.positions"] = resize_positions(
+            space, (side, side), (own, own)
+        )  # [1, 1 + N, D]
     if time is not None:
-        weights["temporal.positions"] = resize_positions(time, (time.shape[1] - 1,), (net.steps,))  # [1, 1 + S, D]
+        weights["temporal.positions"] = resize_positions(
+            time, (time.shape[1] - 1,), (net.steps,)
+        )  # [1, 1 + S, D]
 
 
 # ---- Evaluation and pictures -----------------------------------------------------------------------------------------
@@ -604,7 +752,9 @@ def evaluate(model, batches, failures, heads, ctx, views=1, name="val", picture=
     """
     model.eval()
     k = min(5, math.prod(heads))
-    sums = torch.zeros(4 + len(heads), dtype=torch.float64, device=ctx.device)  # clips, loss, top-1, top-k, each head's
+    sums = torch.zeros(
+        4 + len(heads), dtype=torch.float64, device=ctx.device
+    )  # clips, loss, top-1, top-k, each head's
     for batch in batches:
         with ctx.autocast():
             logits = model(batch.clips)  # [V B, classes]
@@ -630,13 +780,19 @@ def evaluate(model, batches, failures, heads, ctx, views=1, name="val", picture=
         words += ["verb", "noun"]
     for word, hit in zip(words, hits, strict=False):
         result[f"{name}_{word}"] = 100 * hit / clips
-    return result | {f"{name}_loss": loss / clips, f"{name}_clips": int(clips), f"{name}_unread": len(unread)}
+    return result | {
+        f"{name}_loss": loss / clips,
+        f"{name}_clips": int(clips),
+        f"{name}_unread": len(unread),
+    }
 
 
 def write_attention(model, clips, path):
     """Write path.png and path_animated.png: clips (8 time steps of them), and below each the same, lit by where the
     spatial transformer's CLS looks."""
-    images = model.images(clips).unflatten(0, (len(clips), -1))[:, :: -(-model.steps // 8)]  # [B, S, N, P]
+    images = model.images(clips).unflatten(0, (len(clips), -1))[
+        :, :: -(-model.steps // 8)
+    ]  # [B, S, N, P]
     look = model.spatial.attention(model.tubelets(images.flatten(0, 1))).float()  # [B S, N]
     light = (look / look.amax(1, keepdim=True)).view(*images.shape[:3], 1)  # [B, S, N, 1]
     grid = images.shape[1], *[model.size // model.patch[1]] * 2
@@ -755,7 +911,10 @@ def print_plan(cfg):
 def print_model(name, net):
     """The parameters of each part of the model."""
     depth = len(net.temporal.blocks)
-    parts = {"spatial": [net.patch_embed, net.spatial], f"temporal ({depth} layers)": [net.temporal]}
+    parts = {
+        "spatial": [net.patch_embed, net.spatial],
+        f"temporal ({depth} layers)": [net.temporal],
+    }
     parts |= {"adapter": [net.adapter] if net.adapter else [], "head": [net.head]}
     millions = {}
     for part, modules in parts.items():
@@ -770,10 +929,15 @@ def print_model(name, net):
 
 def print_table_4(cfg, net, stages, full, frozen, blocks):
     """Cost and memory of one clip in both kinds of stage, and the frames that fit into each --gpu-gb (Table 4)."""
-    print("\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state")
+    print(
+        "\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state"
+    )
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
     lengths = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
-    memory = [memory_model(cfg, net, stage._replace(frames=lengths[-1]), blocks) for stage in (full, frozen)]
+    memory = [
+        memory_model(cfg, net, stage._replace(frames=lengths[-1]), blocks)
+        for stage in (full, frozen)
+    ]
     for n in lengths:
         gmacs = [count_gmacs(net, stage._replace(frames=n)) for stage in (full, frozen)]
         megabytes = [(fixed + n // 2 * step) / 1e6 for fixed, step in memory]
@@ -783,7 +947,9 @@ def print_table_4(cfg, net, stages, full, frozen, blocks):
 
     precision = "fp32" if cfg.precision == "fp32" else "half precision"
     recomputed = "blocks" if cfg.grad_checkpoint else "nothing"
-    print(f"\nmost frames of a micro-batch of one clip, {precision}, {recomputed} recomputed (Table 4)")
+    print(
+        f"\nmost frames of a micro-batch of one clip, {precision}, {recomputed} recomputed (Table 4)"
+    )
     for card in sorted(map(float, cfg.gpu_gb), reverse=True):
         most = [largest_frames(part, card) or "none" for part in memory]
         paper = ""
@@ -820,16 +986,22 @@ def check(cfg):
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {patch} pixels")
     for stage in stages:
         if stage.frames % 2:
-            raise UserError(f"--stages {cfg.stages}: {stage.frames} frames are not a multiple of the tubelet's 2")
+            raise UserError(
+                f"--stages {cfg.stages}: {stage.frames} frames are not a multiple of the tubelet's 2"
+            )
         if {"spatial", "temporal"} <= {*stage.frozen}:
-            raise UserError(f"--freeze {cfg.freeze} freezes everything: no transformer is left to learn")
+            raise UserError(
+                f"--freeze {cfg.freeze} freezes everything: no transformer is left to learn"
+            )
     if "spatial" in stages[0].frozen and not cfg.init and cfg.task == "train" and not cfg.plan:
         raise UserError(
             "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage "
             "1's checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
         )
     if cfg.min_lr > cfg.lr:
-        raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
+        raise UserError(
+            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
+        )
     common.check_gpus(cfg)
     pretrained = [name for name in RECIPES if name != "toy"]
     common.need_init(cfg, pretrained, "an image ViT's weights (.npz or hub folder), or a stage 1's")
@@ -852,7 +1024,9 @@ def read_epic(path, root, max_bad=0.01):
             if not 0 <= value < classes:
                 raise UserError(f"{place}: {word}_class {value} is not one of 0 ... {classes - 1}")
         if not 0 <= start <= end < math.inf:
-            bad.append(f"{place}: its time is {start:g} to {end:g} s: the start must be before the end")
+            bad.append(
+                f"{place}: its time is {start:g} to {end:g} s: the start must be before the end"
+            )
         else:
             rows.append((video, start, end, row.get("narration") or ""))
             labels.append(verb * EPIC[1] + noun)
@@ -883,7 +1057,9 @@ def open_lists(cfg, ctx):
     if len(videos.classes) < 2:
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
     if len(videos) < cfg.batch_size:
-        raise UserError(f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}")
+        raise UserError(
+            f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}"
+        )
     val_videos = read_list(cfg, ctx, cfg.val_list, videos.classes)
     data.need_videos(val_videos, cfg.max_bad)
     return videos, val_videos
@@ -892,16 +1068,22 @@ def open_lists(cfg, ctx):
 def clips_of(cfg, videos, frames, views=None):
     """The clips of a list: random ones of so many frames to train on, or the `views`, (clips, squares), of each video."""
     share = cfg.crop_share if cfg.crop else None
-    plan = partial(sample_clip, videos=videos, frames=frames, stride=cfg.stride, crop_share=share, views=views)
+    plan = partial(
+        sample_clip, videos=videos, frames=frames, stride=cfg.stride, crop_share=share, views=views
+    )
     if views is None:
         return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True, frames=frames)
-    return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views), frames=frames)
+    return data.ClipDataset(
+        videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views), frames=frames
+    )
 
 
 def test_batches(cfg, ctx, videos, frames, views, failures):
     """Batches of the views of each readable video, once over all ranks."""
     clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    return data.test_batches(clips_of(cfg, videos, frames, views), clips, cfg.workers, ctx, failures)
+    return data.test_batches(
+        clips_of(cfg, videos, frames, views), clips, cfg.workers, ctx, failures
+    )
 
 
 def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", picture=None):
@@ -936,20 +1118,26 @@ def use(cfg, ctx):
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
     videos = read_list(cfg, ctx, cfg.val_list, classes)
-    if cfg.task == "features":  # float32 [videos, D]: CLS of a video's centre clip, in the list's order
+    if (
+        cfg.task == "features"
+    ):  # float32 [videos, D]: CLS of a video's centre clip, in the list's order
         failures = data.Failures(len(videos), cfg.max_bad)
         batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
         features = common.run_model(net.encode, batches, ctx)  # [B, D] each
         return common.write_features(folder, (len(videos), net.width), features, failures, ctx)
     result = validate(cfg, ctx, net, videos, heads, frames, (cfg.views, cfg.crops), "test")
-    common.print_result(source, cfg.val_list, result, ctx, f", {frames} frames, {cfg.views} x {cfg.crops} views")
+    common.print_result(
+        source, cfg.val_list, result, ctx, f", {frames} frames, {cfg.views} x {cfg.crops} views"
+    )
 
 
 def augment(clips, keys, colour_jitter, rand_augment, flip):
     """The augmentation of Table 7 on the device: uint8 [B, T, C, H, W] -> the same; keys int64 [B], on the CPU."""
     if colour_jitter:  # DECISION (colour)
         chosen = data.to_device(uniform(keys, "colour") < colour_jitter, clips.device)  # [B]
-        clips = torch.where(chosen[:, None, None, None, None], data.colour_jitter(clips, keys, hue=0.2), clips)
+        clips = torch.where(
+            chosen[:, None, None, None, None], data.colour_jitter(clips, keys, hue=0.2), clips
+        )
     if rand_augment:  # DECISION (RandAug)
         clips = data.scenic_rand_augment(clips, keys, rand_augment, layers=2)  # [B, T, C, H, W]
     return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]
@@ -986,7 +1174,9 @@ def main(cfg):
         f"on {ctx.device}; steps {run.step} to {total}"
     )
 
-    augmented = partial(augment, colour_jitter=cfg.colour_jitter, rand_augment=cfg.rand_augment, flip=cfg.flip)
+    augmented = partial(
+        augment, colour_jitter=cfg.colour_jitter, rand_augment=cfg.rand_augment, flip=cfg.flip
+    )
     for stage in stages[run.at["stage"] :]:
         if stage.number > run.at["stage"]:
             run.at |= {"stage": stage.number, "best": -1.0, "curve": []}
@@ -1014,7 +1204,9 @@ def main(cfg):
             lr = common.cosine(run.step - stage.start, steps, warmup, cfg.lr, cfg.min_lr)
             for batch in run.micro_batches():
                 targets = soft_targets(batch.labels, heads, cfg.label_smoothing)  # [B, classes]
-                clips, targets = data.mix(batch.clips, targets, (cfg.seed, run.step), cfg.mixup, 0.0)
+                clips, targets = data.mix(
+                    batch.clips, targets, (cfg.seed, run.step), cfg.mixup, 0.0
+                )
                 keys = data.to_device(batch.keys, ctx.device)  # [B], for drop path
                 with run.forward():
                     logits = run.model(clips, keys)  # [B, classes]
@@ -1050,7 +1242,9 @@ def enter_stage(cfg, ctx, run, net, stage):
 
 def evaluate_stage(cfg, ctx, run, net, videos, heads, stage):
     """Validate a step of a stage; at a stage's end also say when it came near its peak, and at the end of all test."""
-    result = validate(cfg, ctx, net, videos, heads, stage.frames, picture=run.folder / "attention.png")
+    result = validate(
+        cfg, ctx, net, videos, heads, stage.frames, picture=run.folder / "attention.png"
+    )
     run.at["curve"] = [*run.at["curve"], [run.step - stage.start, result["val_top1"]]]
     also = []
     if run.step == stage.stop:
@@ -1061,7 +1255,9 @@ def evaluate_stage(cfg, ctx, run, net, videos, heads, stage):
         if run.step < run.total:
             also = [f"stage{stage.number + 1}.pt"]  # for other stages 2 (--init)
         elif cfg.views * cfg.crops > 1:
-            result |= validate(cfg, ctx, net, videos, heads, stage.frames, (cfg.views, cfg.crops), "test")
+            result |= validate(
+                cfg, ctx, net, videos, heads, stage.frames, (cfg.views, cfg.crops), "test"
+            )
     run.evaluated(result, "val_top1", also=also, stage=stage.number + 1)
 
 

@@ -206,16 +206,24 @@ class Config(common.RunConfig):
         ["train", "eval", "predict", "features", "encode_text"],
         free=True,
     )
-    train_list: str = opt("", "training videos: `path label` or `path,label` a line; or captions", free=True)
-    init: str = opt("", "weights to start from: ours, VideoMAE's .pth or hub folder; `random`: none")
+    train_list: str = opt(
+        "", "training videos: `path label` or `path,label` a line; or captions", free=True
+    )
+    init: str = opt(
+        "", "weights to start from: ours, VideoMAE's .pth or hub folder; `random`: none"
+    )
 
     model: str = opt("vit_b", "encoder size", list(MODELS))
     decoder: str = opt("", "layers x width of the decoder, such as 8x512; empty: the model's own")
     frames: int = opt(16, "frames a clip (Sec. 4.1)")
     fps: float = opt(5.0, "frames a second of a clip (Sec. 4.1)", within="(0, inf)")
     size: int = opt(224, "height and width of a clip, in pixels (Sec. 4.1)")
-    objective: str = opt("classify", "classify: Eq. 1; align: video and text, Eq. 2", ["classify", "align"])
-    sampling: str = opt("clip", "clip: at --fps; span: --frames over the whole video (Sec. 4.3)", ["clip", "span"])
+    objective: str = opt(
+        "classify", "classify: Eq. 1; align: video and text, Eq. 2", ["classify", "align"]
+    )
+    sampling: str = opt(
+        "clip", "clip: at --fps; span: --frames over the whole video (Sec. 4.3)", ["clip", "span"]
+    )
     repeated: int = opt(
         1,
         "clips of a video in a batch, from one decode (Table 6: repeated sampling)",
@@ -225,30 +233,50 @@ class Config(common.RunConfig):
         1, "clips of a video at test, averaged as probabilities (Sec. 4.3: 10)", within="[1, inf)"
     )
     test_crops: int = opt(1, "crops of each of them, along the long side (1 or 3)")
-    mask_ratio: float = opt(0.5, "m, the share of tokens dropped in training (Sec. 3.2)", within="[0, 1)")
-    recon_ratio: float = opt(0.5, "r <= m, the share of tokens reconstructed; 0: no decoder (Sec. 3.2)")
-    eval_mask_ratios: str = opt("0", "m at test; of a classifier also several: 0,0.5,0.9 (Table 1 right)")
+    mask_ratio: float = opt(
+        0.5, "m, the share of tokens dropped in training (Sec. 3.2)", within="[0, 1)"
+    )
+    recon_ratio: float = opt(
+        0.5, "r <= m, the share of tokens reconstructed; 0: no decoder (Sec. 3.2)"
+    )
+    eval_mask_ratios: str = opt(
+        "0", "m at test; of a classifier also several: 0,0.5,0.9 (Table 1 right)"
+    )
     target: str = opt(  # DECISION (target)
         "normalized", "what is predicted of a patch", ["normalized", "pixels"]
     )
     position_scale: float = opt(1.0, "factor of the encoder's sin-cos positions (1: VideoMAE's)")
 
-    text_model: str = opt("microsoft/mpnet-base", "language model: a hub name or folder; hashing: of words (Sec. 4.2)")
-    text_features: str = opt("", "folder of the sentences' features (--task encode_text); empty: run folder", free=True)
+    text_model: str = opt(
+        "microsoft/mpnet-base", "language model: a hub name or folder; hashing: of words (Sec. 4.2)"
+    )
+    text_features: str = opt(
+        "", "folder of the sentences' features (--task encode_text); empty: run folder", free=True
+    )
     temperature: float = opt(  # DECISION (cosine)
         0.07, "divides the products of Eq. 2", within="(0, inf)"
     )
-    eval_fps: float = opt(0.0, "frames a second of a clip at test, if not --fps (Sec. 5.2: 16)", within="[0, inf)")
+    eval_fps: float = opt(
+        0.0, "frames a second of a clip at test, if not --fps (Sec. 5.2: 16)", within="[0, inf)"
+    )
 
     epochs: int = opt(100, "passes over the training list (Table 6)", within="[1, inf)")
     batch_size: int = opt(16, "clips per optimizer step over all ranks (Figure 3)")
     lr: float = opt(1e-3, "peak learning rate at this batch, as used", within="[0, inf)")
-    min_lr: float = opt(1e-6, "learning rate at the end of the cosine (VideoMAE)", within="[0, inf)")
+    min_lr: float = opt(
+        1e-6, "learning rate at the end of the cosine (VideoMAE)", within="[0, inf)"
+    )
     warmup_epochs: float = opt(10.0, "epochs of linear warm-up (Table 6)", within="[0, inf)")
     weight_decay: float = opt(0.05, "AdamW's weight decay (Table 6)", within="[0, inf)")
-    clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped (VideoMAE)", within="[0, inf)")
-    drop_path: float = opt(0.1, "stochastic depth of the last block, rising linearly (Table 6)", within="[0, 1)")
-    label_smoothing: float = opt(0.1, "share of a label spread over all classes (Table 6)", within="[0, 1)")
+    clip_grad: float = opt(
+        0.0, "largest gradient norm; 0: not clipped (VideoMAE)", within="[0, inf)"
+    )
+    drop_path: float = opt(
+        0.1, "stochastic depth of the last block, rising linearly (Table 6)", within="[0, 1)"
+    )
+    label_smoothing: float = opt(
+        0.1, "share of a label spread over all classes (Table 6)", within="[0, 1)"
+    )
     mixup: float = opt(0.8, "Beta parameter of mixup; 0: off (Table 6)", within="[0, inf)")
     cutmix: float = opt(1.0, "Beta parameter of cutmix; 0: off (Table 6)", within="[0, inf)")
     rand_augment: float = opt(  # DECISION (RandAug)
@@ -260,7 +288,9 @@ class Config(common.RunConfig):
         ["resized", "multi-scale", "centre"],
     )
     flip: bool = opt(True, "random left-right flips in training (VideoMAE)")
-    eval_every: float = opt(1.0, "epochs between evaluations; the last step is always evaluated", within="(0, inf)")
+    eval_every: float = opt(
+        1.0, "epochs between evaluations; the last step is always evaluated", within="(0, inf)"
+    )
 
 
 # ---- Part I: video -------------------------------------------------------------------------------
@@ -583,7 +613,9 @@ def write_recon(model, clips, keys, m, fps, path):
     visible, masked = token_dropout(keys, model.num_tokens, m, m)  # [B, K], [B, N - K]
     _, prediction, _ = model.look(clips, keys, m, m)  # the same split: it belongs to the keys
     patches = patchify(clips, model.patch)  # [B, N, P]
-    data.write_reconstruction(path, patches, visible, masked, prediction, model.target, model.patch, model.grid, fps)
+    data.write_reconstruction(
+        path, patches, visible, masked, prediction, model.target, model.patch, model.grid, fps
+    )
 
 
 # ---- Part II: video and language -----------------------------------------------------------------
@@ -822,7 +854,9 @@ def evaluate_alignment(model, captions, text, features, failures, ctx):
     for video, rows in features.items():
         own = np.flatnonzero(captions.video_of == video)  # [S]
         start, end = captions.start[own], captions.end[own]
-        sentences = model.embed_text(torch.from_numpy(text[own]).float().to(ctx.device)).cpu()  # [S, E]
+        sentences = model.embed_text(
+            torch.from_numpy(text[own]).float().to(ctx.device)
+        ).cpu()  # [S, E]
         hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
         inside = np.minimum(np.ceil(end), len(rows) - 1) - np.floor(start) + 1  # [S], in seconds
         sums.add("sentences", len(own))
@@ -882,7 +916,9 @@ def read_captions(path, root, reach, max_bad):
     def seen():
         for video, start, end, text, visible in rows():
             if visible and not 0 <= float(start) <= float(end) < math.inf:
-                bad.append(f"{place}: its time is {start} to {end} s: the start must be before the end")
+                bad.append(
+                    f"{place}: its time is {start} to {end} s: the start must be before the end"
+                )
             elif visible and not re.search(r"\w", text):
                 bad.append(f"{place}: its sentence has no word: {text!r}")
             elif visible:
@@ -891,7 +927,9 @@ def read_captions(path, root, reach, max_bad):
     try:
         captions = data.Captions(seen(), root)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{place}: not as HTM-AA, HTM-Align or a .jsonl of captions have it ({error})") from None
+        raise UserError(
+            f"{place}: not as HTM-AA, HTM-Align or a .jsonl of captions have it ({error})"
+        ) from None
     captions.path, captions.left_out = path, bad
     captions.check_left_out(max_bad)
     if not len(captions):
@@ -984,7 +1022,9 @@ def print_plan(cfg):
     half = cfg.precision != "fp32"
     clip = common.PIXEL_BYTES * cfg.frames * 3 * cfg.size**2
     for block, depth, shape in training_blocks(model, model.num_tokens, m, r):
-        clip += common.block_bytes(block, depth, shape, half=half, grad_checkpoint=cfg.grad_checkpoint)
+        clip += common.block_bytes(
+            block, depth, shape, half=half, grad_checkpoint=cfg.grad_checkpoint
+        )
     group = cfg.repeated * (2 if cfg.mixup or cfg.cutmix else 1)  # as common.micro_batches has it
     state = common.state_bytes(total, half=half)
     phase = common.Phase("training", cfg.batch_size, cfg.micro_batch, state, clip, group)
@@ -1130,14 +1170,22 @@ def check(cfg):
     common.check_gpus(cfg)
     common.check_ranges(cfg)
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", cfg.eval_mask_ratios):
-        raise UserError(f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9")
+        raise UserError(
+            f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9"
+        )
     ratios = (cfg.mask_ratio, *eval_ratios(cfg))
     if max(ratios) >= 1:
-        raise UserError("--mask-ratio and --eval-mask-ratios must be in [0, 1): at 1 nothing is left to see")
+        raise UserError(
+            "--mask-ratio and --eval-mask-ratios must be in [0, 1): at 1 nothing is left to see"
+        )
     if not 0 <= cfg.recon_ratio <= cfg.mask_ratio:
-        raise UserError(f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]")
+        raise UserError(
+            f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]"
+        )
     if cfg.min_lr > cfg.lr:
-        raise UserError(f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}")
+        raise UserError(
+            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
+        )
     if cfg.test_crops not in (1, 3):
         raise UserError("--test-crops must be 1 or 3")
     t, h, _ = Turbo.patch
@@ -1147,24 +1195,36 @@ def check(cfg):
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
     if num_kept(tokens, max(ratios), 0)[0] == 0:
-        raise UserError(f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one")
+        raise UserError(
+            f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one"
+        )
     if cfg.recon_ratio and num_kept(tokens, cfg.mask_ratio, cfg.recon_ratio)[1] == 0:
-        raise UserError(f"--recon-ratio {cfg.recon_ratio} is none of {tokens} tokens; 0: no decoder")
+        raise UserError(
+            f"--recon-ratio {cfg.recon_ratio} is none of {tokens} tokens; 0: no decoder"
+        )
     decoder = cfg.decoder or MODELS[cfg.model]["decoder"]
     sizes = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", decoder)
     if not sizes or (int(sizes[2]) > 64 and int(sizes[2]) % 64):
-        raise UserError(f"--decoder {cfg.decoder} is not layers x width, such as 8x512, in heads of 64")
+        raise UserError(
+            f"--decoder {cfg.decoder} is not layers x width, such as 8x512, in heads of 64"
+        )
     if cfg.objective == "align":
         check_alignment(cfg)
 
 
 def check_alignment(cfg):
     if cfg.batch_size < 2:
-        raise UserError("--batch-size 1 leaves InfoNCE nothing to tell apart (and 1 / ln 1 infinite)")
+        raise UserError(
+            "--batch-size 1 leaves InfoNCE nothing to tell apart (and 1 / ln 1 infinite)"
+        )
     if cfg.mixup or cfg.cutmix or cfg.label_smoothing:
-        raise UserError("--objective align has no labels to mix: --mixup 0 --cutmix 0 --label-smoothing 0")
+        raise UserError(
+            "--objective align has no labels to mix: --mixup 0 --cutmix 0 --label-smoothing 0"
+        )
     if len(eval_ratios(cfg)) > 1:
-        raise UserError(f"--eval-mask-ratios {cfg.eval_mask_ratios}: --objective align is evaluated at one")
+        raise UserError(
+            f"--eval-mask-ratios {cfg.eval_mask_ratios}: --objective align is evaluated at one"
+        )
 
 
 def build(cfg, classes, text_width=0):
@@ -1239,10 +1299,14 @@ def open_lists(cfg, ctx):
     else:
         videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
         if len(videos.classes) < 2:
-            raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
+            raise UserError(
+                f"{cfg.train_list}: all videos are of one class; a classifier needs two"
+            )
     if len(videos) * cfg.repeated < cfg.batch_size:
         few = f"{len(videos)} videos x --repeated {cfg.repeated}"
-        raise UserError(f"{cfg.train_list}: {few} are less than one --batch-size of {cfg.batch_size}")
+        raise UserError(
+            f"{cfg.train_list}: {few} are less than one --batch-size of {cfg.batch_size}"
+        )
     if align:
         val_videos = captions_of(cfg, cfg.val_list)
     else:
@@ -1286,7 +1350,9 @@ def align_features(cfg, ctx, net, captions, failures, draw=None):
     pieces = pieces_of(captions, range(ctx.rank, len(captions.names), ctx.world), failures, views)
     plan = partial(sample_second, pieces=pieces, frames=cfg.frames, fps=cfg.eval_fps or cfg.fps)
     videos = data.VideoList.of([piece.path for piece in pieces])
-    dataset = data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=False, views=views, frames=cfg.frames)
+    dataset = data.ClipDataset(
+        videos, plan, cfg.size, cfg.seed, replace=False, views=views, frames=cfg.frames
+    )
     clips = cfg.micro_batch or cfg.batch_size // ctx.world
     batches = data.test_batches(dataset, clips, cfg.workers, ctx, failures, shared=False)
     return second_features(net, pieces, batches, failures, views, eval_ratios(cfg)[0], ctx, draw)
@@ -1320,7 +1386,9 @@ def evaluate_step(cfg, ctx, run, videos, text):
 def start(cfg, ctx, videos, val_videos, text_width):
     """A new run, or one to go on with."""
     names = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}[cfg.objective]
-    run = common.Trainer(cfg, ctx, "turbo", names, {"best": -1.0}, train_list=videos, val_list=val_videos)
+    run = common.Trainer(
+        cfg, ctx, "turbo", names, {"best": -1.0}, train_list=videos, val_list=val_videos
+    )
     if run.state and run.state["text_width"] != text_width:
         widths = f"{run.state['text_width']}, not {text_width}"
         raise UserError(f"{run.folder}: trained on text features of width {widths}")
@@ -1376,7 +1444,9 @@ def use(cfg, ctx):
         if not cfg.input:
             raise UserError("--task predict needs --input video.mp4 ...")
         if align:
-            raise UserError("--task predict needs a classifier; of a video-language model take --task features")
+            raise UserError(
+                "--task predict needs a classifier; of a video-language model take --task features"
+            )
         videos = data.VideoList.of(cfg.input)
         failures = data.Failures(len(videos), 1.0)
         shares = of_videos(cfg, ctx, net.shares, videos, failures)  # [B, classes] each
@@ -1446,7 +1516,9 @@ def main(cfg):
     )
     dataset = clips_of(cfg, videos)
     augmented = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip)
-    batches = data.training_batches(dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augmented)
+    batches = data.training_batches(
+        dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augmented
+    )
     failures = data.Failures(len(videos), cfg.max_bad)
     size = cfg.batch_size
     every = cfg.eval_every
@@ -1459,7 +1531,9 @@ def main(cfg):
         if cfg.objective == "classify":  # Eq. 1: a sum over clips, so micro-batches add up
             for batch in run.micro_batches():  # its clips are augmented: see training_batches above
                 labels = data.soft_labels(batch.labels, len(classes), cfg.label_smoothing)
-                clips, labels = data.mix(batch.clips, labels, (cfg.seed, run.step), cfg.mixup, cfg.cutmix)
+                clips, labels = data.mix(
+                    batch.clips, labels, (cfg.seed, run.step), cfg.mixup, cfg.cutmix
+                )
                 keys = data.to_device(batch.keys, ctx.device)  # [B]
                 with run.forward():
                     logits, prediction, target = run.model(clips, keys, m, r)  # DECISION (mixed)

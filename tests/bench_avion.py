@@ -59,7 +59,9 @@ def wait(ctx):
 def table(head, rows):
     print(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for row in rows:
-        print(f"| {' | '.join(f'{cell:.3g}' if isinstance(cell, float) else str(cell) for cell in row)} |")
+        print(
+            f"| {' | '.join(f'{cell:.3g}' if isinstance(cell, float) else str(cell) for cell in row)} |"
+        )
 
 
 def clips(args, ctx, root, loader, batch, workers, steps, frames=0):
@@ -76,7 +78,9 @@ def train_step(ctx, args, attention, batch, recompute=False):
     cfg = avion.Config(model=args.model, frames=args.frames, size=args.size, attention=attention,
                        grad_checkpoint=recompute)  # fmt: skip
     net = avion.build(cfg, "avion", 514).to(ctx.device).train()
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in net.parameters() if p.requires_grad], lr=1e-5, fused=True
+    )
     tokens = torch.randint(0, 512, (batch, 16), device=ctx.device)
     keys, scaler = common.make_key(torch.arange(batch, device=ctx.device)), common.loss_scaler(ctx)
 
@@ -115,7 +119,9 @@ def table4(args, ctx):
         marks = [("no", "yes")[flag] for flag in name]
         paper = PAPER_4[(256 if name[0] else 64, *name)]
         step = train_step(ctx, args, attention, batch)
-        batches = clips(args, ctx, getattr(args, f"{root}_root"), loader, batch, args.workers, args.rounds + 2)
+        batches = clips(
+            args, ctx, getattr(args, f"{root}_root"), loader, batch, args.workers, args.rounds + 2
+        )
         try:
             waited, seconds = measure(ctx, batches, step, args.rounds)
             rows.append((batch, *marks, waited, seconds, batch / seconds, *paper))
@@ -129,11 +135,32 @@ def table4(args, ctx):
 def fig3(args, ctx):
     """MB of a clip, all blocks, in fp16 (fp32's half), on a real block; the paper's bars are drawn, not printed."""
     rows = []
-    for kind, name in (("plain", "plain"), ("sdpa", "efficient"), ("checkpoint", "efficient, recomputed")):
+    for kind, name in (
+        ("plain", "plain"),
+        ("sdpa", "efficient"),
+        ("checkpoint", "efficient, recomputed"),
+    ):
         sizes = [size / 2 for size in avion.saved_megabytes("clip_b16", 785, kind)]
-        rows.append((name, *sizes, sum(sizes), f"{sizes[1] / sum(sizes):.1%}", "> 60 %" if kind == "plain" else "-"))
+        rows.append(
+            (
+                name,
+                *sizes,
+                sum(sizes),
+                f"{sizes[1] / sum(sizes):.1%}",
+                "> 60 %" if kind == "plain" else "-",
+            )
+        )
     table(
-        ["ViT-B, 4 frames", "LayerNorm MB", "attention MB", "MLP MB", "all MB", "attention", "paper: attention"], rows
+        [
+            "ViT-B, 4 frames",
+            "LayerNorm MB",
+            "attention MB",
+            "MLP MB",
+            "all MB",
+            "attention",
+            "paper: attention",
+        ],
+        rows,
     )
 
 
@@ -142,14 +169,19 @@ def fig4(args, ctx):
     try:
         import tpt_mae
     except ImportError:
-        print("\nFig. 4 needs tpt_mae.py (DividedBlock) beside avion.py: only joint attention is measured")
+        print(
+            "\nFig. 4 needs tpt_mae.py (DividedBlock) beside avion.py: only joint attention is measured"
+        )
         tpt_mae = None
     rows, batch = [], args.batch[0]
     for shape, (attention, recompute) in itertools.product(
-        ("divided", "joint") if tpt_mae else ("joint",), (("plain", False), ("sdpa", False), ("sdpa", True))
+        ("divided", "joint") if tpt_mae else ("joint",),
+        (("plain", False), ("sdpa", False), ("sdpa", True)),
     ):
         torch.manual_seed(0)
-        encoder = avion.VideoEncoder(args.model, args.frames, args.size, "avion", 0.0, 0.0, attention, recompute)
+        encoder = avion.VideoEncoder(
+            args.model, args.frames, args.size, "avion", 0.0, 0.0, attention, recompute
+        )
         if shape == "divided":
             steps = args.frames // encoder.patch[0]
             encoder.blocks = torch.nn.ModuleList(Divided(tpt_mae, encoder.width, b.attn.heads, attention, steps)
@@ -157,7 +189,13 @@ def fig4(args, ctx):
         encoder.to(ctx.device)
 
         def step(n, encoder=encoder):
-            x = torch.randint(0, 256, (n, args.frames, 3, args.size, args.size), dtype=torch.uint8, device=ctx.device)
+            x = torch.randint(
+                0,
+                256,
+                (n, args.frames, 3, args.size, args.size),
+                dtype=torch.uint8,
+                device=ctx.device,
+            )
             with ctx.autocast():
                 y = encoder(x)
             y.float().square().mean().backward()
@@ -170,7 +208,9 @@ def fig4(args, ctx):
             step(batch)
             wait(ctx)
             log.append(time.perf_counter() - start)
-        x = torch.randint(0, 256, (1, args.frames, 3, args.size, args.size), dtype=torch.uint8, device=ctx.device)
+        x = torch.randint(
+            0, 256, (1, args.frames, 3, args.size, args.size), dtype=torch.uint8, device=ctx.device
+        )
         saved, largest = common.saved_bytes(encoder, x) / 1e6, "-"
         if ctx.device.type == "cuda":
             largest = batch
@@ -185,7 +225,15 @@ def fig4(args, ctx):
         speed = batch / statistics.median(log)
         rows.append((shape, name, speed, saved, largest, *reversed(PAPER_4B[shape, name])))
     table(
-        ["attention", "", "clips/s", "saved MB/clip", "largest batch (powers of 2)", "paper: clips/s", "largest batch"],
+        [
+            "attention",
+            "",
+            "clips/s",
+            "saved MB/clip",
+            "largest batch (powers of 2)",
+            "paper: clips/s",
+            "largest batch",
+        ],
         rows,
     )
 
@@ -199,7 +247,9 @@ class Divided(torch.nn.Module):
         self.drop_path = 0.0
 
     def forward(self, x, keys=None):
-        return torch.cat([x[:, :1], self.block(x[:, 1:], keys, steps=self.frames)], dim=1)  # [B, 1 + N, D]
+        return torch.cat(
+            [x[:, :1], self.block(x[:, 1:], keys, steps=self.frames)], dim=1
+        )  # [B, 1 + N, D]
 
 
 def fig5(args, ctx):
@@ -214,16 +264,31 @@ def fig5(args, ctx):
         for _ in range(count):
             next(batches)
         rate = count * batch / (time.perf_counter() - start)
-        rows.append((processes, loader, 1000 * max(1, processes) / rate, rate / max(1, processes), rate))
+        rows.append(
+            (processes, loader, 1000 * max(1, processes) / rate, rate / max(1, processes), rate)
+        )
         del batches
-    table(["processes", "loader", "ms a clip (97-152 in the paper, fused)", "clips/s a process", "clips/s"], rows)
+    table(
+        [
+            "processes",
+            "loader",
+            "ms a clip (97-152 in the paper, fused)",
+            "clips/s a process",
+            "clips/s",
+        ],
+        rows,
+    )
 
 
 def fig7(args, ctx):
     """Waiting for data and whole steps of masked pretraining, 90 % of tubes, against the number of processes."""
     import tpt_mae
 
-    net = tpt_mae.VideoMAE("vit_b" if ctx.device.type == "cuda" else "vit_toy", size=args.size).to(ctx.device).train()
+    net = (
+        tpt_mae.VideoMAE("vit_b" if ctx.device.type == "cuda" else "vit_toy", size=args.size)
+        .to(ctx.device)
+        .train()
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True)
     rows, batch, scaler = [], args.batch[0], common.loss_scaler(ctx)
 
@@ -237,11 +302,24 @@ def fig7(args, ctx):
         optimizer.zero_grad(set_to_none=True)
 
     for processes, loader in itertools.product(args.processes, PAPER_7):
-        batches = clips(args, ctx, args.short_root, loader, batch, processes, args.rounds + 2, frames=16)
+        batches = clips(
+            args, ctx, args.short_root, loader, batch, processes, args.rounds + 2, frames=16
+        )
         waited, seconds = measure(ctx, batches, step, args.rounds)
         rows.append((processes, loader, waited, seconds, batch / seconds, *PAPER_7[loader]))
         del batches
-    table(["processes", "loader", "loading s/it", "step s/it", "clips/s", "paper, 4 GPUs: loading", "step"], rows)
+    table(
+        [
+            "processes",
+            "loader",
+            "loading s/it",
+            "step s/it",
+            "clips/s",
+            "paper, 4 GPUs: loading",
+            "step",
+        ],
+        rows,
+    )
 
 
 def text(args, ctx):
@@ -256,7 +334,10 @@ def text(args, ctx):
             tokenizer(sentences)
             row.append(len(sentences) / (time.perf_counter() - start))
         rows.append(row)
-    verbs, nouns = torch.randint(0, 97, (V,)), torch.zeros(V, 300).scatter_(1, torch.randint(0, 300, (V, 2)), 1.0)
+    verbs, nouns = (
+        torch.randint(0, 97, (V,)),
+        torch.zeros(V, 300).scatter_(1, torch.randint(0, 300, (V, 2)), 1.0),
+    )
     relevant = avion.relevancy(verbs, nouns, verbs[:S], nouns[:S])
     relevant[torch.arange(V), torch.arange(V) % S] = 1
     start = time.perf_counter()
@@ -268,26 +349,44 @@ def text(args, ctx):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda, parts = torch.cuda.is_available(), {"table4": table4, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig7": fig7}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cuda, parts = (
+        torch.cuda.is_available(),
+        {"table4": table4, "fig3": fig3, "fig4": fig4, "fig5": fig5, "fig7": fig7},
+    )
     parts["text"] = text
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--list", nargs="+", help="a list that avion.py reads; default: the toy narrated videos")
+    parser.add_argument(
+        "--list", nargs="+", help="a list that avion.py reads; default: the toy narrated videos"
+    )
     parser.add_argument("--short-root", help="folder of short chunks; default: the toy's, 5 s")
-    parser.add_argument("--long-root", help="folder of long chunks, or whole videos; default: the toy's videos, whole")
+    parser.add_argument(
+        "--long-root",
+        help="folder of long chunks, or whole videos; default: the toy's videos, whole",
+    )
     parser.add_argument("--model", choices=avion.MODELS, default="clip_b16" if cuda else "clip_toy")
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--size", type=int, default=224 if cuda else 64)
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256] if cuda else [16])
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() - 1))
-    parser.add_argument("--processes", type=int, nargs="+", default=[8, 16, 32, 64] if cuda else [1, 2])
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[8, 16, 32, 64] if cuda else [1, 2]
+    )
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--merges", default="", help="CLIP's merges file")
-    parser.add_argument("--pairs", type=int, nargs=2, default=[9668, 3842], help="clips and texts of the metrics")
+    parser.add_argument(
+        "--pairs", type=int, nargs=2, default=[9668, 3842], help="clips and texts of the metrics"
+    )
     args = parser.parse_args()
     if not args.list and {"table4", "fig5", "fig7"} & set(args.only):
         folder = data.make_toy("toy", "narrated")
-        args.list, args.short_root, args.long_root = [folder / "train.jsonl"], folder / "chunks", folder / "videos"
+        args.list, args.short_root, args.long_root = (
+            [folder / "train.jsonl"],
+            folder / "chunks",
+            folder / "videos",
+        )
     ctx = common.launch()
     where = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {ctx.precision}; {args.model}, "

@@ -59,7 +59,11 @@ def piece(path, seconds, short_side):
             if len(frames) == need:
                 break
         there_and_back = frames + frames[-2:0:-1]
-        return [there_and_back[i % len(there_and_back)].to_ndarray() for i in range(need)], stream.average_rate, (w, h)
+        return (
+            [there_and_back[i % len(there_and_back)].to_ndarray() for i in range(need)],
+            stream.average_rate,
+            (w, h),
+        )
 
 
 def encode(frames, rate, size, path, options):
@@ -111,7 +115,9 @@ def at(target, curve):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("videos", nargs="+", metavar="VIDEO")
     parser.add_argument("--only", nargs="+", choices=TRIED, metavar="NAME", help=", ".join(TRIED))
     parser.add_argument("--rounds", type=int, default=3)
@@ -125,7 +131,9 @@ def main():
             for name in tried:
                 for step in [0] if name == BASE else [-1, 1]:
                     path, crf = f"{folder}/{len(files)}.mp4", float(TRIED[name]["crf"]) + step
-                    encoding[name].append(encode(frames, rate, size, path, TRIED[name] | {"crf": str(crf)}))
+                    encoding[name].append(
+                        encode(frames, rate, size, path, TRIED[name] | {"crf": str(crf)})
+                    )
                     files[path] = (name, v, psnr(frames, size, path), crf, os.path.getsize(path))
                     print(*files[path], file=sys.stderr, flush=True)
         for _ in range(args.rounds):
@@ -139,14 +147,19 @@ def main():
             curve = []  # (psnr, (crf, bytes, decode, read)) of each encoding of this video
             for path, (n, w, quality, crf, size) in files.items():
                 if (n, w) == (name, v):
-                    decode, read = (statistics.median(column) for column in zip(*times[path], strict=True))
+                    decode, read = (
+                        statistics.median(column) for column in zip(*times[path], strict=True)
+                    )
                     curve.append((quality, (crf, size, decode, read)))
             rows.append(at(target, sorted(curve)))
         table[name] = [statistics.geometric_mean(column) for column in zip(*rows, strict=True)]
     _, size, decode, read = table[BASE]
     print(f"{'encoding':40}   crf  bytes  decode ms (faster)  read ms (faster)  encode ms a frame")
     for name, (crf, s, d, r) in table.items():
-        print(f"{name:40} {crf:5.1f} {s / size:6.2f} {d:10.2f} {decode / d:7.2f} {r:9.2f} {read / r:7.2f}", end="")
+        print(
+            f"{name:40} {crf:5.1f} {s / size:6.2f} {d:10.2f} {decode / d:7.2f} {r:9.2f} {read / r:7.2f}",
+            end="",
+        )
         print(f"{statistics.mean(encoding[name]):12.1f}")
 
 

@@ -42,8 +42,16 @@ import data
 NEAR = 4  # a frame that came is looked for among the NEAR before and after the one asked for
 TASKS = {  # name: (fewest frames of a video, indices of a random clip, most times the floor)
     "a: 16 frames, stride 4": (61, lambda r, n: range(s := r.randint(0, n - 61), s + 61, 4), 1.55),
-    "b: 4 frames of one second": (31, lambda r, n: sorted(r.sample(range(s := r.randint(0, n - 30), s + 30), 4)), 1.35),
-    "c: 32 frames over the video": (32, lambda r, n: [int((i + 0.5) * n / 32) for i in range(32)], 1.35),
+    "b: 4 frames of one second": (
+        31,
+        lambda r, n: sorted(r.sample(range(s := r.randint(0, n - 30), s + 30), 4)),
+        1.35,
+    ),
+    "c: 32 frames over the video": (
+        32,
+        lambda r, n: [int((i + 0.5) * n / 32) for i in range(32)],
+        1.35,
+    ),
     "d: 2 frames": (17, lambda r, n: [s := r.randint(0, n - 17), s + 16], 1.55),
 }
 VIDEOS = {  # name: (frames at 30 fps, short side, tasks)
@@ -75,7 +83,9 @@ def encode(path, clips, n, short):
         for i, frame in enumerate(islice(pictures(clips), n)):
             if i == 0:
                 scale = short / min(frame.width, frame.height)
-                stream.width, stream.height = (2 * round(side * scale / 2) for side in (frame.width, frame.height))
+                stream.width, stream.height = (
+                    2 * round(side * scale / 2) for side in (frame.width, frame.height)
+                )
             frame = frame.reformat(stream.width, stream.height, "yuv420p", interpolation="BICUBIC")
             frame.pts, frame.time_base, frame.pict_type = i, Fraction(1, 30), 0
             file.mux(stream.encode(frame))
@@ -100,7 +110,11 @@ class Ways:
         """What `timed` answers."""
         (name, n), self.pools[way] = way, self.pools[way] or self.context.Pool(1)
         try:
-            return self.pools[way].apply_async(bench_peers.timed, (WAYS[name][1], WAYS[name][2][n], *request)).get(60)
+            return (
+                self.pools[way]
+                .apply_async(bench_peers.timed, (WAYS[name][1], WAYS[name][2][n], *request))
+                .get(60)
+            )
         except multiprocessing.TimeoutError:
             self.pools[way].terminate()
             self.pools[way] = None
@@ -108,7 +122,10 @@ class Ways:
 
     def measure(self, clips, rounds):
         """They take turns. {way: median CPU ms of each clip, or why it failed}, {way: its clips}."""
-        outputs, times = {way: [] for way in self.pools}, {way: [[] for _ in clips] for way in self.pools}
+        outputs, times = (
+            {way: [] for way in self.pools},
+            {way: [[] for _ in clips] for way in self.pools},
+        )
         for turn in range(rounds + 1):  # the first is not timed: imports; and what comes is checked
             for n, clip in enumerate(clips):
                 going = [way for way in times if isinstance(times[way], list)]
@@ -120,7 +137,9 @@ class Ways:
                         times[way][n].append(answer[0])
                     else:
                         outputs[way].append(answer[1])
-        return {way: t if isinstance(t, str) else np.median(t, 1) for way, t in times.items()}, outputs
+        return {
+            way: t if isinstance(t, str) else np.median(t, 1) for way, t in times.items()
+        }, outputs
 
 
 def frames_off(clips, outputs):
@@ -129,7 +148,9 @@ def frames_off(clips, outputs):
     for (path, frames, box), clip in zip(clips, outputs, strict=True):
         last = data.probe(path).num_frames - 1
         near = sorted({j for i in frames for j in range(max(0, i - NEAR), min(last, i + NEAR) + 1)})
-        plain = dict(zip(near, neighbours(path, tuple(near), box), strict=True))  # {index: [3, 112, 112]}
+        plain = dict(
+            zip(near, neighbours(path, tuple(near), box), strict=True)
+        )  # {index: [3, 112, 112]}
         for i, got in zip(frames, torch.from_numpy(clip)[:, :, ::2, ::2].float(), strict=True):
             error = {j: (plain[j] - got).square().mean().item() for j in near if abs(i - j) <= NEAR}
             best = min(error, key=error.get)
@@ -158,7 +179,12 @@ def quality(path, frames, box, clip):
 def row(clips, rounds, ways):
     """({column: cell}, {column: time of ours / its time}) of one line of the table."""
     times, outputs = ways.measure(clips, rounds)
-    cells, ratios, total, mine = {}, {}, sum(len(frames) for _, frames, _ in clips), times["ours", 0]
+    cells, ratios, total, mine = (
+        {},
+        {},
+        sum(len(frames) for _, frames, _ in clips),
+        times["ours", 0],
+    )
     if isinstance(mine, str):
         raise SystemExit(f"{clips[0][0]}: {mine}")
     for name in WAYS:
@@ -174,7 +200,10 @@ def row(clips, rounds, ways):
             cells[name] += f" ({wrong} of {total} frames wrong, by up to {farthest})"
         if name == "ours":
             psnr = min(quality(*clip, out) for clip, out in zip(clips, outputs[way], strict=True))
-            cells |= {"ours": f"{np.median(mine):.1f}", "exact": f"{total - wrong}/{total}, {farthest}, {psnr:.1f} dB"}
+            cells |= {
+                "ours": f"{np.median(mine):.1f}",
+                "exact": f"{total - wrong}/{total}, {farthest}, {psnr:.1f} dB",
+            }
     best, name = max((ratios.get(name, 0), name) for name in PEERS)  # the fastest
     return cells | {"best peer": f"**{best:.2f}** {name}"}, ratios | {"best": best}
 
@@ -184,7 +213,10 @@ def four_views(clips, rounds):
     spent = {1: [], 4: []}
     for path, frames, _ in clips * (rounds + 1):
         info = data.probe(path)
-        views = [(frames, SIZE, data.random_resized_box(info, common.make_key(9, k), (0.5, 1))) for k in range(4)]
+        views = [
+            (frames, SIZE, data.random_resized_box(info, common.make_key(9, k), (0.5, 1)))
+            for k in range(4)
+        ]
         for count in (1, 4):
             start = time.process_time()
             with data.Video(path) as video:
@@ -207,7 +239,9 @@ def two_processes(clips, rounds, seconds):
     rates = {1: [], 2: []}
     for count in (1, 2) * rounds:
         with multiprocessing.get_context("fork").Pool(count) as pool:
-            rates[count].append(sum(pool.starmap(read_for, [(seconds, clips)] * count, chunksize=1)))
+            rates[count].append(
+                sum(pool.starmap(read_for, [(seconds, clips)] * count, chunksize=1))
+            )
     return statistics.median(rates[2]) / statistics.median(rates[1])
 
 
@@ -215,9 +249,13 @@ def loader(clips, rounds, folder, count):
     """CPU and wall time of a batch from the loader with one worker, without its start, as times a plain loop."""
     (folder / "list.csv").write_text(f'"{Path(clips[0][0]).resolve()}",0\n')
     plan = lambda video, index, view, key: clips[key.item() % len(clips)][1:]
-    dataset = data.ClipDataset(data.VideoList(folder / "list.csv"), plan, SIZE, seed=0, replace=False)
+    dataset = data.ClipDataset(
+        data.VideoList(folder / "list.csv"), plan, SIZE, seed=0, replace=False
+    )
     batches = [[(epoch, 0) for epoch in range(n, n + 8)] for n in range(0, 8 * count, 8)]
-    usage = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    usage = lambda: sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     spent = {(way, n): [] for way in ("loop", "loader") for n in (1, count)}
     for way, n in list(spent) * rounds:
         cpu, wall = usage(), time.perf_counter()
@@ -229,7 +267,9 @@ def loader(clips, rounds, folder, count):
             for batch in data.make_loader(dataset, batches[:n], 1, torch.device("cpu")):
                 assert len(batch.clips) == 8
         spent[way, n].append((usage() - cpu, time.perf_counter() - wall))
-    loop, loaded = (np.median(np.subtract(spent[way, count], spent[way, 1]), 0) for way in ("loop", "loader"))
+    loop, loaded = (
+        np.median(np.subtract(spent[way, count], spent[way, 1]), 0) for way in ("loop", "loader")
+    )
     return loaded / loop
 
 
@@ -245,30 +285,62 @@ def machine():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", nargs="+", help="measure on these instead of the videos made here")
-    parser.add_argument("--quick", action="store_true", help="a small video, one round, PyAV only: does it still run?")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--videos", nargs="+", help="measure on these instead of the videos made here"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a small video, one round, PyAV only: does it still run?",
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     start, rounds = time.perf_counter(), 1 if args.quick else 3
     print(machine(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        os.environ["LD_LIBRARY_PATH"] = bench_peers.library_path(folder)  # for the processes of the ways
-        real = [] if args.quick else sorted((Path(__file__).resolve().parents[2] / "shared/clips").glob("*.mp4"))
+        os.environ["LD_LIBRARY_PATH"] = bench_peers.library_path(
+            folder
+        )  # for the processes of the ways
+        real = (
+            []
+            if args.quick
+            else sorted((Path(__file__).resolve().parents[2] / "shared/clips").glob("*.mp4"))
+        )
         made = {"64p": (70, 64, "abcd")} if args.quick else VIDEOS
-        rows = [(task, name) for name in args.videos or made for task in (TASKS if args.videos else made[name][2])]
+        rows = [
+            (task, name)
+            for name in args.videos or made
+            for task in (TASKS if args.videos else made[name][2])
+        ]
         paths = {name: name for name in args.videos or ()}
         for n, name in enumerate([] if args.videos else made):
             paths[name] = encode(folder / f"{n}.mp4", real[n:] + real[:n], *made[name][:2])
-        print("videos:", ", ".join(Path(path).name for path in args.videos or real) or "synthetic", flush=True)
+        print(
+            "videos:",
+            ", ".join(Path(path).name for path in args.videos or real) or "synthetic",
+            flush=True,
+        )
         there = {name for name, (package, *_) in WAYS.items() if importlib.util.find_spec(package)}
-        ways = Ways([*OWN, "PyAV"], "fork") if args.quick else Ways([name for name in WAYS if name in there], "spawn")
+        ways = (
+            Ways([*OWN, "PyAV"], "fork")
+            if args.quick
+            else Ways([name for name in WAYS if name in there], "spawn")
+        )
         columns = ["ours", "exact", "floor", "decode, then crop", "best peer", *PEERS]
-        head = ["ours, ms", "right frames, farthest off, PSNR", *(f"/ {name}" for name in columns[2:])]
+        head = [
+            "ours, ms",
+            "right frames, farthest off, PSNR",
+            *(f"/ {name}" for name in columns[2:]),
+        ]
         print(f"\n| ours | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
         table, used = [], {}
-        for task, name in sorted((full, name) for task, name in rows for full in TASKS if full[0] == task[0]):
+        for task, name in sorted(
+            (full, name) for task, name in rows for full in TASKS if full[0] == task[0]
+        ):
             info = data.probe(paths[name])
             if info.num_frames < TASKS[task][0]:
                 print(f"| {task}, {name} | too short |")
@@ -278,19 +350,32 @@ def main(argv=None):
             used.setdefault(task[0], clips)
             cells, ratios = row(clips, rounds, ways)
             table.append((task, ratios))
-            print(f"| {task}, {name} | {' | '.join(cells[column] for column in columns)} |", flush=True)
+            print(
+                f"| {task}, {name} | {' | '.join(cells[column] for column in columns)} |",
+                flush=True,
+            )
         if best := [ratios["best"] for _, ratios in table if ratios["best"]]:
             mean = statistics.geometric_mean(best)
-            print(f"\nBest peer: geometric mean {mean:.3f} (<= 0.75), worst row {max(best):.2f} (<= 0.88)")
+            print(
+                f"\nBest peer: geometric mean {mean:.3f} (<= 0.75), worst row {max(best):.2f} (<= 0.88)"
+            )
         for task, (_, _, most) in TASKS.items():
-            found = [f"{ratios['floor']:.2f}" for at, ratios in table if at == task and "floor" in ratios]
+            found = [
+                f"{ratios['floor']:.2f}" for at, ratios in table if at == task and "floor" in ratios
+            ]
             print(f"Floor, {task}: {', '.join(found)} (<= {most})")
         if {"a", "d"} <= used.keys():
-            print(f"4 views of one decode, d: {four_views(used['d'], rounds):.2f} times one view (<= 1.6)")
+            print(
+                f"4 views of one decode, d: {four_views(used['d'], rounds):.2f} times one view (<= 1.6)"
+            )
             rate = two_processes(used["a"], rounds, 0.2 if args.quick else 4)
-            print(f"2 processes: {rate:.2f} times the clips a second of 1 (>= 1.8, on 2 idle cores)")
+            print(
+                f"2 processes: {rate:.2f} times the clips a second of 1 (>= 1.8, on 2 idle cores)"
+            )
             cpu, wall = loader(used["a"], rounds, folder, 2 if args.quick else 20)
-            print(f"Loader, 1 worker: {cpu:.2f} times a plain loop's CPU time, {wall:.2f} times its time (<= 1.10)")
+            print(
+                f"Loader, 1 worker: {cpu:.2f} times a plain loop's CPU time, {wall:.2f} times its time (<= 1.10)"
+            )
     print(f"{time.perf_counter() - start:.0f} s in all, load {os.getloadavg()[0]:.1f}")
 
 

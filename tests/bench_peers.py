@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, in the benchmark and in the processes of the ways
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch is imported, in the benchmark and in the processes of the ways
+)
 
 import av
 import torch
@@ -29,7 +31,9 @@ SIZE = 224
 def crop_and_resize(clip, box):
     """Where a library has no crop to a box: uint8 [T, 3, H, W] -> [T, 3, 224, 224]."""
     x, y, w, h = box
-    return F.interpolate(clip[:, :, y : y + h, x : x + w], (SIZE, SIZE), mode="bilinear", antialias=True)
+    return F.interpolate(
+        clip[:, :, y : y + h, x : x + w], (SIZE, SIZE), mode="bilinear", antialias=True
+    )
 
 
 def ours(path, frames, box):
@@ -52,7 +56,14 @@ def needed(path, frames):
     for n in wanted:  # {keyframe: the last frame that is decoded from it}
         runs[max(k for k in range(n + 1) if packets[k].is_keyframe)] = n
     drop = [name == "h264" and data._droppable(p, name, (extra[4] & 3) + 1) for p in packets]
-    return name, extra, [[packets[n] for n in range(a, b + 1) if n in wanted or not drop[n]] for a, b in runs.items()]
+    return (
+        name,
+        extra,
+        [
+            [packets[n] for n in range(a, b + 1) if n in wanted or not drop[n]]
+            for a, b in runs.items()
+        ],
+    )
 
 
 def floor(path, frames, box):
@@ -106,7 +117,9 @@ def spdl_io(path, frames, box, native):
 
     x, y, w, h = box
     crop = f"crop={w}:{h}:{x}:{y},scale={SIZE}:{SIZE}:flags=bilinear," if native else ""
-    decoded = spdl.io.sample_decode_video(spdl.io.demux_video(path), frames, filter_desc=f"{crop}format=pix_fmts=rgb24")
+    decoded = spdl.io.sample_decode_video(
+        spdl.io.demux_video(path), frames, filter_desc=f"{crop}format=pix_fmts=rgb24"
+    )
     clip = torch.from_numpy(spdl.io.to_numpy(spdl.io.convert_frames(decoded))).permute(0, 3, 1, 2)
     return clip if native else crop_and_resize(clip, box)
 
@@ -136,12 +149,16 @@ OWN, PEERS = list(WAYS)[:3], list(WAYS)[3:]
 def timed(read, options, path, frames, box, keep):
     """(CPU ms, the clip as an array if it is to be kept), or a text: why it failed. Runs in the process of a way."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # some libraries would print their stack when the process is ended
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # some libraries would print their stack when the process is ended
     try:
         start = time.process_time()
         clip = read(path, frames, box, *options)
         spent = 1000 * (time.process_time() - start)
-        assert clip is None or (clip.shape == (len(frames), 3, SIZE, SIZE) and clip.dtype == torch.uint8)
+        assert clip is None or (
+            clip.shape == (len(frames), 3, SIZE, SIZE) and clip.dtype == torch.uint8
+        )
         return spent, clip.numpy() if keep and clip is not None else None
     except BaseException as error:  # noqa: BLE001, a panic of Rust is no Exception
         what = "not measured" if isinstance(error, ImportError | OSError) else "failed"
@@ -152,9 +169,17 @@ def timed(read, options, path, frames, box, keep):
 def library_path(folder):
     """Search path for peers that bring no FFmpeg, or don't find theirs: PyAV's under its plain names, for all alike."""
     bundles = [bundle for place in sys.path for bundle in Path(place).glob("*.libs")]
-    for library in (file for bundle in bundles if bundle.name == "av.libs" for file in bundle.glob("lib*.so.*")):
-        name, _, version = library.name.partition(".so.")  # libavcodec-5e6b81c2.so.62.28.102 -> libavcodec.so.62
+    for library in (
+        file for bundle in bundles if bundle.name == "av.libs" for file in bundle.glob("lib*.so.*")
+    ):
+        name, _, version = library.name.partition(
+            ".so."
+        )  # libavcodec-5e6b81c2.so.62.28.102 -> libavcodec.so.62
         with contextlib.suppress(FileExistsError):
             (folder / f"{name.split('-')[0]}.so.{version.split('.')[0]}").symlink_to(library)
-    bundles = [str(bundle) for bundle in bundles if bundle.name in ("av.libs", "video_reader_rs.libs")]
-    return os.pathsep.join([*filter(None, [os.environ.get("LD_LIBRARY_PATH")]), str(folder), *bundles])
+    bundles = [
+        str(bundle) for bundle in bundles if bundle.name in ("av.libs", "video_reader_rs.libs")
+    ]
+    return os.pathsep.join(
+        [*filter(None, [os.environ.get("LD_LIBRARY_PATH")]), str(folder), *bundles]
+    )

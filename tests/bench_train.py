@@ -50,7 +50,13 @@ import tpt_mae
 import turbo
 
 # CLIP's ViT-S, for the CPU: no size of the paper.
-avion.MODELS["clip_s16"] = {"width": 384, "depth": 12, "heads": 6, "patch": 16, "text": (256, 12, 4)}
+avion.MODELS["clip_s16"] = {
+    "width": 384,
+    "depth": 12,
+    "heads": 6,
+    "patch": 16,
+    "text": (256, 12, 4),
+}
 LEVELS = {  # side of a clip; models; sides of the matrices
     "tiny": (32, ("vit_toy", "clip_toy", "vit_toy", "vivit_toy"), (256, 512)),
     "cpu": (224, ("vit_s", "clip_s16", "vit_s", "vivit_b"), (512, 1024, 2048)),
@@ -66,23 +72,37 @@ class Variant:
     """
 
     def __init__(self, ctx, net, cfg, frames, plan, loss, encode=None, sgd=False):
-        self.ctx, self.net, self.plan, self.shape = ctx, net.to(ctx.device), plan, (frames, 3, cfg.size, cfg.size)
+        self.ctx, self.net, self.plan, self.shape = (
+            ctx,
+            net.to(ctx.device),
+            plan,
+            (frames, 3, cfg.size, cfg.size),
+        )
         self.model = ctx.wrap(self.net)
         self.loss, self.encode, self.scaler = loss, encode, common.loss_scaler(ctx)
         kind = "sgd" if sgd else "adamw"
-        self.optimizer = common.optimizer(kind, common.param_groups(net.train(), cfg.weight_decay), 1e-5)
+        self.optimizer = common.optimizer(
+            kind, common.param_groups(net.train(), cfg.weight_decay), 1e-5
+        )
 
     def inputs(self, batch):
         """What the step is handed, of a data.Batch on the device, or of that many random clips."""
         if isinstance(batch, int):
-            clips, count = torch.randint(0, 256, (batch, *self.shape), dtype=torch.uint8), torch.arange(batch)
-            batch = data.Batch(clips, 0 * count, common.make_key(count), count, []).to(self.ctx.device)
+            clips, count = (
+                torch.randint(0, 256, (batch, *self.shape), dtype=torch.uint8),
+                torch.arange(batch),
+            )
+            batch = data.Batch(clips, 0 * count, common.make_key(count), count, []).to(
+                self.ctx.device
+            )
         return batch.clips, batch.keys.to(self.ctx.device), batch.labels
 
     def forward_backward(self, inputs):
         if self.encode:
             encode = partial(self.encode, self.model)
-            return common.cached_step(self.ctx, self.model, encode, [inputs], self.loss, self.scaler)
+            return common.cached_step(
+                self.ctx, self.model, encode, [inputs], self.loss, self.scaler
+            )
         with self.ctx.autocast():
             loss = self.loss(self.model, *inputs).mean()
         self.scaler.scale(loss).backward()
@@ -115,20 +135,28 @@ def turbo_class(cfg, ctx, videos):
 
 
 def turbo_text(cfg, ctx, videos):
-    net, words = turbo.build(cfg, 0, 768), torch.randn(1, 768, device=ctx.device)  # mpnet-base's width
+    net, words = (
+        turbo.build(cfg, 0, 768),
+        torch.randn(1, 768, device=ctx.device),
+    )  # mpnet-base's width
     partial_mae = common.compiled(turbo.partial_mae, ctx)
 
     def encode(model, inputs, replay):
         clips, keys, _ = inputs
         batch = clips, keys, words.expand(len(clips), -1), keys
-        return turbo.encode_pairs(batch, replay, model, cfg.mask_ratio, cfg.recon_ratio, partial_mae)
+        return turbo.encode_pairs(
+            batch, replay, model, cfg.mask_ratio, cfg.recon_ratio, partial_mae
+        )
 
     loss = partial(turbo.nce_loss, temperature=cfg.temperature)
     return Variant(ctx, net, cfg, cfg.frames, turbo.clips_of(cfg, videos).plan, loss, encode)
 
 
 def avion_clip(cfg, ctx, videos):
-    net, words = avion.build(cfg, "clip"), torch.randint(0, 49406, (1, 16), device=ctx.device)  # of CLIP's vocabulary
+    net, words = (
+        avion.build(cfg, "clip"),
+        torch.randint(0, 49406, (1, 16), device=ctx.device),
+    )  # of CLIP's vocabulary
 
     def encode(model, inputs, replay):
         clips, keys, _ = inputs
@@ -144,13 +172,19 @@ class EmbedAll(tpt_mae.VideoMAE):
 
     @common.region
     def embed(self, patches, visible=None):
-        x = self.patch_embed(data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD))  # [B, N, D]
+        x = self.patch_embed(
+            data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD)
+        )  # [B, N, D]
         x = x + self.positions[:, : x.shape[1]].to(x.dtype)  # [B, N, D]
         return common.gather_tokens(x, visible)  # [B, K, D]
 
 
 def tpt_step(cfg, frames, embed_all, ctx, videos):
-    net = EmbedAll(cfg.model, size=cfg.size, attention="plain") if embed_all else tpt_mae.build(cfg, 0)
+    net = (
+        EmbedAll(cfg.model, size=cfg.size, attention="plain")
+        if embed_all
+        else tpt_mae.build(cfg, 0)
+    )
     plan = tpt_mae.clips_of(cfg, videos, frames).plan
     mae_loss = common.compiled(tpt_mae.mae_loss, ctx)
 
@@ -174,11 +208,15 @@ class Hub(Variant):
             decoder_num_hidden_layers=layers, decoder_hidden_size=width, use_mean_pooling=False,
             decoder_num_attention_heads=max(1, width // 64), decoder_intermediate_size=4 * width))  # fmt: skip
         self.places = (cfg.size // spec["patch"][1]) ** 2
-        super().__init__(ctx, net, cfg, 16, plan, lambda model, pixels, masks: model(pixels, masks).loss)
+        super().__init__(
+            ctx, net, cfg, 16, plan, lambda model, pixels, masks: model(pixels, masks).loss
+        )
 
     def inputs(self, batch):
         clips, keys, _ = super().inputs(batch)
-        mean, std = torch.tensor((data.IMAGENET_MEAN, data.IMAGENET_STD), device=clips.device).view(2, 3, 1, 1)
+        mean, std = torch.tensor((data.IMAGENET_MEAN, data.IMAGENET_STD), device=clips.device).view(
+            2, 3, 1, 1
+        )
         _, masked = common.tube_split(keys, 8, self.places, 0.9)  # [B, R]
         masks = torch.zeros(len(clips), 8 * self.places, dtype=torch.bool, device=clips.device)
         return (clips / 255 - mean) / std, masks.scatter(1, masked, True)
@@ -190,7 +228,9 @@ def sfa_step(cfg, number, ctx, videos):
     net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
 
     def loss(model, clips, keys, labels):
-        return sfa_vivit.vivit_loss(model(clips, keys), sfa_vivit.soft_targets(labels, heads, 0.0), heads)
+        return sfa_vivit.vivit_loss(
+            model(clips, keys), sfa_vivit.soft_targets(labels, heads, 0.0), heads
+        )
 
     plan = sfa_vivit.clips_of(cfg, videos, stage.frames).plan
     return Variant(ctx, net, cfg, stage.frames, plan, loss, sgd=True)
@@ -202,7 +242,9 @@ def groups(level):
     models = dict(zip((turbo, avion, tpt_mae, sfa_vivit), models, strict=True))
 
     def config(script, recipe, **changes):
-        return script.Config(**script.RECIPES[recipe] | {"model": models[script], "size": size} | changes)
+        return script.Config(
+            **script.RECIPES[recipe] | {"model": models[script], "size": size} | changes
+        )
 
     def row(make, recipe, m, r, **changes):
         name = ", ".join([f"m {m}, r {r}", *(f"{key} {value}" for key, value in changes.items())])
@@ -210,26 +252,54 @@ def groups(level):
 
     ratios = (0, 0), (0.5, 0.5), (0.75, 0.75), (0.75, 0.25), (0.9, 0.1)
     rows = [row(turbo_class, "ucf101", m, r) for m, r in ratios]
-    wide = [row(turbo_class, "ucf101", 0.75, 0.25, decoder="4x384")] * (level == "cpu")  # ViT-B's decoder on ViT-S
+    wide = [row(turbo_class, "ucf101", 0.75, 0.25, decoder="4x384")] * (
+        level == "cpu"
+    )  # ViT-B's decoder on ViT-S
     yield "turbo", "classes", [*rows, *wide]
-    yield "turbo", "video and text", [row(turbo_text, "htm_aa", m, r) for m, r in ((0, 0), (0.75, 0.25))]
-    long = (0, 0, 32), (0.75, 0.25, 32), (0.875, 0.125, 64)  # Table 5: both show, and reconstruct, 784 tokens
-    yield "turbo", "long video", [row(turbo_class, "breakfast", m, r, frames=frames) for m, r, frames in long]
+    yield (
+        "turbo",
+        "video and text",
+        [row(turbo_text, "htm_aa", m, r) for m, r in ((0, 0), (0.75, 0.25))],
+    )
+    long = (
+        (0, 0, 32),
+        (0.75, 0.25, 32),
+        (0.875, 0.125, 64),
+    )  # Table 5: both show, and reconstruct, 784 tokens
+    yield (
+        "turbo",
+        "long video",
+        [row(turbo_class, "breakfast", m, r, frames=frames) for m, r, frames in long],
+    )
 
     flags = {"plain attention": {"attention": "plain"}, "efficient attention": {}}
-    flags |= {"and recomputed": {"grad_checkpoint": True}, "and patch dropout 0.5": {"patch_dropout": 0.5}}
+    flags |= {
+        "and recomputed": {"grad_checkpoint": True},
+        "and patch dropout 0.5": {"patch_dropout": 0.5},
+    }
     stored = {"grad_checkpoint": False}  # what the recipe recomputes
-    yield "avion", "CLIP", [(k, partial(avion_clip, config(avion, "ego4d", **stored | v))) for k, v in flags.items()]
+    yield (
+        "avion",
+        "CLIP",
+        [(k, partial(avion_clip, config(avion, "ego4d", **stored | v))) for k, v in flags.items()],
+    )
 
     cfg = config(tpt_mae, "k400")
     peer = [("transformers, 16 frames", partial(Hub, cfg))] if find_spec("transformers") else []
     plain = "plain attention, all embedded, 16 frames", partial(tpt_step, cfg, 16, True)
-    ours = [(f"ours, {frames} frames", partial(tpt_step, cfg, frames, False)) for frames in (16, 2, 4, 8)]
+    ours = [
+        (f"ours, {frames} frames", partial(tpt_step, cfg, frames, False))
+        for frames in (16, 2, 4, 8)
+    ]
     yield "tpt", "pretraining", [plain, *peer, *ours]
 
     n = 32 if level == "cuda" else 16
     full, staged = (config(sfa_vivit, "ssv2", stages=stages) for stages in (f"{n}:1", f"8:1,{n}:1"))
-    rows = (f"full, {n} frames", full, 0), ("stage 1, 8 frames", staged, 0), (f"stage 2, {n} frames", staged, 1)
+    rows = (
+        (f"full, {n} frames", full, 0),
+        ("stage 1, 8 frames", staged, 0),
+        (f"stage 2, {n} frames", staged, 1),
+    )
     yield "sfa", "classes", [(name, partial(sfa_step, cfg, number)) for name, cfg, number in rows]
 
 
@@ -244,7 +314,10 @@ def clock(ctx):
 
 def best_product(ctx, sides):
     """(FLOP/s, side) of the fastest square matrix product in the run's dtype."""
-    dtype, best = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision, torch.float32), (0, 0)
+    dtype, best = (
+        {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision, torch.float32),
+        (0, 0),
+    )
     for n in sides:
         a, b = torch.randn(2, n, n, device=ctx.device, dtype=dtype)
         for _ in range(10):
@@ -267,7 +340,9 @@ def count_flops(variant):
 
 def growth(build, batch):
     """Bytes that this process grows by for a variant and two of its steps."""
-    resident = lambda field: 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    resident = lambda field: (
+        1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    )
     ctx, before = common.launch(), resident("VmRSS")
     variant = build(ctx, None)
     for _ in range(2):
@@ -322,7 +397,11 @@ def measure(ctx, rows, grown, videos, args, best):
     """A group's rows, each measured, as a dict: its name, numbers in units of 1, spread. All ranks take part, and clips a
     second are those of all. grown: peak memory of each row, where it is measured before. best: FLOP/s of best_product."""
     ready = [prepare(ctx, build, videos, args.batch) for _, build in rows]
-    inputs, times, base = [variant.inputs(args.batch) for variant, *_ in ready], [[] for _ in rows], None
+    inputs, times, base = (
+        [variant.inputs(args.batch) for variant, *_ in ready],
+        [[] for _ in rows],
+        None,
+    )
     for _ in range(args.rounds):
         for (variant, *_), x, log in zip(ready, inputs, times, strict=True):
             start = clock(ctx)
@@ -349,7 +428,11 @@ def measure(ctx, rows, grown, videos, args, best):
 def cells(row, first):
     """A row of `measure` as the texts of COLUMNS."""
     times = [row[name] for name in ("step", "wait", "compute", "optimizer")]
-    texts = [f"{row['rate']:.3g}", *(f"{1000 * x:.1f}" for x in times), f"{row['memory'] / 1e9:.2f}"]
+    texts = [
+        f"{row['rate']:.3g}",
+        *(f"{1000 * x:.1f}" for x in times),
+        f"{row['memory'] / 1e9:.2f}",
+    ]
     texts.append(f"{100 * row['flops'] / row['best']:.1f}")
     texts.append("baseline" if first else f"{row['against']:.2f}x")
     return [*texts, "{:.2f}-{:.2f}".format(*row["spread"])]
@@ -358,33 +441,50 @@ def cells(row, first):
 def film(path, width, height):
     """A 10 s H.264 video; smooth noise that moves."""
     noise = torch.rand(1, 3, 40, 60, generator=torch.Generator().manual_seed(0)) * 255
-    sky = torch.nn.functional.interpolate(noise, (512, 680), mode="bicubic")[0].clamp(0, 255).byte()  # [3, 512, 680]
+    sky = (
+        torch.nn.functional.interpolate(noise, (512, 680), mode="bicubic")[0].clamp(0, 255).byte()
+    )  # [3, 512, 680]
     sky = sky.permute(1, 2, 0).numpy()  # [512, 680, 3]
-    data._toy_write(path, np.stack([sky[i // 2 : i // 2 + height, i : i + width] for i in range(300)]), 30)
+    data._toy_write(
+        path, np.stack([sky[i // 2 : i // 2 + height, i : i + width] for i in range(300)]), 30
+    )
 
 
 def bench_decode(videos, rounds):
     """Clips a second of one loader process in tpt's 2-frame stage: one clip or several of each decode."""
-    print(f"\n| tpt's loader | frames | clips a decode | ms a video | clips/s | against one |\n{'|---' * 6}|")
+    print(
+        f"\n| tpt's loader | frames | clips a decode | ms a video | clips/s | against one |\n{'|---' * 6}|"
+    )
     for sampling in ("stride", "segments"):
         plan, base = partial(tpt_mae.sample_clip, frames=2, sampling=sampling), None
         for repeats in (1, 2, 4, 8):
-            dataset, times = data.ClipDataset(videos, plan, 224, 0, replace=False, views=repeats), []
+            dataset, times = (
+                data.ClipDataset(videos, plan, 224, 0, replace=False, views=repeats),
+                [],
+            )
             for epoch in range(4 * rounds):  # other clips of the same video
                 start = time.perf_counter()
                 dataset[epoch, 0]
                 times.append(time.perf_counter() - start)
             rate = repeats / statistics.median(times)
             base = base or rate
-            print(f"| {sampling} | 2 | {repeats} | {1000 * repeats / rate:.1f} | {rate:.1f} | {rate / base:.2f}x |")
+            print(
+                f"| {sampling} | 2 | {repeats} | {1000 * repeats / rate:.1f} | {rate:.1f} | {rate / base:.2f}x |"
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     methods, cuda = ("turbo", "avion", "tpt", "sfa"), torch.cuda.is_available()
-    parser.add_argument("methods", nargs="*", metavar="method", help=f"{', '.join(methods)}; default: all")
+    parser.add_argument(
+        "methods", nargs="*", metavar="method", help=f"{', '.join(methods)}; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8 if cuda else 2, help="clips a step (2; on CUDA 8)")
+    parser.add_argument(
+        "--batch", type=int, default=8 if cuda else 2, help="clips a step (2; on CUDA 8)"
+    )
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count()) if cuda else 1,
                         help="loader processes (1; on CUDA one a core, at most 16)")  # fmt: skip
     parser.add_argument("--tiny", action="store_true", help="toy models at 32 x 32: does it run?")
@@ -395,23 +495,34 @@ def main():
     level = "tiny" if args.tiny else "cuda" if cuda else "cpu"
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     names = [torch.cuda.get_device_name()] if cuda else []
-    names += re.findall(r"model name\s*: (.*)", info)[:1] or [platform.processor() or platform.machine()]
+    names += re.findall(r"model name\s*: (.*)", info)[:1] or [
+        platform.processor() or platform.machine()
+    ]
     print(f"{', '.join(names)}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
           f"{ctx.precision}", flush=True)  # fmt: skip
     if "tpt" in methods and find_spec("transformers"):
         import_module("transformers.models.videomae.modeling_videomae")
-    chosen = [(f"{method}, {title}", rows) for method, title, rows in groups(level) if method in methods]
-    grown = [[None if cuda else peak_memory(build, args.batch) for _, build in rows] for _, rows in chosen]
+    chosen = [
+        (f"{method}, {title}", rows) for method, title, rows in groups(level) if method in methods
+    ]
+    grown = [
+        [None if cuda else peak_memory(build, args.batch) for _, build in rows]
+        for _, rows in chosen
+    ]
     best, side = best_product(ctx, LEVELS[level][2])
     print(f"`{shlex.join(['python', 'tests/bench_train.py', *sys.argv[1:]])}`: {args.rounds} rounds, batch {args.batch}, "
           f"loader processes {args.workers}; {' '.join(LEVELS[level][1])}; best matrix product {best / 1e9:.0f} GFLOP/s "
           f"(side {side})\n\n| method | variant | {' | '.join(COLUMNS)} |\n{'|---' * 11}|", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        film(Path(folder) / "film.mp4", *((86, 64) if args.tiny else (340, 256)))  # Kinetics' usual size
+        film(
+            Path(folder) / "film.mp4", *((86, 64) if args.tiny else (340, 256))
+        )  # Kinetics' usual size
         videos = data.Captions([("film.mp4", 0.0, 10.0, "")] * max(64, args.batch), folder)
         for (title, rows), peaks in zip(chosen, grown, strict=True):
             for i, row in enumerate(measure(ctx, rows, peaks, videos, args, best)):
-                print(f"| {title} | {row['variant']} | {' | '.join(cells(row, i == 0))} |", flush=True)
+                print(
+                    f"| {title} | {row['variant']} | {' | '.join(cells(row, i == 0))} |", flush=True
+                )
         if "tpt" in methods:
             bench_decode(videos, args.rounds)
 

@@ -66,7 +66,9 @@ if os.environ.get("RANK") == str(plan["rank"]):
 
 def mount(folder, size):
     folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes=2000", "tmpfs", folder], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size},nr_inodes=2000", "tmpfs", folder], check=True
+    )
 
 
 def fill(folder, spare):
@@ -101,7 +103,9 @@ def processes(mark):
 
 def tracebacks(text):
     """How many there are, without torchrun's own at the end."""
-    blocks = re.split(r"^(?:\[rank\d\]: )?Traceback \(most recent call last\):$", text, flags=re.MULTILINE)[1:]
+    blocks = re.split(
+        r"^(?:\[rank\d\]: )?Traceback \(most recent call last\):$", text, flags=re.MULTILINE
+    )[1:]
     return sum("torch/distributed/run.py" not in block for block in blocks)
 
 
@@ -137,8 +141,12 @@ def one_round(mode, seed, work, toy):
         "seed": seed,
         "signal": str(go),
         "rank": rng.randrange(2),
-        "fork": rng.choice((0, 0, 1, 2, "late")),  # 1 and 2 load for training; after the signal, for an evaluation
-        "error": rng.choice(("RuntimeError", "OSError", "StopIteration", "MemoryError", "KeyError")),
+        "fork": rng.choice(
+            (0, 0, 1, 2, "late")
+        ),  # 1 and 2 load for training; after the signal, for an evaluation
+        "error": rng.choice(
+            ("RuntimeError", "OSError", "StopIteration", "MemoryError", "KeyError")
+        ),
         "delay": rng.uniform(0, 0.5),
     }
     target = rng.choice((disk, temporary, shm))
@@ -150,14 +158,45 @@ def one_round(mode, seed, work, toy):
         if mode == "full"
         else "{error} in rank {rank}, fork {fork}".format(**plan)
     )
-    env = os.environ | {"CHAOS": json.dumps(plan), "PYTHONPATH": str(hook), "TMPDIR": str(temporary)}
+    env = os.environ | {
+        "CHAOS": json.dumps(plan),
+        "PYTHONPATH": str(hook),
+        "TMPDIR": str(temporary),
+    }
     env |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", ROOT / "turbo.py"]
-    command += ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy]
-    command += ["--epochs", "8", "--batch-size", "4", "--workers", "2", "--log-every", "1", "--eval-every", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--standalone",
+        ROOT / "turbo.py",
+    ]
+    command += [
+        "--train-list",
+        toy / "train.csv",
+        "--val-list",
+        toy / "val.csv",
+        "--data-root",
+        toy,
+    ]
+    command += [
+        "--epochs",
+        "8",
+        "--batch-size",
+        "4",
+        "--workers",
+        "2",
+        "--log-every",
+        "1",
+        "--eval-every",
+        "1",
+    ]
     command += ["--save-minutes", "0", "--out", disk / "run"]
     with open(output, "w") as file:
-        run = subprocess.Popen(command, env=env, cwd=work, stdout=file, stderr=file, start_new_session=True)
+        run = subprocess.Popen(
+            command, env=env, cwd=work, stdout=file, stderr=file, start_new_session=True
+        )
     try:
         began = time.monotonic()
         while not from_start and run.poll() is None and "loss" not in output.read_text():
@@ -195,11 +234,16 @@ def one_round(mode, seed, work, toy):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("mode", choices=("raise", "full"))
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument(
-        "--seed", type=int, default=time.time_ns() % 10**6, help="of the first round; then one more each"
+        "--seed",
+        type=int,
+        default=time.time_ns() % 10**6,
+        help="of the first round; then one more each",
     )
     parser.add_argument("--show", action="store_true", help="what each run printed")
     args = parser.parse_args()

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: tests are of the CPU, tests/cuda.py is of a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # before torch looks: tests are of the CPU, tests/cuda.py is of a GPU
+)
 
 import pytest
 from forked import Forked, Ranks
@@ -19,12 +21,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run side by side
 def pytest_cmdline_main(config):
     """Whole runs take two processes (pytest-xdist); `-n 0` takes one, and so does naming a file."""
     is_worker = hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ
-    if not is_worker and config.getoption("numprocesses", None) is None and config.args_source.name != "ARGS":
+    if (
+        not is_worker
+        and config.getoption("numprocesses", None) is None
+        and config.args_source.name != "ARGS"
+    ):
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
 # A tiny model on the toy videos: what a test of the loop needs, in a second or two a run.
-TINY = ["--epochs", "2", "--batch-size", "4", "--workers", "0", "--log-every", "1", "--eval-every", "1"]
+TINY = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--log-every",
+    "1",
+    "--eval-every",
+    "1",
+]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +55,15 @@ def toy(tmp_path_factory):
 @pytest.fixture
 def toy_args(toy):
     """Flags that train on the small toy set."""
-    return ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, *TINY]
+    return [
+        "--train-list",
+        toy / "train.csv",
+        "--val-list",
+        toy / "val.csv",
+        "--data-root",
+        toy,
+        *TINY,
+    ]
 
 
 def command(*args, cwd=ROOT, **options):
@@ -50,7 +75,9 @@ def command(*args, cwd=ROOT, **options):
         return Forked(args, str(cwd))
     if args[1] == "torch.distributed.run" and not options:
         first = next(i for i, arg in enumerate(args) if arg.endswith(".py"))
-        ranks = next(int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc-per-node="))
+        ranks = next(
+            int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc-per-node=")
+        )
         return Ranks(ranks, args[first:], str(cwd))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

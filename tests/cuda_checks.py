@@ -77,9 +77,13 @@ class Setting:
     def __init__(self, ctx, small, folder):
         self.ctx, self.small, self.folder = ctx, small, Path(folder)
         self.cuda = ctx.device.type == "cuda"
-        self.fork = not self.cuda  # quicker, but a process that has looked for a GPU can't be forked
+        self.fork = (
+            not self.cuda
+        )  # quicker, but a process that has looked for a GPU can't be forked
         self.steps = 6 if small else 20
-        self.compile = "--compile" if self.cuda else "--no-compile"  # the CPU's compiler takes minutes
+        self.compile = (
+            "--compile" if self.cuda else "--no-compile"
+        )  # the CPU's compiler takes minutes
         self.workers = "0" if small else "2"
         self.precisions = ["bf16"]
         if self.cuda:
@@ -115,7 +119,9 @@ class Report:
             kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
             result, text = "FAILED", kind + lines[0]
         seconds = time.time() - start
-        self.rows.append({"check": name, "result": result, "text": text, "seconds": round(seconds, 1)})
+        self.rows.append(
+            {"check": name, "result": result, "text": text, "seconds": round(seconds, 1)}
+        )
         print(f"{result:12} {name}: {text} ({seconds:.0f} s)", flush=True)
 
     def failed(self):
@@ -151,14 +157,24 @@ def start(setting, script, flags, stop=0, free=0):
     args = [str(TESTS / "cuda.py"), "train", script, str(stop), str(free), *flags]
     ranks = setting.ctx.world
     if setting.fork:
-        return Ranks(ranks, args, str(setting.folder)) if ranks > 1 else Forked(args, str(setting.folder))
+        return (
+            Ranks(ranks, args, str(setting.folder))
+            if ranks > 1
+            else Forked(args, str(setting.folder))
+        )
     of_torchrun = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(of_torchrun)}
     if ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        args = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}", *args]
+        args = [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc_per_node={ranks}",
+            f"--master_port={port}",
+            *args,
+        ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, *args], cwd=setting.folder, env=env, **pipes)
 
@@ -168,7 +184,9 @@ def finish(process, end="complete:"):
     try:
         out, err = process.communicate(timeout=400)
     except subprocess.TimeoutExpired:
-        process.terminate() if isinstance(process, subprocess.Popen) else process.kill()  # torchrun ends its ranks
+        process.terminate() if isinstance(
+            process, subprocess.Popen
+        ) else process.kill()  # torchrun ends its ranks
         raise AssertionError("took more than 400 s") from None
     if end not in out:
         places = re.findall(r'File "\S*/(\w+\.py)", line (\d+), in (\w+)', err)
@@ -178,7 +196,9 @@ def finish(process, end="complete:"):
             if name[:-3] in (*SCRIPTS, "common", "data")
         ]
         lines = (
-            [line for line in err.splitlines() if re.match(r"\w*(error|Error)\b", line)] or err.splitlines() or ["-"]
+            [line for line in err.splitlines() if re.match(r"\w*(error|Error)\b", line)]
+            or err.splitlines()
+            or ["-"]
         )
         raise AssertionError("".join(own[-1:]) + lines[-1 if own else 0])
     return out
@@ -188,7 +208,10 @@ def toy_flags(setting, script):
     """Flags of a script's lists of toys, made on first use: a few more videos than its steps take, so that no epoch ends."""
     which = {"avion": "narrated", "sfa_vivit": "pairs"}.get(script, "actions")
     clips = 2 * setting.ctx.world * (setting.steps + 2)
-    counts = {"train": -(-clips // 8) if which == "narrated" else clips, "val": 1 if which == "narrated" else 8}
+    counts = {
+        "train": -(-clips // 8) if which == "narrated" else clips,
+        "val": 1 if which == "narrated" else 8,
+    }
     folder = data.make_toy(setting.folder, which, counts=counts)
     suffix, root = ("jsonl", folder / "chunks") if which == "narrated" else ("csv", folder)
     return ["--train-list", str(folder / f"train.{suffix}"), "--val-list", str(folder / f"val.{suffix}"),
@@ -198,8 +221,20 @@ def toy_flags(setting, script):
 def toy_run(setting, script, precision, out):
     """Flags of a toy run of setting.steps steps into the folder `out`."""
     steps = setting.steps
-    flags = [*toy_flags(setting, script), "--out", str(setting.folder / out), "--precision", precision]
-    flags += ["--batch-size", str(2 * setting.ctx.world), "--workers", setting.workers, setting.compile]
+    flags = [
+        *toy_flags(setting, script),
+        "--out",
+        str(setting.folder / out),
+        "--precision",
+        precision,
+    ]
+    flags += [
+        "--batch-size",
+        str(2 * setting.ctx.world),
+        "--workers",
+        setting.workers,
+        setting.compile,
+    ]
     flags += ["--log-every", str(steps // 2)]
     # Where there are stages, the second one begins after half of the steps.
     if script == "sfa_vivit":
@@ -220,7 +255,9 @@ def stopped_and_resumed(setting, script, precision):
     """Trains at once, and in two parts; the logs must be the same, on a GPU to what its sums' order does to the loss."""
     whole, parts = f"{script}-{precision}", f"{script}-{precision}-parts"
     at_once = start(setting, script, toy_run(setting, script, precision, whole))
-    first = start(setting, script, toy_run(setting, script, precision, parts), stop=setting.steps // 2)
+    first = start(
+        setting, script, toy_run(setting, script, precision, parts), stop=setting.steps // 2
+    )
     finish(at_once)
     finish(first, "stopped at step")
     finish(start(setting, script, toy_run(setting, script, precision, parts)))
@@ -238,17 +275,19 @@ def stopped_and_resumed(setting, script, precision):
     limit = 0.02 if setting.cuda else 0.0
     need(worst <= limit, f"the resumed run's log differs by {worst:.1e}, more than {limit:g}")
     compiled = "compiled" if setting.cuda else "not compiled"
-    return (
-        f"{compiled}, {setting.steps} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}; resumed: differs by {worst:.1e}"
-    )
+    return f"{compiled}, {setting.steps} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}; resumed: differs by {worst:.1e}"
 
 
 def free_of_waits(setting, script):
     if setting.small and script != "turbo":
         raise NotMeasured("not tried when small")
     precision = setting.precisions[0]
-    free = setting.steps // 2 + 2  # half of the steps are logged, and a stage begins, before it; the rest after it
-    finish(start(setting, script, toy_run(setting, script, precision, f"{script}-waits"), free=free))
+    free = (
+        setting.steps // 2 + 2
+    )  # half of the steps are logged, and a stage begins, before it; the rest after it
+    finish(
+        start(setting, script, toy_run(setting, script, precision, f"{script}-waits"), free=free)
+    )
     setting.need_gpu()
     return f"steps {free + 1} to {free + 5} of the script's own loop"
 
@@ -271,9 +310,24 @@ def planned_memory(setting, script):
     short = Path(lists[1])
     lines = short.read_text().splitlines(keepends=True)
     lists[1] = str(setting.folder / f"{script}{short.suffix}")
-    Path(lists[1]).write_text("".join(lines * (1 + 6 * batch // len(lines))))  # six times as long as a batch, or longer
-    flags += ["--init", "random", "--out", str(setting.folder / f"{script}-full"), "--workers", setting.workers]
-    out = finish(start(setting, script, [*flags, *lists, setting.compile, "--max-steps", "3", "--log-every", "3"]))
+    Path(lists[1]).write_text(
+        "".join(lines * (1 + 6 * batch // len(lines)))
+    )  # six times as long as a batch, or longer
+    flags += [
+        "--init",
+        "random",
+        "--out",
+        str(setting.folder / f"{script}-full"),
+        "--workers",
+        setting.workers,
+    ]
+    out = finish(
+        start(
+            setting,
+            script,
+            [*flags, *lists, setting.compile, "--max-steps", "3", "--log-every", "3"],
+        )
+    )
     setting.need_gpu()
     peak = max(int(number) for number in re.findall(r"peak (\d+) bytes", out)) + common.CUDA_BYTES
     text = f"{micro} clips a GPU: {peak / 2**30:.1f} GB with 1 GB of CUDA's own, --plan says {estimate:.1f}"
@@ -301,7 +355,9 @@ def attention_agrees(setting, kind):
             if setting.small:
                 B, N = 1, N // 16
             shape = 3, B, N, H, d
-            qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.ctx.device, dtypes[name])
+            qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(
+                setting.ctx.device, dtypes[name]
+            )
 
             def results(kind, qkv, causal=causal):
                 parts = [part.clone().requires_grad_() for part in qkv]
@@ -310,11 +366,16 @@ def attention_agrees(setting, kind):
                 (out.double() * weight).sum().backward()
                 return [x.double() for x in (out, *(part.grad for part in parts))]
 
-            exact, plain, other = results("plain", qkv.double()), results("plain", qkv), results(kind, qkv)
+            exact, plain, other = (
+                results("plain", qkv.double()),
+                results("plain", qkv),
+                results(kind, qkv),
+            )
             for a, b, c in zip(exact, plain, other, strict=True):
                 error, own = (c - a).abs().max().item(), (b - a).abs().max().item()
                 need(
-                    error <= 3 * own + 1e-5, f"{name}, {N} tokens, width {d}: {error:.1e} off, plain softmax {own:.1e}"
+                    error <= 3 * own + 1e-5,
+                    f"{name}, {N} tokens, width {d}: {error:.1e} off, plain softmax {own:.1e}",
                 )
                 worst = max(worst, error / max(own, 1e-9))
     return f"{', '.join(setting.precisions)}: at most {worst:.2f} times as far from float64's as the plain softmax"
@@ -322,10 +383,14 @@ def attention_agrees(setting, kind):
 
 def backbone_runs(setting, backbone):
     """More rows of attention than a kernel takes at once: the first clips come out as they do alone."""
-    clips, steps, places = (4, 4, 9) if setting.small else (96, 8, 98)  # 96 clips: 9,408 places x 8 heads
+    clips, steps, places = (
+        (4, 4, 9) if setting.small else (96, 8, 98)
+    )  # 96 clips: 9,408 places x 8 heads
     width, heads = 256, 8
     block = tpt_mae.BLOCKS[backbone](width, heads).to(setting.ctx.device)
-    x = torch.randn(clips, steps * places, width, generator=torch.Generator().manual_seed(0)).to(setting.ctx.device)
+    x = torch.randn(clips, steps * places, width, generator=torch.Generator().manual_seed(0)).to(
+        setting.ctx.device
+    )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[setting.precisions[0]]
     with torch.autocast(setting.ctx.device.type, dtype):
         many = block(x, None, steps)  # [B, N, D]
@@ -333,8 +398,13 @@ def backbone_runs(setting, backbone):
         few = block(x[:2], None, steps)
     difference = ((many[:2] - few).norm() / few.norm()).item()
     need(difference < 0.01, f"clips differ by {difference:.1e} from themselves alone")
-    need(all(p.grad.isfinite().all() for p in block.parameters() if p.grad is not None), "gradients are not finite")
-    return f"{clips * steps * places} tokens: clips differ by {difference:.1e} from themselves alone"
+    need(
+        all(p.grad.isfinite().all() for p in block.parameters() if p.grad is not None),
+        "gradients are not finite",
+    )
+    return (
+        f"{clips * steps * places} tokens: clips differ by {difference:.1e} from themselves alone"
+    )
 
 
 def augmentations():
@@ -347,25 +417,44 @@ def augmentations():
     for name, strengths in (("mixup", (0.8, 0.0)), ("cutmix", (0.0, 1.0))):
         yield (
             name,
-            lambda clips, keys, s=strengths: data.mix(clips, torch.eye(len(clips), device=clips.device), (0, 1), *s)[0],
+            lambda clips, keys, s=strengths: data.mix(
+                clips, torch.eye(len(clips), device=clips.device), (0, 1), *s
+            )[0],
         )
 
 
 def same_pixels(setting, function):
     """The GPU's clips are the CPU's; a pixel in a thousand may lie beyond some rounding."""
     count, frames, side = (4, 2, 32) if setting.small else (32, 8, 224)
-    noise = torch.rand(count, frames, 3, side // 8, side // 8, generator=torch.Generator().manual_seed(0)) * 255
-    clips = torch.nn.functional.interpolate(noise.flatten(0, 1), (side, side), mode="bicubic").clamp(0, 255).byte()
+    noise = (
+        torch.rand(
+            count, frames, 3, side // 8, side // 8, generator=torch.Generator().manual_seed(0)
+        )
+        * 255
+    )
+    clips = (
+        torch.nn.functional.interpolate(noise.flatten(0, 1), (side, side), mode="bicubic")
+        .clamp(0, 255)
+        .byte()
+    )
     clips = clips.unflatten(0, (count, frames))  # [B, T, 3, H, W]
     keys = common.make_key(torch.arange(count))
     there = function(clips.clone(), keys)
-    here = function(clips.to(setting.ctx.device), keys).cpu()  # keys stay on the CPU, as the loader gives them
-    need(here.dtype == there.dtype and here.shape == there.shape, f"{here.dtype} {list(here.shape)}")
+    here = function(
+        clips.to(setting.ctx.device), keys
+    ).cpu()  # keys stay on the CPU, as the loader gives them
+    need(
+        here.dtype == there.dtype and here.shape == there.shape, f"{here.dtype} {list(here.shape)}"
+    )
     off = (here.int() - there.int()).abs()
     share = (off > 1).float().mean().item()
-    need(share < 1e-3, f"{share:.2%} of the values are more than one level off, at most {off.max()}")
+    need(
+        share < 1e-3, f"{share:.2%} of the values are more than one level off, at most {off.max()}"
+    )
     setting.need_gpu()
-    return f"{(off > 0).float().mean():.2%} of the values are off, by more than one level {share:.4%}"
+    return (
+        f"{(off > 0).float().mean():.2%} of the values are off, by more than one level {share:.4%}"
+    )
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
@@ -384,9 +473,13 @@ def steps_rows(setting, title, rows):
     name = torch.cuda.get_device_name() if setting.cuda else ""
     peak = next((1e12 * tflops for card, tflops in PEAKS.items() if card in name), math.nan)
     workers = max(1, min(16, os.cpu_count() // ctx.world)) if setting.cuda else 0
-    args = argparse.Namespace(batch=setting.clips(wanted), workers=workers, rounds=1 if setting.small else 5)
+    args = argparse.Namespace(
+        batch=setting.clips(wanted), workers=workers, rounds=1 if setting.small else 5
+    )
     measured = bench.measure(ctx, rows, [math.nan] * len(rows), videos, args, best)
-    return [row | {"method": title, "clips": args.batch, "mfu": row["flops"] / peak} for row in measured]
+    return [
+        row | {"method": title, "clips": args.batch, "mfu": row["flops"] / peak} for row in measured
+    ]
 
 
 def steps_table(rows):
@@ -427,7 +520,9 @@ def check_all(setting, parts, report):
     if "runs" in parts:
         for script in SCRIPTS:
             for precision in setting.precisions:
-                report.check(f"runs, {script}, {precision}", stopped_and_resumed, setting, script, precision)
+                report.check(
+                    f"runs, {script}, {precision}", stopped_and_resumed, setting, script, precision
+                )
     if "waits" in parts:
         for script in SCRIPTS:
             report.check(f"waits, {script}", free_of_waits, setting, script)
@@ -467,7 +562,9 @@ def markdown(where, report, rows):
     lines = [f"`{shlex.join(['python', 'tests/cuda.py', *sys.argv[1:]])}`: {where}", ""]
     lines += ["| check | result | what | s |", "|---|---|---|---|"]
     for row in report.rows:
-        lines.append(f"| {row['check']} | {row['result']} | {row['text'].replace('|', '/')} | {row['seconds']:.0f} |")
+        lines.append(
+            f"| {row['check']} | {row['result']} | {row['text'].replace('|', '/')} | {row['seconds']:.0f} |"
+        )
     if rows:
         lines += ["", *steps_table(rows)]
     return "\n".join(lines)
@@ -477,16 +574,24 @@ def main(argv):
     """The command line; or, as `train` has started it, one process of a script."""
     if argv[:1] == ["train"]:
         return train(argv[1], int(argv[2]), int(argv[3]), argv[4:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--small", action="store_true", help="toy models and few steps; always so without a GPU")
+    parser.add_argument(
+        "--small", action="store_true", help="toy models and few steps; always so without a GPU"
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all")
-    parser.add_argument("--json", default="runs/cuda.json", help="where to write the results (default: %(default)s)")
+    parser.add_argument(
+        "--json", default="runs/cuda.json", help="where to write the results (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     ctx = common.launch()
-    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # it would lead the scripts' ranks to the store of these
+    os.environ.pop(
+        "TORCHELASTIC_USE_AGENT_STORE", None
+    )  # it would lead the scripts' ranks to the store of these
     report, rows = Report(), []
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(ctx, args.small or ctx.device.type == "cpu", folder)
@@ -502,9 +607,13 @@ def main(argv):
             measure_all(setting, report, rows)
     if ctx.rank == 0:
         block = markdown(where, report, rows)
-        print(f"\n{block}\n\n{report.failed()} of {len(report.rows)} checks FAILED; values: {args.json}")
+        print(
+            f"\n{block}\n\n{report.failed()} of {len(report.rows)} checks FAILED; values: {args.json}"
+        )
         for row in rows:
-            row |= {name: None for name in ("memory", "mfu") if math.isnan(row[name])}  # JSON has no NaN
+            row |= {
+                name: None for name in ("memory", "mfu") if math.isnan(row[name])
+            }  # JSON has no NaN
         result = {"environment": where, "gpu": setting.cuda, "checks": report.rows, "steps": rows}
         with common.writing(args.json):
             Path(args.json).write_text(json.dumps(result | {"markdown": block}, indent=1))

@@ -13,7 +13,9 @@ import traceback
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch._dynamo", "av", "tqdm"])  # none of our own: a script may have a copy
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "av", "tqdm"]
+)  # none of our own: a script may have a copy
 
 
 def run_script(args, cwd, files, env):
@@ -21,7 +23,9 @@ def run_script(args, cwd, files, env):
     os.environ.update(env)
     for stream, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY), stream)
-    multiprocessing.set_start_method(None, force=True)  # the script's loader starts its processes as it would anywhere
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # the script's loader starts its processes as it would anywhere
     tests = Path(__file__).resolve().parent
     known = [path for path in sys.path if Path(path).resolve() not in (tests, tests.parent)]
     os.chdir(cwd)

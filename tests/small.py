@@ -72,7 +72,9 @@ def masked(net, clips, keys):
 def two_encoders(grad_checkpoint):
     shape = {"grad_checkpoint": grad_checkpoint}
     video = avion.VideoEncoder("two", 4, 32, "clip", 0.2, 0.25, **shape)
-    return avion.VideoCLIP(video, avion.TextEncoder("two", 300, **shape), 32, freeze_temperature=False)
+    return avion.VideoCLIP(
+        video, avion.TextEncoder("two", 300, **shape), 32, freeze_temperature=False
+    )
 
 
 def actions(grad_checkpoint):
@@ -100,7 +102,9 @@ def mae_of(backbone, grad_checkpoint):
 
 
 def classifier_of(backbone, grad_checkpoint):
-    return tpt_mae.Classifier(CLASSES, "two", 4, 32, backbone, 0.2, 0.1, "sinusoid", "auto", grad_checkpoint)
+    return tpt_mae.Classifier(
+        CLASSES, "two", 4, 32, backbone, 0.2, 0.1, "sinusoid", "auto", grad_checkpoint
+    )
 
 
 SMALL = {
@@ -134,7 +138,9 @@ def gradient(name, ctx, model, batches, scaler):
     it. batches: (clips, keys) of each micro-batch."""
     small = SMALL[name]
     if small.encode:
-        losses, extra = common.cached_step(ctx, model, partial(small.encode, model), batches, small.loss_fn, scaler)
+        losses, extra = common.cached_step(
+            ctx, model, partial(small.encode, model), batches, small.loss_fn, scaler
+        )
         return losses + extra
     parts = []
     for i, (clips, keys) in enumerate(batches):

@@ -35,18 +35,24 @@ def photo(height, width, seed):
 def photos(batch=1, frames=4, height=61, width=83, seed=0):
     """uint8 [B, T, 3, H, W], all frames different."""
     seeds = range(seed, seed + batch * frames)
-    clips = np.stack([photo(height, width, s) for s in seeds]).reshape(batch, frames, height, width, 3)
+    clips = np.stack([photo(height, width, s) for s in seeds]).reshape(
+        batch, frames, height, width, 3
+    )
     return torch.from_numpy(clips).movedim(-1, 2).contiguous()
 
 
 def by_pil(function, clip, *arguments):
     """function(image, *arguments) for each frame of a clip [T, C, H, W]."""
     images = [Image.fromarray(frame.movedim(0, -1).contiguous().numpy()) for frame in clip]
-    return torch.stack([torch.from_numpy(np.array(function(image, *arguments))).movedim(-1, 0) for image in images])
+    return torch.stack(
+        [torch.from_numpy(np.array(function(image, *arguments))).movedim(-1, 0) for image in images]
+    )
 
 
 def moved(image, *matrix):
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=(128,) * 3)
+    return image.transform(
+        image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=(128,) * 3
+    )
 
 
 def brighten_dark(image, add):
@@ -69,13 +75,23 @@ PIL_OPS = {
     "Solarize": lambda image, m, sign: ImageOps.solarize(image, 256 - int(m / 10 * 256)),
     "SolarizeAdd": lambda image, m, sign: brighten_dark(image, int(m / 10 * 110)),
     "Color": lambda image, m, sign: ImageEnhance.Color(image).enhance(1 + sign * m / 10 * 0.9),
-    "Contrast": lambda image, m, sign: ImageEnhance.Contrast(image).enhance(1 + sign * m / 10 * 0.9),
-    "Brightness": lambda image, m, sign: ImageEnhance.Brightness(image).enhance(1 + sign * m / 10 * 0.9),
-    "Sharpness": lambda image, m, sign: ImageEnhance.Sharpness(image).enhance(1 + sign * m / 10 * 0.9),
+    "Contrast": lambda image, m, sign: ImageEnhance.Contrast(image).enhance(
+        1 + sign * m / 10 * 0.9
+    ),
+    "Brightness": lambda image, m, sign: ImageEnhance.Brightness(image).enhance(
+        1 + sign * m / 10 * 0.9
+    ),
+    "Sharpness": lambda image, m, sign: ImageEnhance.Sharpness(image).enhance(
+        1 + sign * m / 10 * 0.9
+    ),
     "ShearX": lambda image, m, sign: moved(image, 1, sign * m / 10 * 0.3, 0, 0, 1, 0),
     "ShearY": lambda image, m, sign: moved(image, 1, 0, 0, sign * m / 10 * 0.3, 1, 0),
-    "TranslateX": lambda image, m, sign: moved(image, 1, 0, sign * m / 10 * 0.45 * image.width, 0, 1, 0),
-    "TranslateY": lambda image, m, sign: moved(image, 1, 0, 0, 0, 1, sign * m / 10 * 0.45 * image.height),
+    "TranslateX": lambda image, m, sign: moved(
+        image, 1, 0, sign * m / 10 * 0.45 * image.width, 0, 1, 0
+    ),
+    "TranslateY": lambda image, m, sign: moved(
+        image, 1, 0, 0, 0, 1, sign * m / 10 * 0.45 * image.height
+    ),
 }
 
 
@@ -113,7 +129,9 @@ def test_the_operations_are_timms():
 @pytest.mark.parametrize("size", [(61, 83), (24, 17)])
 def test_every_operation_equals_pil(name, size):
     clip = photos(1, 4, *size)[0]
-    clip[3, :, 5:] = torch.tensor([0, 255, 77])[:, None, None]  # a nearly flat frame, with white and black
+    clip[3, :, 5:] = torch.tensor([0, 255, 77])[
+        :, None, None
+    ]  # a nearly flat frame, with white and black
     for m in (0.0, 0.4, 2.5, 5.0, 6.6, 7.0, 9.3, 10.0):
         for sign in (1, -1):
             ours = operate(data.RAND_AUGMENT[name], clip, sign * m / 10)
@@ -226,7 +244,10 @@ def test_colour_jitter_equals_pil():
             ours = data.colour_jitter(clips, keys_of(n), **off | {name: x})
             for clip, out, factor in zip(clips, ours, factors(n, i, x), strict=True):
                 gap = (out.int() - by_pil(enhanced, clip, pil, factor).int()).abs()
-                assert gap.max() <= 1, (name, factor)  # the factor's last bit differs, and is rounded down
+                assert gap.max() <= 1, (
+                    name,
+                    factor,
+                )  # the factor's last bit differs, and is rounded down
                 assert (gap > 0).float().mean() < 1e-3, (name, factor)
     chained = clips
     for name in enhance:
@@ -253,16 +274,22 @@ def test_factors_of_colour_jitter_are_uniform_and_independent():
 
 def test_hue_turns_as_in_colorsys():
     clips, n = photos(6, 1, 9, 8), 6
-    clips[:, :, :, 0] = torch.tensor([[255, 0, 9], [255, 255, 9], [0, 0, 9]])[:, [0, 1, 2, 2, 1, 0, 0, 0]]
+    clips[:, :, :, 0] = torch.tensor([[255, 0, 9], [255, 255, 9], [0, 0, 9]])[
+        :, [0, 1, 2, 2, 1, 0, 0, 0]
+    ]
     ours = data.colour_jitter(clips, keys_of(n), 0, 0, 0, hue=0.5)
     turns = common.uniform(keys_of(n), "colour_jitter", 4)[:, 3] - 0.5
     for clip, out, turn in zip(clips, ours, turns.tolist(), strict=True):
-        for pixel, got in zip(clip[0].flatten(1).T.tolist(), out[0].flatten(1).T.tolist(), strict=True):
+        for pixel, got in zip(
+            clip[0].flatten(1).T.tolist(), out[0].flatten(1).T.tolist(), strict=True
+        ):
             h, s, v = colorsys.rgb_to_hsv(*(c / 255 for c in pixel))
             expected = [255 * c for c in colorsys.hsv_to_rgb((h + turn) % 1, s, v)]
             assert max(abs(a - b) for a, b in zip(expected, got, strict=True)) < 0.51, (pixel, turn)
     half = data.colour_jitter(clips, keys_of(n), 0, 0, 0, hue=0.1)
-    assert (half.int() - clips.int()).abs().float().mean() < (ours.int() - clips.int()).abs().float().mean() / 2
+    assert (half.int() - clips.int()).abs().float().mean() < (
+        ours.int() - clips.int()
+    ).abs().float().mean() / 2
 
 
 # ---- random erasing --------------------------------------------------------------------------------------------------
@@ -270,14 +297,21 @@ def test_hue_turns_as_in_colorsys():
 
 def test_boxes_of_erase():
     n, boxes, rng, plain = 1500, [], np.random.default_rng(0), []
-    clips = torch.full((n, 2, 3, 48, 64), 255, dtype=torch.uint8)  # a value that noise seldom has in all colours
+    clips = torch.full(
+        (n, 2, 3, 48, 64), 255, dtype=torch.uint8
+    )  # a value that noise seldom has in all colours
     for frames in (data.erase(clips, keys_of(n), 1.0) != 255).any(2):  # [T, H, W]
         ys, xs = (frames.any(0).any(d).nonzero().flatten().tolist() for d in (1, 0))
         y, x, h, w = ys[0], xs[0], len(ys), len(xs)
-        assert frames[:, y : y + h, x : x + w].float().mean() > 0.99  # all of one rectangle, in every frame
+        assert (
+            frames[:, y : y + h, x : x + w].float().mean() > 0.99
+        )  # all of one rectangle, in every frame
         boxes.append((h * w, math.log(h / w), y / (48 - h), x / (64 - w)))
     while len(plain) < 40_000:  # one box after the other, as timm draws them
-        area, ratio = 48 * 64 * rng.uniform(0.02, 1 / 3), math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        area, ratio = (
+            48 * 64 * rng.uniform(0.02, 1 / 3),
+            math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3))),
+        )
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if h < 48 and w < 64:
             y, x = rng.integers(0, 48 - h, endpoint=True), rng.integers(0, 64 - w, endpoint=True)
@@ -302,7 +336,9 @@ def test_a_quarter_of_the_clips_is_erased():
     everywhere = data.erase(clips, keys, 1.0)
     assert torch.equal(out[erased], everywhere[erased])
     sizes = (everywhere != 0).any(2).flatten(1).sum(1).float()  # whether and where are independent
-    assert abs(sizes[erased].mean() - sizes[~erased].mean()) < 4 * sizes.std() / math.sqrt(750 * 3 / 4)
+    assert abs(sizes[erased].mean() - sizes[~erased].mean()) < 4 * sizes.std() / math.sqrt(
+        750 * 3 / 4
+    )
 
 
 def test_noise_of_erase():
@@ -330,7 +366,9 @@ def test_noise_of_erase():
     n = min(part.shape[1] for part in parts)
     assert np.abs(np.corrcoef([part[0, :n] for part in parts]) - np.eye(6)).max() < 5 / math.sqrt(n)
     pixels = torch.cat(parts, 1)  # [3, N]
-    plain = (torch.randn(3, 400_000, generator=torch.Generator().manual_seed(0)) * std + mean).clamp(0, 1) * 255
+    plain = (
+        torch.randn(3, 400_000, generator=torch.Generator().manual_seed(0)) * std + mean
+    ).clamp(0, 1) * 255
     assert (pixels.mean(1) - plain.mean(1)).abs().max() < 5 * 58 / math.sqrt(pixels.shape[1]) + 0.1
     assert (pixels.std(1) - plain.std(1)).abs().max() < 1
     for value in (0, 255):  # what is cut off
@@ -357,14 +395,18 @@ def test_flip_mirrors_half_of_the_clips():
     out = data.flip(clips, keys_of(1000))
     mirrored = torch.from_numpy(clips.numpy()[..., ::-1].copy())
     chosen = [torch.equal(a, b) for a, b in zip(out, mirrored, strict=True)]
-    assert all(torch.equal(a, b) for a, b, flipped in zip(out, clips, chosen, strict=True) if not flipped)
+    assert all(
+        torch.equal(a, b) for a, b, flipped in zip(out, clips, chosen, strict=True) if not flipped
+    )
     assert abs(sum(chosen) - 500) < 4 * math.sqrt(250)
     assert torch.equal(data.flip(clips, keys_of(1000), 1.0), mirrored)
 
 
 def test_soft_labels():
     got = data.soft_labels(torch.tensor([2, 0]), 4, 0.1)
-    assert torch.allclose(got, torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]))
+    assert torch.allclose(
+        got, torch.tensor([[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]])
+    )
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -378,13 +420,19 @@ def test_mix_is_mixup_or_cutmix_of_the_pair(mixup, cutmix):
             assert targets[i].tolist() == pytest.approx(
                 [lam if k == i else 1 - lam if k == j else 0 for k in range(4)], abs=1e-6
             )
-        if out.dtype == torch.uint8:  # cutmix: one box of all frames from the partner, and lambda its area
+        if (
+            out.dtype == torch.uint8
+        ):  # cutmix: one box of all frames from the partner, and lambda its area
             cut += 1
             taken = torch.zeros(20, 30, dtype=torch.bool)
             for i, j in enumerate(partner):
                 taken |= (out[i] != clips[i]).any(1).any(0)
             ys, xs = (taken.any(d).nonzero().flatten().tolist() for d in (1, 0))
-            box = (slice(ys[0], ys[-1] + 1), slice(xs[0], xs[-1] + 1)) if ys else (slice(0, 0), slice(0, 0))
+            box = (
+                (slice(ys[0], ys[-1] + 1), slice(xs[0], xs[-1] + 1))
+                if ys
+                else (slice(0, 0), slice(0, 0))
+            )
             assert lam == pytest.approx(1 - taken[box].numel() / 600, abs=1e-6)
             corners |= {(box[0].start > 0, box[1].start > 0)}
             for i, j in enumerate(partner):
@@ -411,13 +459,20 @@ def test_mix_by_pairs_in_any_micro_batch_and_off():
     clips, labels = photos(6, 1, 20, 30), torch.eye(6)
     for step in range(6):
         whole = data.mix(clips, labels, (3, step), 0.8, 1.0)
-        pairs = [data.mix(clips[i : i + 2], labels[i : i + 2], (3, step), 0.8, 1.0) for i in (0, 2, 4)]
-        assert all(torch.equal(a, torch.cat(b)) for a, b in zip(whole, zip(*pairs, strict=True), strict=True))
+        pairs = [
+            data.mix(clips[i : i + 2], labels[i : i + 2], (3, step), 0.8, 1.0) for i in (0, 2, 4)
+        ]
+        assert all(
+            torch.equal(a, torch.cat(b))
+            for a, b in zip(whole, zip(*pairs, strict=True), strict=True)
+        )
     assert data.mix(clips, labels, (3, 0), 0.0, 0.0)[0] is clips
 
 
 def test_normalize_each_colour():
-    patches = torch.randint(0, 256, (2, 5, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    patches = torch.randint(
+        0, 256, (2, 5, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     got = data.normalize(patches, data.IMAGENET_MEAN, data.IMAGENET_STD)
     for index, value in np.ndenumerate(patches.numpy()):
         c = index[-1] % 3
@@ -482,10 +537,15 @@ PIXELS = torch.zeros(4, 2, 3, 16, 20, dtype=torch.uint8, device="meta")
 WITHOUT_WAITING = {
     **{name: lambda name=name: KEYED[name](PIXELS, keys_of(4)) for name in KEYED},
     "erase all": lambda: data.erase(PIXELS, keys_of(4), 1.0),
-    "normalize": lambda: data.normalize(PIXELS.flatten(2).float(), data.IMAGENET_MEAN, data.IMAGENET_STD),
+    "normalize": lambda: data.normalize(
+        PIXELS.flatten(2).float(), data.IMAGENET_MEAN, data.IMAGENET_STD
+    ),
     "mixup": lambda: data.mix(PIXELS, torch.zeros(4, 5, device="meta"), (0, 0), 0.8, 0.0)[0],
     "cutmix": lambda: data.mix(PIXELS, torch.zeros(4, 5, device="meta"), (0, 0), 0.0, 1.0)[0],
-    **{f"op {name}": lambda op=op: operate(op, PIXELS[0], 0.7) for name, op in data.RAND_AUGMENT.items()},
+    **{
+        f"op {name}": lambda op=op: operate(op, PIXELS[0], 0.7)
+        for name, op in data.RAND_AUGMENT.items()
+    },
 }
 
 
@@ -505,6 +565,11 @@ def test_waiting_would_be_seen():
         PIXELS.float().mul(torch.tensor(2.0))
         PIXELS[0] = torch.zeros(2, 3, 16, 20, dtype=torch.uint8)
     assert len(waits.found) == 3
-    for needs_a_value in (PIXELS.nonzero, PIXELS.tolist, lambda: PIXELS[PIXELS > 0], lambda: bool(PIXELS.any())):
+    for needs_a_value in (
+        PIXELS.nonzero,
+        PIXELS.tolist,
+        lambda: PIXELS[PIXELS > 0],
+        lambda: bool(PIXELS.any()),
+    ):
         with pytest.raises((NotImplementedError, RuntimeError)):
             needs_a_value()

@@ -37,9 +37,23 @@ FORMATS = Path(os.environ.get("FORMATS", ROOT.parent / "shared" / "formats"))
 MERGES = FORMATS / "bpe_simple_vocab_16e6.txt.gz"
 TINY = {"width": 64, "depth": 2, "heads": 1, "patch": 16, "text": (64, 2, 1)}
 # Of 0-255 pixels, as OpenAI's CLIP and as AVION's released code (its red mean is another).
-CLIP_MEAN, AVION_MEAN = (122.7709383, 116.7460125, 104.09373615), (108.3272985, 116.7460125, 104.09373615)
+CLIP_MEAN, AVION_MEAN = (
+    (122.7709383, 116.7460125, 104.09373615),
+    (108.3272985, 116.7460125, 104.09373615),
+)
 STD = (68.5005327, 66.6321579, 70.32316305)
-RUN = ["--batch-size", "4", "--workers", "0", "--log-every", "1", "--epochs", "1", "--eval-every", "1"]
+RUN = [
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--log-every",
+    "1",
+    "--epochs",
+    "1",
+    "--eval-every",
+    "1",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +74,14 @@ def told(tmp_path_factory):
 @pytest.fixture
 def args(told):
     """Flags that train on the small toy set."""
-    lists = ["--train-list", told / "train.jsonl", "--val-list", told / "val.jsonl", "--data-root", told / "chunks"]
+    lists = [
+        "--train-list",
+        told / "train.jsonl",
+        "--val-list",
+        told / "val.jsonl",
+        "--data-root",
+        told / "chunks",
+    ]
     return [*map(str, lists), *RUN]
 
 
@@ -97,23 +118,37 @@ def test_merges_by_hand():
     tokenizer = avion.BPETokenizer(SMALL_MERGES)
     byte = lambda c: ord(c) - 33  # the first ids are the printable ASCII characters
     assert tokenizer.encode("The  cat sat") == [512 + 1, 512 + 3, 512 + 5, 256 + byte("t")]
-    assert tokenizer.encode("12") == [256 + byte("1"), 256 + byte("2")]  # numbers are cut into digits before merging
+    assert tokenizer.encode("12") == [
+        256 + byte("1"),
+        256 + byte("2"),
+    ]  # numbers are cut into digits before merging
     assert (tokenizer.start, tokenizer.end, tokenizer.size) == (518, 519, 520)
-    assert tokenizer(["the", "cat the"])[:, :5].tolist() == [[518, 513, 519, 0, 0], [518, 515, 513, 519, 0]]
+    assert tokenizer(["the", "cat the"])[:, :5].tolist() == [
+        [518, 513, 519, 0, 0],
+        [518, 515, 513, 519, 0],
+    ]
 
 
 def test_bytes_without_a_file():
     """No merges: every byte of every word is an id, all texts can be read, different ones differ."""
     tokenizer = avion.BPETokenizer()
-    assert tokenizer.encode("a é") == [256 + 64, tokenizer.ids[chr(0xC3)], tokenizer.ids[chr(0xA9) + "</w>"]]
-    assert tokenizer.size == 514 and tokenizer.encode("a red square") != tokenizer.encode("a red circle")
+    assert tokenizer.encode("a é") == [
+        256 + 64,
+        tokenizer.ids[chr(0xC3)],
+        tokenizer.ids[chr(0xA9) + "</w>"],
+    ]
+    assert tokenizer.size == 514 and tokenizer.encode("a red square") != tokenizer.encode(
+        "a red circle"
+    )
 
 
 def test_truncation_keeps_the_end():
     tokenizer = avion.BPETokenizer(SMALL_MERGES)
     rows = tokenizer(["the " * 10_000, "the " * 75, "the " * 76, "cat"])
     assert rows.shape == (4, 77)
-    assert (rows[:3, 0] == 518).all() and (rows[:3, 76] == 519).all() and (rows[:3, 1:76] == 513).all()
+    assert (
+        (rows[:3, 0] == 518).all() and (rows[:3, 76] == 519).all() and (rows[:3, 1:76] == 513).all()
+    )
     assert tokenizer(["cat"]).shape == (1, 16) and tokenizer(["the " * 15]).shape == (1, 32)
 
 
@@ -121,14 +156,24 @@ def test_cleaning():
     """HTML entities twice, NFC, white space, lower case; marks and unknown characters are words of their own."""
     tokenizer = avion.BPETokenizer()
     same = lambda a, b: tokenizer.encode(a) == tokenizer.encode(b)
-    assert same("A &amp;amp; B", "a & b") and same("cafe\u0301", "CAF\u00c9") and same(" a\u3000\n b\t", "a b")
-    assert tokenizer.encode("e\u0301") == [tokenizer.ids[chr(0xC3)], tokenizer.ids[chr(0xA9) + "</w>"]]  # one character
+    assert (
+        same("A &amp;amp; B", "a & b")
+        and same("cafe\u0301", "CAF\u00c9")
+        and same(" a\u3000\n b\t", "a b")
+    )
+    assert tokenizer.encode("e\u0301") == [
+        tokenizer.ids[chr(0xC3)],
+        tokenizer.ids[chr(0xA9) + "</w>"],
+    ]  # one character
     assert not same("a b", "ab") and same("it's", "it 's") and same("３4", "３ 4")
 
 
 CURLY = {"\u02bc": "'", "\u2018": "'", "\u2019": "'", "\u201a": "'", "\u201b": "'",
          "\u201c": '"', "\u201d": '"', "\u201e": '"', "\u201f": '"'}  # fmt: skip  # as ftfy straightens them
-DONT, QUOTED = [328, 847, 713, 1038], [257, 320, 2368, 257]  # by ftfy 6.3 and transformers' CLIPTokenizer
+DONT, QUOTED = (
+    [328, 847, 713, 1038],
+    [257, 320, 2368, 257],
+)  # by ftfy 6.3 and transformers' CLIPTokenizer
 
 
 @pytest.mark.skipif(not MERGES.exists(), reason="CLIP's merges file is not at hand")
@@ -141,8 +186,12 @@ def test_curly_quotes_are_straight():
         assert tokenizer.encode(text) == QUOTED, text
     straight = avion.BPETokenizer()
     for curly, plain in CURLY.items():
-        assert straight.encode(f"a {curly}b{curly} c\xe9") == straight.encode(f"a {plain}b{plain} c\xe9")
-    assert straight.encode("5\u2032 6\u2033") != straight.encode("5' 6\"")  # primes stay, as in ftfy
+        assert straight.encode(f"a {curly}b{curly} c\xe9") == straight.encode(
+            f"a {plain}b{plain} c\xe9"
+        )
+    assert straight.encode("5\u2032 6\u2033") != straight.encode(
+        "5' 6\""
+    )  # primes stay, as in ftfy
 
 
 def odd_sentences(words, n):
@@ -156,7 +205,11 @@ def odd_sentences(words, n):
         "\U0001f1e9\U0001f1ea", "x" * 300, "!" * 200, "ab1" * 60, "\u0645\u0631\u062d\u0628\u0627",
         "\u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35", "A\u00a0B", "\u2028", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙",
     ]  # fmt: skip
-    blocks = [chr(c) for c in range(0x2FFFF) if unicodedata.category(chr(c)) not in ("Cn", "Cs") and c != 0x345]
+    blocks = [
+        chr(c)
+        for c in range(0x2FFFF)
+        if unicodedata.category(chr(c)) not in ("Cn", "Cs") and c != 0x345
+    ]
     for i in range(n):
         parts = rng.choices(words, k=rng.randint(0, 9)) + rng.choices(odd, k=i % 3)
         parts.append("".join(rng.choices(blocks, k=i % 5)))
@@ -174,12 +227,20 @@ def test_ids_equal_those_of_an_independent_tokenizer():
     assert ours(["a photo of a cat"])[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
     lines = gzip.decompress(MERGES.read_bytes()).decode().split("\n")[1 : 1 + 49152 - 256 - 2]
     merges = [tuple(line.split(" ")) for line in lines]
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    symbols = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    symbols = [chr(byte) for byte in printable] + [
+        chr(256 + n) for n in range(256 - len(printable))
+    ]
     symbols += [f"{symbol}</w>" for symbol in symbols] + ["".join(pair) for pair in merges]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
     assert len(vocabulary) == 49406
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, merges, end_of_word_suffix="</w>")
+    )
     pattern = tokenizers.Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     split = tokenizers.pre_tokenizers.Split(pattern, "removed", invert=True)
     plain = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -189,12 +250,21 @@ def test_ids_equal_those_of_an_independent_tokenizer():
     clean = lambda text: unicodedata.normalize("NFC", straight(html.unescape(html.unescape(text))))
     seen = 0
     for text in odd_sentences(words, 12_000):
-        expected = theirs.encode(clean(text).strip().lower().replace("'ſ", "'s"), add_special_tokens=False).ids
+        expected = theirs.encode(
+            clean(text).strip().lower().replace("'ſ", "'s"), add_special_tokens=False
+        ).ids
         assert ours.encode(text.replace("'ſ", "'s")) == expected, repr(text)
         seen += len(expected)
     assert seen > 150_000
-    assert ours.encode("a <|endoftext|> b") == [320, 49407, 321]  # CLIP reads its own marks in a text
-    assert ours.encode("a\u0345 b") == [320, 321]  # CLIP's pattern ignores case, and so drops this one character
+    assert ours.encode("a <|endoftext|> b") == [
+        320,
+        49407,
+        321,
+    ]  # CLIP reads its own marks in a text
+    assert ours.encode("a\u0345 b") == [
+        320,
+        321,
+    ]  # CLIP's pattern ignores case, and so drops this one character
 
 
 @pytest.mark.parametrize(
@@ -220,7 +290,11 @@ def test_merges_gzip_or_plain(tmp_path):
     text = "#version\n" + "\n".join(SMALL_MERGES) + "\n"
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.gz").write_bytes(gzip.compress(text.encode()))
-    assert avion.read_merges(tmp_path / "a.txt") == avion.read_merges(tmp_path / "b.gz") == SMALL_MERGES
+    assert (
+        avion.read_merges(tmp_path / "a.txt")
+        == avion.read_merges(tmp_path / "b.gz")
+        == SMALL_MERGES
+    )
 
 
 # ---- losses, metrics -------------------------------------------------------------------------------------------------
@@ -234,14 +308,24 @@ def test_max_margin_by_loops():
     """All 2 n (n - 1) terms of the mean, as the released code averages them; equal texts left out on demand."""
     video, text = features(5, 0), features(5, 1)
     s = (video @ text.T).tolist()
-    terms = [max(0, 0.2 - s[i][i] + x) for i in range(5) for j in range(5) if i != j for x in (s[i][j], s[j][i])]
+    terms = [
+        max(0, 0.2 - s[i][i] + x)
+        for i in range(5)
+        for j in range(5)
+        if i != j
+        for x in (s[i][j], s[j][i])
+    ]
     assert len(terms) == 40
-    assert avion.max_margin_loss(video, text).mean().item() == pytest.approx(sum(terms) / 40, rel=1e-5)
+    assert avion.max_margin_loss(video, text).mean().item() == pytest.approx(
+        sum(terms) / 40, rel=1e-5
+    )
     same = torch.eye(5, dtype=torch.bool)
     same[0, 1] = same[1, 0] = True
     kept = [max(0, 0.2 - s[i][i] + x) for i in range(5) for j in range(5) if i != j and {i, j} != {0, 1}
             for x in (s[i][j], s[j][i])]  # fmt: skip
-    assert avion.max_margin_loss(video, text, 0.2, same).mean().item() == pytest.approx(sum(kept) / 40, rel=1e-5)
+    assert avion.max_margin_loss(video, text, 0.2, same).mean().item() == pytest.approx(
+        sum(kept) / 40, rel=1e-5
+    )
 
 
 def slow_map(similarity, relevancy):
@@ -262,7 +346,9 @@ def slow_ndcg(similarity, relevancy):
     for s, r in zip(similarity.tolist(), relevancy.tolist(), strict=True):
         order, depth = sorted(range(len(s)), key=lambda i: -s[i]), sum(x > 0 for x in r)
         dcg = sum(r[i] / math.log2(k + 2) for k, i in enumerate(order[:depth]))
-        total += dcg / sum(x / math.log2(k + 2) for k, x in enumerate(sorted(r, reverse=True)[:depth]))
+        total += dcg / sum(
+            x / math.log2(k + 2) for k, x in enumerate(sorted(r, reverse=True)[:depth])
+        )
     return total / len(similarity)
 
 
@@ -278,10 +364,15 @@ def random_relevancies(rows, columns):
 def test_metrics_by_loops():
     """To 1e-12 on fractional relevancies; by hand where precision is not the usual one."""
     similarity, relevant = random_relevancies(600, 37)  # more than two blocks of queries
-    assert abs(avion.mean_average_precision(similarity, relevant) - slow_map(similarity, relevant)) < 1e-12
+    assert (
+        abs(avion.mean_average_precision(similarity, relevant) - slow_map(similarity, relevant))
+        < 1e-12
+    )
     assert abs(avion.ndcg(similarity, relevant) - slow_ndcg(similarity, relevant)) < 1e-12
     s, r = torch.tensor([[3.0, 2, 1]]), torch.tensor([[0.5, 1, 0]])
-    assert avion.mean_average_precision(s, r) == pytest.approx(0.75)  # (0.5 + 1) / 2; the usual AP is 0.5
+    assert avion.mean_average_precision(s, r) == pytest.approx(
+        0.75
+    )  # (0.5 + 1) / 2; the usual AP is 0.5
     assert avion.ndcg(s, r) == pytest.approx((0.5 + 1 / math.log2(3)) / (1 + 0.5 / math.log2(3)))
     both = avion.retrieval_metrics(similarity[:37], relevant[:37].maximum(torch.eye(37)))
     assert both["val_map"] == pytest.approx((both["val_map_v2t"] + both["val_map_t2v"]) / 2)
@@ -298,7 +389,11 @@ def test_ties_fall_as_in_the_official_code():
     precision = ranked.cumsum(1) / np.arange(1, 38)
     expected = ((precision * (ranked == 1)).sum(1) / (ranked == 1).sum(1)).mean()
     assert avion.mean_average_precision(similarity, relevant) == pytest.approx(expected, abs=1e-12)
-    ranked, best, logs = np.take_along_axis(r, s.argsort()[:, ::-1], 1), np.sort(r)[:, ::-1], np.log2(np.arange(37) + 2)
+    ranked, best, logs = (
+        np.take_along_axis(r, s.argsort()[:, ::-1], 1),
+        np.sort(r)[:, ::-1],
+        np.log2(np.arange(37) + 2),
+    )
     expected = ((ranked * (best > 0) / logs).sum(1) / (best / logs).sum(1)).mean()
     assert avion.ndcg(similarity, relevant) == pytest.approx(expected, abs=1e-12)
 
@@ -324,21 +419,32 @@ def test_relevancy_by_sets():
     for i in range(3):
         for j in range(3):
             iou = len(sets[i] & sets[j]) / len(sets[i] | sets[j])
-            assert got[i, j].item() == pytest.approx(0.5 * (verbs[i] == verbs[j]) + 0.5 * iou, abs=1e-15)
+            assert got[i, j].item() == pytest.approx(
+                0.5 * (verbs[i] == verbs[j]) + 0.5 * iou, abs=1e-15
+            )
     assert (got.diagonal() == 1).all()
 
 
 def test_marginalised_actions():
     actions = avion.Actions(["0:1", "0:2", "3:1", "3:10"])
     p = torch.tensor([[0.1, 0.2, 0.4, 0.3], [0.4, 0.35, 0.25, 0.0]])
-    torch.testing.assert_close(avion.marginalise(p, actions.verb), torch.tensor([[0.3, 0.7], [0.75, 0.25]]))
-    torch.testing.assert_close(avion.marginalise(p, actions.noun), torch.tensor([[0.5, 0.2, 0.3], [0.65, 0.35, 0.0]]))
-    assert actions.hits(p, torch.tensor([3, 0])).tolist() == [[False, True, False], [True, True, True]]
+    torch.testing.assert_close(
+        avion.marginalise(p, actions.verb), torch.tensor([[0.3, 0.7], [0.75, 0.25]])
+    )
+    torch.testing.assert_close(
+        avion.marginalise(p, actions.noun), torch.tensor([[0.5, 0.2, 0.3], [0.65, 0.35, 0.0]])
+    )
+    assert actions.hits(p, torch.tensor([3, 0])).tolist() == [
+        [False, True, False],
+        [True, True, True],
+    ]
 
 
 def test_eq_3():
     """The paper's 1,024 clips, 1 Mb/s, 4 s, and 500 MB/s (a SATA SSD) or 80 (a hard disk)."""
-    assert data.largest_chunk(1024, 1, 500, 4) == 15.625 and data.largest_chunk(1024, 1, 80, 4) == 2.5
+    assert (
+        data.largest_chunk(1024, 1, 500, 4) == 15.625 and data.largest_chunk(1024, 1, 80, 4) == 2.5
+    )
 
 
 def test_stretched_time():
@@ -347,7 +453,12 @@ def test_stretched_time():
     expected = F.interpolate(x[None, None], (16, 6), mode="bilinear", align_corners=False)[0, 0]
     torch.testing.assert_close(avion.stretch_time(x, 16), expected)
     assert avion.stretch_time(x, 4) is x
-    assert avion.stretch_time(torch.tensor([[0.0], [4.0]]), 4)[:, 0].tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert avion.stretch_time(torch.tensor([[0.0], [4.0]]), 4)[:, 0].tolist() == [
+        0.0,
+        1.0,
+        3.0,
+        4.0,
+    ]
 
 
 # ---- memory (Fig. 3) -------------------------------------------------------------------------------------------------
@@ -366,9 +477,15 @@ def test_fig_3_memory():
     parts = avion.saved_megabytes("clip_b16", 785, "plain")
     assert sum(parts) == pytest.approx(12 * 70.59, rel=0.02) and 0.60 < parts[1] / sum(parts) < 0.65
     assert parts == pytest.approx([58.2, 528.6, 260.4], rel=0.02)
-    assert sum(avion.saved_megabytes("clip_b16", 785, "sdpa")) == pytest.approx(12 * 38.63, rel=0.02)
-    assert sum(avion.saved_megabytes("clip_b16", 785, "checkpoint")) == pytest.approx(2 * (14.5 + 19.3), rel=0.02)
-    square = common.Attention(768, 12, "plain")  # 8 frames of real tensors: what is found at two lengths holds at all
+    assert sum(avion.saved_megabytes("clip_b16", 785, "sdpa")) == pytest.approx(
+        12 * 38.63, rel=0.02
+    )
+    assert sum(avion.saved_megabytes("clip_b16", 785, "checkpoint")) == pytest.approx(
+        2 * (14.5 + 19.3), rel=0.02
+    )
+    square = common.Attention(
+        768, 12, "plain"
+    )  # 8 frames of real tensors: what is found at two lengths holds at all
     seen = common.saved_bytes(square, torch.randn(1, 1569, 768)) / 1e6
     assert avion.saved_megabytes("clip_b16", 1569, "plain")[1] == pytest.approx(12 * seen, rel=1e-3)
 
@@ -401,7 +518,12 @@ def normalised(clips, mean):
 def hub_model():
     """A random CLIPModel of transformers with the sizes of TINY; every weight is random, so that none can be missed."""
     transformers = pytest.importorskip("transformers")
-    part = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 1}
+    part = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+    }
     text = transformers.CLIPTextConfig(**part, vocab_size=514, max_position_embeddings=77, eos_token_id=513,
                                        bos_token_id=512, pad_token_id=0)  # fmt: skip
     vision = transformers.CLIPVisionConfig(**part, image_size=32, patch_size=16)
@@ -416,7 +538,9 @@ def hub_model():
 
 def tiny_net(path, frames=1, **flags):
     """The VideoCLIP that --init path gives."""
-    cfg = dataclasses.replace(config(), model="tiny", frames=frames, size=32, embed_dim=24, init=str(path), **flags)
+    cfg = dataclasses.replace(
+        config(), model="tiny", frames=frames, size=32, embed_dim=24, init=str(path), **flags
+    )
     start = avion.read_init(path)
     net = avion.build(cfg, start["style"], 514).eval()
     common.load_weights(net, avion.fit_weights(start, net, cfg), path)
@@ -456,7 +580,11 @@ def as_avion(state, flash):
         if name == "visual.conv1.weight":
             x = x.flatten(1)
         if flash and name.startswith("visual."):
-            name = name.replace("attn.in_proj_", "attn.Wqkv.").replace("c_fc", "fc1").replace("c_proj", "fc2")
+            name = (
+                name.replace("attn.in_proj_", "attn.Wqkv.")
+                .replace("c_fc", "fc1")
+                .replace("c_proj", "fc2")
+            )
         out[f"module.{name}"] = x
     out["module.visual.temporal_embedding"] = torch.randn(4, 64)
     return out
@@ -469,7 +597,9 @@ class Tree(torch.nn.Module):
         super().__init__()
         for head in dict.fromkeys(name.split(".")[0] for name in state):
             if head in state:
-                self.register_buffer(head, state[head]) if "embedding" in head else self.register_parameter(
+                self.register_buffer(
+                    head, state[head]
+                ) if "embedding" in head else self.register_parameter(
                     head, torch.nn.Parameter(state[head])
                 )
             else:
@@ -491,11 +621,18 @@ def test_features_equal_clips(tiny, tmp_path):
     with torch.no_grad():
         out = hub(input_ids=tokens, pixel_values=normalised(clips, CLIP_MEAN)[:, 0])
         video, text, scale = net(clips, tokens, None)
-    assert (video - out.image_embeds).abs().max() < 1e-5 and (text - out.text_embeds).abs().max() < 1e-5
+    assert (video - out.image_embeds).abs().max() < 1e-5 and (
+        text - out.text_embeds
+    ).abs().max() < 1e-5
     torch.testing.assert_close(scale, hub.logit_scale.exp())
-    four, clips = tiny_net(tmp_path, frames=4), torch.randint(0, 256, (3, 4, 3, 32, 32), dtype=torch.uint8)
+    four, clips = (
+        tiny_net(tmp_path, frames=4),
+        torch.randint(0, 256, (3, 4, 3, 32, 32), dtype=torch.uint8),
+    )
     shuffled = clips[:, [2, 0, 3, 1]]  # PE_t is zero: the frames' order says nothing yet
-    torch.testing.assert_close(four.encode_video(shuffled), four.encode_video(clips), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        four.encode_video(shuffled), four.encode_video(clips), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -505,26 +642,45 @@ def test_all_forms_of_clip_load_alike(tiny, tmp_path):
     hub.save_pretrained(tmp_path / "hub")
     state = common.read_safetensors(tmp_path / "hub" / "model.safetensors")  # the hub's own names
     torch.jit.save(torch.jit.script(Tree(as_openai(state)).half()), tmp_path / "openai.pt")
-    reference, half = tiny_net(tmp_path / "hub").state_dict(), tiny_net(tmp_path / "openai.pt").state_dict()
+    reference, half = (
+        tiny_net(tmp_path / "hub").state_dict(),
+        tiny_net(tmp_path / "openai.pt").state_dict(),
+    )
     assert reference.keys() == half.keys()
     assert all(torch.equal(reference[k].half().float(), half[k]) for k in reference)
-    scalars = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    scalars = {
+        name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")
+    }
     torch.save(as_openai(state) | scalars, tmp_path / "state_dict.pt")  # OpenAI's, saved anew
     plain = tiny_net(tmp_path / "state_dict.pt").state_dict()
     assert all(torch.equal(plain[k], reference[k]) for k in reference)
     for flash in (False, True):
         file = {"state_dict": as_avion(state, flash), "epoch": 5, "args": argparse.Namespace(lr=1)}
-        torch.save(file | {"best_acc1": np.float64(0.3)}, tmp_path / "avion.pt")  # as its scripts leave it
+        torch.save(
+            file | {"best_acc1": np.float64(0.3)}, tmp_path / "avion.pt"
+        )  # as its scripts leave it
         net = tiny_net(tmp_path / "avion.pt", frames=4)
         own = net.state_dict()
-        assert all(torch.equal(own[k], reference[k]) for k in reference if k != "visual.temporal_embedding")
-        assert torch.equal(own["visual.temporal_embedding"], file["state_dict"]["module.visual.temporal_embedding"])
-        assert isinstance(net.visual.blocks[0].mlp.act, torch.nn.GELU) and net.visual.ln_pre.eps == 1e-6
+        assert all(
+            torch.equal(own[k], reference[k]) for k in reference if k != "visual.temporal_embedding"
+        )
+        assert torch.equal(
+            own["visual.temporal_embedding"], file["state_dict"]["module.visual.temporal_embedding"]
+        )
+        assert (
+            isinstance(net.visual.blocks[0].mlp.act, torch.nn.GELU)
+            and net.visual.ln_pre.eps == 1e-6
+        )
     assert isinstance(tiny_net(tmp_path / "hub").visual.blocks[0].mlp.act, common.QuickGELU)
     wide = dataclasses.replace(config(), model="tiny", frames=4, size=32, embed_dim=16, init="x")
-    kept = avion.fit_weights(avion.read_init(tmp_path / "hub"), avion.build(wide, "clip", 514), wide)
+    kept = avion.fit_weights(
+        avion.read_init(tmp_path / "hub"), avion.build(wide, "clip", 514), wide
+    )
     assert not {"visual_projection.weight", "text_projection.weight", "logit_scale"} & set(kept)
-    assert kept["visual.temporal_embedding"].shape == (4, 64) and not kept["visual.temporal_embedding"].any()
+    assert (
+        kept["visual.temporal_embedding"].shape == (4, 64)
+        and not kept["visual.temporal_embedding"].any()
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -534,28 +690,45 @@ def test_features_equal_avions(tiny, tmp_path):
     out from its own names."""
     hub_model().save_pretrained(tmp_path / "hub")
     state = as_avion(common.read_safetensors(tmp_path / "hub" / "model.safetensors"), flash=False)
-    torch.save({"state_dict": state, "epoch": 1, "args": argparse.Namespace(lr=1)}, tmp_path / "avion.pt")
+    torch.save(
+        {"state_dict": state, "epoch": 1, "args": argparse.Namespace(lr=1)}, tmp_path / "avion.pt"
+    )
     w = {name.removeprefix("module.visual."): x for name, x in state.items()}
     for frames in (4, 16):
         clips = torch.randint(0, 256, (2, frames, 3, 32, 32), dtype=torch.uint8)
         pixels = normalised(clips, AVION_MEAN).flatten(0, 1)
         x = F.conv2d(pixels, w["conv1.weight"].reshape(64, 3, 16, 16), stride=16)
         x = x.flatten(2).transpose(1, 2).reshape(2, frames * 4, 64)
-        time = F.interpolate(w["temporal_embedding"][None, None], (frames, 64), mode="bilinear")[0, 0]
+        time = F.interpolate(w["temporal_embedding"][None, None], (frames, 64), mode="bilinear")[
+            0, 0
+        ]
         x = x + w["positional_embedding"][1:].repeat(frames, 1) + time.repeat_interleave(4, 0)
         cls = (w["class_embedding"] + w["positional_embedding"][0]).expand(2, 1, 64)
         norm = lambda x, name: F.layer_norm(x, (64,), w[f"{name}.weight"], w[f"{name}.bias"], 1e-6)
         x = norm(torch.cat([cls, x], 1), "ln_pre")
         for i in range(2):
             block = f"transformer.resblocks.{i}"
-            qkv = F.linear(norm(x, f"{block}.ln_1"), w[f"{block}.attn.in_proj_weight"], w[f"{block}.attn.in_proj_bias"])
+            qkv = F.linear(
+                norm(x, f"{block}.ln_1"),
+                w[f"{block}.attn.in_proj_weight"],
+                w[f"{block}.attn.in_proj_bias"],
+            )
             q, k, v = qkv.chunk(3, -1)  # one head
             y = (q @ k.transpose(1, 2) / 8).softmax(-1) @ v
-            x = x + F.linear(y, w[f"{block}.attn.out_proj.weight"], w[f"{block}.attn.out_proj.bias"])
-            y = F.linear(norm(x, f"{block}.ln_2"), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"])
-            x = x + F.linear(F.gelu(y), w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"])
+            x = x + F.linear(
+                y, w[f"{block}.attn.out_proj.weight"], w[f"{block}.attn.out_proj.bias"]
+            )
+            y = F.linear(
+                norm(x, f"{block}.ln_2"), w[f"{block}.mlp.c_fc.weight"], w[f"{block}.mlp.c_fc.bias"]
+            )
+            x = x + F.linear(
+                F.gelu(y), w[f"{block}.mlp.c_proj.weight"], w[f"{block}.mlp.c_proj.bias"]
+            )
         expected = F.normalize(norm(x[:, 0], "ln_post") @ w["image_projection"], dim=-1)
-        for trained in (4, frames):  # interpolated when used (--eval-frames), or when loaded (--frames)
+        for trained in (
+            4,
+            frames,
+        ):  # interpolated when used (--eval-frames), or when loaded (--frames)
             got = tiny_net(tmp_path / "avion.pt", frames=trained).encode_video(clips)
             assert (got - expected).abs().max() < 1e-5
 
@@ -563,7 +736,9 @@ def test_features_equal_avions(tiny, tmp_path):
 def embedded(encoder, clips):
     """What the patch embedding of a VideoEncoder gives for these clips."""
     seen = []
-    hook = encoder.patch_embed.register_forward_hook(lambda layer, given, result: seen.append(result))
+    hook = encoder.patch_embed.register_forward_hook(
+        lambda layer, given, result: seen.append(result)
+    )
     encoder(clips)
     hook.remove()
     return seen[0]
@@ -575,22 +750,40 @@ def test_a_checkpoint_keeps_its_style(tiny, told, args, tmp_path):
     normalises pixels as those weights were trained with."""
     hub_model().save_pretrained(tmp_path / "hub")
     state = as_avion(common.read_safetensors(tmp_path / "hub" / "model.safetensors"), flash=False)
-    torch.save({"state_dict": state, "epoch": 1, "args": argparse.Namespace(lr=1)}, tmp_path / "avion.pt")
+    torch.save(
+        {"state_dict": state, "epoch": 1, "args": argparse.Namespace(lr=1)}, tmp_path / "avion.pt"
+    )
     small = {"model": "tiny", "size": 32, "frames": 4, "embed_dim": 24}
     kept = {"scratch": (CLIP_MEAN, "QuickGELU", 1e-5), "hub": (CLIP_MEAN, "QuickGELU", 1e-5),
             "avion.pt": (AVION_MEAN, "GELU", 1e-6)}  # fmt: skip
     for name, (mean, act, eps) in kept.items():
         out, again = tmp_path / f"from-{name}", tmp_path / f"again-{name}"
         init = [] if name == "scratch" else ["--init", tmp_path / name]
-        avion.main(dataclasses.replace(config(*args, "--max-steps", 1, *init, "--out", out), **small))
-        flags = ["--recipe", "toy_mir", *args, "--max-steps", 1, "--init", out / "best.pt", "--out", again]
+        avion.main(
+            dataclasses.replace(config(*args, "--max-steps", 1, *init, "--out", out), **small)
+        )
+        flags = [
+            "--recipe",
+            "toy_mir",
+            *args,
+            "--max-steps",
+            1,
+            "--init",
+            out / "best.pt",
+            "--out",
+            again,
+        ]
         avion.main(dataclasses.replace(config(*flags), **small))
         for folder in (out, again):
-            net = avion.open_model(folder / "last.pt", config("--task", "eval"), common.launch("fp32"))[1]
+            net = avion.open_model(
+                folder / "last.pt", config("--task", "eval"), common.launch("fp32")
+            )[1]
             encoder = net.visual
             assert type(encoder.blocks[0].mlp.act).__name__ == act and encoder.ln_pre.eps == eps
             clips = torch.randint(0, 256, (1, 4, 3, 32, 32), dtype=torch.uint8)
-            expected = F.linear(common.patchify(normalised(clips, mean), (1, 16, 16)), encoder.patch_embed.weight)
+            expected = F.linear(
+                common.patchify(normalised(clips, mean), (1, 16, 16)), encoder.patch_embed.weight
+            )
             torch.testing.assert_close(embedded(encoder, clips), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -600,25 +793,44 @@ def test_avions_classifier_is_evaluated_as_it_is(tiny, told, tmp_path, capsys):
     --actions; fine-tuning starts from it, head and all; another number of classes is refused."""
     hub_model().save_pretrained(tmp_path / "hub")
     state = as_avion(common.read_safetensors(tmp_path / "hub" / "model.safetensors"), flash=True)
-    state = {name: x for name, x in state.items() if name.startswith("module.visual.") and "projection" not in name}
+    state = {
+        name: x
+        for name, x in state.items()
+        if name.startswith("module.visual.") and "projection" not in name
+    }
     videos = avion.Narrations([told / "train.jsonl"], told / "chunks")
     classes = len(avion.Actions(lists=[videos]).names)
-    state |= {"module.fc_cls.weight": torch.randn(classes, 64), "module.fc_cls.bias": torch.randn(classes)}
-    torch.save({"state_dict": state, "epoch": 3, "args": argparse.Namespace(num_classes=classes)}, tmp_path / "cls.pt")
+    state |= {
+        "module.fc_cls.weight": torch.randn(classes, 64),
+        "module.fc_cls.bias": torch.randn(classes),
+    }
+    torch.save(
+        {"state_dict": state, "epoch": 3, "args": argparse.Namespace(num_classes=classes)},
+        tmp_path / "cls.pt",
+    )
     flags = ["--init", tmp_path / "cls.pt", "--task", "eval", "--frames", 4, "--workers", 0, "--data-root",
              told / "chunks", "--val-list", told / "train.jsonl"]  # fmt: skip
     cfg = dataclasses.replace(config(*flags), model="tiny", size=32)
     avion.main(cfg)
     ours = re.search(r"val_action ([\d.]+)", capsys.readouterr().out)
     start, ctx = avion.read_init(tmp_path / "cls.pt"), common.launch("fp32")
-    net = avion.build(dataclasses.replace(cfg, loss="cross_entropy"), start["style"], classes=classes).eval()
-    assert common.load_weights(net, avion.fit_weights(start, net, cfg), "x").count("left at init 0") == 1
-    assert isinstance(net.visual.blocks[0].mlp.act, torch.nn.GELU) and net.visual.ln_post.eps == 1e-6
+    net = avion.build(
+        dataclasses.replace(cfg, loss="cross_entropy"), start["style"], classes=classes
+    ).eval()
+    assert (
+        common.load_weights(net, avion.fit_weights(start, net, cfg), "x").count("left at init 0")
+        == 1
+    )
+    assert (
+        isinstance(net.visual.blocks[0].mlp.act, torch.nn.GELU) and net.visual.ln_post.eps == 1e-6
+    )
     clips = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
     expected = net.visual(clips) @ state["module.fc_cls.weight"].T + state["module.fc_cls.bias"]
     torch.testing.assert_close(net(clips), expected)
     features, _, _ = encode_clips(net, videos, cfg, ctx)
-    right = (net.head(features).argmax(1).numpy() == avion.Actions(lists=[videos]).labels(videos)).mean()
+    right = (
+        net.head(features).argmax(1).numpy() == avion.Actions(lists=[videos]).labels(videos)
+    ).mean()
     assert float(ours[1]) == pytest.approx(100 * right, rel=1e-3)
     with pytest.raises(UserError, match=f"--num-classes {classes}.*--actions"):
         avion.main(dataclasses.replace(cfg, val_list=str(told / "val.jsonl")))
@@ -655,14 +867,20 @@ def test_torchscript_archives_are_read_not_run(tmp_path, monkeypatch, args):
     """A module tree of parameters and buffers, half and whole precision, comes back equal; an archive whose pickle
     calls something else is refused, and nothing of it runs; a cut one too."""
     monkeypatch.chdir(tmp_path)
-    state = {"a.b.weight": torch.randn(3, 2), "a.positional_embedding": torch.arange(4.0), "w": torch.randn(2).double()}
+    state = {
+        "a.b.weight": torch.randn(3, 2),
+        "a.positional_embedding": torch.arange(4.0),
+        "w": torch.randn(2).double(),
+    }
     torch.jit.save(torch.jit.script(Tree(state)), "a.pt")
     read = avion.torchscript_weights("a.pt")
     assert read.keys() == state.keys() and all(torch.equal(read[k], state[k]) for k in state)
     assert all(read[k].dtype == state[k].dtype for k in state)
     with zipfile.ZipFile("a.pt") as old, zipfile.ZipFile("evil.pt", "w") as new:
         for name in old.namelist():
-            new.writestr(name, pickle.dumps({"x": Evil()}) if name.endswith("/data.pkl") else old.read(name))
+            new.writestr(
+                name, pickle.dumps({"x": Evil()}) if name.endswith("/data.pkl") else old.read(name)
+            )
     message = refused(*args, "--init", "evil.pt", "--out", "o")
     assert "evil.pt" in message and "system" in message and not os.path.exists("ran")
     with zipfile.ZipFile("a.pt") as old, zipfile.ZipFile("cut.pt", "w") as new:
@@ -672,10 +890,20 @@ def test_torchscript_archives_are_read_not_run(tmp_path, monkeypatch, args):
 
 
 def test_weights_of_another_width_or_vocabulary(tiny, tmp_path, args, trained):
-    message = refused(*args, "--init", trained / "best.pt", "--model", "clip_b16", "--size", 64, "--out", tmp_path)
+    message = refused(
+        *args, "--init", trained / "best.pt", "--model", "clip_b16", "--size", 64, "--out", tmp_path
+    )
     assert "best.pt" in message and "--model" in message
     (tmp_path / "m.txt").write_text("#version\n" + "\n".join(SMALL_MERGES))
-    message = refused(*args, "--init", trained / "best.pt", "--merges", tmp_path / "m.txt", "--out", tmp_path / "o")
+    message = refused(
+        *args,
+        "--init",
+        trained / "best.pt",
+        "--merges",
+        tmp_path / "m.txt",
+        "--out",
+        tmp_path / "o",
+    )
     assert "514" in message and "520" in message and "--merges" in message
     message = refused(*args, "--task", "eval", "--init", ROOT / "avion.py", "--out", tmp_path)
     assert "avion.py" in message
@@ -721,7 +949,9 @@ def test_what_is_no_checkpoint_of_ours(change, words, task, args, trained, tmp_p
     if change == "cut":
         path.write_bytes(path.read_bytes()[:4000])
     message = refused(*args, "--task", task, "--query", "x", "--init", path, *more)
-    assert message.startswith(f"error: {path}: ") and all(word in message for word in words), message
+    assert message.startswith(f"error: {path}: ") and all(word in message for word in words), (
+        message
+    )
 
 
 def test_patch_dropout_equals_dense_attention_over_the_kept(tiny):
@@ -760,7 +990,9 @@ def test_other_numbers_of_frames(tiny):
     torch.manual_seed(0)
     short, long = avion.VideoEncoder("tiny", 4, 32), avion.VideoEncoder("tiny", 16, 32)
     state = short.state_dict()
-    long.load_state_dict(state | {"temporal_embedding": avion.stretch_time(state["temporal_embedding"], 16)})
+    long.load_state_dict(
+        state | {"temporal_embedding": avion.stretch_time(state["temporal_embedding"], 16)}
+    )
     clips = torch.randint(0, 256, (2, 16, 3, 32, 32), dtype=torch.uint8)
     torch.testing.assert_close(short(clips), long(clips))
 
@@ -795,17 +1027,27 @@ def test_official_ek100_rows(tmp_path):
             ek_row(2, "put plate, bowl", 1, [2, 7]), ek_row(3, "wash cloth", 2, [17])]  # fmt: skip
     (tmp_path / "test.csv").write_text(EK + "".join(rows))
     videos = avion.Narrations([tmp_path / "test.csv"], "root")
-    assert videos.video(0) == "root/P01/P01_01.MP4" and videos.start[1] == 3723.25 and videos.end[1] == 3724
+    assert (
+        videos.video(0) == "root/P01/P01_01.MP4"
+        and videos.start[1] == 3723.25
+        and videos.end[1] == 3724
+    )
     assert videos.sentences.tolist() == [0, 2, 3] and videos.actions[videos.action[2]] == "1:2"
     expected = [[1, 0.25, 0], [1, 0.25, 0], [0.25, 1, 0], [0, 0, 1]]
     assert videos.relevancy(torch.arange(4), videos.sentences).tolist() == expected
-    (tmp_path / "test_sentence.csv").write_text("narration_id,narration\nP01_01_3,x\nP01_01_1,x\nP01_01_2,x\n")
+    (tmp_path / "test_sentence.csv").write_text(
+        "narration_id,narration\nP01_01_3,x\nP01_01_1,x\nP01_01_2,x\n"
+    )
     assert avion.Narrations([tmp_path / "test.csv"]).sentences.tolist() == [3, 1, 2]
     actions = avion.Actions(lists=[videos])
     assert actions.names == ["0:2", "1:2", "2:17"] and actions.texts[0] == ["take plate"]
     assert actions.labels(videos).tolist() == [0, 0, 1, 2]
-    (tmp_path / "n.csv").write_text(EK + ek_row(0, "wash it", 2, [5, 17]).replace(",5,['x']", ",17,['x']"))
-    assert avion.Narrations([tmp_path / "n.csv"]).actions == ["2:17"]  # the class is noun_class, whatever comes first
+    (tmp_path / "n.csv").write_text(
+        EK + ek_row(0, "wash it", 2, [5, 17]).replace(",5,['x']", ",17,['x']")
+    )
+    assert avion.Narrations([tmp_path / "n.csv"]).actions == [
+        "2:17"
+    ]  # the class is noun_class, whatever comes first
 
 
 @pytest.mark.skipif(not FORMATS.is_dir(), reason="EK-100's files are not at hand")
@@ -814,7 +1056,8 @@ def test_heads_of_the_published_files(tmp_path):
     videos = avion.Narrations([tmp_path / "t.csv"])
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     published = [
-        row["narration"] for row in csv.DictReader((FORMATS / "EPIC_100_retrieval_test_sentence_head.csv").open())
+        row["narration"]
+        for row in csv.DictReader((FORMATS / "EPIC_100_retrieval_test_sentence_head.csv").open())
     ]
     texts = [videos.text(i) for i in videos.sentences.tolist()]
     assert (
@@ -826,19 +1069,31 @@ def test_heads_of_the_published_files(tmp_path):
     for i, a in enumerate(rows):
         for j, b in enumerate(rows):
             iou = len(sets[i] & sets[j]) / len(sets[i] | sets[j])
-            assert got[i, j].item() == pytest.approx(0.5 * (a["verb_class"] == b["verb_class"]) + 0.5 * iou)
+            assert got[i, j].item() == pytest.approx(
+                0.5 * (a["verb_class"] == b["verb_class"]) + 0.5 * iou
+            )
 
 
 def test_ego4d_pickle_jsonl_csv_and_several_lists(tmp_path):
     """AVION's tuples of four and five, one or several phrasings; the same rows in other formats; two lists as one."""
-    rows = [("uid-a", 1.5, 2.5, "#C C opens a door"), ("uid-b", 0.0, 4.0, ["one", "two", "three"], [-1.0, -2.0, -3.0])]
+    rows = [
+        ("uid-a", 1.5, 2.5, "#C C opens a door"),
+        ("uid-b", 0.0, 4.0, ["one", "two", "three"], [-1.0, -2.0, -3.0]),
+    ]
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(rows))
     keys = ("video", "start", "end", "text")
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(dict(zip(keys, row))) + "\n\n" for row in rows))
-    (tmp_path / "c.csv").write_text('video,start,end,text\nuid-a,1.5,2.5,"#C C opens, a door"\nx/y.webm,0,4,one\n')
+    (tmp_path / "b.jsonl").write_text(
+        "".join(json.dumps(dict(zip(keys, row))) + "\n\n" for row in rows)
+    )
+    (tmp_path / "c.csv").write_text(
+        'video,start,end,text\nuid-a,1.5,2.5,"#C C opens, a door"\nx/y.webm,0,4,one\n'
+    )
     for name in ("a.pkl", "b.jsonl"):
         videos = avion.Narrations([tmp_path / name], "r")
-        assert [videos.video(0), videos.video(1)] == ["r/uid-a.mp4", "r/uid-b.mp4"] and not videos.classes
+        assert [videos.video(0), videos.video(1)] == [
+            "r/uid-a.mp4",
+            "r/uid-b.mp4",
+        ] and not videos.classes
         assert [videos.text(1, u) for u in (0.0, 0.4, 0.99)] == ["one", "two", "three"]
     both = avion.Narrations([tmp_path / "a.pkl", tmp_path / "c.csv"])
     assert len(both) == 4 and both.text(2) == "#C C opens, a door" and both.video(3) == "x/y.webm"
@@ -852,7 +1107,9 @@ def test_toy_list_leaves_out_what_no_picture_shows(told):
     texts = {videos.text(i) for i in range(24)}
     assert texts == {row["text"] for row in rows if row["visible"]}
     exact = (videos.relevancy(torch.arange(24), torch.arange(24)) == 1).tolist()
-    assert all(exact[i][j] == (videos.text(i) == videos.text(j)) for i in range(24) for j in range(24))
+    assert all(
+        exact[i][j] == (videos.text(i) == videos.text(j)) for i in range(24) for j in range(24)
+    )
 
 
 GOOD = '{"video": "x", "start": 0, "end": 1, "text": "a"}\n'
@@ -864,16 +1121,36 @@ GOOD = '{"video": "x", "start": 0, "end": 1, "text": "a"}\n'
         ("a.jsonl", None, ["No such file"]),
         ("a.jsonl", '{"video": "x", "start": 0, "end": 1, "text": ""}\n', ["a.jsonl:1", "empty"]),
         ("a.jsonl", '{"video": "x", "start": 0, "end": 1, "text": 7}\n', ["a.jsonl:1", "not text"]),
-        ("a.jsonl", '{"video": "x", "start": 0, "end": 1, "text": ["a", null]}\n', ["a.jsonl:1", "not text"]),
-        ("a.jsonl", '{"video": "x", "start": 2, "end": 1, "text": "a"}\n', ["a.jsonl:1", "start must be before"]),
-        ("a.jsonl", '{"video": "x", "start": NaN, "end": 1, "text": "a"}\n', ["a.jsonl:1", "start must be before"]),
+        (
+            "a.jsonl",
+            '{"video": "x", "start": 0, "end": 1, "text": ["a", null]}\n',
+            ["a.jsonl:1", "not text"],
+        ),
+        (
+            "a.jsonl",
+            '{"video": "x", "start": 2, "end": 1, "text": "a"}\n',
+            ["a.jsonl:1", "start must be before"],
+        ),
+        (
+            "a.jsonl",
+            '{"video": "x", "start": NaN, "end": 1, "text": "a"}\n',
+            ["a.jsonl:1", "start must be before"],
+        ),
         ("a.jsonl", GOOD + '\n{"video": "x"}\n' + GOOD, ["a.jsonl:3:", "KeyError"]),
         ("a.jsonl", GOOD + "{", ["a.jsonl:2:", "JSONDecodeError"]),
         ("a.jsonl", GOOD + "7\n", ["a.jsonl:2:"]),
         ("a.jsonl", GOOD.encode() + b"\xff\xfe\n", ["a.jsonl:2:", "UTF-8"]),
         ("a.jsonl", "", ["holds no narration"]),
-        ("a.csv", EK + ek_row(0, "take", 0, [1], "00:00:02.00", "00:00:01.00"), ["a.csv:2", "start must be before"]),
-        ("a.csv", EK + ek_row(0, "take", 0, [1]) + ek_row(0, "take", 0, [1], "soon"), ["a.csv:3:", "ValueError"]),
+        (
+            "a.csv",
+            EK + ek_row(0, "take", 0, [1], "00:00:02.00", "00:00:01.00"),
+            ["a.csv:2", "start must be before"],
+        ),
+        (
+            "a.csv",
+            EK + ek_row(0, "take", 0, [1]) + ek_row(0, "take", 0, [1], "soon"),
+            ["a.csv:3:", "ValueError"],
+        ),
         ("a.csv", "foo,bar\n1,2\n", ["a.csv:2:", "KeyError"]),
         ("a.csv", 'video,start,end,text\nx,0,1,"two\nlines"\n\nx,0\n', ["a.csv:5:", "TypeError"]),
         ("a.csv", 'video,start,end,text\nx,0,1,a\nx,0,1,"open\nx,0,1,a\n', ["a.csv:3:", "csv"]),
@@ -882,7 +1159,11 @@ GOOD = '{"video": "x", "start": 0, "end": 1, "text": "a"}\n'
         ("a.pkl", pickle.dumps([("x", 0.0, 1.0, "a"), ("x", 0.0)]), ["a.pkl: row 1:"]),
         ("a.pkl", pickle.dumps(7), ["a.pkl"]),
         ("a.pkl", b"\x80garbage", ["a.pkl", "nothing in it was run"]),
-        ("a.pkl", pickle.dumps([("x", 0.0, 1.0, Evil())]), ["a.pkl", "system", "nothing in it was run", ".csv"]),
+        (
+            "a.pkl",
+            pickle.dumps([("x", 0.0, 1.0, Evil())]),
+            ["a.pkl", "system", "nothing in it was run", ".csv"],
+        ),
         ("a.pkl", pickle.dumps([("x", np.float64(0), 1.0, "a")]), ["a.pkl", "refused", ".jsonl"]),
     ],
 )
@@ -902,7 +1183,17 @@ def test_a_few_rows_are_left_out_and_counted(tmp_path, told, args, capsys):
     lines.insert(3, json.dumps(row | {"start": 3.5, "end": 1.25}) + "\n")
     (tmp_path / "v.jsonl").write_text("".join(lines))
     n = sum(json.loads(line)["visible"] for line in lines)
-    flags = [*args, "--val-list", tmp_path / "v.jsonl", "--max-bad", 0, "--max-steps", 1, "--out", tmp_path / "o"]
+    flags = [
+        *args,
+        "--val-list",
+        tmp_path / "v.jsonl",
+        "--max-bad",
+        0,
+        "--max-steps",
+        1,
+        "--out",
+        tmp_path / "o",
+    ]
     avion.main(config(*flags))
     note = f"{tmp_path}/v.jsonl:4: its time is 3.5 to 1.25 s: the start must be before the end (1 such of {n} rows)"
     assert f"left out: {note}" in capsys.readouterr().out
@@ -938,9 +1229,16 @@ def test_missing_and_short_chunks(tmp_path, told, args, capsys):
     assert re.search(r"replaced by another: \S+train_00001.mp4", capsys.readouterr().out)
     (chunks / "train_00002.mp4" / "5.mp4").unlink()
     message = refused(*args, *roots, "--out", tmp_path / "o2")
-    assert all(word in message for word in ("train_00002.mp4", "no chunk holds second", "train_00001.mp4", "--max-bad"))
+    assert all(
+        word in message
+        for word in ("train_00002.mp4", "no chunk holds second", "train_00001.mp4", "--max-bad")
+    )
     for path in sorted((chunks / "train_00000.mp4").glob("*.mp4")):  # 39 of 40 frames: 4.9 s of 5
-        clip = data.read_clip(path, range(data.probe(path).num_frames - 1), 64).permute(0, 2, 3, 1).numpy()
+        clip = (
+            data.read_clip(path, range(data.probe(path).num_frames - 1), 64)
+            .permute(0, 2, 3, 1)
+            .numpy()
+        )
         path.unlink()
         data._toy_write(path, clip, 8)
     cfg = config(*args)
@@ -961,11 +1259,17 @@ def test_every_clip_has_a_sentence(tmp_path, told, args):
     assert (videos.relevancy(torch.arange(6), videos.sentences) == 1).sum(1).tolist() == [1] * 6
     (tmp_path / "test_sentence.csv").write_text("narration_id,narration\nP01_01_3,cut slice\n")
     assert avion.Narrations([tmp_path / "test.csv"]).sentences.tolist() == [3, 0, 1, 5]
-    late = ek_row(6, "wave", 1, [9], "00:00:03.00", "00:00:01.00")  # a row that the list leaves out has no sentence
+    late = ek_row(
+        6, "wave", 1, [9], "00:00:03.00", "00:00:01.00"
+    )  # a row that the list leaves out has no sentence
     (tmp_path / "late.csv").write_text(EK + "".join(rows) + late)
-    (tmp_path / "late_sentence.csv").write_text("narration_id,narration\nP01_01_6,wave\nP01_01_3,cut slice\n")
+    (tmp_path / "late_sentence.csv").write_text(
+        "narration_id,narration\nP01_01_6,wave\nP01_01_3,cut slice\n"
+    )
     assert avion.Narrations([tmp_path / "late.csv"]).sentences.tolist() == [3, 0, 1, 5]
-    twice = avion.Narrations([tmp_path / "test.csv", tmp_path / "test.csv"])  # the file is of one list, not of both
+    twice = avion.Narrations(
+        [tmp_path / "test.csv", tmp_path / "test.csv"]
+    )  # the file is of one list, not of both
     assert twice.sentences.tolist() == [0, 1, 2, 5]
 
 
@@ -973,10 +1277,15 @@ def test_what_evaluation_needs_is_opened_first(tmp_path, told, args):
     """A list of sentences that isn't the list's, videos that aren't where --val-root says: refused before training."""
     (tmp_path / "P01").mkdir()
     (tmp_path / "P01/P01_01.MP4").symlink_to(told / "chunks" / "val_00000.mp4")
-    (tmp_path / "v.csv").write_text(EK + ek_row(0, "take plate", 0, [2]) + ek_row(1, "wash cloth", 2, [17]))
+    (tmp_path / "v.csv").write_text(
+        EK + ek_row(0, "take plate", 0, [2]) + ek_row(1, "wash cloth", 2, [17])
+    )
     flags = [*args, "--val-list", tmp_path / "v.csv", "--max-steps", 1, "--out", tmp_path / "o"]
     for content, words in (
-        (b"narration_id,narration\nP09_01_0,x\n", ["v_sentence.csv", "v_sentence.csv:2", "'P09_01_0' is not in"]),
+        (
+            b"narration_id,narration\nP09_01_0,x\n",
+            ["v_sentence.csv", "v_sentence.csv:2", "'P09_01_0' is not in"],
+        ),
         (b"narration_id\n\xff\xfe", ["v_sentence.csv:2", "UTF-8"]),
         (b"id\nP01_01_0\n", ["v_sentence.csv:2", "None is not in"]),
     ):
@@ -1007,7 +1316,10 @@ def test_what_evaluation_needs_is_opened_first(tmp_path, told, args):
         (["--train-list", ""], ["--train-list is missing"]),
         (["--val-list", ""], ["--val-list is missing"]),
         (["--task", "search"], ["--query"]),
-        (["--task", "predict", "--init", "none.pt", "--input", "x.mp4"], ["none.pt", "no such checkpoint"]),
+        (
+            ["--task", "predict", "--init", "none.pt", "--input", "x.mp4"],
+            ["none.pt", "no such checkpoint"],
+        ),
         (["--loss", "cross_entropy", "--num-classes", "3806"], ["--num-classes 3806", "--actions"]),
     ],
 )
@@ -1038,7 +1350,12 @@ def test_sampling_of_a_narration(told):
         seen.append(tuple(frames))
     assert len(set(seen)) == 60
     frames, box = avion.clips_of(cfg, videos, False).plan(Clock, 3, 0, make_key(0))
-    assert frames == pytest.approx([start + (k + 0.5) * step for k in range(4)]) and box == (40, 0, 240, 240)
+    assert frames == pytest.approx([start + (k + 0.5) * step for k in range(4)]) and box == (
+        40,
+        0,
+        240,
+        240,
+    )
     long = dataclasses.replace(cfg, eval_frames=16)
     frames, _ = avion.clips_of(long, videos, False).plan(Clock, 3, 0, make_key(0))
     assert len(frames) == 16
@@ -1047,9 +1364,16 @@ def test_sampling_of_a_narration(told):
 def test_decode_then_crop_reads_the_same_clip(told, monkeypatch):
     """Fig. 8a and 8b: the same frames and box, to the scaler's rounding, across chunk boundaries too; other errors
     are the loader's own."""
-    videos, clips, plain, calls = avion.Narrations([told / "train.jsonl"], told / "chunks"), [], [], []
+    videos, clips, plain, calls = (
+        avion.Narrations([told / "train.jsonl"], told / "chunks"),
+        [],
+        [],
+        [],
+    )
     read = data.read_clip_decode_then_crop
-    monkeypatch.setattr(data, "read_clip_decode_then_crop", lambda *args: calls.append(args[0]) or read(*args))
+    monkeypatch.setattr(
+        data, "read_clip_decode_then_crop", lambda *args: calls.append(args[0]) or read(*args)
+    )
     for loader in ("fused", "decode_then_crop"):
         cfg = config("--loader", loader, "--crop")
         dataset = avion.clips_of(cfg, videos, True)
@@ -1069,7 +1393,9 @@ def test_text_of_max_margin_is_any_relevant_sentence(tmp_path):
     counts = {t: texts.count(t) for t in set(texts)}
     assert set(counts) == {"take plate", "take cup", "wash plate"} and min(counts.values()) > 40
     assert set(avion.training_texts(videos, *clips)) == {"take plate"}
-    assert set(avion.training_texts(videos, *clips, related=True, min_relevancy=0.5)) == {"take plate"}
+    assert set(avion.training_texts(videos, *clips, related=True, min_relevancy=0.5)) == {
+        "take plate"
+    }
 
 
 # ---- header, flags, recipes ------------------------------------------------------------------------------------------
@@ -1092,7 +1418,9 @@ def test_header_map_names_exist():
 
 def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """A `DECISION (word)` in the code for each word of the header's list, and none besides."""
-    listed = re.findall(r"^    (\w+) ", avion.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
+    listed = re.findall(
+        r"^    (\w+) ", avion.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE
+    )
     tagged = re.findall(r"# DECISION \((\w+)\)", (ROOT / "avion.py").read_text())
     assert set(listed) == set(tagged) and len(listed) == len(set(listed)) > 10
 
@@ -1100,7 +1428,9 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
 def test_every_flag_is_read():
     source = (ROOT / "avion.py").read_text() + (ROOT / "common.py").read_text()
     for field in dataclasses.fields(avion.Config):
-        assert re.search(rf"\bcfg\.{field.name}\b", source) or field.name in ("embed_dim",), field.name
+        assert re.search(rf"\bcfg\.{field.name}\b", source) or field.name in ("embed_dim",), (
+            field.name
+        )
 
 
 def test_recipes_only_set_known_fields_of_the_right_type():
@@ -1122,7 +1452,9 @@ def test_recipes_that_start_from_other_weights_need_them(args, tmp_path, capsys)
     assert not (tmp_path / "o").exists()
     small = {"model": "clip_toy", "size": 64, "num_classes": 0, "mixup": 0.0}
     for name in ("ego4d", "ek100_cls"):
-        cfg = config(*args, "--recipe", name, "--init", "random", "--max-steps", 1, "--out", tmp_path / name)
+        cfg = config(
+            *args, "--recipe", name, "--init", "random", "--max-steps", 1, "--out", tmp_path / name
+        )
         for _ in range(2):
             avion.main(dataclasses.replace(cfg, **small))
         out = capsys.readouterr().out
@@ -1140,7 +1472,15 @@ ROWS = {  # recipes.md P2: Tables 1-4, Fig. 6, Fig. 3; F2 and F5 need hardware, 
     "T3 B": (["--recipe", "ek100_cls"], "peak lr 0.012"),
     "T3 L": (["--recipe", "ek100_cls_l14"], "4096 patches"),
     "T4 first": (
-        ["--recipe", "ego4d", "--attention", "plain", "--loader", "decode_then_crop", "--no-grad-checkpoint"],
+        [
+            "--recipe",
+            "ego4d",
+            "--attention",
+            "plain",
+            "--loader",
+            "decode_then_crop",
+            "--no-grad-checkpoint",
+        ],
         "in 24 GB: 32,",  # of 2, 4, 8 ... 256 clips; the paper ran 64 a GPU, and 256 did not fit
     ),
     "T4 last": (["--recipe", "ego4d"], "in 24 GB: 256,"),
@@ -1169,7 +1509,13 @@ def test_memory_of_the_papers_batch(capsys):
     with torch.device("meta"):
         net = avion.build(cfg, "clip")
     used, fitting = [], []
-    for change in ({}, {"grad_checkpoint": False}, {"gpus": 16}, {"gpu_gb": ("11",)}, {"precision": "fp32"}):
+    for change in (
+        {},
+        {"grad_checkpoint": False},
+        {"gpus": 16},
+        {"gpu_gb": ("11",)},
+        {"precision": "fp32"},
+    ):
         changed = dataclasses.replace(cfg, **change)
         common.print_memory(changed, [avion.memory(changed, net, 785)])
         used.append(float(re.search(r"([\d.]+) GB a GPU", line := capsys.readouterr().out)[1]))
@@ -1192,9 +1538,16 @@ def test_rows_of_other_programs(capsys):
 
     import tpt_mae
 
-    tpt_mae.main(common.parse(tpt_mae.Config, tpt_mae.RECIPES, ["--plan", "--recipe", "videomae_k400"]))
-    assert "16" in capsys.readouterr().out and "tpt_mae.py with one stage of 16 frames" in avion.__doc__
-    assert all(f"    {name} " in bench_avion.__doc__ for name in ("table4", "fig3", "fig4", "fig5", "fig7"))
+    tpt_mae.main(
+        common.parse(tpt_mae.Config, tpt_mae.RECIPES, ["--plan", "--recipe", "videomae_k400"])
+    )
+    assert (
+        "16" in capsys.readouterr().out
+        and "tpt_mae.py with one stage of 16 frames" in avion.__doc__
+    )
+    assert all(
+        f"    {name} " in bench_avion.__doc__ for name in ("table4", "fig3", "fig4", "fig5", "fig7")
+    )
     assert "Fig. 2 is" in bench_avion.__doc__ and "Figs. 2 and 5 need 8 GPUs" in avion.__doc__
     avion.main(config("--plan", "--recipe", "ego4d", "--batch-size", 1024))
     assert "up to 15.6 s" in capsys.readouterr().out
@@ -1218,7 +1571,8 @@ CHOICES = [
     [f"--{field.name.replace('_', '-')}", choice]
     for field in dataclasses.fields(avion.Config)
     for choice in field.metadata["choices"] or ()
-    if field.name != "task" and choice not in ("flash", "clip_b16", "clip_l14")  # no GPU here; too large for a test
+    if field.name != "task"
+    and choice not in ("flash", "clip_b16", "clip_l14")  # no GPU here; too large for a test
 ]
 CLS = ["--recipe", "toy_cls", "--init", ""]
 
@@ -1243,27 +1597,64 @@ def test_every_choice_trains_a_step(flags, args, tmp_path):
 
 def test_frozen_and_learned_temperature(args, tmp_path):
     """Frozen it stays at 0.07; learned it moves, and is clamped at 0.01."""
-    for name, flags in (("frozen", ["--freeze-temperature"]), ("hot", ["--lr", "9", "--warmup-epochs", "0"])):
+    for name, flags in (
+        ("frozen", ["--freeze-temperature"]),
+        ("hot", ["--lr", "9", "--warmup-epochs", "0"]),
+    ):
         with pytest.MonkeyPatch.context() as patch:
             if name == "hot":  # everything pulls at the temperature alone
-                patch.setattr(common, "contrastive_loss", lambda v, t, scale, same: 0 * (v + t).sum(1) - scale.log())
+                patch.setattr(
+                    common,
+                    "contrastive_loss",
+                    lambda v, t, scale, same: 0 * (v + t).sum(1) - scale.log(),
+                )
             avion.main(config(*args, "--max-steps", 2, "--out", tmp_path / name, *flags))
     values = {n: torch.load(tmp_path / n / "last.pt", weights_only=True)["model"]["logit_scale"].item()
               for n in ("frozen", "hot")}  # fmt: skip
-    assert values["frozen"] == pytest.approx(math.log(1 / 0.07)) and values["hot"] == pytest.approx(math.log(100))
+    assert values["frozen"] == pytest.approx(math.log(1 / 0.07)) and values["hot"] == pytest.approx(
+        math.log(100)
+    )
 
 
 def test_text_lr_is_of_the_text_encoder_only(args, tmp_path):
     """--text-lr 0: after two steps its weights are as built, weight decay included; all others' rate is the run's."""
-    avion.main(config(*args, "--max-steps", 2, "--warmup-epochs", 0, "--text-lr", 0, "--out", tmp_path / "still"))
-    avion.main(config(*args, "--max-steps", 2, "--warmup-epochs", 0, "--text-lr", 0.5, "--out", tmp_path / "half"))
+    avion.main(
+        config(
+            *args,
+            "--max-steps",
+            2,
+            "--warmup-epochs",
+            0,
+            "--text-lr",
+            0,
+            "--out",
+            tmp_path / "still",
+        )
+    )
+    avion.main(
+        config(
+            *args,
+            "--max-steps",
+            2,
+            "--warmup-epochs",
+            0,
+            "--text-lr",
+            0.5,
+            "--out",
+            tmp_path / "half",
+        )
+    )
     still, half = (torch.load(tmp_path / name / "last.pt") for name in ("still", "half"))
     torch.manual_seed(0)
     built = avion.build(config(*args), "clip", 514).state_dict()
     text = {k for k in built if k.startswith("textual.")}
     assert text and all(torch.equal(still["model"][k], built[k]) for k in text)
-    assert not torch.equal(still["model"]["visual.patch_embed.weight"], built["visual.patch_embed.weight"])
-    assert not torch.equal(half["model"]["textual.token_embedding.weight"], built["textual.token_embedding.weight"])
+    assert not torch.equal(
+        still["model"]["visual.patch_embed.weight"], built["visual.patch_embed.weight"]
+    )
+    assert not torch.equal(
+        half["model"]["textual.token_embedding.weight"], built["textual.token_embedding.weight"]
+    )
     rates = {g["lr"] for g in half["optimizer"]["param_groups"]}
     assert len(rates) == 2 and min(rates) == pytest.approx(0.5 * max(rates))
 
@@ -1271,7 +1662,19 @@ def test_text_lr_is_of_the_text_encoder_only(args, tmp_path):
 def test_learning_rates(args, tmp_path):
     """App. B.2: from 1e-6 in a line to the peak in the first epoch, then a cosine to the end; B.1: fixed."""
     avion.main(
-        config(*args, "--epochs", 2, "--lr", 1e-3, "--start-lr", 1e-4, "--min-lr", 5e-4, "--out", tmp_path / "a")
+        config(
+            *args,
+            "--epochs",
+            2,
+            "--lr",
+            1e-3,
+            "--start-lr",
+            1e-4,
+            "--min-lr",
+            5e-4,
+            "--out",
+            tmp_path / "a",
+        )
     )
     rates = [r["lr"] for r in records(tmp_path / "a") if "lr" in r]
     expected = [1e-4 + 9e-4 * s / 6 for s in range(6)] + [
@@ -1284,7 +1687,16 @@ def test_learning_rates(args, tmp_path):
 
 def test_kill_and_resume_is_exact(args, tmp_path, monkeypatch):
     """4 steps = 2 steps, SIGTERM, 2 more, bit for bit, with micro-batches, patch dropout and drop path."""
-    flags = [*args, "--max-steps", "4", "--micro-batch", "2", "--drop-path", "0.2", "--no-freeze-temperature"]
+    flags = [
+        *args,
+        "--max-steps",
+        "4",
+        "--micro-batch",
+        "2",
+        "--drop-path",
+        "0.2",
+        "--no-freeze-temperature",
+    ]
     avion.main(config(*flags, "--out", tmp_path / "whole"))
     with monkeypatch.context() as patch:
         advance = common.Run.advance
@@ -1295,7 +1707,10 @@ def test_kill_and_resume_is_exact(args, tmp_path, monkeypatch):
     assert end.value.code == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "cut/last.pt", weights_only=True)["at"]["step"] == 2
     avion.main(config(*flags, "--out", tmp_path / "cut"))
-    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("whole", "cut"))
+    a, b = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
+        for name in ("whole", "cut")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     numbers = [[{k: r.get(k) for k in ("step", "loss", "val_map", "val_action")} for r in records(tmp_path / n)]
                for n in ("whole", "cut")]  # fmt: skip
@@ -1340,7 +1755,10 @@ def same_gradient(one, other, overall=1e-6):
     difference = [a - b for a, b in zip(one, other, strict=True)]
     print("relative gradient difference", norm(difference) / norm(one))
     assert norm(difference) <= overall * norm(one)
-    assert all(norm([d]) <= 1e-5 * max(norm([g]), 1e-3 * norm(one)) for d, g in zip(difference, one, strict=True))
+    assert all(
+        norm([d]) <= 1e-5 * max(norm([g]), 1e-3 * norm(one))
+        for d, g in zip(difference, one, strict=True)
+    )
 
 
 MIXED = ["--recipe", "toy_cls", "--init", "", "--mixup", "0.8", "--cutmix", "1", "--dropout", "0.5"]
@@ -1354,13 +1772,22 @@ def test_ranks_and_micro_batches_give_the_same_gradient(args, told, tmp_path, tr
     lists = ["--val-list", told / "val.jsonl", "--data-root", told / "chunks", "--workers", 0]
     evaluation = ["--task", "eval", *lists, "--init", trained / "best.pt"]
     cases = {"two": [], "both": micro, "two-mixed": MIXED, "both-mixed": [*MIXED, *micro]}
-    jobs = [[*flags, *extra, "--out", tmp_path / name] for name, extra in cases.items()] + [evaluation]
+    jobs = [[*flags, *extra, "--out", tmp_path / name] for name, extra in cases.items()] + [
+        evaluation
+    ]
     jobs = json.dumps([[str(word) for word in job] for job in jobs])
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT), jobs=jobs))
-    process = command("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", tmp_path / "driver.py")
-    one, mixed = (gradients(*flags, *extra, "--out", tmp_path / "one") for extra in ([], [*MIXED, "--overwrite"]))
+    process = command(
+        "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", tmp_path / "driver.py"
+    )
+    one, mixed = (
+        gradients(*flags, *extra, "--out", tmp_path / "one")
+        for extra in ([], [*MIXED, "--overwrite"])
+    )
     same_gradient(one, gradients(*flags, *micro, "--out", tmp_path / "four"))
-    same_gradient(mixed, gradients(*flags, *MIXED, *micro, "--out", tmp_path / "four", "--overwrite"))
+    same_gradient(
+        mixed, gradients(*flags, *MIXED, *micro, "--out", tmp_path / "four", "--overwrite")
+    )
     capsys.readouterr()
     avion.main(config(*evaluation))
     alone = capsys.readouterr().out
@@ -1368,24 +1795,35 @@ def test_ranks_and_micro_batches_give_the_same_gradient(args, told, tmp_path, tr
     assert process.returncode == 0, err
     for name in cases:
         same_gradient(
-            mixed if "mixed" in name else one, torch.load(tmp_path / name / "gradients.pt", weights_only=True)
+            mixed if "mixed" in name else one,
+            torch.load(tmp_path / name / "gradients.pt", weights_only=True),
         )
-    assert len(one) > 60 and "val_clips 8" in alone and "val_unread 0" in alone and out.endswith(alone)
+    assert (
+        len(one) > 60 and "val_clips 8" in alone and "val_unread 0" in alone and out.endswith(alone)
+    )
 
 
 def test_micro_batches_of_the_max_margin_loss(args, tmp_path):
     """To 3e-6 overall (1.2e-6 measured)."""
     flags = [*args, "--recipe", "toy_mir", "--init", "", "--batch-size", 8, "--patch-dropout", 0.5]
-    same_gradient(*(gradients(*flags, "--micro-batch", n, "--out", tmp_path / str(n)) for n in (8, 2)), 3e-6)
+    same_gradient(
+        *(gradients(*flags, "--micro-batch", n, "--out", tmp_path / str(n)) for n in (8, 2)), 3e-6
+    )
 
 
 def test_loading_overlaps_with_the_step(args, tmp_path, monkeypatch):
     """data_wait below 5 % on the toy's chunks, with one loader process, where a step takes three times its loading."""
-    avion.main(config(*args, "--max-steps", 3, "--out", tmp_path / "alone"))  # no process: all loading is waiting
+    avion.main(
+        config(*args, "--max-steps", 3, "--out", tmp_path / "alone")
+    )  # no process: all loading is waiting
     log = [r for r in records(tmp_path / "alone") if "data_wait" in r]
-    loading = max(r["data_wait"] * 4 / r["clips_per_second"] for r in log)  # seconds of a batch of 4
+    loading = max(
+        r["data_wait"] * 4 / r["clips_per_second"] for r in log
+    )  # seconds of a batch of 4
     step = common.cached_step
-    monkeypatch.setattr(common, "cached_step", lambda *parts: (time.sleep(max(0.3, 3 * loading)), step(*parts))[1])
+    monkeypatch.setattr(
+        common, "cached_step", lambda *parts: (time.sleep(max(0.3, 3 * loading)), step(*parts))[1]
+    )
     avion.main(config(*args, "--workers", 1, "--max-steps", 6, "--out", tmp_path / "ahead"))
     waits = [r["data_wait"] for r in records(tmp_path / "ahead") if "data_wait" in r]
     assert len(waits) == 6 and np.median(waits[2:]) < 0.05, waits
@@ -1440,8 +1878,17 @@ def test_recipes_of_the_paper_train_on_published_formats(told, tmp_path):
 def trained(told, tmp_path_factory):
     """A run folder of a few dozen steps on the small toy set, through the real command line."""
     out = tmp_path_factory.mktemp("trained")
-    lists = ["--train-list", told / "train.jsonl", "--val-list", told / "val.jsonl", "--data-root", told / "chunks"]
-    process = command("avion.py", *lists, *RUN, "--batch-size", 8, "--epochs", 16, "--eval-every", 8, "--out", out)
+    lists = [
+        "--train-list",
+        told / "train.jsonl",
+        "--val-list",
+        told / "val.jsonl",
+        "--data-root",
+        told / "chunks",
+    ]
+    process = command(
+        "avion.py", *lists, *RUN, "--batch-size", 8, "--epochs", 16, "--eval-every", 8, "--out", out
+    )
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert "bytes" in stdout and "complete: val_map" in stdout
@@ -1459,8 +1906,19 @@ def test_training_lowers_the_loss(trained):
 
 
 def test_eval_features_search_predict(trained, told, cli):
-    lists = ["--val-list", told / "val.jsonl", "--data-root", told / "chunks", "--workers", 0, "--out", trained]
-    code, stdout, err = cli("avion.py", "--task", "search", "--query", "a red square moves left", *lists)
+    lists = [
+        "--val-list",
+        told / "val.jsonl",
+        "--data-root",
+        told / "chunks",
+        "--workers",
+        0,
+        "--out",
+        trained,
+    ]
+    code, stdout, err = cli(
+        "avion.py", "--task", "search", "--query", "a red square moves left", *lists
+    )
     assert code == 0, err
     found = re.findall(r"^(-?[\d.]+) +([\d.]+) - ([\d.]+) s  (\S+)$", stdout, re.MULTILINE)
     assert 5 <= len(found) <= 10 and all(path.endswith("val_00000.mp4") for *_, path in found)
@@ -1475,7 +1933,9 @@ def test_tasks_in_process(trained, told, tmp_path, capsys):
     avion.main(config("--task", "eval", "--init", trained / "best.pt", *lists))
     best = torch.load(trained / "best.pt", weights_only=True)["at"]["best"]
     assert f"val_map {best:.4g}" in capsys.readouterr().out
-    avion.main(config("--task", "features", "--init", trained / "best.pt", "--out", tmp_path, *lists))
+    avion.main(
+        config("--task", "features", "--init", trained / "best.pt", "--out", tmp_path, *lists)
+    )
     features = np.load(tmp_path / "features.npy")
     assert features.shape == (8, 64) and np.abs(np.linalg.norm(features, axis=1) - 1).max() < 1e-5
     video = min((told / "videos").glob("val*.mp4"))
@@ -1483,7 +1943,9 @@ def test_tasks_in_process(trained, told, tmp_path, capsys):
     avion.main(config("--task", "predict", "--init", trained / "best.pt", "--input", video, *lists))
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"{video}: ") and len(re.findall(r"[\d.]+ %", line)) == 5
-    message = refused("--task", "search", "--query", "x", "--init", trained / "best.pt", "--input", "gone.mp4")
+    message = refused(
+        "--task", "search", "--query", "x", "--init", trained / "best.pt", "--input", "gone.mp4"
+    )
     assert "--input" in message and "gone.mp4" in message
 
 
@@ -1493,21 +1955,51 @@ def test_fine_tuning_from_a_pretrained_run(trained, told, args, tmp_path, capsys
         avion.main(config("--recipe", recipe, "--init", trained / "best.pt", *args, "--max-steps", 2,
                           "--out", tmp_path / recipe))  # fmt: skip
         assert left in capsys.readouterr().out
-    avion.main(config("--task", "eval", "--recipe", "toy_cls", "--init", tmp_path / "toy_cls/best.pt", *args[2:]))
+    avion.main(
+        config(
+            "--task",
+            "eval",
+            "--recipe",
+            "toy_cls",
+            "--init",
+            tmp_path / "toy_cls/best.pt",
+            *args[2:],
+        )
+    )
     assert "val_action" in capsys.readouterr().out
     video = min((told / "videos").glob("val*.mp4"))
-    avion.main(config("--task", "predict", "--init", tmp_path / "toy_cls/best.pt", "--workers", 0, "--input", video))
+    avion.main(
+        config(
+            "--task",
+            "predict",
+            "--init",
+            tmp_path / "toy_cls/best.pt",
+            "--workers",
+            0,
+            "--input",
+            video,
+        )
+    )
     line = capsys.readouterr().out.strip()
     assert line.startswith(f"{video}: ") and len(re.findall(r":\w+ \w+ [\d.]+ %", line)) == 5, line
-    message = refused("--task", "search", "--query", "x", "--init", tmp_path / "toy_cls/best.pt", *args[2:])
+    message = refused(
+        "--task", "search", "--query", "x", "--init", tmp_path / "toy_cls/best.pt", *args[2:]
+    )
     assert "text encoder" in message
 
 
 def test_zero_shot_by_hand(told, trained):
     """The class of a clip is that of the mean narration feature it is closest to; verbs and nouns add actions' shares.
     On the training clips, which this small model knows."""
-    cfg, state, ctx = config("--workers", 0), avion.read_init(trained / "best.pt"), common.launch("fp32")
-    tokenizer, videos = avion.BPETokenizer(), avion.Narrations([told / "train.jsonl"], told / "chunks")
+    cfg, state, ctx = (
+        config("--workers", 0),
+        avion.read_init(trained / "best.pt"),
+        common.launch("fp32"),
+    )
+    tokenizer, videos = (
+        avion.BPETokenizer(),
+        avion.Narrations([told / "train.jsonl"], told / "chunks"),
+    )
     net = avion.build(cfg, "clip", tokenizer.size)
     net.load_state_dict(state["model"])
     actions = avion.Actions(lists=[videos])
@@ -1529,7 +2021,9 @@ def test_zero_shot_by_hand(told, trained):
                 totals[str(part(name))] = totals.get(str(part(name)), 0) + share
             right += max(totals, key=totals.get) == str(part(videos.text(i)))
         assert result[key] == pytest.approx(100 * right / 24), key
-    assert read.all() and result["val_noun"] > 50 > 100 / len({str(parts["val_noun"](name)) for name in names})
+    assert read.all() and result["val_noun"] > 50 > 100 / len(
+        {str(parts["val_noun"](name)) for name in names}
+    )
 
 
 def test_unread_clips_are_left_out(trained, told, tmp_path, capsys):
@@ -1567,7 +2061,9 @@ def test_bench_prints_the_papers_tables(told, capsys, monkeypatch):
     assert len(fig4) == 6 and [fig4[i][-2:] for i in (0, -1)] == [["39.4", "28"], ["62.8", "304"]]
     for shape in ("joint", "divided"):
         assert saved[shape, "plain"] > saved[shape, "efficient"] > saved[shape, "recomputed"]
-    assert len(fig5) == 2 and all(float(row[2]) * float(row[4]) == pytest.approx(1000, rel=0.02) for row in fig5)
+    assert len(fig5) == 2 and all(
+        float(row[2]) * float(row[4]) == pytest.approx(1000, rel=0.02) for row in fig5
+    )
     assert [row[-2:] for row in fig7] == [["0.74", "2.4"], ["0.25", "1.55"]]
     assert merges == "bytes" and min(map(float, (new, known, seconds, memory))) > 0
 
@@ -1584,8 +2080,13 @@ def test_keyed_dropout(tiny):
     torch.manual_seed(0)
     encoder = avion.VideoEncoder("tiny", 1, 32)
     net = avion.VideoClassifier(encoder, 3, dropout=0.5)
-    clips, keys = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8), make_key(torch.arange(2))
+    clips, keys = (
+        torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8),
+        make_key(torch.arange(2)),
+    )
     mask = (uniform(keys, "dropout", 64) >= 0.5).float() * 2
-    torch.testing.assert_close(net(clips, keys), net.head(encoder(clips) * mask), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        net(clips, keys), net.head(encoder(clips) * mask), atol=1e-5, rtol=1e-5
+    )
     torch.testing.assert_close(net(clips[1:], keys[1:]), net(clips, keys)[1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(net(clips), net.head(encoder(clips)), atol=1e-6, rtol=1e-6)

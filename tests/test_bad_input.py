@@ -35,7 +35,10 @@ def test_numbers_beyond_64_bits(flag, capsys):
     """No tensor and no generator holds them."""
     with pytest.raises(SystemExit) as end:
         run(flag, str(2**63))
-    assert end.value.code == 2 and capsys.readouterr().err == f"error: argument {flag}: {2**63} has more than 64 bits\n"
+    assert (
+        end.value.code == 2
+        and capsys.readouterr().err == f"error: argument {flag}: {2**63} has more than 64 bits\n"
+    )
     assert common.parse(turbo.Config, turbo.RECIPES, [flag, str(2**63 - 1)])
 
 
@@ -76,7 +79,12 @@ def test_impossible_flags(flags, words, toy_args, tmp_path):
 
 def test_unknown_flag_recipe_and_type(fails, capsys):
     """Status 2, the choices listed: once through the real command line, then in this process."""
-    fails(["turbo.py", "--mask-ration", "0.5"], "did you mean --mask-ratio", "--weight-decay", status=2)
+    fails(
+        ["turbo.py", "--mask-ration", "0.5"],
+        "did you mean --mask-ratio",
+        "--weight-decay",
+        status=2,
+    )
     for flag, wrong, *words in (
         ("--recipe", "imagenet", "toy", "ucf101"),
         ("--epochs", "many", "many"),
@@ -135,7 +143,9 @@ def write(path, n=8, audio=False):
     with av.open(str(path), "w", format="mp4") as file:
         if audio:
             stream = file.add_stream("aac", rate=44100, layout="mono")
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 44100), np.float32), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 44100), np.float32), format="fltp", layout="mono"
+            )
             frame.rate = 44100
             file.mux(stream.encode(frame))
         else:
@@ -143,7 +153,11 @@ def write(path, n=8, audio=False):
             stream.width = stream.height = 64
             for i in range(n):
                 file.mux(
-                    stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 5 * i, np.uint8), format="rgb24"))
+                    stream.encode(
+                        av.VideoFrame.from_ndarray(
+                            np.full((64, 64, 3), 5 * i, np.uint8), format="rgb24"
+                        )
+                    )
                 )
         file.mux(stream.encode())
 
@@ -161,7 +175,9 @@ def bad_videos(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["missing", "zero", "text", "audio", "truncated", "folder", "short"])
+@pytest.mark.parametrize(
+    "name", ["missing", "zero", "text", "audio", "truncated", "folder", "short"]
+)
 def test_bad_video(name, bad_videos):
     """Each kind is a failure that names the video: replaced in training, left out and counted in evaluation."""
     cfg = common.parse(turbo.Config, turbo.RECIPES, [])
@@ -170,14 +186,23 @@ def test_bad_video(name, bad_videos):
     for replace in (True, False):
         dataset = turbo.clips_of(cfg, videos, None if replace else (1, 1))
         batch = data.collate([dataset[0, 0], dataset[0, 1]])
-        assert batch.failures and all(f"{name}.mp4" in line and "\n" not in line for line in batch.failures)
+        assert batch.failures and all(
+            f"{name}.mp4" in line and "\n" not in line for line in batch.failures
+        )
         assert batch.index.tolist() == ([1, 1] if replace else [1])
         assert batch.clips.float().std() > 1  # the good one, not black
 
 
 def test_nothing_readable(bad_videos, toy_args, tmp_path):
     (bad_videos / "all.csv").write_text("zero.mp4,left\ntext.mp4,right\n" * 8)
-    lists = ["--train-list", bad_videos / "all.csv", "--val-list", bad_videos / "all.csv", "--data-root", bad_videos]
+    lists = [
+        "--train-list",
+        bad_videos / "all.csv",
+        "--val-list",
+        bad_videos / "all.csv",
+        "--data-root",
+        bad_videos,
+    ]
     message = refused(*toy_args, *lists, "--num-classes", 0, "--out", tmp_path)
     assert "zero.mp4" in message and "--max-bad" in message
 
@@ -200,7 +225,10 @@ def test_predict_names_the_bad_video(bad_videos, toy_args, tmp_path):
 
 def test_two_classes(toy, toy_args, tmp_path):
     """Top-k with k > classes must not crash: it is top-2 then."""
-    lines = [line.split(",")[0] + f",{i % 2}" for i, line in enumerate((toy / "train.csv").read_text().splitlines())]
+    lines = [
+        line.split(",")[0] + f",{i % 2}"
+        for i, line in enumerate((toy / "train.csv").read_text().splitlines())
+    ]
     (tmp_path / "two.csv").write_text("\n".join(lines))
     lists = ["--train-list", tmp_path / "two.csv", "--val-list", tmp_path / "two.csv"]
     run(*toy_args, *lists, "--num-classes", 2, "--max-steps", 1, "--out", tmp_path / "run")
@@ -222,7 +250,10 @@ class Malice:
 
 @pytest.mark.parametrize("flag", ["--init", "--resume"])
 def test_malicious_pickle_is_refused(flag, toy_args, tmp_path):
-    for name, save in (("a.pt", torch.save), ("b.pt", lambda x, path: path.write_bytes(pickle.dumps(x)))):
+    for name, save in (
+        ("a.pt", torch.save),
+        ("b.pt", lambda x, path: path.write_bytes(pickle.dumps(x))),
+    ):
         save({"model": Malice(tmp_path / "hacked")}, tmp_path / name)
         message = refused(*toy_args, flag, tmp_path / name, "--out", tmp_path / name[0])
         assert name in message and "refused" in message and not (tmp_path / "hacked").exists()
@@ -251,7 +282,9 @@ def test_run_folder_of_another_run(toy_args, tmp_path):
     run(*toy_args, "--max-steps", 1, "--out", tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
     message = refused(*toy_args, "--max-steps", 1, "--out", tmp_path, "--lr", "0.5", "--seed", 3)
-    assert "--lr 0.001 -> 0.5" in message and "--seed 0 -> 3" in message and "--overwrite" in message
+    assert (
+        "--lr 0.001 -> 0.5" in message and "--seed 0 -> 3" in message and "--overwrite" in message
+    )
     assert (tmp_path / "last.pt").read_bytes() == before
     run(*toy_args, "--max-steps", 1, "--out", tmp_path, "--workers", 1, "--micro-batch", 2)
     assert (tmp_path / "last.pt").read_bytes() == before

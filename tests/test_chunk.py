@@ -38,14 +38,32 @@ def picture(i, w=W, h=H):
 def number(clip):
     """The number that each frame of a clip [T, 3, h, w] shows."""
     h, w = clip.shape[2:]
-    blocks = torch.stack([clip[:, 0, (2 * bit + 1) * h // 16, w // 6] for bit in range(8)], -1)  # [T, 8]
+    blocks = torch.stack(
+        [clip[:, 0, (2 * bit + 1) * h // 16, w // 6] for bit in range(8)], -1
+    )  # [T, 8]
     return [sum(1 << bit for bit in range(8) if row[bit] > 120) for row in blocks.tolist()]
 
 
-def make(path, n=N, w=W, h=H, pix="yuv420p", pts=None, turn=None, tags=(), codec="libx264", sound=False, **options):
+def make(
+    path,
+    n=N,
+    w=W,
+    h=H,
+    pix="yuv420p",
+    pts=None,
+    turn=None,
+    tags=(),
+    codec="libx264",
+    sound=False,
+    **options,
+):
     """Write a video at 25 frames a second, or at the given times in 1/1000 s."""
     with av.open("file:" + os.fspath(path), "w") as out:
-        options = {"preset": "veryfast", "g": "20", "crf": "12"} | options if codec == "libx264" else options
+        options = (
+            {"preset": "veryfast", "g": "20", "crf": "12"} | options
+            if codec == "libx264"
+            else options
+        )
         stream = out.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = w, h, pix
         stream.codec_context.time_base = Fraction(1, 1000 if pts else 25)
@@ -62,7 +80,9 @@ def make(path, n=N, w=W, h=H, pix="yuv420p", pts=None, turn=None, tags=(), codec
             frame = av.VideoFrame.from_ndarray(picture(i, w, h), "rgb24")
             tag = dict(tags)
             frame = frame.reformat(
-                format=pix, dst_colorspace=tag.get("colorspace"), dst_color_range=tag.get("color_range")
+                format=pix,
+                dst_colorspace=tag.get("colorspace"),
+                dst_color_range=tag.get("color_range"),
             )
             frame.pts = pts[i] if pts else i
             out.mux(stream.encode(frame))
@@ -72,7 +92,10 @@ def make(path, n=N, w=W, h=H, pix="yuv420p", pts=None, turn=None, tags=(), codec
 
 def chunks(folder):
     """{start second: Video} of a video's folder, closed later by the garbage collector."""
-    return {int(path.stem): data.Video(path) for path in sorted(folder.glob("*.mp4"), key=lambda p: int(p.stem))}
+    return {
+        int(path.stem): data.Video(path)
+        for path in sorted(folder.glob("*.mp4"), key=lambda p: int(p.stem))
+    }
 
 
 def assert_cut(source, folder, seconds, short_side):
@@ -92,18 +115,24 @@ def assert_cut(source, folder, seconds, short_side):
         assert min(width, height) == min(short_side, min(info[:2]) // 2 * 2)
         assert abs(width / height - info.width / info.height) < 2 / min(width, height)
         clip = video.read(range(len(mine)), (H, W))
-        apart = (clip.float()[:, None] - frames.float()).abs().mean((2, 3, 4))  # [T of the chunk, T of the source]
+        apart = (
+            (clip.float()[:, None] - frames.float()).abs().mean((2, 3, 4))
+        )  # [T of the chunk, T of the source]
         assert apart.argmin(1).tolist() == mine.tolist()
         assert apart.amin(1).max() < 6, "other colours"
         with av.open(str(folder / f"{start}.mp4")) as file:
             assert [stream.type for stream in file.streams] == ["video"]
-            assert (file.streams[0].width, file.streams[0].height) == (width, height), "rotation is applied"
+            assert (file.streams[0].width, file.streams[0].height) == (width, height), (
+                "rotation is applied"
+            )
             assert file.streams[0].codec_context.pix_fmt in ("yuv420p", "yuvj420p")
     return made
 
 
 NTSC = [round(i * 1001 / 30) for i in range(N)]
-PAUSES = [500 + 40 * i + 5300 * (i > 20) + 2100 * (i > 50) for i in range(N)]  # starts late, stands still twice
+PAUSES = [
+    500 + 40 * i + 5300 * (i > 20) + 2100 * (i > 50) for i in range(N)
+]  # starts late, stands still twice
 VFR = np.cumsum(np.random.default_rng(0).choice([20, 40, 90, 180], N)).tolist()
 SOURCES = {  # name: what make() is told
     "p/P01.MP4": {"sound": True},
@@ -121,7 +150,10 @@ SOURCES = {  # name: what make() is told
     "rgb.mp4": {"codec": "libx264rgb", "pix": "rgb24", "crf": "0"},
     "old.avi": {"codec": "mpeg4", "qmin": "2", "qmax": "4"},
     "one.mp4": {"n": 1},
-    "open gop.mp4": {"codec": "libx265", "x265-params": "log-level=none:keyint=20:bframes=3:crf=12:pools=none"},
+    "open gop.mp4": {
+        "codec": "libx265",
+        "x265-params": "log-level=none:keyint=20:bframes=3:crf=12:pools=none",
+    },
     "odd and small.mp4": {"w": 43, "h": 35, "pix": "yuv444p"},
 }
 
@@ -140,7 +172,9 @@ def cut(tmp_path_factory):
 @pytest.mark.parametrize("name", SOURCES)
 def test_frames_times_colours(cut, name):
     made = assert_cut(cut / "src" / name, (cut / "dst" / name).with_suffix(".mp4"), 1, 48)
-    assert len(made) == {"vfr.mp4": len(made), "one.mp4": 1, "pauses.mp4": 5, "stream.ts": 5}.get(name, 3)
+    assert len(made) == {"vfr.mp4": len(made), "one.mp4": 1, "pauses.mp4": 5, "stream.ts": 5}.get(
+        name, 3
+    )
 
 
 def shown(video, second):
@@ -151,17 +185,32 @@ def shown(video, second):
         return None
 
 
-@pytest.mark.parametrize("name", ["p/P01.MP4", "vfr.mp4", "ntsc.mkv", "pauses.mp4", "stream.ts", "old.avi", "one.mp4"])
+@pytest.mark.parametrize(
+    "name", ["p/P01.MP4", "vfr.mp4", "ntsc.mkv", "pauses.mp4", "stream.ts", "old.avi", "one.mp4"]
+)
 def test_a_second_of_the_chunks_is_that_of_the_whole(cut, name):
     """Any time shows the frame that the whole video shows at it, or is an error in both."""
     n = SOURCES[name].get("n", N)
     stamps = np.array(SOURCES[name].get("pts") or range(0, 40 * n, 40)) / 1000  # [n]
     stamps -= stamps[0]
     r = np.random.default_rng(0)
-    seconds = [-0.1, *r.uniform(0, stamps[-1] + 0.6, 60), *stamps[::5], *(stamps[::5] - 0.002), *(np.arange(5) + 1e-5)]
-    with data.Video(cut / "src" / name) as whole, data.Chunks((cut / "dst" / name).with_suffix(".mp4")) as parts:
+    seconds = [
+        -0.1,
+        *r.uniform(0, stamps[-1] + 0.6, 60),
+        *stamps[::5],
+        *(stamps[::5] - 0.002),
+        *(np.arange(5) + 1e-5),
+    ]
+    with (
+        data.Video(cut / "src" / name) as whole,
+        data.Chunks((cut / "dst" / name).with_suffix(".mp4")) as parts,
+    ):
         for second in seconds:
-            want = max(0, sum(stamps <= second + 1e-3) - 1) if second < whole.info.duration + 0.25 else None
+            want = (
+                max(0, sum(stamps <= second + 1e-3) - 1)
+                if second < whole.info.duration + 0.25
+                else None
+            )
             assert shown(parts, second) == want, second
         first = np.cumsum([0, *(parts._chunk(k).info.num_frames for k in range(len(parts.names)))])
         ticks = np.arange(-100, 1000 * whole.info.duration + 300) / 1000
@@ -201,7 +250,10 @@ def test_chunk_that_is_missing_or_changed(cut, tmp_path):
                 if packet.size:
                     packet.stream = copy
                     b.mux(packet)
-    with data.Chunks(tmp_path / "v") as parts, pytest.raises(data.VideoError, match="9.mp4: .*cut it again"):
+    with (
+        data.Chunks(tmp_path / "v") as parts,
+        pytest.raises(data.VideoError, match="9.mp4: .*cut it again"),
+    ):
         parts.at([9.5])
 
 
@@ -260,13 +312,19 @@ def test_which_files_are_cut(tmp_path, cli):
     src = tmp_path / "src"
     src.mkdir()
     for name in ("a.mts", "b.gif", "c.vob"):
-        codec = {"b.gif": ("gif", "rgb8"), "c.vob": ("mpeg2video", "yuv420p")}.get(name, ("libx264", "yuv420p"))
+        codec = {"b.gif": ("gif", "rgb8"), "c.vob": ("mpeg2video", "yuv420p")}.get(
+            name, ("libx264", "yuv420p")
+        )
         make(src / name, n=10, codec=codec[0], pix=codec[1])
     (src / "notes.txt").touch()
     (src / "up").symlink_to(src)
     code, out, err = cli("data.py", "chunk", src, tmp_path / "dst")
     assert (code, out.splitlines()) == (0, [f"3 of 3 videos are in {tmp_path / 'dst'}"])
-    assert sorted(path.name for path in (tmp_path / "dst").glob("*.mp4")) == ["a.mp4", "b.mp4", "c.mp4"]
+    assert sorted(path.name for path in (tmp_path / "dst").glob("*.mp4")) == [
+        "a.mp4",
+        "b.mp4",
+        "c.mp4",
+    ]
     for note in ("1 .txt (notes.txt)", "1 folder visited by another name (up)"):
         assert note in err
 
@@ -278,7 +336,9 @@ def test_a_target_that_cannot_be_written_is_said_first(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(data, "_chunk_video", lambda *_: pytest.fail("it began to cut"))
     for target in ("file", "file/dst"):
-        monkeypatch.setattr(sys, "argv", ["data.py", "chunk", str(tmp_path / "src"), str(tmp_path / target)])
+        monkeypatch.setattr(
+            sys, "argv", ["data.py", "chunk", str(tmp_path / "src"), str(tmp_path / target)]
+        )
         with pytest.raises(UserError, match="file"):
             data.main()
 
@@ -295,7 +355,10 @@ def test_raw_names(tmp_path):
     folder = tmp_path / os.fsdecode(b"a folder, caf\xe9")
     folder.mkdir()
     make(folder / "50%d: x.mp4", n=5)
-    assert data.chunk_videos(tmp_path, tmp_path.with_name(tmp_path.name + "-out"), **QUICK) == (1, [])
+    assert data.chunk_videos(tmp_path, tmp_path.with_name(tmp_path.name + "-out"), **QUICK) == (
+        1,
+        [],
+    )
     out = tmp_path.with_name(tmp_path.name + "-out") / folder.name
     assert [path.name for path in out.iterdir()] == ["50%d: x.mp4"]
     assert chunks(out / "50%d: x.mp4")[0].info.num_frames == 5
@@ -314,13 +377,21 @@ def test_failures_at_the_end(tmp_path, cli):
     code, out, err = cli(*command)
     assert (code, "Traceback" in err) == (1, False)
     assert "1 of 4 videos are in" in out
-    assert [line.split(":")[0] for line in out.splitlines()[:3]] == [str(src / f"{n}.mp4") for n in ("a", "c", "gone")]
+    assert [line.split(":")[0] for line in out.splitlines()[:3]] == [
+        str(src / f"{n}.mp4") for n in ("a", "c", "gone")
+    ]
     assert sorted(p.name for p in dst.iterdir()) == [".lock", "b.mp4", "chunks.json"]
     for name in ("a", "c"):
         (src / f"{name}.mp4").write_bytes(good)
     (src / "gone.mp4").unlink()
     assert data.chunk_videos(src, dst, seconds=1) == (3, [])
-    assert sorted(p.name for p in dst.iterdir()) == [".lock", "a.mp4", "b.mp4", "c.mp4", "chunks.json"]
+    assert sorted(p.name for p in dst.iterdir()) == [
+        ".lock",
+        "a.mp4",
+        "b.mp4",
+        "c.mp4",
+        "chunks.json",
+    ]
 
 
 def test_encoder_refuses(tmp_path, monkeypatch):
@@ -336,7 +407,19 @@ def test_encoder_refuses(tmp_path, monkeypatch):
 
 def start(src, dst, until):
     """Start the real command, and wait until a chunk is there."""
-    args = [sys.executable, ROOT / "data.py", "chunk", src, dst, "--seconds", "1", "--workers", "1", "--crf", "10"]
+    args = [
+        sys.executable,
+        ROOT / "data.py",
+        "chunk",
+        src,
+        dst,
+        "--seconds",
+        "1",
+        "--workers",
+        "1",
+        "--crf",
+        "10",
+    ]
     process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(dst.rglob(until)):
@@ -388,10 +471,14 @@ def test_full_disk_stops_the_run(tmp_path, monkeypatch):
         (tmp_path / "src").mkdir(exist_ok=True)
         make(tmp_path / "src" / f"{name}.mp4")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    monkeypatch.setattr(sys, "argv", ["data.py", "chunk", f"{tmp_path}/src", f"{tmp_path}/dst", "--workers=2"])
+    monkeypatch.setattr(
+        sys, "argv", ["data.py", "chunk", f"{tmp_path}/src", f"{tmp_path}/dst", "--workers=2"]
+    )
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # bytes a file: stands for a full disk
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (2000, limit[1])
+        )  # bytes a file: stands for a full disk
         with pytest.raises(UserError, match="File too large"):
             data.main()
     finally:
@@ -416,7 +503,10 @@ def test_plan(monkeypatch, capsys):
     """AVION's own values (Sec. 4.3) give the 16 s that it rounds to; and a hand-worked one."""
     assert data.largest_chunk(1024, 1, 500, 4) == 15.625
     assert data.largest_chunk(256, 2, 80, 1.5) == 80e6 * 8 * 1.5 / (256 * 2e6)
-    for flags, seconds in (((), "15.6"), (("--batch-size=256", "--mbps=2", "--disk=80", "--step-seconds=1.5"), "1.9")):
+    for flags, seconds in (
+        ((), "15.6"),
+        (("--batch-size=256", "--mbps=2", "--disk=80", "--step-seconds=1.5"), "1.9"),
+    ):
         monkeypatch.setattr(sys, "argv", ["data.py", "chunk", "--plan", *flags])
         data.main()
         assert f"up to {seconds} s" in capsys.readouterr().out

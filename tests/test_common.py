@@ -42,7 +42,9 @@ def randomize(module, dtype=torch.float64):
     """Random values for all parameters, biases and norms too, so that none can be left out unnoticed."""
     module = module.to(dtype)
     for i, parameter in enumerate(module.parameters()):
-        parameter.data = 0.3 * randn(*parameter.shape, seed=i, dtype=dtype) + (0.5 if parameter.dim() == 1 else 0.0)
+        parameter.data = 0.3 * randn(*parameter.shape, seed=i, dtype=dtype) + (
+            0.5 if parameter.dim() == 1 else 0.0
+        )
     return module
 
 
@@ -105,14 +107,25 @@ def test_mix_is_splitmix64():
     """The first outputs of the published generator for seed 1234567 (Rosetta Code, Splitmix64)."""
     states = [1234567 + i * 0x9E3779B97F4A7C15 for i in (1, 2, 3)]
     mixed = common._mix(torch.tensor([common._int64(s) for s in states]))
-    assert [v & U64 for v in mixed.tolist()] == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [v & U64 for v in mixed.tolist()] == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+    ]
 
 
 def test_make_key_against_python_integers():
     """Ints of any size and sign, strings and nothing hash as they do in unbounded integers."""
     assert slow_crc32("123456789") == 0xCBF43926  # CRC-32's check value
     ints = [0, 1, -1, 7, 2**31, -(2**31), 2**63 - 1, -(2**63), 2**63, 2**64 - 1, 2**64 + 5]
-    for parts in [(), ("mask",), ("",), ("é",), *itertools.permutations(ints, 2), (3, "crop", -4, "flip", 5)]:
+    for parts in [
+        (),
+        ("mask",),
+        ("",),
+        ("é",),
+        *itertools.permutations(ints, 2),
+        (3, "crop", -4, "flip", 5),
+    ]:
         key = common.make_key(*parts)
         assert key.dtype == torch.int64 and key.shape == ()
         assert key.item() & U64 == slow_key(*parts), parts
@@ -127,7 +140,10 @@ def test_make_key_broadcasts():
 
 
 def test_order_of_parts_matters():
-    assert len({common.make_key(*parts).item() for parts in itertools.permutations(["a", 1, 2, 3])}) == 24
+    assert (
+        len({common.make_key(*parts).item() for parts in itertools.permutations(["a", 1, 2, 3])})
+        == 24
+    )
 
 
 def test_uniform_and_permutation_against_python_integers():
@@ -136,7 +152,9 @@ def test_uniform_and_permutation_against_python_integers():
     rows = [[slow_uniform(slow_key(k, "crop"), i) for i in range(5)] for k in keys.tolist()]
     assert common.uniform(keys, "crop", 5).tolist() == rows
     signed = [[common._int64(slow_key(slow_key(k, 7), i)) for i in range(9)] for k in keys.tolist()]
-    assert common.permutation(keys, 7, 9).tolist() == [sorted(range(9), key=row.__getitem__) for row in signed]
+    assert common.permutation(keys, 7, 9).tolist() == [
+        sorted(range(9), key=row.__getitem__) for row in signed
+    ]
 
 
 def test_draws_do_not_depend_on_the_batch():
@@ -154,13 +172,17 @@ def test_draws_do_not_depend_on_the_batch():
     assert torch.equal(common.uniform(keys, "a", 9)[:, :4], common.uniform(keys, "a", 4))
 
 
-@pytest.mark.parametrize("keys", [many_keys(2**17, 0, 3), torch.arange(2**17)], ids=["hashed", "consecutive"])
+@pytest.mark.parametrize(
+    "keys", [many_keys(2**17, 0, 3), torch.arange(2**17)], ids=["hashed", "consecutive"]
+)
 def test_uniform_is_uniform(keys):
     """256 bins within chi-square's five sigma, mean, variance and the ends of [0, 1); fixed keys, so it can't flake."""
     draws = common.uniform(keys, "x")
     assert draws.dtype == torch.float32 and 0 <= draws.min() < 1e-4 and 1 - 1e-4 < draws.max() < 1
     expected = len(keys) / 256
-    chi2 = ((draws * 256).long().bincount(minlength=256) - expected).square().sum().item() / expected
+    chi2 = (
+        (draws * 256).long().bincount(minlength=256) - expected
+    ).square().sum().item() / expected
     assert abs(chi2 - 255) < 5 * math.sqrt(2 * 255)
     assert abs(draws.double().mean() - 1 / 2) < 5 * math.sqrt(1 / 12 / len(keys))
     assert abs(draws.double().var() - 1 / 12) < 5 * math.sqrt(1 / 180 / len(keys))
@@ -191,8 +213,12 @@ def test_purposes_and_neighbours_are_uncorrelated():
     for draw in (draws["crop"], plain):
         assert correlation(draw[:-1], draw[1:]) < bound  # the next index
         assert correlation(draw[: n // 2], draw[n // 2 :]) < 2 * bound
-    assert correlation(draws["crop"], common.uniform(many_keys(n, 0, 1), "crop")) < bound  # the next epoch
-    assert correlation(draws["crop"], common.uniform(many_keys(n, 1, 0), "crop")) < bound  # the next seed
+    assert (
+        correlation(draws["crop"], common.uniform(many_keys(n, 0, 1), "crop")) < bound
+    )  # the next epoch
+    assert (
+        correlation(draws["crop"], common.uniform(many_keys(n, 1, 0), "crop")) < bound
+    )  # the next seed
 
 
 def test_every_key_bit_changes_half_of_the_hash():
@@ -219,7 +245,11 @@ def test_draws_compile_whole():
     keys = many_keys(5)
 
     def draw(keys):
-        return common.uniform(keys, "crop", 3), common.uniform(keys, "flip"), *common.random_split(keys, 10, 4, 3)
+        return (
+            common.uniform(keys, "crop", 3),
+            common.uniform(keys, "flip"),
+            *common.random_split(keys, 10, 4, 3),
+        )
 
     compiled = torch.compile(draw, backend="eager", fullgraph=True)(keys)
     assert all(torch.equal(a, b) for a, b in zip(draw(keys), compiled, strict=True))
@@ -246,7 +276,10 @@ def test_attention_and_its_gradient(kind, causal):
     inputs = [2 * randn(2, 5, 3, 4, seed=i) for i in range(3)]
     direction = randn(2, 5, 3, 4, seed=3)
     results = []
-    for function in (slow_attention, lambda *x, causal: common.attention(*x, kind=kind, causal=causal)):
+    for function in (
+        slow_attention,
+        lambda *x, causal: common.attention(*x, kind=kind, causal=causal),
+    ):
         leaves = [x.clone().requires_grad_() for x in inputs]
         output = function(*leaves, causal=causal)
         results.append([output, *torch.autograd.grad((output * direction).sum(), leaves)])
@@ -256,7 +289,9 @@ def test_attention_and_its_gradient(kind, causal):
 
 def test_attention_auto_and_flash_without_flash_attn(monkeypatch):
     """auto is exactly sdpa on the CPU, also in half precision or with flash-attn there; flash is refused in a line."""
-    monkeypatch.setattr(common, "flash_attn_func", lambda *a, **k: pytest.fail("flash-attn on the CPU"))
+    monkeypatch.setattr(
+        common, "flash_attn_func", lambda *a, **k: pytest.fail("flash-attn on the CPU")
+    )
     x = randn(1, 4, 2, 8, dtype=torch.bfloat16)
     assert torch.equal(common.attention(x, x, x), common.attention(x, x, x, kind="sdpa"))
     monkeypatch.setattr(common, "flash_attn_func", None)
@@ -273,8 +308,14 @@ def slow_self_attention(attn, x, key_bias):
     heads = []
     for h in range(attn.heads):
         s = slice(h * d, (h + 1) * d)
-        q, k, v = x @ wq[s].T + attn.q_bias[s], x @ wk[s].T + key_bias[s], x @ wv[s].T + attn.v_bias[s]
-        heads.append(slow_attention(q[:, :, None], k[:, :, None], v[:, :, None], attn.causal)[:, :, 0])
+        q, k, v = (
+            x @ wq[s].T + attn.q_bias[s],
+            x @ wk[s].T + key_bias[s],
+            x @ wv[s].T + attn.v_bias[s],
+        )
+        heads.append(
+            slow_attention(q[:, :, None], k[:, :, None], v[:, :, None], attn.causal)[:, :, 0]
+        )
     return torch.cat(heads, -1) @ attn.proj.weight.T + attn.proj.bias
 
 
@@ -326,7 +367,12 @@ def test_block_with_drop_path():
     for key, clip in zip(keys.tolist(), x, strict=True):
         y = clip[None]
         branches = (
-            ("attn", lambda y: slow_self_attention(block.attn, slow_norm(block.norm1, y, 1e-2), torch.zeros(8))),
+            (
+                "attn",
+                lambda y: slow_self_attention(
+                    block.attn, slow_norm(block.norm1, y, 1e-2), torch.zeros(8)
+                ),
+            ),
             ("mlp", lambda y: slow_mlp(block.mlp, slow_norm(block.norm2, y, 1e-2))),
         )
         for name, branch in branches:
@@ -363,7 +409,9 @@ def test_drop_path_differs_between_layers_and_branches():
 
 def test_grad_checkpoint_changes_nothing():
     """Output and gradients are identical with drop path on; blocks do run twice, and once without gradients."""
-    blocks = nn.ModuleList(randomize(Block(8, 2, drop_path=0.5, index=i), torch.float32) for i in range(3))
+    blocks = nn.ModuleList(
+        randomize(Block(8, 2, drop_path=0.5, index=i), torch.float32) for i in range(3)
+    )
     keys, calls = many_keys(6), []
     blocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
     results = []
@@ -378,7 +426,9 @@ def test_grad_checkpoint_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     calls.clear()
     with torch.no_grad():
-        assert torch.equal(common.run_blocks(blocks, x, keys, True), results[0][0]) and len(calls) == 1
+        assert (
+            torch.equal(common.run_blocks(blocks, x, keys, True), results[0][0]) and len(calls) == 1
+        )
 
 
 def slow_patchify(clip, patch):
@@ -424,7 +474,13 @@ def test_patches_times_linear_is_a_convolution():
 def test_gather_tokens():
     """Against a loop, for [B, N], [B, N, D], [B, N, H, d] and a table [1, N, D] that all clips share."""
     index = common.permutation(many_keys(3), "g", 6)[:, :4]
-    for x in (randn(3, 6), randn(3, 6, 5), randn(3, 6, 2, 2), randn(1, 6, 5), torch.arange(18).view(3, 6)):
+    for x in (
+        randn(3, 6),
+        randn(3, 6, 5),
+        randn(3, 6, 2, 2),
+        randn(1, 6, 5),
+        torch.arange(18).view(3, 6),
+    ):
         picked = common.gather_tokens(x, index)
         assert picked.shape == (3, 4, *x.shape[2:]) and picked.dtype == x.dtype
         for b, k in itertools.product(range(3), range(4)):
@@ -444,7 +500,9 @@ def test_sinusoid_table():
     assert table.shape == (1568, 6) and table.dtype == torch.float32
     for p, j in itertools.product((0, 1, 2, 777, 1567), range(6)):
         angle = p / 10000 ** (2 * (j // 2) / 6)
-        assert table[p, j].item() == pytest.approx(math.cos(angle) if j % 2 else math.sin(angle), abs=1e-7)
+        assert table[p, j].item() == pytest.approx(
+            math.cos(angle) if j % 2 else math.sin(angle), abs=1e-7
+        )
     assert torch.equal(common.sinusoid_table(196, 6), table[:196])
 
 
@@ -456,30 +514,39 @@ def test_random_split():
     for part in parts:
         assert (part.diff(dim=1) > 0).all()
         expected = 6000 * part.shape[1] / 10
-        assert (part.flatten().bincount(minlength=10) - expected).abs().max() < 4 * math.sqrt(expected)
+        assert (part.flatten().bincount(minlength=10) - expected).abs().max() < 4 * math.sqrt(
+            expected
+        )
     together = ((parts[0] == 0).any(1) & (parts[0] == 1).any(1)).sum().item()
     assert abs(together - 6000 * 4 * 3 / 90) < 4 * math.sqrt(800)
-    assert [p.shape[1] for p in common.random_split(many_keys(2), 10, 2, 0)] == [2, 0]  # not all are used
+    assert [p.shape[1] for p in common.random_split(many_keys(2), 10, 2, 0)] == [
+        2,
+        0,
+    ]  # not all are used
 
 
 def test_tube_split():
     """The same places in every time step; int(ratio * places) of them masked (0.9 of 196: 176); all tokens once."""
     visible, masked = common.tube_split(many_keys(5), 8, 196, 0.9)
     assert visible.shape == (5, 8 * 20) and masked.shape == (5, 8 * 176)
-    assert torch.equal(torch.cat([visible, masked], 1).sort(1).values, torch.arange(8 * 196).expand(5, -1))
+    assert torch.equal(
+        torch.cat([visible, masked], 1).sort(1).values, torch.arange(8 * 196).expand(5, -1)
+    )
     for part in (visible, masked):
         places = part.view(5, 8, -1)
         assert torch.equal(places, places[:, :1] + 196 * torch.arange(8)[:, None])
     assert len({tuple(row) for row in visible.tolist()}) == 5
-    counts = common.tube_split(many_keys(4000, "tube"), 1, 9, 0.5)[1].flatten().bincount(minlength=9)
+    counts = (
+        common.tube_split(many_keys(4000, "tube"), 1, 9, 0.5)[1].flatten().bincount(minlength=9)
+    )
     assert (counts - 4000 * 4 / 9).abs().max() < 4 * math.sqrt(4000 * 4 / 9)
 
 
 def test_init_linear():
     """Xavier's bound sqrt(6 / (in + out)) is kept and nearly reached, biases are zero, norms are left alone."""
-    model = nn.Sequential(nn.Linear(300, 100), nn.LayerNorm(100), nn.Linear(100, 5, bias=False)).apply(
-        common.init_linear
-    )
+    model = nn.Sequential(
+        nn.Linear(300, 100), nn.LayerNorm(100), nn.Linear(100, 5, bias=False)
+    ).apply(common.init_linear)
     bound = math.sqrt(6 / 400)
     assert 0.99 * bound < model[0].weight.abs().max() <= bound and not model[0].bias.any()
     assert (model[1].weight == 1).all()
@@ -504,25 +571,46 @@ class Named(nn.Module):
     def __init__(self, shapes, frozen=()):
         super().__init__()
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.ones(shape), requires_grad=name not in frozen))
+            self.register_parameter(
+                name, nn.Parameter(torch.ones(shape), requires_grad=name not in frozen)
+            )
 
 
 def groups_by_name(model, *args):
     """{parameter name: (weight decay, lr scale)}; each trainable parameter must be in one group, once."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = common.param_groups(model, *args)
-    grouped = [(names[id(p)], (g["weight_decay"], g["lr_scale"])) for g in groups for p in g["params"]]
-    assert sorted(n for n, _ in grouped) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    grouped = [
+        (names[id(p)], (g["weight_decay"], g["lr_scale"])) for g in groups for p in g["params"]
+    ]
+    assert sorted(n for n, _ in grouped) == sorted(
+        n for n, p in model.named_parameters() if p.requires_grad
+    )
     return dict(grouped)
 
 
 def test_param_groups_by_hand():
     """No decay on vectors, scalars and [1, 1, D] tokens; layer decay 0.5 over two blocks; frozen ones left out."""
-    shapes = {"cls": (1, 1, 4), "embed": (4, 6), "block0": (4, 4), "bias0": (4,), "block1": (4, 4), "head": (3, 4)}
+    shapes = {
+        "cls": (1, 1, 4),
+        "embed": (4, 6),
+        "block0": (4, 4),
+        "bias0": (4,),
+        "block1": (4, 4),
+        "head": (3, 4),
+    }
     shapes |= {"scale": (), "frozen": (4, 4)}
     layer = {"cls": 0, "embed": 0, "block0": 1, "bias0": 1, "block1": 2, "head": 3, "scale": 3}
     model = Named(shapes, frozen=["frozen"])
-    flat = {"cls": 0.0, "embed": 0.1, "block0": 0.1, "bias0": 0.0, "block1": 0.1, "head": 0.1, "scale": 0.0}
+    flat = {
+        "cls": 0.0,
+        "embed": 0.1,
+        "block0": 0.1,
+        "bias0": 0.0,
+        "block1": 0.1,
+        "head": 0.1,
+        "scale": 0.0,
+    }
     assert groups_by_name(model, 0.1) == {name: (decay, 1.0) for name, decay in flat.items()}
     assert groups_by_name(model, 0.1, 0.5, layer.get, 2) == {
         "cls": (0.0, 0.125),
@@ -552,11 +640,18 @@ class Trainer:
         return self
 
     def state(self):
-        return [self.weight.detach().clone(), *(v.clone() for v in self.optimizer.state[self.weight].values())]
+        return [
+            self.weight.detach().clone(),
+            *(v.clone() for v in self.optimizer.state[self.weight].values()),
+        ]
 
 
 GOOD, OTHER = (1.0, -2.0, 3.0, 0.0, 1e-3), (0.3, 0.1, -7.0, 2.0, 1.0)
-BAD = [(1.0, math.inf, 0.0, 0.0, 0.0), (math.nan, 1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 0.0, 0.0, -math.inf)]
+BAD = [
+    (1.0, math.inf, 0.0, 0.0, 0.0),
+    (math.nan, 1.0, 0.0, 0.0, 0.0),
+    (0.0, 0.0, 0.0, 0.0, -math.inf),
+]
 
 
 @pytest.mark.parametrize("ctx", [CPU, FP16], ids=["fp32", "fp16"])
@@ -648,7 +743,11 @@ def test_parse_defaults_recipe_then_flags():
 
 def test_parse_booleans_and_tuples():
     assert [parse(*w).flip for w in ((), ("--flip",), ("--no-flip",))] == [False, True, False]
-    assert [parse(*w).compile for w in ((), ("--compile",), ("--no-compile",))] == [None, True, False]
+    assert [parse(*w).compile for w in ((), ("--compile",), ("--no-compile",))] == [
+        None,
+        True,
+        False,
+    ]
     assert parse("--input", "a.mp4", "b c.mp4", "--frames", "8").input == ("a.mp4", "b c.mp4")
     assert parse().input == ()
 
@@ -656,7 +755,10 @@ def test_parse_booleans_and_tuples():
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--mask-ration", "0.5"], ["--mask-ration", "did you mean", "--mask-ratio", "--frames", "--no-flip"]),
+        (
+            ["--mask-ration", "0.5"],
+            ["--mask-ration", "did you mean", "--mask-ratio", "--frames", "--no-flip"],
+        ),
         (["--mask_ratio=0.5"], ["--mask_ratio", "did you mean --mask-ratio"]),
         (["--frame", "8"], ["--frame", "--frames"]),  # no abbreviations
         (["--zzz"], ["--zzz", "--frames", "--lr"]),
@@ -699,11 +801,17 @@ def sizes(batch, micro, world, pairs=False):
 
 def test_micro_batches():
     assert sizes(16, 0, 1) == (16, 1) and sizes(16, 0, 4) == (4, 1)
-    assert sizes(16, 4, 1) == (4, 4) and sizes(16, 2, 4) == (2, 2) and sizes(16, 2, 4, pairs=True) == (2, 2)
+    assert (
+        sizes(16, 4, 1) == (4, 4)
+        and sizes(16, 2, 4) == (2, 2)
+        and sizes(16, 2, 4, pairs=True) == (2, 2)
+    )
     assert sizes(12, 3, 2) == (3, 2)
 
 
-@pytest.mark.parametrize("batch, micro, world", [(16, 0, 3), (16, 3, 1), (16, 8, 4), (2, 0, 4), (0, 1, 1), (16, -4, 1)])
+@pytest.mark.parametrize(
+    "batch, micro, world", [(16, 0, 3), (16, 3, 1), (16, 8, 4), (2, 0, 4), (0, 1, 1), (16, -4, 1)]
+)
 def test_micro_batches_must_divide(batch, micro, world):
     with pytest.raises(UserError, match=f"--batch-size {batch} .* {world} ranks x --micro-batch"):
         sizes(batch, micro, world)
@@ -744,7 +852,11 @@ def crash_in_write(patch):
 
 @pytest.mark.parametrize(
     "inject",
-    [crash_in_write, lambda p: p.setattr(os, "fsync", crash), lambda p: p.setattr(os, "replace", crash)],
+    [
+        crash_in_write,
+        lambda p: p.setattr(os, "fsync", crash),
+        lambda p: p.setattr(os, "replace", crash),
+    ],
     ids=["in the write", "before the sync", "between sync and rename"],
 )
 def test_crash_while_saving_keeps_the_old_file(tmp_path, inject):
@@ -777,7 +889,12 @@ def saved(path, state, **options):
 def broken_files(folder):
     whole = saved(folder / "whole.pt", {"w": torch.randn(50)})
     foreign = pickle.dumps({"a": [1, 2.0, "x"], "b": (None, {"c": 3})}, protocol=2)
-    yield from (("empty", b""), ("one byte", whole[:1]), ("half", whole[: len(whole) // 2]), ("tail lost", whole[:-5]))
+    yield from (
+        ("empty", b""),
+        ("one byte", whole[:1]),
+        ("half", whole[: len(whole) // 2]),
+        ("tail lost", whole[:-5]),
+    )
     yield from (("tail only", whole[100:]), ("text", b"<!DOCTYPE html><html>404: Not Found</html>"))
     yield from (
         ("zeros", bytes(999)),
@@ -786,7 +903,9 @@ def broken_files(folder):
         ("opcodes", b"(cos\nx\nR"),
     )
     yield from ((f"byte {i}", bytes([i])) for i in range(256))
-    yield from ((f"pickle without byte {i}", foreign[:i] + foreign[i + 1 :]) for i in range(len(foreign)))
+    yield from (
+        (f"pickle without byte {i}", foreign[:i] + foreign[i + 1 :]) for i in range(len(foreign))
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -807,7 +926,10 @@ class Evil:
     """Unpickling it makes a file."""
 
     def __init__(self, how, path):
-        self.call = {"system": (os.system, (f"touch '{path}'",)), "exec": (exec, (f"open({str(path)!r}, 'w')",))}[how]
+        self.call = {
+            "system": (os.system, (f"touch '{path}'",)),
+            "exec": (exec, (f"open({str(path)!r}, 'w')",)),
+        }[how]
 
     def __reduce__(self):
         return self.call
@@ -824,7 +946,9 @@ def test_malicious_checkpoint_is_refused(tmp_path, how, layout):
     elif layout == "legacy":
         torch.save(evil, path, _use_new_zipfile_serialization=False)
     else:
-        torch.save({"args": argparse.Namespace(**evil)} if layout == "inside a Namespace" else evil, path)
+        torch.save(
+            {"args": argparse.Namespace(**evil)} if layout == "inside a Namespace" else evil, path
+        )
     with pytest.raises(UserError, match=f"{how}.*nothing in it was run") as error:
         common.load_checkpoint(path)
     assert not made.exists()
@@ -836,10 +960,16 @@ def test_malicious_checkpoint_is_refused(tmp_path, how, layout):
 
 def test_checkpoint_with_a_namespace_is_accepted(tmp_path):
     """VideoMAE's and AVION's files carry one; the permission ends with the call."""
-    state = {"model": {"w": torch.arange(3)}, "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95)), "epoch": 7}
+    state = {
+        "model": {"w": torch.arange(3)},
+        "args": argparse.Namespace(lr=0.1, betas=(0.9, 0.95)),
+        "epoch": 7,
+    }
     saved(tmp_path / "a.pt", state)
     loaded = common.load_checkpoint(tmp_path / "a.pt")
-    assert loaded["args"] == state["args"] and torch.equal(loaded["model"]["w"], state["model"]["w"])
+    assert loaded["args"] == state["args"] and torch.equal(
+        loaded["model"]["w"], state["model"]["w"]
+    )
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
@@ -854,8 +984,16 @@ def test_load_weights():
     }
     text = common.load_weights(model, weights, "file.pt")
     assert text == "file.pt: loaded 2 (a ...), left at init 1 (c ...), not used 2 (x ...)"
-    assert (model.a == 5).all() and (model.b == 6).all() and (model.c == 1).all() and model.a.dtype == torch.float32
-    assert common.load_weights(model, model.state_dict(), "f") == "f: loaded 3 (a ...), left at init 0, not used 0"
+    assert (
+        (model.a == 5).all()
+        and (model.b == 6).all()
+        and (model.c == 1).all()
+        and model.a.dtype == torch.float32
+    )
+    assert (
+        common.load_weights(model, model.state_dict(), "f")
+        == "f: loaded 3 (a ...), left at init 0, not used 0"
+    )
 
 
 def test_load_weights_refuses():
@@ -893,7 +1031,9 @@ def start(tmp_path):
     """start(**settings): a Run in the test's folder. Signal handlers are put back at the end."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
-    yield lambda ctx=CPU, **settings: common.Run(RunConfig(**{"out": str(tmp_path / "run"), **settings}), ctx, "script")
+    yield lambda ctx=CPU, **settings: common.Run(
+        RunConfig(**{"out": str(tmp_path / "run"), **settings}), ctx, "script"
+    )
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
 
@@ -923,7 +1063,9 @@ def test_new_run_describes_itself(start):
     head, *rest = run.records()
     assert head["config"]["lr"] == 0.1 and head["ranks"] == 1 and head["argv"] == sys.argv
     assert head["versions"]["torch"] == torch.__version__ and head["device"]
-    assert [r["value"] for r in rest] == [0.5, 1.0, 1.5, 2.0] and all(r["seconds"] >= 0 for r in rest)
+    assert [r["value"] for r in rest] == [0.5, 1.0, 1.5, 2.0] and all(
+        r["seconds"] >= 0 for r in rest
+    )
 
 
 def test_default_folder(start, tmp_path, monkeypatch):
@@ -1045,7 +1187,9 @@ def test_full_disk_keeps_the_checkpoint_before(start, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="last.pt: can't write it .No space left.*the one before is kept"):
+    with pytest.raises(
+        UserError, match="last.pt: can't write it .No space left.*the one before is kept"
+    ):
         run.save(at(3), "last.pt")
     monkeypatch.undo()
     assert common.load_checkpoint(run.folder / "last.pt")["at"]["step"] == 2
@@ -1135,7 +1279,14 @@ def test_log_says_once_that_the_loader_is_too_slow(start, monkeypatch, capsys):
     assert "data.py chunk" not in interval(20, 1, 1, 1, 1)
     lines = interval(30, *[1] * 6).splitlines()
     assert lines[0].startswith("step 30/100") and len(lines) == 2
-    for words in ("more than a tenth", "--workers", "--repeated", "data.py chunk", "--stages", "--speed"):
+    for words in (
+        "more than a tenth",
+        "--workers",
+        "--repeated",
+        "data.py chunk",
+        "--stages",
+        "--speed",
+    ):
         assert words in lines[1]
     assert len(interval(40, *[1] * 20).splitlines()) == 1
 
@@ -1169,7 +1320,11 @@ def test_guard_counts_and_stops(start, capsys):
 
 def fill(meter):
     """Two steps: clips 10, 11, 12 with a NaN loss at 11, and 13, 14 with an infinite second value at 14."""
-    meter.add(torch.tensor([10, 11, 12]), torch.tensor([1.0, math.nan, 3.0]), torch.tensor([5.0, 6.0, 7.0]))
+    meter.add(
+        torch.tensor([10, 11, 12]),
+        torch.tensor([1.0, math.nan, 3.0]),
+        torch.tensor([5.0, 6.0, 7.0]),
+    )
     meter.step(torch.tensor(math.inf))
     meter.add(torch.tensor([13, 14]), torch.tensor([4.0, 9.0]), torch.tensor([9.0, math.inf]))
     meter.step(torch.tensor(0.5))
@@ -1276,7 +1431,9 @@ def test_projection_to_qkv(frozen):
     x = randn(B, N, D, grad=True)
     parameters = [p for p in (ours.qkv.weight, ours.q_bias, ours.v_bias) if p.requires_grad]
     weights = [randn(B, N, H, D // H, seed=seed) for seed in (1, 2, 3)]
-    total = lambda parts: sum((part * weight).sum() for part, weight in zip(parts, weights, strict=True))
+    total = lambda parts: sum(
+        (part * weight).sum() for part, weight in zip(parts, weights, strict=True)
+    )
 
     bias = torch.cat([ours.q_bias, torch.zeros(D, dtype=torch.float64), ours.v_bias])
     expected = F.linear(x, ours.qkv.weight, bias).reshape(B, N, 3, H, D // H).unbind(2)
@@ -1312,7 +1469,9 @@ def test_count_macs_of_a_patch_embedding():
 
 
 def stored(kind, n, width=32, heads=2):
-    return common.saved_bytes(Block(width, heads, kind=kind), torch.randn(1, n, width, requires_grad=True))
+    return common.saved_bytes(
+        Block(width, heads, kind=kind), torch.randn(1, n, width, requires_grad=True)
+    )
 
 
 def test_saved_bytes_of_a_block():

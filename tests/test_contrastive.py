@@ -30,7 +30,9 @@ class TwoTowers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(common.Block(WIDTH, 2, drop_path=0.4, index=i) for i in range(2))
+        self.blocks = nn.ModuleList(
+            common.Block(WIDTH, 2, drop_path=0.4, index=i) for i in range(2)
+        )
         self.video = nn.Linear(WIDTH, FEATURES)
         self.text = nn.Linear(WORDS, FEATURES)
         self.pixels = nn.Linear(WIDTH, 3)
@@ -39,7 +41,10 @@ class TwoTowers(nn.Module):
     def forward(self, clips, words, keys, recon=True):
         """-> video and text features [B, D], scale [], reconstruction error [B] or None."""
         x = common.run_blocks(self.blocks, clips, keys)  # [B, N, W]
-        video, text = F.normalize(self.video(x.mean(1)), dim=-1), F.normalize(self.text(words), dim=-1)
+        video, text = (
+            F.normalize(self.video(x.mean(1)), dim=-1),
+            F.normalize(self.text(words), dim=-1),
+        )
         error = (self.pixels(x) - clips[..., :3]).square().mean((1, 2)) if recon else None
         return video, text, self.logit_scale.exp(), error
 
@@ -57,7 +62,12 @@ def make_batch():
     """clips [B, N, W], words [B, V], ids and keys [B]; clips of one id have one text."""
     generator = torch.Generator().manual_seed(1)
     words = torch.randn(10, WORDS, generator=generator)[IDS]
-    return torch.randn(BATCH, TOKENS, WIDTH, generator=generator), words, IDS, common.make_key(torch.arange(BATCH), 5)
+    return (
+        torch.randn(BATCH, TOKENS, WIDTH, generator=generator),
+        words,
+        IDS,
+        common.make_key(torch.arange(BATCH), 5),
+    )
 
 
 def slow_loss(video, text, scale, ids):
@@ -68,7 +78,10 @@ def slow_loss(video, text, scale, ids):
         to_text = [scale * (video[i] * text[j]).sum() for j in pairs]
         to_video = [scale * (video[j] * text[i]).sum() for j in pairs]
         own = scale * (video[i] * text[i]).sum()
-        losses.append(-(own - torch.stack(to_text).logsumexp(0) + own - torch.stack(to_video).logsumexp(0)) / 2)
+        losses.append(
+            -(own - torch.stack(to_text).logsumexp(0) + own - torch.stack(to_video).logsumexp(0))
+            / 2
+        )
     return torch.stack(losses)
 
 
@@ -112,7 +125,9 @@ def norm(tensors):
 
 def check(result, overall=1e-6, each=1e-5):
     """Losses, extras and gradients (of a whole batch, in order) are the reference's."""
-    for name, value, expected in zip(("losses", "extras"), result[:2], reference()[:2], strict=True):
+    for name, value, expected in zip(
+        ("losses", "extras"), result[:2], reference()[:2], strict=True
+    ):
         difference = norm([value - expected]) / norm([expected])
         assert difference <= overall, (name, difference)
     gradients, expected = result[2], reference()[2]
@@ -132,7 +147,9 @@ def test_loss_by_hand():
     torch.testing.assert_close(loss, torch.full((2,), math.log(4 / 3)))
     video, text = torch.eye(3)[[0, 1, 1]], torch.eye(3)[[0, 1, 1]]
     same = torch.tensor([[0, 0, 0], [0, 1, 1], [0, 1, 1]]).bool()
-    alike = common.contrastive_loss(video, text, math.log(3), same)  # 3 / (1 + 3); without the mask 3 / (1 + 3 + 3)
+    alike = common.contrastive_loss(
+        video, text, math.log(3), same
+    )  # 3 / (1 + 3); without the mask 3 / (1 + 3 + 3)
     torch.testing.assert_close(alike, torch.tensor([3 / 5, 3 / 4, 3 / 4]).log().neg())
     plain = common.contrastive_loss(video, text, math.log(3))
     torch.testing.assert_close(plain, torch.tensor([3 / 5, 3 / 7, 3 / 7]).log().neg())
@@ -140,7 +157,10 @@ def test_loss_by_hand():
 
 def test_both_directions_count():
     """Asymmetric similarities: half of the rows' cross-entropy, half of the columns'; features in half precision."""
-    video, text = (F.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(i)), dim=-1) for i in (0, 1))
+    video, text = (
+        F.normalize(torch.randn(4, 3, generator=torch.Generator().manual_seed(i)), dim=-1)
+        for i in (0, 1)
+    )
     expected = slow_loss(video, text, 10.0, range(4))
     torch.testing.assert_close(common.contrastive_loss(video, text, 10.0), expected)
     half = common.contrastive_loss(video.bfloat16(), text.bfloat16(), 10.0)
@@ -151,11 +171,16 @@ def test_both_directions_count():
 def test_reference_has_what_could_go_wrong():
     """Drop path drops, the duplicates matter, and every parameter has a gradient, the temperature's not a small one."""
     _, _, gradients = reference()
-    assert all(g is not None and g.norm() > 1e-4 for g in gradients.values()) and gradients["logit_scale"].abs() > 0.01
+    assert (
+        all(g is not None and g.norm() > 1e-4 for g in gradients.values())
+        and gradients["logit_scale"].abs() > 0.01
+    )
     model, (clips, words, ids, keys) = make_model(), make_batch()
     video, text, scale, _ = model(clips, words, keys)
     assert not torch.allclose(video, model(clips, words, None)[0], atol=1e-2)
-    assert not torch.allclose(slow_loss(video, text, scale, ids), slow_loss(video, text, scale, range(BATCH)))
+    assert not torch.allclose(
+        slow_loss(video, text, scale, ids), slow_loss(video, text, scale, range(BATCH))
+    )
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4, 8])
@@ -175,7 +200,9 @@ def worker(rank, world, folder):
     """A rank of a gloo group: steps of 1 and 2 micro-batches, saved."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/store", rank=rank, world_size=world
+    )
     ctx = common.launch("fp32")
     results = {micro: step(ctx, micro) for micro in (1, 2)}
     torch.save(results, f"{folder}/{rank}.pt")
@@ -185,7 +212,9 @@ def worker(rank, world, folder):
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks(world, tmp_path):
     """2 and 4 processes (DistributedDataParallel on gloo), with 1 and 2 micro-batches each: the same on every rank."""
-    torch.multiprocessing.start_processes(worker, (world, tmp_path), nprocs=world, start_method="forkserver")
+    torch.multiprocessing.start_processes(
+        worker, (world, tmp_path), nprocs=world, start_method="forkserver"
+    )
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
     for micro in (1, 2):
         losses, errors = (torch.cat([results[micro][i] for results in ranks]) for i in (0, 1))
@@ -215,8 +244,12 @@ def test_autocast():
     ctx, calls = common.Context(0, 1, torch.device("cpu"), "bf16"), []
     one, four = step(ctx, 1), step(ctx, 4, calls=calls)
     assert all(torch.equal(a[3], b[3]) for a, b in zip(calls[:4], calls[4:], strict=True))
-    assert norm(a - b for a, b in zip(one[2].values(), four[2].values(), strict=True)) < 0.02 * norm(one[2].values())
-    assert norm(four[2][k] - g for k, g in reference()[2].items()) < 0.05 * norm(reference()[2].values())
+    assert norm(
+        a - b for a, b in zip(one[2].values(), four[2].values(), strict=True)
+    ) < 0.02 * norm(one[2].values())
+    assert norm(four[2][k] - g for k, g in reference()[2].items()) < 0.05 * norm(
+        reference()[2].values()
+    )
 
 
 @pytest.mark.parametrize("micro", [1, 4])

@@ -19,9 +19,14 @@ def test_all_of_it_runs_without_a_gpu(tmp_path):
     """Its command, small: no check fails, and no figure passes for a GPU's."""
     values = tmp_path / "values.json"
     command = [sys.executable, ROOT / "tests/cuda.py", "--device", "cpu", "--json", values]
-    done = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("no GPU: no figure here is a GPU's") and "0 of 27 checks FAILED" in done.stdout
+    assert (
+        done.stdout.startswith("no GPU: no figure here is a GPU's")
+        and "0 of 27 checks FAILED" in done.stdout
+    )
     found = json.loads(values.read_text())
     assert found["gpu"] is False and found["markdown"] in done.stdout
     results = {row["check"]: row["result"] for row in found["checks"]}
@@ -30,8 +35,12 @@ def test_all_of_it_runs_without_a_gpu(tmp_path):
         assert results[f"runs, {script}, bf16"] == "ok"
         assert results[f"memory, {script}"] == results[f"waits, {script}"] == "not measured"
     assert results["attention, sdpa"] == "ok" and results["attention, flash"] == "not measured"
-    assert len(found["steps"]) == 9 and all(row["rate"] > 0 and row["mfu"] is None for row in found["steps"])
-    assert [row["variant"] for row in found["steps"] if "embedded" in row["variant"]]  # VideoMAE's own layout
+    assert len(found["steps"]) == 9 and all(
+        row["rate"] > 0 and row["mfu"] is None for row in found["steps"]
+    )
+    assert [
+        row["variant"] for row in found["steps"] if "embedded" in row["variant"]
+    ]  # VideoMAE's own layout
     table = found["markdown"].split("\n\n")[-1].splitlines()
     assert len(table) == 2 + 9 and len({line.count("|") for line in table}) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["values.json"]
@@ -48,10 +57,22 @@ def test_what_fails_is_said_and_the_others_go_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(common, "attention", wrong)
     monkeypatch.setattr(
-        cuda_checks, "augmentations", lambda: [("first", broken), ("second", lambda clips, keys: clips)]
+        cuda_checks,
+        "augmentations",
+        lambda: [("first", broken), ("second", lambda clips, keys: clips)],
     )
     with pytest.raises(SystemExit) as end:
-        cuda_checks.main(["--device", "cpu", "--only", "attention", "augmentation", "--json", str(tmp_path / "x.json")])
+        cuda_checks.main(
+            [
+                "--device",
+                "cpu",
+                "--only",
+                "attention",
+                "augmentation",
+                "--json",
+                str(tmp_path / "x.json"),
+            ]
+        )
     out = capsys.readouterr().out
     assert end.value.code == 1 and "2 of 6 checks FAILED" in out
     assert "FAILED       attention, sdpa: bf16, 98 tokens, width 64: " in out
@@ -107,7 +128,9 @@ def test_no_wait_is_allowed_in_five_steps(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", seen.append)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
     monkeypatch.setattr(cuda_checks.signal, "raise_signal", lambda number: seen.append("stop"))
-    monkeypatch.setitem(cuda_checks.SCRIPTS, "turbo", SimpleNamespace(Config=None, RECIPES=None, main=loop))
+    monkeypatch.setitem(
+        cuda_checks.SCRIPTS, "turbo", SimpleNamespace(Config=None, RECIPES=None, main=loop)
+    )
     monkeypatch.setattr(common, "parse", lambda *args: None)
     cuda_checks.train("turbo", 0, 12, [])
     assert seen == [*range(1, 13), "error", *range(13, 18), "default", 18, 19, 20]
@@ -123,13 +146,17 @@ def test_the_reason_of_a_script_that_fails():
             cuda_checks.finish(process)
         return str(caught.value)
 
-    frames = (
-        'Traceback:\n  File "/x/turbo.py", line 9, in main\n    x.item()\n  File "/lib/torch/cuda.py", line 1, in f\n'
+    frames = 'Traceback:\n  File "/x/turbo.py", line 9, in main\n    x.item()\n  File "/lib/torch/cuda.py", line 1, in f\n'
+    assert (
+        reason(frames + "RuntimeError: synchronizing\n")
+        == "turbo.py:9, main: RuntimeError: synchronizing"
     )
-    assert reason(frames + "RuntimeError: synchronizing\n") == "turbo.py:9, main: RuntimeError: synchronizing"
     assert reason("a warning\nerror: no room\n") == "error: no room"
     assert reason("") == "-"
-    assert cuda_checks.finish(SimpleNamespace(communicate=lambda timeout: ("complete: 3", ""))) == "complete: 3"
+    assert (
+        cuda_checks.finish(SimpleNamespace(communicate=lambda timeout: ("complete: 3", "")))
+        == "complete: 3"
+    )
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -138,7 +165,9 @@ def test_this_folder_does_not_hide_the_package_of_the_same_name(installed, tmp_p
     if installed:
         (tmp_path / "cuda/bindings").mkdir(parents=True)
         (tmp_path / "cuda/bindings/__init__.py").write_text("runtime = 'theirs'")
-    program = "import sys\nsys.path[:0] = sys.argv[1:]\ntry:\n    from cuda.bindings import runtime\n"
+    program = (
+        "import sys\nsys.path[:0] = sys.argv[1:]\ntry:\n    from cuda.bindings import runtime\n"
+    )
     program += "except ImportError:\n    runtime = 'none'\nprint(runtime)"
     command = [sys.executable, "-S", "-c", program, ROOT / "tests", tmp_path]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == (

@@ -74,7 +74,9 @@ def tensors(optimizer):
 
 REFERENCES = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, foreach=False, fused=False),
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), foreach=False, fused=False),
+    "adamw": lambda groups: torch.optim.AdamW(
+        groups, lr=0.1, betas=(0.9, 0.95), foreach=False, fused=False
+    ),
 }
 
 
@@ -139,7 +141,20 @@ def test_each_stage_may_begin_with_a_skipped_update(kind, toy, cli, tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(SKIPPING.format(root=str(ROOT)))
     lists = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy]
-    size = ["--batch-size", 4, "--size", 32, "--workers", 0, "--log-every", 1, "--stages", "2:1,4:1", "--max-steps", 3]
+    size = [
+        "--batch-size",
+        4,
+        "--size",
+        32,
+        "--workers",
+        0,
+        "--log-every",
+        1,
+        "--stages",
+        "2:1,4:1",
+        "--max-steps",
+        3,
+    ]
     rate = ["--optimizer", kind, "--lr", 0.1, "--out", tmp_path / "run"]
     code, out, err = cli(script, *lists, *size, *rate)
     assert code == 0, out + err
@@ -191,7 +206,16 @@ KEYS = common.make_key(0, 0, torch.arange(64))
         (lambda: data.mix(CLIPS, LABELS, (0, 0), 0.8, 0.0), 7),
         (lambda: data.mix(CLIPS, LABELS, (0, 0), 0.0, 0.8), 6),
     ],
-    ids=["rand_augment 4", "rand_augment 2", "scenic", "erase", "colour_jitter", "flip", "mixup", "cutmix"],
+    ids=[
+        "rand_augment 4",
+        "rand_augment 2",
+        "scenic",
+        "erase",
+        "colour_jitter",
+        "flip",
+        "mixup",
+        "cutmix",
+    ],
 )
 def test_kernels_of_64_clips(augment, most):
     """A GPU takes some microseconds to begin a kernel, however small: by operation, not by clip."""
@@ -232,7 +256,9 @@ class Graphs:
 
     def __call__(self, graph, inputs):
         self.graphs.append(graph)
-        self.sizes += [size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])]
+        self.sizes += [
+            size for x in inputs for size in (x.shape if isinstance(x, torch.Tensor) else [x])
+        ]
         return graph.forward
 
 
@@ -242,7 +268,9 @@ def compiling():
     counters = torch._dynamo.utils.counters
 
     def count():
-        given_up = counters["stats"]["cache_size_limit_hits"] + sum(counters["frames_skipped"].values())
+        given_up = counters["stats"]["cache_size_limit_hits"] + sum(
+            counters["frames_skipped"].values()
+        )
         return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()), given_up
 
     found, before = [], count()
@@ -255,7 +283,10 @@ def test_compiled_models_are_few_graphs_and_equal_to_eager(name, monkeypatch):
     """In bf16, with blocks stored and recomputed, over three steps of an accumulated batch: losses and gradients."""
     case = small.SMALL[name]
     scaler = common.loss_scaler(BF16)
-    batches = [[small.clips_of(2, case.frames, first=first) for first in (4 * step, 4 * step + 2)] for step in range(3)]
+    batches = [
+        [small.clips_of(2, case.frames, first=first) for first in (4 * step, 4 * step + 2)]
+        for step in range(3)
+    ]
 
     def train(grad_checkpoint, wanted):
         net = small.build(name, grad_checkpoint)
@@ -305,7 +336,9 @@ def test_each_stage_has_graphs_of_its_own_sizes(monkeypatch):
     for frames in range(2, 12, 2):
         with compiling() as found:
             for first in (0, 2):
-                tpt_mae.mae_loss(*net(*small.clips_of(2, frames, first=first), 0.75)).sum().backward()
+                tpt_mae.mae_loss(
+                    *net(*small.clips_of(2, frames, first=first), 0.75)
+                ).sum().backward()
         counts.append(found)
     assert counts == [[counts[0][0], 0, 0]] * 5 and 3 <= counts[0][0] <= 6, counts
     assert backend.sizes and not any(isinstance(size, torch.SymInt) for size in backend.sizes)
@@ -403,7 +436,9 @@ def card(monkeypatch):
     return set
 
 
-@pytest.mark.parametrize("capability, calls", [((7, 0), 0), ((7, 5), 0), ((8, 0), 1), ((9, 0), 1), ((12, 0), 1)])
+@pytest.mark.parametrize(
+    "capability, calls", [((7, 0), 0), ((7, 5), 0), ((8, 0), 1), ((9, 0), 1), ((12, 0), 1)]
+)
 def test_flash_is_chosen_where_it_runs(card, capability, calls):
     """Its README: Ampere, Ada and later, in half precision. Asked for on another card, it is refused in one line."""
     flash, x = card(*capability), on_card(2, 8, 2, 16)
@@ -429,7 +464,9 @@ def test_flash_is_kept_from_a_token_a_sequence(card, backbone, calls, kind):
 @pytest.mark.parametrize("causal", [False, True])
 def test_large_batches_go_in_pieces(monkeypatch, causal):
     """No call is over either limit, each is as large as they allow, and all of it is what one call gives."""
-    q, k, v = torch.randn(3, 11, 3, 2, 4, dtype=torch.float64, requires_grad=True).unbind()  # [B, N, H, d]
+    q, k, v = torch.randn(
+        3, 11, 3, 2, 4, dtype=torch.float64, requires_grad=True
+    ).unbind()  # [B, N, H, d]
     expected = common.attention(q, k, v, "plain", causal)
     sizes = []
 
@@ -502,7 +539,11 @@ def test_no_compiler_names_the_flag(monkeypatch):
         common.in_one_line(double)(torch.ones(3))
     triton = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
     with pytest.raises(common.UserError, match="CC environment variable.*--no-compile"):
-        fail(RuntimeError(f"backend='inductor' raised:\nRuntimeError: {triton}\n\nSet TORCHDYNAMO_VERBOSE=1"))
+        fail(
+            RuntimeError(
+                f"backend='inductor' raised:\nRuntimeError: {triton}\n\nSet TORCHDYNAMO_VERBOSE=1"
+            )
+        )
 
 
 PYPI = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"  # torch.cuda.get_arch_list() of 2.13.0 from PyPI
@@ -524,7 +565,11 @@ def test_a_card_that_the_build_has_no_code_for(monkeypatch, capability, builds, 
         return common.check_card(torch.device("cuda", 0))
     with pytest.raises(common.UserError) as found:
         common.check_card(torch.device("cuda", 0))
-    assert word in str(found.value) and "Some Card" in str(found.value) and "\n" not in str(found.value)
+    assert (
+        word in str(found.value)
+        and "Some Card" in str(found.value)
+        and "\n" not in str(found.value)
+    )
 
 
 @pytest.mark.parametrize("script", ["turbo", "avion", "tpt_mae", "sfa_vivit"])
@@ -556,11 +601,24 @@ script.main(common.parse(script.Config, script.RECIPES))
 """
 
 
-@pytest.mark.parametrize("script, stages", [("turbo", []), ("tpt_mae", ["2:100"]), ("sfa_vivit", ["2:1"])])
+@pytest.mark.parametrize(
+    "script, stages", [("turbo", []), ("tpt_mae", ["2:100"]), ("sfa_vivit", ["2:1"])]
+)
 def test_a_resumed_run_keeps_no_checkpoint(script, stages, toy_args, cli, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(GOING_ON.format(root=str(ROOT), script=script))
-    args = [driver, *toy_args[:6], "--batch-size", 4, "--size", 32, "--workers", 0, "--save-minutes", 0]
+    args = [
+        driver,
+        *toy_args[:6],
+        "--batch-size",
+        4,
+        "--size",
+        32,
+        "--workers",
+        0,
+        "--save-minutes",
+        0,
+    ]
     args += [flag for flag in ("--stages", *stages) if stages]
     args += ["--then", ""] if script == "tpt_mae" else []
     args += ["--max-steps", 4, "--out", tmp_path / "run"]
@@ -612,7 +670,9 @@ def step_waits(monkeypatch):
 
         monkeypatch.setattr(common, "launch", lambda precision: META)
         monkeypatch.setattr(common, "loss_scaler", lambda ctx: UNSCALED)
-        monkeypatch.setattr(common, "optimizer", optimizer)  # torch's fused ones know no meta device
+        monkeypatch.setattr(
+            common, "optimizer", optimizer
+        )  # torch's fused ones know no meta device
         monkeypatch.setattr(common.Run, "advance", advance)
         monkeypatch.setattr(data, "make_loader", begin)
         args = [str(flag) for flag in flags]
@@ -673,7 +733,9 @@ def test_texts_are_hashed_only_where_duplicates_are_asked_about(
     assert len(hashed) == calls
 
 
-WAITS = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|to|cuda)\(|\bprint\(|non_blocking|synchronize")
+WAITS = re.compile(
+    r"\.(item|tolist|cpu|numpy|nonzero|to|cuda)\(|\bprint\(|non_blocking|synchronize"
+)
 
 
 @pytest.mark.parametrize("script", [turbo, avion, tpt_mae, sfa_vivit])
@@ -688,7 +750,13 @@ def test_no_loop_asks_the_device(script):
 
 def test_no_chore_of_a_step_asks_the_device():
     trainer, meter = common.Trainer, common.Meter
-    chores = [trainer.micro_batches, trainer.forward, trainer.backward, trainer.note, trainer.update]
+    chores = [
+        trainer.micro_batches,
+        trainer.forward,
+        trainer.backward,
+        trainer.note,
+        trainer.update,
+    ]
     for function in [*chores, meter.add, meter.step, common.cached_step, data.join, data._ahead]:
         found = WAITS.search(inspect.getsource(function).replace("piece.to(device)", ""))
         assert not found, (function, found)
@@ -698,9 +766,14 @@ def test_copies_to_the_device_come_from_pinned_memory(monkeypatch):
     """Once: `to_device` and Batch.to, whose tensors the loader has pinned; nothing else begins a copy of its own."""
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking=False: (device.type, non_blocking))
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, device, non_blocking=False: (device.type, non_blocking)
+    )
     assert data.to_device([1, 2], torch.device("cuda")) == ("cuda", True) and len(pinned) == 1
     assert data.to_device(torch.ones(2), torch.device("cpu")) == ("cpu", True) and len(pinned) == 1
-    sources = [(ROOT / f"{name}.py").read_text() for name in ("turbo", "avion", "tpt_mae", "sfa_vivit", "common")]
+    sources = [
+        (ROOT / f"{name}.py").read_text()
+        for name in ("turbo", "avion", "tpt_mae", "sfa_vivit", "common")
+    ]
     assert not any("non_blocking" in source for source in sources)
     assert (ROOT / "data.py").read_text().count("non_blocking=True") == 2

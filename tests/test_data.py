@@ -87,12 +87,19 @@ def test_too_short_a_video_is_refused():
 
 def test_fps_frames_by_hand():
     """5 fps of 25: every fifth frame; 16 of them end 75 frames on, which 77 frames allow from frame 0 and frame 1."""
-    starts = [data.fps_frames(fake_video(77, 25.0), 16, 5, u)[0] for u in (0, 0.25, 0.499, 0.5, 0.999, 1.0)]
+    starts = [
+        data.fps_frames(fake_video(77, 25.0), 16, 5, u)[0]
+        for u in (0, 0.25, 0.499, 0.5, 0.999, 1.0)
+    ]
     assert starts == [0, 0, 0, 1, 1, 1]
     assert data.fps_frames(fake_video(77, 25.0), 16, 5, 0.0) == list(range(0, 76, 5))
     assert data.fps_frames(fake_video(76, 25.0), 16, 5, 0.999) == list(range(0, 76, 5))
-    assert data.fps_frames(fake_video(31, 25.0), 16, 5, 0.9) == list(range(0, 31, 2))  # too short: spread over it
-    assert data.fps_frames(fake_video(20, 4.0), 16, 5, 0.999) == list(range(4, 20))  # slower than 5 fps
+    assert data.fps_frames(fake_video(31, 25.0), 16, 5, 0.9) == list(
+        range(0, 31, 2)
+    )  # too short: spread over it
+    assert data.fps_frames(fake_video(20, 4.0), 16, 5, 0.999) == list(
+        range(4, 20)
+    )  # slower than 5 fps
 
 
 def test_fps_frames_and_spans_go_by_time():
@@ -107,7 +114,9 @@ def test_fps_frames_and_spans_go_by_time():
     ends = times[[data.span_frames(film, 16, (0, u))[-1] for u in (0, 0.999)]]
     assert starts[0] == 0 and starts[1] == pytest.approx(0.2 * times[-1], abs=1 / 30)
     assert ends[0] == times[-1] and ends[1] == pytest.approx(0.8 * times[-1], abs=1 / 6)
-    assert np.diff(times[data.span_frames(film, 16, (0, 0))]) == pytest.approx(times[-1] / 15, abs=1 / 6)
+    assert np.diff(times[data.span_frames(film, 16, (0, 0))]) == pytest.approx(
+        times[-1] / 15, abs=1 / 6
+    )
 
 
 def test_every_start_and_corner_is_drawn_the_first_and_the_last_too():
@@ -117,21 +126,35 @@ def test_every_start_and_corner_is_drawn_the_first_and_the_last_too():
     assert np.bincount(starts).tolist() == [100] * 10
     spans = [data.span_frames(fake_video(101), 16, (u, u)) for u in draws]
     firsts, lasts = np.bincount([s[0] for s in spans]), np.bincount([100 - s[-1] for s in spans])
-    assert len(firsts) == len(lasts) == 21 and min(firsts.min(), lasts.min()) >= 47  # 0 ... 20 and 80 ... 100
+    assert (
+        len(firsts) == len(lasts) == 21 and min(firsts.min(), lasts.min()) >= 47
+    )  # 0 ... 20 and 80 ... 100
     keys = make_key("corners", torch.arange(4000))
     boxes = [data.random_box(info(width=40, height=32), key, 0.75) for key in keys]  # sides of 24
-    assert {x for x, _, _, _ in boxes} == set(range(0, 17, 2)) and {y for _, y, _, _ in boxes} == set(range(0, 9, 2))
-    boxes = [data.random_resized_box(info(width=40, height=32), key, (0.5, 0.5), (1, 1)) for key in keys]
+    assert {x for x, _, _, _ in boxes} == set(range(0, 17, 2)) and {
+        y for _, y, _, _ in boxes
+    } == set(range(0, 9, 2))
+    boxes = [
+        data.random_resized_box(info(width=40, height=32), key, (0.5, 0.5), (1, 1)) for key in keys
+    ]
     assert {(w, h) for _, _, w, h in boxes} == {(26, 26)}  # 26 ** 2 is about half of 40 x 32
-    assert {x for x, _, _, _ in boxes} == set(range(0, 15, 2)) and {y for _, y, _, _ in boxes} == set(range(0, 7, 2))
-    boxes = [data.multi_scale_box(info(width=40, height=40), key, (0.6,)) for key in keys]  # sides of 24
+    assert {x for x, _, _, _ in boxes} == set(range(0, 15, 2)) and {
+        y for _, y, _, _ in boxes
+    } == set(range(0, 7, 2))
+    boxes = [
+        data.multi_scale_box(info(width=40, height=40), key, (0.6,)) for key in keys
+    ]  # sides of 24
     assert {(x, y) for x, y, _, _ in boxes} == {
         (4 * i, 4 * j) for i in range(5) for j in range(5) if i % 2 == j % 2
     }  # fmt: skip
-    moments = [data.moment_frames(fake_video(40, 10.0), 0.0, 2.0, 8, 8.0, u)[0] for u in draws]  # 1 s within 2 s
+    moments = [
+        data.moment_frames(fake_video(40, 10.0), 0.0, 2.0, 8, 8.0, u)[0] for u in draws
+    ]  # 1 s within 2 s
     assert set(moments) == set(range(11))
     pieces = [data.between_frames(fake_video(40, 10.0), 1.0, 3.0, 2, [u, u]) for u in draws[:-1]]
-    assert {a for a, _ in pieces} == set(range(10, 20)) and {b for _, b in pieces} == set(range(20, 30))
+    assert {a for a, _ in pieces} == set(range(10, 20)) and {b for _, b in pieces} == set(
+        range(20, 30)
+    )
 
 
 def test_stride_starts_are_videomaes():
@@ -139,7 +162,9 @@ def test_stride_starts_are_videomaes():
     starts = [data.stride_frames(info(70), 16, 4, u)[0] for u in np.arange(700) / 700]
     assert np.bincount(starts).tolist() == [100] * 7
     assert data.stride_frames(info(70), 16, 4, 0.0) == list(range(0, 64, 4))
-    assert data.stride_frames(info(62), 16, 4, 0.9) == list(range(0, 61, 4))  # fits, though VideoMAE's window doesn't
+    assert data.stride_frames(info(62), 16, 4, 0.9) == list(
+        range(0, 61, 4)
+    )  # fits, though VideoMAE's window doesn't
     assert data.stride_frames(info(31), 16, 4, 0.9) == list(range(0, 31, 2))  # spread evenly
 
 
@@ -148,7 +173,9 @@ def test_segments_cover_the_video_evenly():
     counts = np.zeros(50, int)
     for u in (np.arange(600) + 0.5) / 600:
         counts[data.segment_frames(info(50), 16, u)] += 1
-    assert counts.min() >= 149 and counts.max() <= 201 and counts.sum() == 600 * 16  # segments of 3 and 4 frames
+    assert (
+        counts.min() >= 149 and counts.max() <= 201 and counts.sum() == 600 * 16
+    )  # segments of 3 and 4 frames
     assert data.segment_frames(info(160), 16, 0.0) == list(range(0, 160, 10))
     assert data.segment_frames(info(160), 16, 0.5) == list(range(5, 160, 10))
     assert data.segment_frames(info(160), 3, [0.0, 0.5, 0.99]) == [0, 53 + 26, 106 + 53]
@@ -158,11 +185,15 @@ def test_test_clips_are_evenly_placed():
     starts = [data.view_frames(info(264), 16, 4, k, 5)[0] for k in range(5)]
     assert starts == [0, 50, 100, 150, 200]
     assert data.view_frames(info(264), 16, 4, 0, 1)[0] == 100
-    assert [data.view_frames(info(40), 16, 4, k, 5) for k in range(5)] == [data.view_frames(info(40), 16, 4, 0, 5)] * 5
+    assert [data.view_frames(info(40), 16, 4, k, 5) for k in range(5)] == [
+        data.view_frames(info(40), 16, 4, 0, 5)
+    ] * 5
 
 
 def test_span_starts_and_ends_in_the_outer_fifths():
-    frames = [data.span_frames(fake_video(1001), 32, (a, b)) for a in (0, 0.999) for b in (0, 0.999)]
+    frames = [
+        data.span_frames(fake_video(1001), 32, (a, b)) for a in (0, 0.999) for b in (0, 0.999)
+    ]
     assert [(f[0], f[-1]) for f in frames] == [(0, 1000), (0, 800), (200, 1000), (200, 800)]
 
 
@@ -170,17 +201,30 @@ def fake_video(num_frames=300, fps=30.0, times=None):
     """The part of a Video that samplers use, over exact times."""
     times = np.arange(num_frames) / fps if times is None else times
     video = SimpleNamespace(path="v", info=info(num_frames, fps=fps), times=times)
-    video.at, video.clamp = functools.partial(data.Video.at, video), functools.partial(data.Video.clamp, video)
+    video.at, video.clamp = (
+        functools.partial(data.Video.at, video),
+        functools.partial(data.Video.clamp, video),
+    )
     return video
 
 
 def test_between_frames_are_avions():
     """Midpoints of n equal segments of [start, end]; jitter moves each within its segment; the end is clamped."""
     video = fake_video()
-    assert data.between_frames(video, 2.0, 4.0, 4, 0.5) == [67, 82, 97, 112]  # 2.25, 2.75, 3.25, 3.75 s
-    low, high = data.between_frames(video, 2.0, 4.0, 4, np.zeros(4)), data.between_frames(video, 2, 4, 4, [0.99] * 4)
+    assert data.between_frames(video, 2.0, 4.0, 4, 0.5) == [
+        67,
+        82,
+        97,
+        112,
+    ]  # 2.25, 2.75, 3.25, 3.75 s
+    low, high = (
+        data.between_frames(video, 2.0, 4.0, 4, np.zeros(4)),
+        data.between_frames(video, 2, 4, 4, [0.99] * 4),
+    )
     assert low == [60, 75, 90, 105] and high == [74, 89, 104, 119]
-    assert data.between_frames(video, 9.0, 12.0, 2, 0.5) == data.between_frames(video, 9.0, 10.0, 2, 0.5)
+    assert data.between_frames(video, 9.0, 12.0, 2, 0.5) == data.between_frames(
+        video, 9.0, 10.0, 2, 0.5
+    )
     assert data.between_frames(video, 1.0, 1.01, 4, 0.5) == [30, 30, 30, 30]
     for start, end in ((5, 5), (6, 5), (10, 12), (-1, 2), (float("nan"), 2)):
         with pytest.raises(ValueError, match="nothing from second"):
@@ -206,7 +250,9 @@ def test_moment_frames():
     starts = [data.moment_frames(video, 2.0, 6.0, 16, 5.0, u)[0] for u in (0.0, 0.5, 0.99)]
     assert starts == [63, 75, 86]  # the first of 16 fifths of a second, from 2.0, 2.4, 2.8
     assert np.diff(data.moment_frames(video, 2.0, 6.0, 16, 5.0, 0.0)).tolist() == [6] * 15
-    assert data.moment_frames(video, 4.0, 5.0, 16, 5.0, 0.9) == data.moment_frames(video, 4.0, 5.0, 16, 5.0, 0.1)
+    assert data.moment_frames(video, 4.0, 5.0, 16, 5.0, 0.9) == data.moment_frames(
+        video, 4.0, 5.0, 16, 5.0, 0.1
+    )
     assert data.moment_frames(video, 4.0, 5.0, 15, 5.0)[7] == 135  # its middle
     assert data.moment_frames(video, 0.0, 1.0, 15, 5.0) == list(range(3, 93, 6))
     assert data.moment_frames(video, 9.5, 12.0, 15, 5.0) == list(range(213, 300, 6))
@@ -231,7 +277,15 @@ BOXES = {
 
 @pytest.mark.parametrize("name", BOXES)
 def test_boxes_are_even_and_inside(name):
-    for width, height in ((320, 240), (240, 320), (341, 255), (64, 64), (1280, 720), (500, 20), (7, 9)):
+    for width, height in (
+        (320, 240),
+        (240, 320),
+        (341, 255),
+        (64, 64),
+        (1280, 720),
+        (500, 20),
+        (7, 9),
+    ):
         for n in range(60):
             x, y, w, h = BOXES[name](info(1, width, height), make_key(n))
             assert min(x, y) >= 0 and min(w, h) > 0 and x + w <= width and y + h <= height
@@ -240,25 +294,43 @@ def test_boxes_are_even_and_inside(name):
 
 def test_random_square_reaches_every_place():
     boxes = {data.random_box(info(1, 320, 240), make_key(n)) for n in range(2000)}
-    assert {x for x, *_ in boxes} == set(range(0, 82, 2)) and {box[1:] for box in boxes} == {(0, 240, 240)}
+    assert {x for x, *_ in boxes} == set(range(0, 82, 2)) and {box[1:] for box in boxes} == {
+        (0, 240, 240)
+    }
     boxes = [data.random_box(info(1, 256, 256), make_key(n), 224 / 256) for n in range(500)]
-    assert {box[2:] for box in boxes} == {(224, 224)} and {box[0] for box in boxes} == set(range(0, 34, 2))
+    assert {box[2:] for box in boxes} == {(224, 224)} and {box[0] for box in boxes} == set(
+        range(0, 34, 2)
+    )
 
 
 def test_multi_scale_is_tsns():
     """Ten pairs of sides: 1, 7/8, 3/4 and .66 of 240, one step apart at most; 13 places in quarters of the room."""
     boxes = [data.multi_scale_box(info(1, 320, 240), make_key(n)) for n in range(6000)]
     sides = {box[2:] for box in boxes}
-    assert {w for w, _ in sides} == {240, 210, 180, 158} and len(sides) == 10 and (240, 180) not in sides
-    places = [(4 * x / (320 - w), 4 * y / (240 - h)) for x, y, w, h in boxes if (w, h) == (180, 158)]
+    assert (
+        {w for w, _ in sides} == {240, 210, 180, 158}
+        and len(sides) == 10
+        and (240, 180) not in sides
+    )
+    places = [
+        (4 * x / (320 - w), 4 * y / (240 - h)) for x, y, w, h in boxes if (w, h) == (180, 158)
+    ]
     assert len({(round(a), round(b)) for a, b in places}) == 13
     assert all(round(a) % 2 == round(b) % 2 for a, b in places)
 
 
 def test_three_crops():
     wide, tall = info(1, 340, 256), info(1, 256, 340)
-    assert [data.crop_box(wide, k) for k in range(3)] == [(0, 0, 256, 256), (42, 0, 256, 256), (84, 0, 256, 256)]
-    assert [data.crop_box(tall, k) for k in range(3)] == [(0, 0, 256, 256), (0, 42, 256, 256), (0, 84, 256, 256)]
+    assert [data.crop_box(wide, k) for k in range(3)] == [
+        (0, 0, 256, 256),
+        (42, 0, 256, 256),
+        (84, 0, 256, 256),
+    ]
+    assert [data.crop_box(tall, k) for k in range(3)] == [
+        (0, 0, 256, 256),
+        (0, 42, 256, 256),
+        (0, 84, 256, 256),
+    ]
     assert data.crop_box(wide, 0, 1) == data.centre_box(wide) == (42, 0, 256, 256)
 
 
@@ -269,10 +341,16 @@ def test_three_crops():
 def chunks(tmp_path_factory):
     """25 s at 30 fps in chunks of 10 s, frame n telling n; `short` lacks a frame of chunk 0; `hole` lacks chunk 10."""
     root = tmp_path_factory.mktemp("chunks")
-    for name, lost, parts in (("whole", 0, (0, 10, 20)), ("short", 1, (0, 10, 20)), ("hole", 0, (0, 20))):
+    for name, lost, parts in (
+        ("whole", 0, (0, 10, 20)),
+        ("short", 1, (0, 10, 20)),
+        ("hole", 0, (0, 20)),
+    ):
         (root / f"{name}.mp4").mkdir()
         for start in parts:
-            frames = numbered(30 * start, (150 if start == 20 else 300) - (lost if start == 0 else 0))
+            frames = numbered(
+                30 * start, (150 if start == 20 else 300) - (lost if start == 0 else 0)
+            )
             write(root / f"{name}.mp4" / f"{start}.mp4", frames)
     write(root / "one.mp4", numbered(0, 750))
     (root / "empty.mp4").mkdir()
@@ -291,7 +369,9 @@ def test_a_clip_across_a_boundary_is_one_clip(chunks):
             views = [(places, 64, None), (places[::-1], 32, (32, 16, 32, 32))]
             whole, right = parts.read_views(views)
             assert read_numbers(whole) == frames
-            assert (right.float() - 128).abs().max() < 6  # the grey half: the box is the same in every chunk
+            assert (
+                right.float() - 128
+            ).abs().max() < 6  # the grey half: the box is the same in every chunk
             assert (whole.float() - one.read(frames, 64)).abs().mean() < 2
 
 
@@ -314,13 +394,19 @@ def test_short_and_missing_chunks(chunks):
     began = time.monotonic()
     with data.Chunks(chunks / "hole.mp4") as video:
         assert video.at([5.0, 21.0]) == [(0, 150), (1, 30)]
-        with pytest.raises(data.VideoError, match=r"hole.mp4: no chunk holds second 10.50.*0.mp4 is too short"):
+        with pytest.raises(
+            data.VideoError, match=r"hole.mp4: no chunk holds second 10.50.*0.mp4 is too short"
+        ):
             data.between_frames(video, 9, 21, 4, 0.5)
         with pytest.raises(data.VideoError, match="no chunk holds second 30"):
             video.at([30.0])
         with pytest.raises(ValueError, match="nothing from second 26"):
             data.between_frames(video, 26, 40, 4)
-    for name, words in (("empty", "no chunk in it"), ("odd", "not a folder of chunks"), ("gone", "No such file")):
+    for name, words in (
+        ("empty", "no chunk in it"),
+        ("odd", "not a folder of chunks"),
+        ("gone", "No such file"),
+    ):
         with pytest.raises(data.VideoError, match=words) as error:
             data.Chunks(chunks / f"{name}.mp4")
         assert f"{name}.mp4" in str(error.value)
@@ -369,7 +455,10 @@ def test_list_forms(tmp_path, lines):
     """One separator a file; quotes, blank lines, a byte-order mark, CRLF, bytes that are no UTF-8."""
     assert read_list(tmp_path / "l.csv", lines) == [*lines.values()]
     assert read_list(tmp_path / "l.csv", ["\ufeff", *lines, " \t", ""]) == [*lines.values()]
-    assert read_list(tmp_path / "l.csv", ["\ufeff" + line + "\r\n" for line in lines][:1]) == [*lines.values()][:1]
+    assert (
+        read_list(tmp_path / "l.csv", ["\ufeff" + line + "\r\n" for line in lines][:1])
+        == [*lines.values()][:1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -399,7 +488,10 @@ def test_the_separator_is_decided_once_a_file(tmp_path, lines, rows):
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
-        (["", "a,two words", "b,more words"], ["list.csv:2: 'a,two words'", "comma", "space", "quote"]),
+        (
+            ["", "a,two words", "b,more words"],
+            ["list.csv:2: 'a,two words'", "comma", "space", "quote"],
+        ),
         (["a.avi b.mp4,x"], ["list.csv:1", "comma", "space", "quote"]),
         (["a,b 3"], ["list.csv:1: 'a,b 3'", "quote"]),
         (["a.mp4,x", "b.mp4 y"], ["list.csv:2", "comma"]),
@@ -425,10 +517,14 @@ def test_the_separator_is_decided_once_a_file(tmp_path, lines, rows):
 def test_what_is_ambiguous_or_another_table_is_refused(tmp_path, lines, words):
     with pytest.raises(UserError) as error:
         read_list(tmp_path / "list.csv", lines)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), (
+        error.value
+    )
 
 
-@pytest.mark.parametrize("lines", [["P01 0", "x.mp4 1"], ["v.none 0", "w.mp4 1"], ["P01 cut", "P02 cut", "P03 7"]])
+@pytest.mark.parametrize(
+    "lines", [["P01 0", "x.mp4 1"], ["v.none 0", "w.mp4 1"], ["P01 cut", "P02 cut", "P03 7"]]
+)
 def test_folders_of_chunks_are_no_header(tmp_path, lines):
     assert read_list(tmp_path / "list.csv", lines) == [tuple(line.split()) for line in lines]
 
@@ -438,20 +534,29 @@ def test_frames_of_a_whole_video_cannot_be_sampled_from_chunks(chunks):
     with data.open_video(chunks / "whole.mp4") as video:
         for sample in (data.fps_frames, data.span_frames):
             with pytest.raises(data.VideoError, match="a folder of chunks.*list its files"):
-                sample(video, 2, 5, 0.5) if sample is data.fps_frames else sample(video, 2, (0.5, 0.5))
+                sample(video, 2, 5, 0.5) if sample is data.fps_frames else sample(
+                    video, 2, (0.5, 0.5)
+                )
 
 
 def test_no_loader_process_needs_no_temporary_folder(toy, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
-    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True)
+    dataset = data.ClipDataset(
+        data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True
+    )
     assert next(data.make_loader(dataset, [[(0, 3)]], 0, CPU)).index.tolist() == [3]
 
 
 def test_a_class_may_be_called_label(tmp_path):
-    assert read_list(tmp_path / "l.csv", ["a.mp4,label", "b.mp4,class"]) == [("a.mp4", "label"), ("b.mp4", "class")]
+    assert read_list(tmp_path / "l.csv", ["a.mp4,label", "b.mp4,class"]) == [
+        ("a.mp4", "label"),
+        ("b.mp4", "class"),
+    ]
 
 
-@pytest.mark.parametrize("line", ["a.mp4", "a b c", "a.mp4,", ",x", '"a.mp4,x', "a, b, c", '"" x', '"a.mp4"b x'])
+@pytest.mark.parametrize(
+    "line", ["a.mp4", "a b c", "a.mp4,", ",x", '"a.mp4,x', "a, b, c", '"" x', '"a.mp4"b x']
+)
 def test_bad_lines_are_named(tmp_path, line):
     (tmp_path / "list.csv").write_text(f"a.mp4 x\n\n{line}\n")
     with pytest.raises(UserError, match=r"list.csv:3: .*path,label"):
@@ -460,7 +565,9 @@ def test_bad_lines_are_named(tmp_path, line):
 
 def test_a_wrong_label_is_named_with_its_first_line(tmp_path):
     (tmp_path / "list.csv").write_text("a.mp4 x\nb.mp4 q\nc.mp4 q\nd.mp4 r\n")
-    with pytest.raises(UserError, match=r"list.csv:2: label 'q' is not one of the 2 classes \(x, y\)"):
+    with pytest.raises(
+        UserError, match=r"list.csv:2: label 'q' is not one of the 2 classes \(x, y\)"
+    ):
         data.VideoList(tmp_path / "list.csv", classes=["x", "y"])
 
 
@@ -475,9 +582,16 @@ def test_memory_of_large_lists(tmp_path):
     """Under 200 bytes an entry, of which a path or a caption of 40 to 60 are its own; what goes in comes out."""
     n = 500_000
     with open(tmp_path / "list.csv", "w") as file:
-        file.writelines(f"folder_{i % 400:03d}/video_{i:08d}_000123.mp4,{i % 400}\n" for i in range(n))
+        file.writelines(
+            f"folder_{i % 400:03d}/video_{i:08d}_000123.mp4,{i % 400}\n" for i in range(n)
+        )
     rows = (
-        (f"{i // 100:032x}.mp4", i * 0.5, i * 0.5 + 3, f"#C C picks up the {i}th thing from the table")
+        (
+            f"{i // 100:032x}.mp4",
+            i * 0.5,
+            i * 0.5 + 3,
+            f"#C C picks up the {i}th thing from the table",
+        )
         for i in range(n)
     )
     before = rss()
@@ -486,13 +600,21 @@ def test_memory_of_large_lists(tmp_path):
     captions = data.Captions(rows, "ego4d")
     assert middle - before < 100 * n and rss() - middle < 150 * n
     for i in (0, 1, 123_456, n - 1):
-        assert videos.video(i) == f"folder_{i % 400:03d}/video_{i:08d}_000123.mp4" and videos.labels[i] == i % 400
-        assert captions.video(i) == f"ego4d/{i // 100:032x}.mp4" and captions.text(i).split()[5] == f"{i}th"
+        assert (
+            videos.video(i) == f"folder_{i % 400:03d}/video_{i:08d}_000123.mp4"
+            and videos.labels[i] == i % 400
+        )
+        assert (
+            captions.video(i) == f"ego4d/{i // 100:032x}.mp4"
+            and captions.text(i).split()[5] == f"{i}th"
+        )
         assert (captions.start[i], captions.end[i]) == (i * 0.5, i * 0.5 + 3)
 
 
 def test_rephrasings():
-    captions = data.Captions([("v", 0, 1, ["a", "b", "c"]), ("w", 2, 3, "d"), ("v", 4, 5, ["ü", ""])])
+    captions = data.Captions(
+        [("v", 0, 1, ["a", "b", "c"]), ("w", 2, 3, "d"), ("v", 4, 5, ["ü", ""])]
+    )
     assert [captions.text(0, u) for u in (0, 0.34, 0.99)] == ["a", "b", "c"]
     assert (captions.text(1, 0.9), captions.text(2), captions.text(2, 0.5)) == ("d", "ü", "")
     assert [captions.video(i) for i in range(3)] == ["v", "w", "v"] and len(captions) == 3
@@ -502,7 +624,9 @@ def test_rephrasings():
 
 
 def plain_plan(video, index, view, key):
-    return data.stride_frames(video.info, 2, 2, uniform(key, "start").item()), data.random_box(video.info, key, 0.5)
+    return data.stride_frames(video.info, 2, 2, uniform(key, "start").item()), data.random_box(
+        video.info, key, 0.5
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -512,10 +636,13 @@ def test_repeated_views(toy, workers):
     videos = data.VideoList(toy / "train.csv", toy)
     dataset = data.ClipDataset(videos, plain_plan, 32, seed=3, replace=True, views=3)
     whole, halves = (
-        list(data.make_loader(dataset, data.GlobalBatches(16, 8, micro, 3, 0, 2), workers, CPU)) for micro in (8, 4)
+        list(data.make_loader(dataset, data.GlobalBatches(16, 8, micro, 3, 0, 2), workers, CPU))
+        for micro in (8, 4)
     )
     for batch in whole:
-        assert batch.clips.shape == (24, 2, 3, 32, 32) and len(batch.labels) == len(batch.index) == 24
+        assert (
+            batch.clips.shape == (24, 2, 3, 32, 32) and len(batch.labels) == len(batch.index) == 24
+        )
         assert len(set(batch.keys.tolist())) == 24 and sorted(batch.index.tolist()) == sorted(
             [*{*batch.index.tolist()}] * 3
         )
@@ -524,7 +651,9 @@ def test_repeated_views(toy, workers):
             with data.Video(videos.video(i)) as video:
                 frames, box = plain_plan(video, i, 0, key)
                 assert torch.equal(clip, video.read(frames, 32, box)) and label == videos.labels[i]
-    pairs = lambda batches: {tuple(pair) for b in batches for pair in b.keys.reshape(-1, 2).tolist()}
+    pairs = lambda batches: {
+        tuple(pair) for b in batches for pair in b.keys.reshape(-1, 2).tolist()
+    }
     assert pairs(whole) == pairs(halves) and len(halves) == 4
 
 
@@ -534,15 +663,22 @@ def test_captions_load_from_chunks(chunks):
 
     def plan(video, index, view, key):
         jitter = uniform(key, "jitter", 4)
-        return data.between_frames(video, captions.start[index], captions.end[index], 4, jitter), None
+        return data.between_frames(
+            video, captions.start[index], captions.end[index], 4, jitter
+        ), None
 
     dataset = data.ClipDataset(captions, plan, 64, seed=0, replace=False)
     batches = list(data.make_loader(dataset, data.every_sample(8, 4), 1, CPU))
     for batch in batches:
         for clip, i in zip(batch.clips, batch.index.tolist(), strict=True):
             numbers = read_numbers(clip)
-            assert all(15 * t <= n - 90 * i < 15 * (t + 1) for t, n in enumerate(numbers)), (i, numbers)
-    assert [i for b in batches for i in b.index.tolist()] == [*range(8)] and not any(b.failures for b in batches)
+            assert all(15 * t <= n - 90 * i < 15 * (t + 1) for t, n in enumerate(numbers)), (
+                i,
+                numbers,
+            )
+    assert [i for b in batches for i in b.index.tolist()] == [*range(8)] and not any(
+        b.failures for b in batches
+    )
 
 
 def endless(dataset, workers):
@@ -572,7 +708,8 @@ def test_a_worker_that_dies_or_hangs_is_named(toy, name, monkeypatch):
     dataset = data.ClipDataset(videos, at_video_5(act), 32, seed=0, replace=True)
     began, seen = time.monotonic(), 0
     with pytest.raises(
-        UserError, match=f"loader process (died; it was at|has been busy.* with) {videos.video(5)}.*last checkpoint"
+        UserError,
+        match=f"loader process (died; it was at|has been busy.* with) {videos.video(5)}.*last checkpoint",
     ):
         for _ in endless(dataset, 2):
             seen += 1
@@ -671,14 +808,18 @@ def test_only_the_loader_counts_as_waiting(toy):
         seen.append(keys.tolist())
         return clips + 1
 
-    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plan, 32, seed=0, replace=True)
+    dataset = data.ClipDataset(
+        data.VideoList(toy / "train.csv", toy), plan, 32, seed=0, replace=True
+    )
     lists = [[(0, i), (0, i + 1)] for i in range(0, 16, 2)]
     plain = list(data.make_loader(dataset, lists, 0, CPU))
     changed = list(data.make_loader(dataset, lists, 0, CPU, augment))
     assert seen == [batch.keys.tolist() for batch in plain]
     assert all(torch.equal(a.clips + 1, b.clips) for a, b in zip(plain, changed, strict=True))
     assert all(batch.waited >= 0.1 for batch in changed)
-    assert sorted(batch.waited for batch in changed)[4] < 0.2  # a busy machine may be late now and then
+    assert (
+        sorted(batch.waited for batch in changed)[4] < 0.2
+    )  # a busy machine may be late now and then
 
 
 def test_copies_run_one_batch_ahead(monkeypatch):
@@ -696,7 +837,9 @@ def test_copies_run_one_batch_ahead(monkeypatch):
     def copies():
         for number in (1, 2, 3):
             events.append(("copy", number))
-            yield data.Batch(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor(number), [])
+            yield data.Batch(
+                torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor(number), []
+            )
 
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
@@ -709,7 +852,9 @@ def test_copies_run_one_batch_ahead(monkeypatch):
 
 def test_a_slow_step_or_idle_workers_are_no_hang(toy, monkeypatch):
     monkeypatch.setattr(data, "LOADER_PATIENCE", 0.5)
-    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True)
+    dataset = data.ClipDataset(
+        data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True
+    )
     batches = endless(dataset, 1)
     for _ in range(3):
         next(batches)
@@ -720,7 +865,9 @@ def test_an_error_in_a_plan_is_not_hidden(toy):
     def plan(video, index, view, key):
         raise RuntimeError("a mistake in the plan")
 
-    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plan, 32, seed=0, replace=True)
+    dataset = data.ClipDataset(
+        data.VideoList(toy / "train.csv", toy), plan, 32, seed=0, replace=True
+    )
     with pytest.raises(RuntimeError, match="a mistake in the plan"):
         next(endless(dataset, 1))
 
@@ -728,8 +875,12 @@ def test_an_error_in_a_plan_is_not_hidden(toy):
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_memory_does_not_grow_over_10_000_clips(toy):
     """After a warm-up of 1,000 clips, 9,000 more take no more than 8 MiB, in the worker and in the trainer."""
-    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True, views=8)
-    batches = data.make_loader(dataset, [[(epoch, i) for i in range(10)] for epoch in range(200)], 1, CPU)
+    dataset = data.ClipDataset(
+        data.VideoList(toy / "train.csv", toy), plain_plan, 32, seed=0, replace=True, views=8
+    )
+    batches = data.make_loader(
+        dataset, [[(epoch, i) for i in range(10)] for epoch in range(200)], 1, CPU
+    )
     sizes = []
     for n in range(125):  # of 80 clips
         next(batches)
@@ -746,11 +897,21 @@ def test_a_list_of_which_2_percent_are_bad_stops(toy, cli, tmp_path):
     for n in range(0, 200, 50):
         lines[n] = f"gone_{n}.mp4,left"
     (tmp_path / "list.csv").write_text("\n".join(lines[:200]))
-    args = ["turbo.py", "--train-list", tmp_path / "list.csv", "--val-list", toy / "val.csv", "--data-root", toy]
+    args = [
+        "turbo.py",
+        "--train-list",
+        tmp_path / "list.csv",
+        "--val-list",
+        toy / "val.csv",
+        "--data-root",
+        toy,
+    ]
     args += ["--batch-size", 8, "--epochs", 1, "--workers", 2, "--size", 32]
     code, _, err = cli(*args, "--out", tmp_path / "a")
     assert code == 1 and "--max-bad" in err and "Traceback" not in err
-    assert "4 videos could not be read" in err and all(f"gone_{n}.mp4" in err for n in range(0, 200, 50))
+    assert "4 videos could not be read" in err and all(
+        f"gone_{n}.mp4" in err for n in range(0, 200, 50)
+    )
     code, out, err = cli(*args, "--out", tmp_path / "b", "--max-bad", 0.03)
     assert code == 0 and (out + err).count("unreadable, replaced by another") == 4, out + err
 
@@ -763,7 +924,8 @@ def test_cores_for_a_gpu(capsys, monkeypatch):
     data.print_cores([(16, gmacs, 1), (9, gmacs, 1), (16, gmacs, 2), (16, 0.5, 1)])
     line, advice = capsys.readouterr().out.splitlines()
     cells = [
-        f"{cores} for 1000 clips/s of {n} frames" for cores, n in (("20 (200)", 16), ("15 (150)", 9), ("15 (105)", 16))
+        f"{cores} for 1000 clips/s of {n} frames"
+        for cores, n in (("20 (200)", 16), ("15 (150)", 9), ("15 (105)", 16))
     ]
     assert line.endswith("; ".join(cells).replace("20 (200)", "estimates: 20 (200)", 1))
     assert "--repeated" in advice and "data.py chunk" in advice and "--stages" in advice

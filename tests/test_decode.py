@@ -39,10 +39,16 @@ N, W, H = 48, 96, 80
 def pictures(n=N, w=W, h=H, smooth=False):
     """n pictures uint8 [h, w, 3], all different: coloured blocks moving over a wave; or without hard edges."""
     y, x = np.mgrid[0:h, 0:w]
-    blocks = np.random.default_rng(0).integers(40, 216, (h // 8 + 1, w // 8 + 1, 3))  # [rows, columns, 3]
+    blocks = np.random.default_rng(0).integers(
+        40, 216, (h // 8 + 1, w // 8 + 1, 3)
+    )  # [rows, columns, 3]
     if smooth:
-        blocks = F.interpolate(torch.from_numpy(blocks).permute(2, 0, 1)[None].double(), (h, w), mode="bicubic")[0]
-        blocks = (0.4 * blocks + 0.6 * blocks.mean(0)).permute(1, 2, 0).numpy()  # [h, w, 3], less colourful
+        blocks = F.interpolate(
+            torch.from_numpy(blocks).permute(2, 0, 1)[None].double(), (h, w), mode="bicubic"
+        )[0]
+        blocks = (
+            (0.4 * blocks + 0.6 * blocks.mean(0)).permute(1, 2, 0).numpy()
+        )  # [h, w, 3], less colourful
     else:
         blocks = blocks.repeat(8, 0).repeat(8, 1)[:h, :w]  # [h, w, 3]
     for i in range(n):
@@ -51,7 +57,18 @@ def pictures(n=N, w=W, h=H, smooth=False):
 
 
 def make(
-    path, codec="libx264", n=N, w=W, h=H, pix="yuv420p", pts=None, turn=None, tags=(), mux=(), smooth=False, **opt
+    path,
+    codec="libx264",
+    n=N,
+    w=W,
+    h=H,
+    pix="yuv420p",
+    pts=None,
+    turn=None,
+    tags=(),
+    mux=(),
+    smooth=False,
+    **opt,
 ):
     """Write a video. pts: of each frame, in 1/3000 s; turn: (degrees, hflip, vflip); tags: of the codec context; mux:
     options of the muxer; opt: options of the encoder."""
@@ -126,12 +143,16 @@ def check_exact(path, reads=12, seed=0, fast=None):
     """Random sets of frames against the sequential decode, bit for bit; then the same through `read`. The VideoInfo."""
     reference, r = sequential(path), random.Random(seed)
     bits = [yuv(frame) for frame in reference]
-    assert len(set(bits)) > 0.9 * len(bits), "frames are too alike to tell whether the right one came"
+    assert len(set(bits)) > 0.9 * len(bits), (
+        "frames are too alike to tell whether the right one came"
+    )
     with data.Video(path) as video:
         n, info = video.info.num_frames, video.info
         assert n == len(reference)
         assert fast is None or video._fast == fast
-        sets = [range(n), [0], [n - 1]] + [r.sample(range(n), min(n, r.choice((1, 2, 3, 8)))) for _ in range(reads)]
+        sets = [range(n), [0], [n - 1]] + [
+            r.sample(range(n), min(n, r.choice((1, 2, 3, 8)))) for _ in range(reads)
+        ]
         for indices in sets:
             assert decoded(video, indices) == {i: bits[i] for i in indices}
         indices = [r.randrange(n) for _ in range(6)]
@@ -182,9 +203,15 @@ FILES = {  # name: (does the index prove the frames, how it is made)
     "hevc.mkv": (True, {"codec": "libx265"}),
     "hevc.ts": (False, {"codec": "libx265"}),
     "hevc_10bit.mp4": (True, {"codec": "libx265", "pix": "yuv420p10le"}),
-    "hevc_layers.mp4": (True, {"codec": "libx265", "x265": "temporal-layers=2:bframes=4:b-adapt=0"}),
+    "hevc_layers.mp4": (
+        True,
+        {"codec": "libx265", "x265": "temporal-layers=2:bframes=4:b-adapt=0"},
+    ),
     "vp9.webm": (True, {"codec": "libvpx-vp9"}),
-    "vp9_hidden.webm": (True, {"codec": "libvpx-vp9", "deadline": "good", "auto-alt-ref": 1, "lag-in-frames": 12}),
+    "vp9_hidden.webm": (
+        True,
+        {"codec": "libvpx-vp9", "deadline": "good", "auto-alt-ref": 1, "lag-in-frames": 12},
+    ),
     "vp9_odd.mkv": (True, {"codec": "libvpx-vp9", "w": W + 1, "h": H + 1}),
     "vp9.mp4": (True, {"codec": "libvpx-vp9"}),
     "vp8_hidden.webm": (False, {"codec": "libvpx"}),
@@ -219,9 +246,19 @@ def test_frames_are_those_of_a_sequential_decode(videos, name):
     assert info.fps == pytest.approx(30 if made.get("pts") is not VARIABLE else 29.62, rel=1e-3)
     assert info.duration == pytest.approx(N / 30, rel=0.02)
     codec = made.get("codec", "libx264")
-    known = {"libx264": "h264", "libx264rgb": "h264", "libx265": "hevc", "libsvtav1": "av1", "libvpx": "vp8"}
-    with data.Video(videos(name)) as video:  # of HEVC with layers, a frame that its own layer doesn't need is kept
-        assert video._drop == (fast and info.codec in ("h264", "hevc") and name != "hevc_layers.mp4")
+    known = {
+        "libx264": "h264",
+        "libx264rgb": "h264",
+        "libx265": "hevc",
+        "libsvtav1": "av1",
+        "libvpx": "vp8",
+    }
+    with data.Video(
+        videos(name)
+    ) as video:  # of HEVC with layers, a frame that its own layer doesn't need is kept
+        assert video._drop == (
+            fast and info.codec in ("h264", "hevc") and name != "hevc_layers.mp4"
+        )
     assert info.codec == known.get(codec, codec.removeprefix("libvpx-"))
 
 
@@ -351,7 +388,9 @@ def by_hand(path, fields, together=False, lists=False, order=0, n=12):
                 for column in range(2):
                     bits.ue(25).bits += "0" * (-len(bits.bits) % 8)
                     for plane, side in zip(part, (16, 8, 8), strict=True):
-                        block = plane[row * side : (row + 1) * side, column * side : (column + 1) * side]
+                        block = plane[
+                            row * side : (row + 1) * side, column * side : (column + 1) * side
+                        ]
                         for value in block.flatten().tolist():
                             bits.u(8, value)
             head = parameter_sets(fields, lists, order) if first else b""
@@ -425,12 +464,17 @@ def test_side_data_that_is_not_known(tmp_path, orientation):
 @pytest.mark.parametrize("name", ["chapters.mp4", "chapters.mov", "late_tracks.mkv"])
 def test_rotation_is_found_wherever_the_header_holds_it(tmp_path, name, turn):
     """Chapters are a track with matrices of their own; a long title stands before the tracks of an mkv."""
-    with av.open(str(make(tmp_path / f"a_{name}", n=3, turn=turn))) as a, av.open(str(tmp_path / name), "w") as b:
+    with (
+        av.open(str(make(tmp_path / f"a_{name}", n=3, turn=turn))) as a,
+        av.open(str(tmp_path / name), "w") as b,
+    ):
         stream = a.streams.video[0]
         copy = b.add_stream_from_template(stream, opaque=True)
         if name.startswith("chapters"):
             times = {"time_base": Fraction(1, 1000), "metadata": {"title": "one"}}
-            b.set_chapters([{"id": i, "start": 40 * i, "end": 40 * i + 40} | times for i in range(2)])
+            b.set_chapters(
+                [{"id": i, "start": 40 * i, "end": 40 * i + 40} | times for i in range(2)]
+            )
         else:
             b.metadata["title"] = "long " * 4000
         for packet in a.demux(stream):
@@ -440,7 +484,9 @@ def test_rotation_is_found_wherever_the_header_holds_it(tmp_path, name, turn):
     info = check_exact(tmp_path / name, reads=1, fast=True)
     assert info.rotation == (-turn[0] % 360 if turn else 0)
     assert (info.width, info.height) == ((H, W) if turn and turn[0] == 90 else (W, H))
-    assert data._may_be_turned(tmp_path / name) == bool(turn), "no frame is decoded where the header says enough"
+    assert data._may_be_turned(tmp_path / name) == bool(turn), (
+        "no frame is decoded where the header says enough"
+    )
 
 
 def test_pictures_turned_otherwise_than_the_first(videos, tmp_path):
@@ -449,7 +495,9 @@ def test_pictures_turned_otherwise_than_the_first(videos, tmp_path):
     with av.open(str(videos("h264.mp4"))) as a, av.open(str(path), "w") as b:
         stream = a.streams.video[0]
         copy = b.add_stream_from_template(stream, opaque=True)
-        mark = BitStreamFilterContext("h264_metadata=display_orientation=insert:flip=vertical", stream)
+        mark = BitStreamFilterContext(
+            "h264_metadata=display_orientation=insert:flip=vertical", stream
+        )
         for packet in a.demux(stream):
             for marked in mark.filter(packet if packet.size else None):
                 marked.stream = copy
@@ -572,7 +620,8 @@ def test_times_that_are_no_times(videos, tmp_path, name, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["h264.mp4", "h264.mkv", "open_gop.mp4", "fragments.mp4", "hevc.mkv", "h264.ts", "av1.webm"]
+    "name",
+    ["h264.mp4", "h264.mkv", "open_gop.mp4", "fragments.mp4", "hevc.mkv", "h264.ts", "av1.webm"],
 )
 def test_video_too_large_for_memory(videos, monkeypatch, name):
     """Packets are read from the file again, and frames of a counted video decoded again."""
@@ -596,13 +645,20 @@ def test_header_with_another_size(videos, tmp_path):
 def test_order_repeats_and_views(videos):
     with data.Video(videos("h264.mp4")) as video:
         every = video.read(range(N), 32)
-        assert every.shape == (N, 3, 32, 32) and every.dtype == torch.uint8 and every.is_contiguous()
+        assert (
+            every.shape == (N, 3, 32, 32) and every.dtype == torch.uint8 and every.is_contiguous()
+        )
         order = [40, 3, 3, 17, 0, 40, N - 1]
         assert torch.equal(video.read(order, 32), every[order])
         assert torch.equal(video.read(np.array(order), (32, 32)), every[order])
         assert torch.equal(video.read(torch.tensor([5]), 32), every[5:6])
         assert video.read([], 32).shape == (0, 3, 32, 32)
-        views = [([5, 2], 32, None), ([2, 30, 2], (24, 40), (8, 4, 60, 50)), ([30], 16, (0, 0, 20, 20)), ([], 8, None)]
+        views = [
+            ([5, 2], 32, None),
+            ([2, 30, 2], (24, 40), (8, 4, 60, 50)),
+            ([30], 16, (0, 0, 20, 20)),
+            ([], 8, None),
+        ]
         for got, (frames, size, box) in zip(video.read_views(views), views, strict=True):
             assert torch.equal(got, video.read(frames, size, box))
             assert torch.equal(got, data.read_clip(video.path, frames, size, box))
@@ -612,9 +668,17 @@ def test_order_repeats_and_views(videos):
 def test_wrong_arguments(videos):
     with data.Video(videos("h264.mp4")) as video:
         for i in (-1, N, 10**9):
-            with pytest.raises(data.VideoError, match=rf"h264.mp4: frame {i} is out of range, it has {N} frames"):
+            with pytest.raises(
+                data.VideoError, match=rf"h264.mp4: frame {i} is out of range, it has {N} frames"
+            ):
                 video.read([0, i], 32)
-        for box in ((0, 0, W + 1, H), (-1, 0, 10, 10), (0, 0, 0, 10), (90, 0, 10, 10), (0, 71, 10, 10)):
+        for box in (
+            (0, 0, W + 1, H),
+            (-1, 0, 10, 10),
+            (0, 0, 0, 10),
+            (90, 0, 10, 10),
+            (0, 71, 10, 10),
+        ):
             with pytest.raises(ValueError, match="not inside the 96x80 frame"):
                 video.read([0], 32, box)
         with pytest.raises(ValueError, match="size"):
@@ -623,15 +687,22 @@ def test_wrong_arguments(videos):
         video.read([0], 32)
 
 
-@pytest.mark.parametrize("box", [None, (10, 8, 60, 50), (11, 8, 60, 50), (10, 8, 61, 51), (0, 0, 2, 2), (95, 79, 1, 1)])
+@pytest.mark.parametrize(
+    "box", [None, (10, 8, 60, 50), (11, 8, 60, 50), (10, 8, 61, 51), (0, 0, 2, 2), (95, 79, 1, 1)]
+)
 @pytest.mark.parametrize("size", [32, (20, 44), (130, 100), (3, 2)])
 def test_box_and_size_against_decode_then_crop(tmp_path_factory, box, size):
     """Not equal, since colours are converted before scaling there, and after it here; but alike, not shifted."""
     path = tmp_path_factory.getbasetemp() / "smooth.mp4"
     if not path.exists():
         make(path, smooth=True, n=4)
-    fused, plain = data.read_clip(path, [2, 0], size, box), data.read_clip_decode_then_crop(path, [2, 0], size, box)
-    assert fused.shape == plain.shape == (2, 3, *(size if isinstance(size, tuple) else (size, size)))
+    fused, plain = (
+        data.read_clip(path, [2, 0], size, box),
+        data.read_clip_decode_then_crop(path, [2, 0], size, box),
+    )
+    assert (
+        fused.shape == plain.shape == (2, 3, *(size if isinstance(size, tuple) else (size, size)))
+    )
     assert (fused.int() - plain.int()).abs().float().mean() < 3
 
 
@@ -642,7 +713,9 @@ def test_rotation_and_mirroring_are_applied(tmp_path, ending, degrees, flip):
     turned = make(tmp_path / f"turned.{ending}", n=3, turn=(degrees, *flip))
     coded = np.empty((3, H, W), np.uint8)
     data._convert(coded, sequential(turned)[1], (0, 0, W, H), data.VideoReformatter())
-    upright = torch.from_numpy(coded)[None].rot90(degrees // 90, (2, 3))  # counter-clockwise  [1, 3, h, w]
+    upright = torch.from_numpy(coded)[None].rot90(
+        degrees // 90, (2, 3)
+    )  # counter-clockwise  [1, 3, h, w]
     upright = upright.flip(3) if flip[0] else upright  # [1, 3, h, w]
     with data.Video(turned) as video:
         h, w = upright.shape[2:]
@@ -671,7 +744,9 @@ def test_a_read_decodes_only_what_it_must(videos):
         assert cost(([35], 32, None)) <= 18 - droppable + 1
         assert cost((range(18, 36), 32, None)) == 18
         assert cost(([2, 40], 32, None)) == cost(([2], 32, None)) + cost(([40], 32, None))
-        assert cost(([20, 25], 32, None), ([25, 20], 16, (0, 0, 20, 20))) == cost(([20, 25], 32, None))
+        assert cost(([20, 25], 32, None), ([25, 20], 16, (0, 0, 20, 20))) == cost(
+            ([20, 25], 32, None)
+        )
 
 
 def test_times_and_rates(videos):
@@ -691,7 +766,9 @@ def ideal(frame, box, size, matrix, full, left):
     left: chroma samples sit at the left of their two columns (H.264's default), otherwise between them.
     """
     bits = 10 if "10" in frame.format.name else 8
-    planes = [torch.from_numpy(np.array(p, np.float64))[None, None] for p in data._planes(frame)]  # [1, 1, rows, cols]
+    planes = [
+        torch.from_numpy(np.array(p, np.float64))[None, None] for p in data._planes(frame)
+    ]  # [1, 1, rows, cols]
     for i, (n, beside) in enumerate(((frame.height, False), (frame.width, left)), start=2):
         for c in (1, 2):
             count = planes[c].shape[i]
@@ -701,7 +778,10 @@ def ideal(frame, box, size, matrix, full, left):
             at = (at / 2 if beside else (at + 0.5) / 2 - 0.5).clamp(0, count - 1)
             low = at.long().clamp(max=count - 2)
             weight = (at - low).reshape([-1 if k == i else 1 for k in range(4)])
-            planes[c] = planes[c].index_select(i, low) * (1 - weight) + planes[c].index_select(i, low + 1) * weight
+            planes[c] = (
+                planes[c].index_select(i, low) * (1 - weight)
+                + planes[c].index_select(i, low + 1) * weight
+            )
     x, y, w, h = box
     yuv = torch.cat(planes, 1)[:, :, y : y + h, x : x + w]  # [1, 3, h, w]
     yuv = F.interpolate(yuv, size, mode="bilinear", antialias=True)[0]  # [3, h, w]
@@ -747,9 +827,13 @@ def test_colours_against_float64(tmp_path, name):
             for size in ((112, 112), (224, 224), (b[3], b[2])):
                 got = video.read([1], size, box)[0]
                 # Where chroma sits is the stream's to say, and a crop's view can't be told (`_convert`).
-                left, centre = (psnr(got, ideal(frame, b, size, matrix, full, left)) for left in (True, False))
+                left, centre = (
+                    psnr(got, ideal(frame, b, size, matrix, full, left)) for left in (True, False)
+                )
                 assert max(left, centre) >= least, (box, size)
-                assert left > centre + 1 or not (name == "601.mp4" and box is None), "a whole frame has its own siting"
+                assert left > centre + 1 or not (name == "601.mp4" and box is None), (
+                    "a whole frame has its own siting"
+                )
 
 
 @pytest.mark.skipif(not CLIPS, reason="no real clips")
@@ -757,12 +841,21 @@ def test_colours_against_float64(tmp_path, name):
 def test_colours_of_real_clips_against_float64(path):
     with data.Video(path) as video:
         i, (w, h) = video.info.num_frames // 2, video.info[:2]
-        even, odd = (w // 8 & ~1, h // 8 & ~1, w // 2 & ~1, h // 2 & ~1), (w // 8 | 1, 1, w // 2 | 1, h // 2 | 1)
+        even, odd = (
+            (w // 8 & ~1, h // 8 & ~1, w // 2 & ~1, h // 2 & ~1),
+            (w // 8 | 1, 1, w // 2 | 1, h // 2 | 1),
+        )
         got = [clip[0] for clip in video.read_views([([i], 224, even), ([i], 224, odd)])]
     frame = sequential(path)[i]
     matrix, full = "709" if frame.colorspace == 1 else "601", frame.color_range == 2
     for picture, box, least in zip(got, (even, odd), (44, 41), strict=True):
-        assert max(psnr(picture, ideal(frame, box, (224, 224), matrix, full, left)) for left in (True, False)) >= least
+        assert (
+            max(
+                psnr(picture, ideal(frame, box, (224, 224), matrix, full, left))
+                for left in (True, False)
+            )
+            >= least
+        )
 
 
 def test_the_last_columns_are_written(tmp_path):
@@ -770,7 +863,13 @@ def test_the_last_columns_are_written(tmp_path):
     for w in range(66, 82, 2):
         path = make(tmp_path / f"{w}.mp4", n=1, w=w, h=64, smooth=True)
         got, frame = data.read_clip(path, [0], (64, w))[0], sequential(path)[0]
-        assert psnr(got[:, :, -16:], ideal(frame, (0, 0, w, 64), (64, w), "601", False, True)[:, :, -16:]) > 44
+        assert (
+            psnr(
+                got[:, :, -16:],
+                ideal(frame, (0, 0, w, 64), (64, w), "601", False, True)[:, :, -16:],
+            )
+            > 44
+        )
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -790,7 +889,9 @@ def audio_only(path):
 
 def huge(videos, path, w, h):
     """The sample entry says w x h, and there is no picture data."""
-    content = patched(videos("faststart.mp4"), path, (b"stsd", 40, w.to_bytes(2, "big") + h.to_bytes(2, "big")))
+    content = patched(
+        videos("faststart.mp4"), path, (b"stsd", 40, w.to_bytes(2, "big") + h.to_bytes(2, "big"))
+    )
     content.write_bytes(content.read_bytes()[: content.read_bytes().index(b"mdat") + 20])
     return content
 
@@ -806,14 +907,28 @@ BAD = {
         lambda videos, p: p.write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost:9/x.ts\n") and p,
         "not a video",
     ),
-    "list.mp4": (lambda videos, p: p.write_text(f"ffconcat version 1.0\nfile '{videos('h264.mp4')}'\n") and p, "video"),
+    "list.mp4": (
+        lambda videos, p: (
+            p.write_text(f"ffconcat version 1.0\nfile '{videos('h264.mp4')}'\n") and p
+        ),
+        "video",
+    ),
     "sound.mp4": (lambda videos, p: audio_only(p), "no video stream"),
     "sound.mkv": (lambda videos, p: audio_only(p), "no video stream"),
     "header.mp4": (lambda videos, p: huge(videos, p, 7680, 4320), "truncated|damaged"),
     "absurd.mp4": (lambda videos, p: huge(videos, p, 65535, 65535), "truncated|damaged"),
-    "moov_only.mp4": (lambda videos, p: p.write_bytes(videos("faststart.mp4").read_bytes()[:2500]) and p, "truncated"),
-    "no_moov.mp4": (lambda videos, p: p.write_bytes(videos("h264.mp4").read_bytes()[:9000]) and p, "damaged"),
-    "half.mp4": (lambda videos, p: p.write_bytes(videos("faststart.mp4").read_bytes()[:15000]) and p, "truncated"),
+    "moov_only.mp4": (
+        lambda videos, p: p.write_bytes(videos("faststart.mp4").read_bytes()[:2500]) and p,
+        "truncated",
+    ),
+    "no_moov.mp4": (
+        lambda videos, p: p.write_bytes(videos("h264.mp4").read_bytes()[:9000]) and p,
+        "damaged",
+    ),
+    "half.mp4": (
+        lambda videos, p: p.write_bytes(videos("faststart.mp4").read_bytes()[:15000]) and p,
+        "truncated",
+    ),
 }
 
 
@@ -825,7 +940,9 @@ def test_what_is_no_video(videos, tmp_path, name):
         with pytest.raises(data.VideoError, match=reason) as caught:
             call(path)
         assert caught.value.path == str(path)
-        assert str(caught.value) == f"{path}: {caught.value.reason}" and "\n" not in str(caught.value)
+        assert str(caught.value) == f"{path}: {caught.value.reason}" and "\n" not in str(
+            caught.value
+        )
 
 
 def test_wrong_ending_and_smallest_videos(videos, tmp_path):
@@ -834,7 +951,11 @@ def test_wrong_ending_and_smallest_videos(videos, tmp_path):
     check_exact(path, reads=2, fast=True)
     for name, made in {"one.mp4": {"n": 1}, "one.avi": {"n": 1, "codec": "mpeg4"}}.items():
         info = check_exact(make(tmp_path / name, **made), reads=1)
-        assert info.num_frames == 1 and info.fps == 30 and info.duration == pytest.approx(1 / 30, abs=1e-3)
+        assert (
+            info.num_frames == 1
+            and info.fps == 30
+            and info.duration == pytest.approx(1 / 30, abs=1e-3)
+        )
     for codec in ("mpeg4", "libvpx-vp9"):
         path = make(tmp_path / f"{codec}.mkv", codec=codec, n=2, w=1, h=1)
         assert data.read_clip(path, [1, 0], 5).shape == (2, 3, 5, 5)
@@ -842,7 +963,15 @@ def test_wrong_ending_and_smallest_videos(videos, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    [b"with space.mp4", b"new\nline.mp4", b"caf\xc3\xa9.mp4", b"\xff\xfe.mp4", b"a:b.mp4", b"%03d.mp4", b"-y.mp4"],
+    [
+        b"with space.mp4",
+        b"new\nline.mp4",
+        b"caf\xc3\xa9.mp4",
+        b"\xff\xfe.mp4",
+        b"a:b.mp4",
+        b"%03d.mp4",
+        b"-y.mp4",
+    ],
 )
 def test_names(videos, tmp_path, monkeypatch, name):
     path = os.path.join(os.fsencode(tmp_path), name)
@@ -908,7 +1037,9 @@ def test_frames_marked_corrupt(videos, monkeypatch, name):
             return getattr(self.frame, name)
 
     pts, decode = [frame.pts for frame in sequential(videos(name))], data.Video._decode
-    mark = lambda video, packet: [Marked(f) if f.pts == pts[4] else f for f in decode(video, packet)]
+    mark = lambda video, packet: [
+        Marked(f) if f.pts == pts[4] else f for f in decode(video, packet)
+    ]
     monkeypatch.setattr(data.Video, "_decode", mark)
     with data.Video(videos(name)) as video:
         for i in (4, 5, 8, 9):
@@ -942,7 +1073,16 @@ def mutations(content, other, r):
 def read_damaged(folder, count, seed):
     """Read damaged files; prints each file's fate. Runs in a process of its own, with little memory and time."""
     r, sources = random.Random(seed), {}
-    names = ["h264.mp4", "h264.mkv", "fragments.mp4", "interlaced.mp4", "hevc.mp4", "hevc.mkv", "vp9.webm", "av1.mp4"]
+    names = [
+        "h264.mp4",
+        "h264.mkv",
+        "fragments.mp4",
+        "interlaced.mp4",
+        "hevc.mp4",
+        "hevc.mkv",
+        "vp9.webm",
+        "av1.mp4",
+    ]
     names += ["mpeg4.avi", "h264.ts"]
     for name in names:
         path = make(Path(folder) / name, **({"n": 30, "w": 64, "h": 48} | FILES[name][1]))
@@ -960,8 +1100,15 @@ def read_damaged(folder, count, seed):
         try:
             with data.Video(path) as video:
                 indices = r.sample(range(video.info.num_frames), min(3, video.info.num_frames))
-                got = {i: (frame.pts, yuv(frame)) for i, frame in video._frames(dict.fromkeys(indices))}
-                assert set(got) == set(indices) and video.read(indices, 16).shape == (len(indices), 3, 16, 16)
+                got = {
+                    i: (frame.pts, yuv(frame)) for i, frame in video._frames(dict.fromkeys(indices))
+                }
+                assert set(got) == set(indices) and video.read(indices, 16).shape == (
+                    len(indices),
+                    3,
+                    16,
+                    16,
+                )
         except data.VideoError as error:
             assert error.path == str(path) and "\n" not in str(error)
             print("error", flush=True)
@@ -990,7 +1137,12 @@ def test_damaged_files(tmp_path):
     the damaged file gives at that time: never others, a crash, a hang, or much memory."""
     code = f"import test_decode; test_decode.read_damaged({str(tmp_path)!r}, 600, 1)"
     done = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=ROOT / "tests", capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=ROOT / "tests",
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     lines = done.stdout.splitlines()
     assert done.returncode == 0, (lines[-1:], done.stderr[-2000:])
@@ -1000,7 +1152,9 @@ def test_damaged_files(tmp_path):
     # and leave the rest of the frame as it was), and what it then gives depends on what it has decoded before.
     assert fates.count("wrong") <= 4, [line for line in lines if "wrong" in line]
     assert fates.count("error") > 150 and fates.count("whole") > 100
-    assert not re.search("libav|h264|hevc|mov,|matroska", done.stderr), "FFmpeg's messages are silenced"
+    assert not re.search("libav|h264|hevc|mov,|matroska", done.stderr), (
+        "FFmpeg's messages are silenced"
+    )
 
 
 def in_child(function, *args, seconds=30):
@@ -1008,7 +1162,9 @@ def in_child(function, *args, seconds=30):
 
     def run():
         signal.alarm(seconds)  # ends the process
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of a forked process: what it has now
+        before = resource.getrusage(
+            resource.RUSAGE_SELF
+        ).ru_maxrss  # of a forked process: what it has now
         result = function(*args)
         queue.put((result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
@@ -1024,13 +1180,19 @@ def in_child(function, *args, seconds=30):
 def eight_k(path, keep):
     """One black picture of 7680x4320, true in all headers; of its packet only this share is kept, the rest is zeros."""
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=30, options={"preset": "ultrafast", "threads": "1"})
+        stream = file.add_stream(
+            "libx264", rate=30, options={"preset": "ultrafast", "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = 7680, 4320, "yuv420p"
         file.mux(stream.encode(av.VideoFrame(7680, 4320, "yuv420p")))
         file.mux(stream.encode(None))
     with av.open(str(path)) as file:
         packet = next(file.demux(video=0))
-    content, at, end = path.read_bytes(), packet.pos + 4 + int(keep * packet.size), packet.pos + packet.size
+    content, at, end = (
+        path.read_bytes(),
+        packet.pos + 4 + int(keep * packet.size),
+        packet.pos + packet.size,
+    )
     path.write_bytes(content[:at] + bytes(end - at) + content[end:])
 
 
@@ -1041,7 +1203,9 @@ CLAIMS = {  # name: what its boxes claim, at which offset behind their name
     "duration.mp4": [(b"stts", 8, MOST)],
     "offsets.mp4": [(b"ctts", 4, MOST)],
     "chunks.mp4": [(b"stco", 4, MOST)],
-    "wide.mp4": [(b"stsd", 40, b"\x1e\x00\x10\xe0")],  # 7680x4320 in the container alone, with all data
+    "wide.mp4": [
+        (b"stsd", 40, b"\x1e\x00\x10\xe0")
+    ],  # 7680x4320 in the container alone, with all data
     "8k.mp4": 0,
     "8k.mkv": 0,
     "8k_part.mp4": 0.3,
@@ -1067,7 +1231,9 @@ def test_time_and_memory_for_what_headers_claim(videos, tmp_path, name):
     if isinstance(result, str):
         assert result.startswith(f"{path}: ") and "\n" not in result
     else:
-        assert not name.startswith("8k") and np.array_equal(result, data.read_clip(videos("faststart.mp4"), frames, 32))
+        assert not name.startswith("8k") and np.array_equal(
+            result, data.read_clip(videos("faststart.mp4"), frames, 32)
+        )
 
 
 # -- where it runs -----------------------------------------------------------------------------------------------------
@@ -1090,7 +1256,11 @@ def test_other_processes(videos, method):
         child.join(30)
         assert video.read([3, 30], 16).sum().item() == want
     error = pickle.loads(pickle.dumps(data.VideoError("a b.mp4", "it is gone")))
-    assert (error.path, error.reason, str(error)) == ("a b.mp4", "it is gone", "a b.mp4: it is gone")
+    assert (error.path, error.reason, str(error)) == (
+        "a b.mp4",
+        "it is gone",
+        "a b.mp4: it is gone",
+    )
 
 
 def test_the_reader_can_be_lifted_out(videos, tmp_path):
@@ -1112,16 +1282,43 @@ def test_the_reader_can_be_lifted_out(videos, tmp_path):
         name = queue.pop()
         if name not in needed and name in defined:
             needed.add(name)
-            queue += [n.id for top in defined[name] for n in ast.walk(top) if isinstance(n, ast.Name)]
-    parts = [ast.get_source_segment(source, node) for name in defined if name in needed for node in defined[name]]
+            queue += [
+                n.id for top in defined[name] for n in ast.walk(top) if isinstance(n, ast.Name)
+            ]
+    parts = [
+        ast.get_source_segment(source, node)
+        for name in defined
+        if name in needed
+        for node in defined[name]
+    ]
     lines = sum(part.count("\n") + 1 for part in parts)
-    allowed = {"os", "re", "stat", "bisect", "collections", "contextlib", "itertools", "typing", "av", "numpy", "torch"}
+    allowed = {
+        "os",
+        "re",
+        "stat",
+        "bisect",
+        "collections",
+        "contextlib",
+        "itertools",
+        "typing",
+        "av",
+        "numpy",
+        "torch",
+    }
     imports = [line for line in imports if line.split()[1].split(".")[0] in allowed]
-    parts = [f"@contextmanager\n{part}" if part.startswith("def _errors") else part for part in parts]
+    parts = [
+        f"@contextmanager\n{part}" if part.startswith("def _errors") else part for part in parts
+    ]
     (tmp_path / "lifted.py").write_text("\n".join([*imports, *parts]))
-    code = f"import lifted; print(lifted.Video({str(videos('h264.mp4'))!r}).read([5], 8).sum().item())"
-    done = subprocess.run([sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.strip() == str(data.read_clip(videos("h264.mp4"), [5], 8).sum().item()), done.stderr
+    code = (
+        f"import lifted; print(lifted.Video({str(videos('h264.mp4'))!r}).read([5], 8).sum().item())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(data.read_clip(videos("h264.mp4"), [5], 8).sum().item()), (
+        done.stderr
+    )
     assert lines < 600
 
 

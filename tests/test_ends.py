@@ -48,13 +48,17 @@ if {workers}:
 
 def trainer(folder, toy, act, workers, size=32):
     script = folder / "trainer.py"
-    script.write_text(TRAINER.format(root=str(ROOT), toy=str(toy), act=act, workers=workers, size=size))
+    script.write_text(
+        TRAINER.format(root=str(ROOT), toy=str(toy), act=act, workers=workers, size=size)
+    )
     return script
 
 
 def start(*command, **env):
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def alive(pid):
@@ -84,7 +88,10 @@ def test_an_exception_ends_all_processes(toy, tmp_path, ranks, workers):
         lines = iter(processes[0].stderr.readline, "")
         assert any("ZeroDivisionError" in line for line in lines)
         deadline = time.monotonic() + 10
-        results = [process.communicate(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
+        results = [
+            process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+            for process in processes
+        ]
         pids = [pid for out, _ in results for pid in out.split()]
         while any(map(alive, pids)):
             assert time.monotonic() < deadline
@@ -121,8 +128,18 @@ time.sleep(100)
 
 def in_small(folder, size, *command, **env):
     """Run a command where `folder` is an empty file system of `size`, which nobody else sees."""
-    prefix = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs -o size={size} tmpfs {folder} && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode:
+    prefix = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o size={size} tmpfs {folder} && exec "$@"',
+        "sh",
+    ]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*prefix, "true"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("mounts of one's own are not permitted here")
     process = start(*prefix, *command, **env)
     try:
@@ -134,7 +151,11 @@ def in_small(folder, size, *command, **env):
 @pytest.mark.parametrize(
     ("folder", "size", "words"),
     [
-        ("/dev/shm", "1m", "shared memory or the temporary folder is full"),  # 8 clips of 3 x 224 x 224 are 1.2 MB
+        (
+            "/dev/shm",
+            "1m",
+            "shared memory or the temporary folder is full",
+        ),  # 8 clips of 3 x 224 x 224 are 1.2 MB
         ("/dev/shm", "4k", "can't start 2 loader processes"),  # which takes more, before any batch
         # Two folders and one socket of two fit.
         ("temporary", "64k,nr_inodes=3", "shared memory or the temporary folder is full"),
@@ -142,16 +163,22 @@ def in_small(folder, size, *command, **env):
 )
 def test_no_room_for_batches_is_said(toy, tmp_path, folder, size, words):
     script = trainer(tmp_path, toy, "for batch in batches: pass", 2, size=224)
-    with tempfile.TemporaryDirectory() as temporary:  # a short name: a socket's must have less than 108 characters
+    with (
+        tempfile.TemporaryDirectory() as temporary
+    ):  # a short name: a socket's must have less than 108 characters
         place = temporary if folder == "temporary" else folder
         _, err, status = in_small(place, size, sys.executable, script, TMPDIR=temporary)
     assert status == 1 and "Traceback" not in err, err
     (line,) = (line for line in err.splitlines() if line.startswith("error:"))
-    assert words in line and "--workers" in line and "--shm-size" in line and "No space left" in line
+    assert (
+        words in line and "--workers" in line and "--shm-size" in line and "No space left" in line
+    )
 
 
 def loader(toy, plan, workers):
-    dataset = data.ClipDataset(data.VideoList(toy / "train.csv", toy), plan, 32, seed=0, replace=False)
+    dataset = data.ClipDataset(
+        data.VideoList(toy / "train.csv", toy), plan, 32, seed=0, replace=False
+    )
     return data.make_loader(dataset, [[(0, i)] for i in range(16)], workers, CPU)
 
 
@@ -192,7 +219,9 @@ def test_a_worker_that_does_not_answer_is_no_reason_to_wait(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("error", [StopIteration("a mistake"), RuntimeError("a mistake: timed out after 9 seconds")])
+@pytest.mark.parametrize(
+    "error", [StopIteration("a mistake"), RuntimeError("a mistake: timed out after 9 seconds")]
+)
 def test_no_error_in_a_plan_shortens_an_evaluation(toy, workers, error):
     def plan(video, index, view, key):
         if index == 5:
@@ -237,7 +266,13 @@ def test_digest_of_lists(script, toy, tmp_path, monkeypatch):
         "relabelled": [lines[0].replace(f",{label}", f",{other}"), *lines[1:]],
     }
     args = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy]
-    args += ["--batch-size", 4, "--out", tmp_path / "run", *(["--then", ""] if script is tpt_mae else [])]
+    args += [
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "run",
+        *(["--then", ""] if script is tpt_mae else []),
+    ]
     digests = {}
     for name, rows in variants.items():
         (tmp_path / name).write_text("\n".join(rows))
@@ -264,7 +299,16 @@ def test_digest_of_captions(script, tmp_path, monkeypatch):
     for name, entries in variants.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in entries))
-        args = ["--train-list", path, "--val-list", path, "--data-root", tmp_path, "--batch-size", 4]
+        args = [
+            "--train-list",
+            path,
+            "--val-list",
+            path,
+            "--data-root",
+            tmp_path,
+            "--batch-size",
+            4,
+        ]
         args += ["--out", tmp_path / "run", *(["--objective", "align"] if script is turbo else [])]
         handed = lists_of(script, monkeypatch, *args)
         digests[name] = handed["train_list"].digest(), handed["val_list"].digest()
@@ -301,17 +345,23 @@ def test_a_step_behind_the_last_is_said():
 # ---- A full disk -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, where every write finds the disk full")
+@pytest.mark.skipif(
+    not os.path.exists("/dev/full"), reason="needs /dev/full, where every write finds the disk full"
+)
 def test_a_full_disk_is_one_line(tmp_path):
     """Checkpoint, log and picture; the old checkpoint stays, and no half of a new one, which takes the room of others."""
     common.save_atomic(tmp_path / "last.pt", {"a": 1})
     for name in ("last.pt.tmp", "x.png.tmp", "log.jsonl"):
         (tmp_path / name).symlink_to("/dev/full")
-    with pytest.raises(UserError, match="last.pt: can't write it .No space left.*the one before is kept"):
+    with pytest.raises(
+        UserError, match="last.pt: can't write it .No space left.*the one before is kept"
+    ):
         common.save_atomic(tmp_path / "last.pt", {"a": torch.zeros(1000)})
     assert common.load_checkpoint(tmp_path / "last.pt") == {"a": 1}
     with pytest.raises(UserError, match="x.png: can't write it .No space left"):
-        data._write_images(tmp_path / "x.png", [torch.zeros(64, 64, 3, dtype=torch.uint8)], "png", 5)
+        data._write_images(
+            tmp_path / "x.png", [torch.zeros(64, 64, 3, dtype=torch.uint8)], "png", 5
+        )
     cfg = turbo.Config(out=str(tmp_path))
     run = common.Run(cfg, common.Context(0, 1, CPU, "fp32"), "turbo")
     with pytest.raises(UserError, match="log.jsonl: can't write it .No space left"):
@@ -329,7 +379,11 @@ ctx = SimpleNamespace(rank=0, barrier=lambda: None)
 common.write_features({str(tmp_path)!r}, (10000, 100), [], None, ctx)
 """
     _, err, status = in_small(tmp_path, "1m", sys.executable, "-c", code)
-    assert status == 1 and "features.npy: can't write it (No space left" in err and "Traceback" not in err, err
+    assert (
+        status == 1
+        and "features.npy: can't write it (No space left" in err
+        and "Traceback" not in err
+    ), err
 
 
 def test_a_new_array_is_numpys(tmp_path):

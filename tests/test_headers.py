@@ -35,7 +35,10 @@ def commands(script):
     found = []
     for text in (SCRIPTS[script].__doc__, (ROOT / "README.md").read_text()):
         for line in text.replace("\\\n", " ").splitlines():
-            start = re.match(rf" *(python|torchrun( --\S+)*) {re.escape(script)}(?P<flags> .*|)$", line.split(" #")[0])
+            start = re.match(
+                rf" *(python|torchrun( --\S+)*) {re.escape(script)}(?P<flags> .*|)$",
+                line.split(" #")[0],
+            )
             if start:
                 found.append(start["flags"].strip())
     return found

@@ -30,7 +30,8 @@ def make(path, n=30, audio=False):
             stream = out.add_stream("libx264", rate=30, options={"preset": "ultrafast", "g": "10"})
             stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
             frames = [
-                av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * i % 256, np.uint8), "rgb24") for i in range(n)
+                av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * i % 256, np.uint8), "rgb24")
+                for i in range(n)
             ]
         for frame in frames:
             out.mux(stream.encode(frame))
@@ -39,7 +40,9 @@ def make(path, n=30, audio=False):
 
 def read(tmp_path, out, classes=None):
     """The printed list, as a trainer reads it: VideoList, and [(path, class)]."""
-    (tmp_path / "list.csv").write_bytes(out if isinstance(out, bytes) else out.encode("utf-8", "surrogateescape"))
+    (tmp_path / "list.csv").write_bytes(
+        out if isinstance(out, bytes) else out.encode("utf-8", "surrogateescape")
+    )
     videos = data.VideoList(tmp_path / "list.csv", classes=classes)
     return videos, [(videos.video(i), videos.classes[videos.labels[i]]) for i in range(len(videos))]
 
@@ -58,12 +61,20 @@ def run(tmp_path, capsys, monkeypatch):
 
 
 def test_ucf101(tmp_path, run):
-    (tmp_path / "classInd.txt").write_text("1 ApplyEyeMakeup\r\n2 ApplyLipstick\r\n3 Archery\r\n\r\n", newline="")
+    (tmp_path / "classInd.txt").write_text(
+        "1 ApplyEyeMakeup\r\n2 ApplyLipstick\r\n3 Archery\r\n\r\n", newline=""
+    )
     train = tmp_path / "trainlist01.txt"
-    train.write_text("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nArchery/v_Archery_g08_c01.avi 3\r\n", newline="")
+    train.write_text(
+        "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1\r\nArchery/v_Archery_g08_c01.avi 3\r\n",
+        newline="",
+    )
     (tmp_path / "testlist01.txt").write_text("ApplyLipstick/v_ApplyLipstick_g01_c01.avi\n")
     videos, rows = run("ucf101", train)
-    assert rows == [("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "0"), ("Archery/v_Archery_g08_c01.avi", "2")]
+    assert rows == [
+        ("ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi", "0"),
+        ("Archery/v_Archery_g08_c01.avi", "2"),
+    ]
     _, rows = run("ucf101", tmp_path / "testlist01.txt", classes=videos.classes)
     assert rows == [("ApplyLipstick/v_ApplyLipstick_g01_c01.avi", "1")]
 
@@ -74,9 +85,15 @@ def test_hmdb51(tmp_path, run):
             lines = [f"clip{i}_#1&(x).avi {use} \n" for i, use in enumerate(uses)]
             (tmp_path / f"{name}_test_split{fold}.txt").write_text("".join(lines))
     _, rows = run("hmdb51", tmp_path, "--split", "train")
-    assert rows == [("brush_hair/clip0_#1&(x).avi", "brush_hair"), ("wave/clip0_#1&(x).avi", "wave")]
+    assert rows == [
+        ("brush_hair/clip0_#1&(x).avi", "brush_hair"),
+        ("wave/clip0_#1&(x).avi", "wave"),
+    ]
     assert run("hmdb51", tmp_path, "--split", "test")[1][1] == ("wave/clip2_#1&(x).avi", "wave")
-    assert run("hmdb51", tmp_path, "--split", "train", "--fold", 2)[1][1] == ("wave/clip1_#1&(x).avi", "wave")
+    assert run("hmdb51", tmp_path, "--split", "train", "--fold", 2)[1][1] == (
+        "wave/clip1_#1&(x).avi",
+        "wave",
+    )
 
 
 def test_kinetics(tmp_path, run):
@@ -100,9 +117,16 @@ def test_kinetics(tmp_path, run):
 
 @pytest.mark.parametrize("form", ["ssv2", "something-else"])
 def test_ssv2(tmp_path, run, form):
-    labels = {"Approaching something with your camera": "0", "Putting number of something onto something": "1"}
+    labels = {
+        "Approaching something with your camera": "0",
+        "Putting number of something onto something": "1",
+    }
     (tmp_path / "something-something-v2-labels.json").write_text(json.dumps(labels))
-    entry = {"id": "78687", "label": "putting 2 cups onto a table", "placeholders": ["2", "cups", "a table"]}
+    entry = {
+        "id": "78687",
+        "label": "putting 2 cups onto a table",
+        "placeholders": ["2", "cups", "a table"],
+    }
     entry["template"] = "Putting [number of] [something] onto [something]"
     (tmp_path / "train.json").write_text(json.dumps([entry]))
     assert run(form, tmp_path / "train.json")[1] == [("78687.webm", "1")]
@@ -116,30 +140,48 @@ def test_ssv2(tmp_path, run, form):
 
 def test_moments(tmp_path, run):
     (tmp_path / "moments_categories.txt").write_text("clapping,4\nadult+female+singing,17\n")
-    (tmp_path / "trainingSet.csv").write_text("clapping/abc.mp4,clapping,4,0\nadult+female+singing/x_1.mp4,y,3,1\n")
+    (tmp_path / "trainingSet.csv").write_text(
+        "clapping/abc.mp4,clapping,4,0\nadult+female+singing/x_1.mp4,y,3,1\n"
+    )
     rows = run("moments", tmp_path / "trainingSet.csv")[1]
     assert rows == [("clapping/abc.mp4", "4"), ("adult+female+singing/x_1.mp4", "17")]
 
 
 def test_coin(tmp_path, run):
-    entry = {"duration": 131.03, "class": "ReplaceCDDriveWithSSD", "video_url": "", "start": 56.6, "end": 85.7}
-    entry["annotation"] = [{"id": "212", "segment": [60.0, 69.0], "label": "take out the laptop CD drive"}]
+    entry = {
+        "duration": 131.03,
+        "class": "ReplaceCDDriveWithSSD",
+        "video_url": "",
+        "start": 56.6,
+        "end": 85.7,
+    }
+    entry["annotation"] = [
+        {"id": "212", "segment": [60.0, 69.0], "label": "take out the laptop CD drive"}
+    ]
     database = {"LtRSn-ntcLY": entry | {"subset": "training", "recipe_type": 131}}
     database["-a_b"] = entry | {"subset": "testing", "recipe_type": 2}
     (tmp_path / "COIN.json").write_text(json.dumps({"database": database}))
-    assert run("coin", tmp_path / "COIN.json", "--split", "train")[1] == [("LtRSn-ntcLY.mp4", "131")]
+    assert run("coin", tmp_path / "COIN.json", "--split", "train")[1] == [
+        ("LtRSn-ntcLY.mp4", "131")
+    ]
     assert run("coin", tmp_path / "COIN.json", "--split", "val")[1] == [("-a_b.mp4", "2")]
 
 
 def test_breakfast(tmp_path, run):
-    names = ["P03/cam01/P03_coffee.avi", "P16/stereo/P16_friedegg_ch0.avi", "P16/stereo/P16_friedegg_ch1.avi"]
+    names = [
+        "P03/cam01/P03_coffee.avi",
+        "P16/stereo/P16_friedegg_ch0.avi",
+        "P16/stereo/P16_friedegg_ch1.avi",
+    ]
     names += ["P54/webcam02/P54_juice.avi", "P54/webcam02/P54_juice.avi.labels"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     for fold, held_out in ((1, [names[0]]), (2, [names[1]]), (3, None), (4, [names[3]])):
         train = run("breakfast", tmp_path, "--split", "train", "--fold", fold)[1]
-        assert [path for path, _ in train] == [n for n in (names[0], names[1], names[3]) if n not in (held_out or [])]
+        assert [path for path, _ in train] == [
+            n for n in (names[0], names[1], names[3]) if n not in (held_out or [])
+        ]
         if held_out:
             test = run("breakfast", tmp_path, "--split", "test", "--fold", fold)[1]
             assert [path for path, _ in test] == held_out
@@ -248,7 +290,15 @@ def test_links_lead_to_each_folder_once(tmp_path, cli):
 
 def test_what_is_skipped_is_counted_and_named(tmp_path, cli):
     root = tmp_path / "root"
-    names = ["run/a.mts", "run/a.jpg", "run/b.JPG", "run/.hidden.mp4", "jump/README", "jump/a.y4m", "run/b.gif"]
+    names = [
+        "run/a.mts",
+        "run/a.jpg",
+        "run/b.JPG",
+        "run/.hidden.mp4",
+        "jump/README",
+        "jump/a.y4m",
+        "run/b.gif",
+    ]
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -256,7 +306,11 @@ def test_what_is_skipped_is_counted_and_named(tmp_path, cli):
     code, out, err = cli("data.py", "list", "folders", root)
     assert (code, out) == (0, "run/a.mts,run\nrun/b.gif,run\n")
     assert len(err.splitlines()) == 1
-    notes = ["2 .jpg (run/a.jpg, run/b.JPG)", "1 .y4m (jump/a.y4m)", "1 without a suffix (jump/README)"]
+    notes = [
+        "2 .jpg (run/a.jpg, run/b.JPG)",
+        "1 .y4m (jump/a.y4m)",
+        "1 without a suffix (jump/README)",
+    ]
     notes += ["1 hidden (run/.hidden.mp4)", "2 folder without a video (fall, jump)"]
     assert err.startswith("skipped ") and sorted(err[8:].strip().split("; ")) == sorted(notes)
     (root / "run/a.mts").unlink()
@@ -277,7 +331,9 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", locked)
-    assert data.list_videos("folders", str(tmp_path / "root"), skipped=skipped) == [("a/x.mp4", "a")]
+    assert data.list_videos("folders", str(tmp_path / "root"), skipped=skipped) == [
+        ("a/x.mp4", "a")
+    ]
     assert "1 unreadable folder (b)" in skipped
 
 
@@ -313,13 +369,23 @@ def test_pipe_and_raw_names(tmp_path):
 
 ENTRY = '[{"id": "1", "template": "Holding [thing]"},\n {"id": "2"}]'
 BAD = [  # format, flags, {file: text}, what the message must hold
-    ("ucf101", (), {"s": "A/a.avi 1\nB/b.avi 2\n", "classInd.txt": "1 A\n"}, ["s:2", "'B'", "classInd.txt"]),
+    (
+        "ucf101",
+        (),
+        {"s": "A/a.avi 1\nB/b.avi 2\n", "classInd.txt": "1 A\n"},
+        ["s:2", "'B'", "classInd.txt"],
+    ),
     ("ucf101", (), {"s": "A/a.avi 2\n", "classInd.txt": "1 A\n"}, ["s:1", "number 1"]),
     ("ucf101", (), {"s": "A/a.avi\n", "classInd.txt": "1 A\nB\n"}, ["classInd.txt"]),
     ("ucf101", (), {"s": "A/a.avi 1\n"}, ["classInd.txt", "No such file", "--labels"]),
     ("ucf101", ("--split", "train"), {"s": "A/a.avi 1\n", "classInd.txt": "1 A\n"}, ["no --split"]),
     ("hmdb51", (), {"s/a_test_split1.txt": "a.avi 1\n"}, ["--split", "--fold 1 to 3"]),
-    ("hmdb51", ("--split", "val"), {"s/a_test_split1.txt": "a.avi 1\nb.avi 7\n"}, ["a_test_split1.txt:2", "'7'"]),
+    (
+        "hmdb51",
+        ("--split", "val"),
+        {"s/a_test_split1.txt": "a.avi 1\nb.avi 7\n"},
+        ["a_test_split1.txt:2", "'7'"],
+    ),
     ("hmdb51", ("--split", "val"), {"s/other.txt": ""}, ["no such video", "test_split1.txt"]),
     (
         "kinetics",
@@ -327,12 +393,27 @@ BAD = [  # format, flags, {file: text}, what the message must hold
         {"s": "youtube_id,time_start,time_end,split\nx,1,2,test\n"},
         ["s:1", "testifying,---QUuC4vJs,84,94,train"],
     ),
-    ("kinetics", (), {"s": "label,youtube_id,time_start,time_end,split\na,x,1,2,t\na,x,one,2,t\n"}, ["s:3", "one"]),
+    (
+        "kinetics",
+        (),
+        {"s": "label,youtube_id,time_start,time_end,split\na,x,1,2,t\na,x,one,2,t\n"},
+        ["s:3", "one"],
+    ),
     ("kinetics", (), {"s": ""}, ["no such video"]),
-    ("ssv2", (), {"s": ENTRY, "something-something-v2-labels.json": '{"Holding thing": "0"}'}, ["entry 2", "template"]),
+    (
+        "ssv2",
+        (),
+        {"s": ENTRY, "something-something-v2-labels.json": '{"Holding thing": "0"}'},
+        ["entry 2", "template"],
+    ),
     ("ssv2", (), {"s": "[\n{", "something-something-v2-labels.json": "{}"}, ["s: not", "line 2"]),
     ("moments", (), {"s": "a/b.mp4,a,1,0\n", "moments_categories.txt": "b,1\n"}, ["s:1", "'a'"]),
-    ("coin", ("--split", "val"), {"s": '{"database": {"x": {"subset": "training"}}}'}, ["entry 1", "recipe_type"]),
+    (
+        "coin",
+        ("--split", "val"),
+        {"s": '{"database": {"x": {"subset": "training"}}}'},
+        ["entry 1", "recipe_type"],
+    ),
     ("coin", ("--split", "val"), {"s": '{"x": 1}'}, ["'database'"]),
     ("breakfast", ("--split", "val"), {"s/P03/x.avi": ""}, ["x.avi", "P03_coffee.avi"]),
     ("breakfast", ("--split", "val", "--fold", "5"), {"s/P03/x.avi": ""}, ["--fold 1 to 4"]),
@@ -376,12 +457,22 @@ def damaged(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "folder.mp4").mkdir()
     names = ["good one", "cut", "zero", "sound", "gone", "text", "folder", "good2", "good2"]
-    (tmp_path / "l.csv").write_text("\n" + "".join(f'"{name}.mp4",{i % 2}\n' for i, name in enumerate(names)))
+    (tmp_path / "l.csv").write_text(
+        "\n" + "".join(f'"{name}.mp4",{i % 2}\n' for i, name in enumerate(names))
+    )
     return tmp_path
 
 
 def test_check(damaged, cli):
-    code, out, err = cli("data.py", "check", damaged / "l.csv", "--data-root", damaged, "--good", damaged / "good.csv")
+    code, out, err = cli(
+        "data.py",
+        "check",
+        damaged / "l.csv",
+        "--data-root",
+        damaged,
+        "--good",
+        damaged / "good.csv",
+    )
     assert (code, err) == (1, "")
     assert out.startswith("2 of 8 videos are good; 6 are not")
     bad = dict(line.split(": ", 1) for line in (damaged / "l.csv.bad").read_text().splitlines())
@@ -427,7 +518,9 @@ def test_check_speed(damaged, monkeypatch, capsys):
     assert not list(damaged.glob("*.bad"))
 
     (damaged / "bad.csv").write_text("gone.mp4,0\ntext.mp4,0\n")
-    with pytest.raises(UserError, match="bad.csv: none of 2 videos could be read; the first: .*gone.mp4"):
+    with pytest.raises(
+        UserError, match="bad.csv: none of 2 videos could be read; the first: .*gone.mp4"
+    ):
         data.reading_speed(damaged / "bad.csv", damaged)
     assert data.reading_speed(damaged / "l.csv", damaged, frames=4, size=32, count=2) == (
         4.0,
@@ -446,7 +539,11 @@ def test_check_says_first_where_it_cannot_write(damaged, cli, fails, flag, monke
         with pytest.raises(UserError, match=rf"{target}: can't be written.*{words}"):
             data.main()
     text = (damaged / "l.csv").read_text()
-    for target in (damaged / "l.csv", damaged / "." / "l.csv", damaged / "l.csv.bad" if flag == "--good" else None):
+    for target in (
+        damaged / "l.csv",
+        damaged / "." / "l.csv",
+        damaged / "l.csv.bad" if flag == "--good" else None,
+    ):
         if target:
             monkeypatch.setattr(sys, "argv", ["data.py", *map(str, check), flag, str(target)])
             with pytest.raises(UserError, match="must be different files"):
@@ -462,7 +559,9 @@ def test_an_interrupted_check_leaves_old_results(damaged, monkeypatch):
     (damaged / "old.bad").write_text("old")
     monkeypatch.setattr(data, "_check", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        data.check_list(damaged / "l.csv", damaged, out=damaged / "old.bad", good=damaged / "new.good")
+        data.check_list(
+            damaged / "l.csv", damaged, out=damaged / "old.bad", good=damaged / "new.good"
+        )
     assert (damaged / "old.bad").read_text() == "old"
     assert not (damaged / "new.good").exists()
 
@@ -475,7 +574,12 @@ def test_check_decodes_the_end_and_full_decodes_all(tmp_path):
         packets = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
     for name, n, found in (("end", 39, (True, True)), ("middle", 6, (False, True))):
         at, size = packets[n]
-        (tmp_path / f"{name}.mp4").write_bytes(whole[: at + 4] + b"\xff" * (size - 4) + whole[at + size :])
+        (tmp_path / f"{name}.mp4").write_bytes(
+            whole[: at + 4] + b"\xff" * (size - 4) + whole[at + size :]
+        )
         (tmp_path / "l.csv").write_text(f"{name}.mp4 0\n")
         for full in (False, True):
-            assert len(data.check_list(tmp_path / "l.csv", tmp_path, full, workers=1)[1]) == found[full]
+            assert (
+                len(data.check_list(tmp_path / "l.csv", tmp_path, full, workers=1)[1])
+                == found[full]
+            )

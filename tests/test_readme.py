@@ -24,8 +24,15 @@ MORE = {  # what makes a command small; a flag given twice takes its last value
 
 
 def commands():
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    lines = [part.split("#")[0].strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    blocks = re.findall(
+        r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    lines = [
+        part.split("#")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+        for part in line.split("&&")
+    ]
     return [line for line in lines if re.match(r"(python|torchrun|pip) ", line)]
 
 
@@ -35,7 +42,9 @@ def folder(tmp_path_factory):
     work = tmp_path_factory.mktemp("readme")
     for name in ("turbo.py", "avion.py", "tpt_mae.py", "sfa_vivit.py", "common.py", "data.py"):
         source = (ROOT / name).read_text()
-        (work / name).write_text(re.sub(r'{"train": \d+, "val": \d+}', '{"train": 16, "val": 8}', source))
+        (work / name).write_text(
+            re.sub(r'{"train": \d+, "val": \d+}', '{"train": 16, "val": 8}', source)
+        )
     (work / "tests").symlink_to(ROOT / "tests")
     (work / "UCF-101").symlink_to(work / "toy/actions")
     for label in ("left", "right"):  # a folder per class
@@ -57,21 +66,33 @@ def test_commands_run_in_order(folder):
         if words[1].startswith("tests/"):  # hours or minutes: their --help
             line = f"python {words[1]} --help"
         elif "--help" not in line and "--plan" not in line:
-            more = MORE[next(key for key in sorted(MORE, key=len, reverse=True) if line.startswith(key))]
+            more = MORE[
+                next(key for key in sorted(MORE, key=len, reverse=True) if line.startswith(key))
+            ]
             line = f"{line} {more}".replace("nproc_per_node=8", "nproc_per_node=2 --standalone")
         line, _, target = line.partition(" > ")
-        process = command(*shlex.split(line)[1:], cwd=folder) if line.startswith("python") else torchrun(line, folder)
+        process = (
+            command(*shlex.split(line)[1:], cwd=folder)
+            if line.startswith("python")
+            else torchrun(line, folder)
+        )
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, f"{line}\n{out}{err}"
         if target:
             (folder / target.strip()).write_text(out)
-    assert (folder / "runs/turbo-toy/recon.png").exists() and (folder / "runs/turbo-ucf101/last.pt").exists()
+    assert (folder / "runs/turbo-toy/recon.png").exists() and (
+        folder / "runs/turbo-ucf101/last.pt"
+    ).exists()
     assert (folder / "list.csv").read_text() == "left/a.mp4,left\nright/a.mp4,right\n"
-    assert (folder / "list.csv.bad").read_text() == "" and (folder / "chunks/left/a.mp4/0.mp4").exists()
+    assert (folder / "list.csv.bad").read_text() == "" and (
+        folder / "chunks/left/a.mp4/0.mp4"
+    ).exists()
 
 
 def torchrun(line, folder):
-    return command("-m", "torch.distributed.run", *shlex.split(line)[1:], cwd=folder, stdin=subprocess.DEVNULL)  # real
+    return command(
+        "-m", "torch.distributed.run", *shlex.split(line)[1:], cwd=folder, stdin=subprocess.DEVNULL
+    )  # real
 
 
 def test_files_named_in_the_readme_exist():

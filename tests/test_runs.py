@@ -60,7 +60,11 @@ def work(tmp_path_factory):
 def drive(folder, *args, patch="", ranks=1, **options):
     script = folder / f"driver_{abs(hash(patch))}.py"
     script.write_text(DRIVER.format(root=str(ROOT), patch=patch))
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+        if ranks > 1
+        else []
+    )
     return command(*torchrun, script, *SMALL, *args, cwd=folder, **options)
 
 
@@ -77,7 +81,12 @@ def weights(folder):
 def losses(folder):
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
     return [
-        {k: r[k] for k in r if k in ("step", "loss", "ce", "mae", "grad_norm", "val_top1", "val_mae")} for r in records
+        {
+            k: r[k]
+            for k in r
+            if k in ("step", "loss", "ce", "mae", "grad_norm", "val_top1", "val_mae")
+        }
+        for r in records
     ]
 
 
@@ -87,7 +96,18 @@ def equal(a, b):
 
 def test_resume_is_exact(work):
     """8 steps = 4 steps, SIGKILL, 4 more; in the middle of a log interval and of an epoch; bit for bit."""
-    args = ["--max-steps", "8", "--save-minutes", "0", "--workers", "1", "--mixup", "0.8", "--drop-path", "0.2"]
+    args = [
+        "--max-steps",
+        "8",
+        "--save-minutes",
+        "0",
+        "--workers",
+        "1",
+        "--mixup",
+        "0.8",
+        "--drop-path",
+        "0.2",
+    ]
     finish(drive(work, *args, "--out", work / "whole"))
     finish(drive(work, *args, "--out", work / "cut", patch=DIE_AFTER_STEP_4), -signal.SIGKILL)
     assert torch.load(work / "cut/last.pt", weights_only=True)["at"]["step"] == 4
@@ -128,7 +148,9 @@ def test_ten_kills(tmp_path):
     start = time.time()
     process = drive(tmp_path, *args, "--out", tmp_path / "whole")
     process.first_line()
-    ready = time.time() - start  # until the first step; a life below gets up to a tenth of the steps done
+    ready = (
+        time.time() - start
+    )  # until the first step; a life below gets up to a tenth of the steps done
     finish(process)
     training = time.time() - start - ready
     while deaths < 10:
@@ -150,10 +172,22 @@ def test_ten_kills(tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("mixing", [["--mixup", "0.8"], ["--cutmix", "1.0"], ["--mixup", "0.8", "--cutmix", "1.0"]])
+@pytest.mark.parametrize(
+    "mixing", [["--mixup", "0.8"], ["--cutmix", "1.0"], ["--mixup", "0.8", "--cutmix", "1.0"]]
+)
 def test_ranks_and_micro_batches_give_the_same_gradient(work, mixing):
     """1 process = 2 processes = 4 micro-batches = 2 x 2, drop path and mixing on: 1e-6 overall, 1e-5 a tensor."""
-    args = ["--batch-size", "8", "--drop-path", "0.3", "--label-smoothing", "0.1", "--workers", "0", *mixing]
+    args = [
+        "--batch-size",
+        "8",
+        "--drop-path",
+        "0.3",
+        "--label-smoothing",
+        "0.1",
+        "--workers",
+        "0",
+        *mixing,
+    ]
     gradients = []
     for name, ranks, extra in (
         ("one", 1, []),
@@ -171,14 +205,18 @@ def test_ranks_and_micro_batches_give_the_same_gradient(work, mixing):
         difference = [a - b for a, b in zip(gradients[0], other, strict=True)]
         print("relative gradient difference", norm(difference) / norm(gradients[0]))
         assert norm(difference) <= 1e-6 * norm(gradients[0])
-        assert all(norm([d]) <= 1e-5 * norm([g]) for d, g in zip(difference, gradients[0], strict=True))
+        assert all(
+            norm([d]) <= 1e-5 * norm([g]) for d, g in zip(difference, gradients[0], strict=True)
+        )
 
 
 def test_two_ranks_continue_on_one(work):
     """A run saved on 2 ranks ends on 1 as it would have on 1 from the start, to rounding; so does the log."""
     args = ["--max-steps", "8", "--save-minutes", "0", "--workers", "0"]
     finish(drive(work, *args, "--out", work / "single"))
-    drive(work, *args, "--out", work / "pair", patch=DIE_AFTER_STEP_4, ranks=2).communicate(timeout=120)
+    drive(work, *args, "--out", work / "pair", patch=DIE_AFTER_STEP_4, ranks=2).communicate(
+        timeout=120
+    )
     assert torch.load(work / "pair/last.pt", weights_only=True)["at"]["step"] == 4
     finish(drive(work, *args, "--out", work / "pair"))
     a, b = weights(work / "single"), weights(work / "pair")
@@ -239,7 +277,11 @@ def test_signal_saves_and_leaves(work, number):
         assert process.poll() is None, process.stderr.read()
     os.killpg(process.pid, number)  # as a terminal does: to the loader's processes too
     stdout, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and "stopped at step" in stdout and "Traceback" not in err, stdout + err
+    assert (
+        process.returncode == 128 + number
+        and "stopped at step" in stdout
+        and "Traceback" not in err
+    ), stdout + err
     step = torch.load(out / "last.pt", weights_only=True)["at"]["step"]
     assert f"stopped at step {step};" in stdout
     process = drive(work, *args)
@@ -264,13 +306,21 @@ def test_unreadable_videos_are_replaced_alike_everywhere(work):
     """One damaged video of 64: named, replaced by the same other one at any number of workers; counted in the log."""
     folder = work / "damaged"
     folder.mkdir()
-    lines = [f"{work}/toy/actions/{line}" for line in (work / "toy/actions/train.csv").read_text().splitlines()]
+    lines = [
+        f"{work}/toy/actions/{line}"
+        for line in (work / "toy/actions/train.csv").read_text().splitlines()
+    ]
     (folder / "bad.mp4").write_bytes(b"not a video")
     (folder / "train.csv").write_text("\n".join([f"{folder}/bad.mp4,left", *lines[1:]]))
     args = ["--max-steps", "8", "--train-list", folder / "train.csv", "--data-root", ".",
             "--val-list", folder / "train.csv", "--task"]  # fmt: skip
-    outs = [finish(drive(work, *args, "train", "--workers", n, "--out", folder / str(n))) for n in (0, 2)]
-    assert all(out.count("unreadable, replaced by another") == 1 and "bad.mp4" in out for out in outs)
+    outs = [
+        finish(drive(work, *args, "train", "--workers", n, "--out", folder / str(n)))
+        for n in (0, 2)
+    ]
+    assert all(
+        out.count("unreadable, replaced by another") == 1 and "bad.mp4" in out for out in outs
+    )
     assert equal(weights(folder / "0"), weights(folder / "2"))
     assert losses(folder / "0")[-1] == losses(folder / "2")[-1]
     assert "val_unread 1" in outs[0] and "val_clips 63" in outs[0]
@@ -280,10 +330,15 @@ def test_too_many_unreadable_videos_stop_the_run(work):
     """2 of 64 is more than max(1, 1 %): the count, names and the flag; --max-bad allows it."""
     folder = work / "many"
     folder.mkdir()
-    lines = [f"{work}/toy/actions/{line}" for line in (work / "toy/actions/train.csv").read_text().splitlines()]
+    lines = [
+        f"{work}/toy/actions/{line}"
+        for line in (work / "toy/actions/train.csv").read_text().splitlines()
+    ]
     for name in ("bad_a.mp4", "bad_b.mp4"):
         (folder / name).write_bytes(b"not a video")
-    (folder / "train.csv").write_text("\n".join([f"{folder}/bad_a.mp4,left", f"{folder}/bad_b.mp4,right", *lines[2:]]))
+    (folder / "train.csv").write_text(
+        "\n".join([f"{folder}/bad_a.mp4,left", f"{folder}/bad_b.mp4,right", *lines[2:]])
+    )
     (folder / "val.csv").write_text("\n".join(lines[2:10]))
     args = ["--epochs", "1", "--train-list", folder / "train.csv", "--data-root", ".", "--workers", "2",
             "--val-list", folder / "val.csv", "--out", folder / "out"]  # fmt: skip
@@ -297,11 +352,27 @@ def test_non_finite_loss_stops_with_the_last_good_checkpoint(work):
     """A learning rate that explodes: updates are skipped, clips named, the run stops; the kept weights are finite and
     those of the last step that was good."""
     out = work / "explode"
-    args = ["--max-steps", "60", "--lr", "1e18", "--warmup-epochs", "1", "--save-minutes", "0", "--workers", "0"]
+    args = [
+        "--max-steps",
+        "60",
+        "--lr",
+        "1e18",
+        "--warmup-epochs",
+        "1",
+        "--save-minutes",
+        "0",
+        "--workers",
+        "0",
+    ]
     process = drive(work, *args, "--out", out, "--max-skipped", "5")
     stdout, err = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in err, err
-    assert "not finite" in stdout and ".mp4" in stdout and "--max-skipped" in err and "last good checkpoint" in err
+    assert (
+        "not finite" in stdout
+        and ".mp4" in stdout
+        and "--max-skipped" in err
+        and "last good checkpoint" in err
+    )
     state = torch.load(out / "last.pt", weights_only=True)
     assert all(v.isfinite().all() for v in state["model"].values()) and state["at"]["step"] < 6
 
@@ -316,8 +387,12 @@ def loss(logits, *rest, calls=[]):
     return (value + torch.tensor([float("nan")] + [0.0] * 7) if len(calls) == 2 else value), ce, pmae
 turbo.turbo_loss = loss
 """
-    out = finish(drive(work, "--max-steps", "6", "--workers", "0", "--out", work / "nan", patch=patch))
-    assert out.count("updates skipped") == 1 and "1 updates skipped" in out and out.count(".mp4") == 1
+    out = finish(
+        drive(work, "--max-steps", "6", "--workers", "0", "--out", work / "nan", patch=patch)
+    )
+    assert (
+        out.count("updates skipped") == 1 and "1 updates skipped" in out and out.count(".mp4") == 1
+    )
     state = torch.load(work / "nan/last.pt", weights_only=True)
     assert (state["at"]["step"], state["at"]["skipped"]) == (6, 1)
     assert {s["step"].item() for s in state["optimizer"]["state"].values()} == {5.0}
@@ -332,7 +407,11 @@ def test_fp16_state_is_in_the_checkpoint(work):
 
 def test_best_is_kept(work):
     """best.pt is of the evaluation with the highest top-1 in the log."""
-    finish(drive(work, "--max-steps", "16", "--eval-every", "1", "--workers", "0", "--out", work / "best"))
+    finish(
+        drive(
+            work, "--max-steps", "16", "--eval-every", "1", "--workers", "0", "--out", work / "best"
+        )
+    )
     top1 = {r["step"]: r["val_top1"] for r in losses(work / "best") if "val_top1" in r}
     state = torch.load(work / "best/best.pt", weights_only=True)
     assert len(top1) == 2 and state["at"]["best"] == max(top1.values()) == top1[state["at"]["step"]]

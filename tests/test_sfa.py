@@ -72,7 +72,10 @@ def slow_transformer(encoder, x):
             heads.append((q[..., s] @ k[..., s].transpose(1, 2) / 8).softmax(-1) @ v[..., s])
         x = x + block.attn.proj(torch.cat(heads, -1))
         y = block.norm2(x)
-        x = x + F.linear(F.gelu(F.linear(y, block.mlp.fc1.weight, block.mlp.fc1.bias)), *block.mlp.fc2.parameters())
+        x = x + F.linear(
+            F.gelu(F.linear(y, block.mlp.fc1.weight, block.mlp.fc1.bias)),
+            *block.mlp.fc2.parameters(),
+        )
     return encoder.norm(x)[:, 0]
 
 
@@ -83,7 +86,9 @@ def test_eq_1_by_loops():
     pixels = video.transpose(1, 2).float() / 127.5 - 1
     kernel = common.linear_to_conv(net.patch_embed.weight, net.patch)
     grid = F.conv3d(pixels, kernel, net.patch_embed.bias, stride=net.patch)  # [B, D, S, 2, 2]
-    steps = [slow_transformer(net.spatial, grid[:, :, s].flatten(2).transpose(1, 2)) for s in range(4)]
+    steps = [
+        slow_transformer(net.spatial, grid[:, :, s].flatten(2).transpose(1, 2)) for s in range(4)
+    ]
     expected = net.head(slow_transformer(net.temporal, torch.stack(steps, 1)))
     assert torch.allclose(net(video, KEYS), expected, atol=1e-5) and expected.std() > 0.05
 
@@ -127,10 +132,14 @@ def test_only_what_trains_has_gradients_and_optimizer_state():
     net(clips(), KEYS).square().sum().backward()
     for name, p in net.named_parameters():
         frozen = name.startswith(("spatial.", "patch_embed."))
-        assert (id(p) in ids) != frozen and (p.grad is None) == frozen and p.requires_grad != frozen, name
+        assert (
+            (id(p) in ids) != frozen and (p.grad is None) == frozen and p.requires_grad != frozen
+        ), name
     net = small(Stage(0, 8, 0, 1, ("temporal",), False))
     net(clips(), KEYS).square().sum().backward()
-    assert {n.split(".")[0] for n, p in net.named_parameters() if p.grad is None} == {"temporal"}  # Table 1, row II
+    assert {n.split(".")[0] for n, p in net.named_parameters() if p.grad is None} == {
+        "temporal"
+    }  # Table 1, row II
     assert net.patch_embed.weight.grad.abs().sum() > 0
 
 
@@ -170,13 +179,18 @@ def test_attention_picture_is_the_last_blocks_cls_row():
     net = small()
     x = net.tubelets(net.images(clips(1)))
     shown, weights = net.spatial.attention(x), []
-    common.attention, original = lambda q, k, v, **_: weights.append((q, k)) or original(q, k, v), common.attention
+    common.attention, original = (
+        lambda q, k, v, **_: weights.append((q, k)) or original(q, k, v),
+        common.attention,
+    )
     try:
         net.spatial(x)
     finally:
         common.attention = original
     q, k = weights[-1]  # [4, 5, 2, 64]
-    rows = [(q[:, 0, h, None] @ k[:, :, h].transpose(1, 2) / 8).softmax(-1)[:, 0, 1:] for h in range(2)]
+    rows = [
+        (q[:, 0, h, None] @ k[:, :, h].transpose(1, 2) / 8).softmax(-1)[:, 0, 1:] for h in range(2)
+    ]
     assert torch.allclose(shown, sum(rows) / 2, atol=1e-5)
 
 
@@ -187,7 +201,9 @@ def test_temporal_positions_by_numpy():
     """8 -> 32 frames: np.interp over the same span, corners on corners; CLS's row kept. One step spreads to all."""
     table = torch.randn(1, 5, 6)
     new = sfa.resize_positions(table, (4,), (16,))
-    expected = np.stack([np.interp(np.linspace(0, 3, 16), range(4), table[0, 1:, d].numpy()) for d in range(6)], 1)
+    expected = np.stack(
+        [np.interp(np.linspace(0, 3, 16), range(4), table[0, 1:, d].numpy()) for d in range(6)], 1
+    )
     assert np.allclose(new[0, 1:], expected, atol=1e-6) and torch.equal(new[:, 0], table[:, 0])
     assert sfa.resize_positions(table, (4,), (4,)) is table
     one = sfa.resize_positions(table[:, :2], (1,), (3,))
@@ -198,7 +214,9 @@ def test_spatial_positions_by_numpy():
     table, x = torch.randn(1, 10, 2), np.linspace(0, 2, 5)
     new = sfa.resize_positions(table, (3, 3), (5, 5))[0, 1:].reshape(5, 5, 2)
     for d in range(2):
-        rows = np.stack([np.interp(x, range(3), row) for row in table[0, 1:, d].reshape(3, 3).numpy()])
+        rows = np.stack(
+            [np.interp(x, range(3), row) for row in table[0, 1:, d].reshape(3, 3).numpy()]
+        )
         expected = np.stack([np.interp(x, range(3), column) for column in rows.T], 1)
         assert np.allclose(new[..., d], expected, atol=1e-6)
 
@@ -216,15 +234,24 @@ STAGES = {  # flags: (frames, steps, frozen, adapter) of each stage, at 10 steps
     ("--stages", "32:3", "--freeze", "temporal"): [(32, 30, "temporal", False)],  # II
     ("--stages", "32:3", "--freeze", "spatial"): [(32, 30, "spatial", True)],  # III, IV
     ("--stages", "8:3,32:2"): [(8, 30, "", False), (32, 20, "spatial", True)],  # V
-    ("--stages", "8:3,32:2", "--freeze", "none"): [(8, 30, "", False), (32, 20, "", False)],  # App. F
-    ("--stages", "8:1,32:1,128:1"): [(8, 10, "", False), (32, 10, "spatial", True), (128, 10, "spatial", True)],  # A
+    ("--stages", "8:3,32:2", "--freeze", "none"): [
+        (8, 30, "", False),
+        (32, 20, "", False),
+    ],  # App. F
+    ("--stages", "8:1,32:1,128:1"): [
+        (8, 10, "", False),
+        (32, 10, "spatial", True),
+        (128, 10, "spatial", True),
+    ],  # A
 }
 
 
 @pytest.mark.parametrize("flags", STAGES)
 def test_stages(flags):
     stages = sfa.stages_of(config(*flags), 10)
-    assert [(s.frames, s.stop - s.start, ",".join(s.frozen), s.adapter) for s in stages] == STAGES[flags]
+    assert [(s.frames, s.stop - s.start, ",".join(s.frozen), s.adapter) for s in stages] == STAGES[
+        flags
+    ]
     assert stages[0].start == 0 and all(a.stop == b.start for a, b in pairwise(stages))
     assert [s.number for s in stages] == list(range(len(stages)))
 
@@ -241,9 +268,26 @@ def test_near_peak():
 def test_clip_frames_by_hand():
     """4 frames, 2 apart, of 20 reach 6 further than their start: the last start is 13."""
     assert sfa.last_start(20, 4, 2) == 13
-    assert sfa.clip_frames(20, 4, 2, 0) == [0, 2, 4, 6] and sfa.clip_frames(20, 4, 2, 13) == [13, 15, 17, 19]
-    assert sfa.last_start(10, 4, 8) == 0 and sfa.clip_frames(10, 4, 8, 0) == [0, 3, 6, 9]  # too short: spread
-    assert sfa.clip_frames(3, 6, 2, 0) == [0, 0, 0, 1, 1, 2]  # too short for the frames: repeated, in order
+    assert sfa.clip_frames(20, 4, 2, 0) == [0, 2, 4, 6] and sfa.clip_frames(20, 4, 2, 13) == [
+        13,
+        15,
+        17,
+        19,
+    ]
+    assert sfa.last_start(10, 4, 8) == 0 and sfa.clip_frames(10, 4, 8, 0) == [
+        0,
+        3,
+        6,
+        9,
+    ]  # too short: spread
+    assert sfa.clip_frames(3, 6, 2, 0) == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]  # too short for the frames: repeated, in order
     assert sfa.clip_frames(1, 2, 1, 0) == [0, 0]
     for count in range(1, 60):
         for start in {0, sfa.last_start(count, 8, 3)}:
@@ -275,7 +319,9 @@ def test_test_views_are_clips_by_squares():
     scenic's: 224 of a short side of 256, here 52 of 60 pixels, in the middle of it."""
     cfg = config("--recipe", "k400")
     plans = [sample(cfg, 8, None, (4, 3), FakeVideo(), 0, view, KEYS[0]) for view in range(12)]
-    assert [frames[0] for frames, _ in plans[::3]] == [0, 28, 56, 85] and plans[0][0] == list(range(0, 16, 2))
+    assert [frames[0] for frames, _ in plans[::3]] == [0, 28, 56, 85] and plans[0][0] == list(
+        range(0, 16, 2)
+    )
     assert [box for _, box in plans[:3]] == [(0, 4, 52, 52), (18, 4, 52, 52), (38, 4, 52, 52)]
     assert plans[9:] == [(plans[9][0], box) for _, box in plans[:3]]
     frames, box = sample(cfg, 8, None, (1, 1), FakeVideo(), 0, 0, KEYS[0])
@@ -296,8 +342,15 @@ def test_crops_of_a_video_of_340_by_256(recipe, size, side):
         _, box = sample(cfg, 8, None, views, video, 0, view, KEYS[0])
         assert box == (x, 128 - side // 2, side, side)
     video.info = video.info._replace(width=256, height=340)
-    assert sample(cfg, 8, None, (4, 3), video, 0, 2, KEYS[0])[1] == (128 - side // 2, 340 - side, side, side)
-    drawn = [sample(cfg, 8, None, None, video, 0, 0, key)[1][2] for key in make_key(torch.arange(300))]
+    assert sample(cfg, 8, None, (4, 3), video, 0, 2, KEYS[0])[1] == (
+        128 - side // 2,
+        340 - side,
+        side,
+        side,
+    )
+    drawn = [
+        sample(cfg, 8, None, None, video, 0, 0, key)[1][2] for key in make_key(torch.arange(300))
+    ]
     low, high = (side, side) if recipe == "toy" else (side / 1.33, side / 0.9)
     assert low - 2 <= min(drawn) < low + 4 and high - 5 < max(drawn) <= high + 2
 
@@ -339,11 +392,27 @@ def test_scenic_operations_see_the_whole_clip():
     tall = torch.zeros(3, 4, 5, dtype=torch.uint8)  # two frames of 2 x 5
     tall[0], tall[1] = torch.tensor([0, 0, 51, 51])[:, None], 7
     stretched = scenic("AutoContrast", tall, 2.0)
-    assert stretched[0, :, 0].tolist() == [0, 0, 255, 255] and stretched[1:].unique().tolist() == [0, 7]
-    ramp = torch.arange(512).repeat_interleave(2).div(4, rounding_mode="floor").byte().view(1, 16, 64).expand(3, -1, -1)
+    assert stretched[0, :, 0].tolist() == [0, 0, 255, 255] and stretched[1:].unique().tolist() == [
+        0,
+        7,
+    ]
+    ramp = (
+        torch.arange(512)
+        .repeat_interleave(2)
+        .div(4, rounding_mode="floor")
+        .byte()
+        .view(1, 16, 64)
+        .expand(3, -1, -1)
+    )
     assert scenic("Equalize", torch.cat([ramp // 2, ramp // 2], 1), 2.0).max() == 255
-    red = torch.tensor([200, 100, 100], dtype=torch.uint8)[:, None, None].expand(3, 9, 9)  # luma 129.9
-    assert scenic("Color", red, 2.0)[:, 0, 0].tolist() == [255, 19, 19]  # 130 + 3.7 * (70, -30, -30)
+    red = torch.tensor([200, 100, 100], dtype=torch.uint8)[:, None, None].expand(
+        3, 9, 9
+    )  # luma 129.9
+    assert scenic("Color", red, 2.0)[:, 0, 0].tolist() == [
+        255,
+        19,
+        19,
+    ]  # 130 + 3.7 * (70, -30, -30)
     dot = torch.zeros(3, 9, 9, dtype=torch.uint8)
     dot[:, 4, 4] = 26  # smoothed 10, beside it 2
     sharp = scenic("Sharpness", dot, 1.0)[0]  # factor 1.9
@@ -366,7 +435,13 @@ def test_scenic_rand_augment_draws(monkeypatch):
             monkeypatch.setitem(data.SCENIC_AUGMENT, name, note(name))
     n = 3000
     white = torch.full((n, 1, 3, 1, 1), 255, dtype=torch.uint8)
-    cut = (data.scenic_rand_augment(white, make_key(torch.arange(n)), 15) == 0).flatten(1).any(1).sum().item()
+    cut = (
+        (data.scenic_rand_augment(white, make_key(torch.arange(n)), 15) == 0)
+        .flatten(1)
+        .any(1)
+        .sum()
+        .item()
+    )
     names = [*BY_HAND, "AutoContrast", "Equalize", "Sharpness"]
     assert {name for name, _ in seen} == set(names) and {v for _, v in seen} == {1.5}
     spread = 4 * math.sqrt(2 * n * 11 / 144)
@@ -403,7 +478,9 @@ def test_the_recipes_clips_are_augmented_as_scenic(monkeypatch):
     """augment() with --rand-augment: scenic's, at the magnitude given, and each clip by its own key."""
     x, calls = clips(3, 2), []
     keys, real = make_key(torch.arange(3)), data.scenic_rand_augment
-    monkeypatch.setattr(data, "scenic_rand_augment", lambda *a, **k: (calls.append((a[2], k)), real(*a, **k))[1])
+    monkeypatch.setattr(
+        data, "scenic_rand_augment", lambda *a, **k: (calls.append((a[2], k)), real(*a, **k))[1]
+    )
     cfg = config("--recipe", "ssv2", "--no-flip")
     out = sfa.augment(x, keys, cfg.colour_jitter, cfg.rand_augment, cfg.flip)
     assert calls == [(20.0, {"layers": 2})] and not torch.equal(out, x)
@@ -419,7 +496,9 @@ def test_training_clips_vary_in_place_and_scale():
     # 16 frames are one more than 8 frames, 2 apart, span: both starts are drawn, as often.
     short = FakeVideo()
     short.info = FakeVideo.info._replace(num_frames=16)
-    starts = [sample(cfg, 8, None, None, short, 0, 0, key)[0][0] for key in make_key(torch.arange(300))]
+    starts = [
+        sample(cfg, 8, None, None, short, 0, 0, key)[0][0] for key in make_key(torch.arange(300))
+    ]
     assert set(starts) == {0, 1} and 110 < sum(starts) < 190
     low, high = 60 * 224 / 256 / 1.33, 60 * 224 / 256 / 0.9
     assert low - 2 <= min(sides) < low + 3 and high - 3 < max(sides) <= high + 2
@@ -449,9 +528,13 @@ def test_loss_by_loops():
         verb, noun = divmod(label, 4)
         a = F.cross_entropy(logits[b, :3], torch.tensor(verb), label_smoothing=0.2)
         c = F.cross_entropy(logits[b, 3:], torch.tensor(noun), label_smoothing=0.2)
-        assert sfa.vivit_loss(logits, targets, (3, 4))[b].item() == pytest.approx((a + c).item() / 2, rel=1e-5)
+        assert sfa.vivit_loss(logits, targets, (3, 4))[b].item() == pytest.approx(
+            (a + c).item() / 2, rel=1e-5
+        )
     one = sfa.vivit_loss(logits, sfa.soft_targets(labels % 7, (7,), 0.1), (7,))
-    assert torch.allclose(one, F.cross_entropy(logits, labels % 7, label_smoothing=0.1, reduction="none"), atol=1e-5)
+    assert torch.allclose(
+        one, F.cross_entropy(logits, labels % 7, label_smoothing=0.1, reduction="none"), atol=1e-5
+    )
 
 
 def test_action_is_the_best_pair():
@@ -459,7 +542,9 @@ def test_action_is_the_best_pair():
     scores = sfa.joint_scores(logits, (3, 4)).exp()
     for b in range(4):
         verbs, nouns = logits[b, :3].softmax(0), logits[b, 3:].softmax(0)
-        assert torch.allclose(scores[b], torch.stack([v * n for v in verbs for n in nouns]), atol=1e-6)
+        assert torch.allclose(
+            scores[b], torch.stack([v * n for v in verbs for n in nouns]), atol=1e-6
+        )
     assert torch.allclose(sfa.joint_scores(logits, (7,)).exp(), logits.softmax(1), atol=1e-6)
 
 
@@ -507,13 +592,22 @@ def vit_arrays(form, seed=0, size=2):
 def slow_vit(arrays, pixels, gelu="none"):
     """The original form's ViT in numpy einsums, key biases and all: pixels [B, 3, H, W] in [-1, 1] -> CLS [B, D]."""
     norm = lambda x, w: (
-        (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * w["scale"] + w["bias"]
+        (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * w["scale"]
+        + w["bias"]
     )
-    at = lambda prefix: {n[len(prefix) + 1 :]: x for n, x in arrays.items() if n.startswith(prefix + "/")}
+    at = lambda prefix: {
+        n[len(prefix) + 1 :]: x for n, x in arrays.items() if n.startswith(prefix + "/")
+    }
     B, _, H, W = pixels.shape
     cut = pixels.reshape(B, 3, H // 16, 16, W // 16, 16)
-    x = np.einsum("bchiwj,ijcd->bhwd", cut, arrays["embedding/kernel"]).reshape(B, -1, 128) + arrays["embedding/bias"]
-    x = np.concatenate([np.repeat(arrays["cls"], B, 0), x], 1) + arrays["Transformer/posembed_input/pos_embedding"]
+    x = (
+        np.einsum("bchiwj,ijcd->bhwd", cut, arrays["embedding/kernel"]).reshape(B, -1, 128)
+        + arrays["embedding/bias"]
+    )
+    x = (
+        np.concatenate([np.repeat(arrays["cls"], B, 0), x], 1)
+        + arrays["Transformer/posembed_input/pos_embedding"]
+    )
     for i in range(4):
         w = at(f"Transformer/encoderblock_{i}")
         y = norm(x, {k: w[f"LayerNorm_0/{k}"] for k in ("scale", "bias")})
@@ -534,7 +628,8 @@ def slow_vit(arrays, pixels, gelu="none"):
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["central", "average"])
 @pytest.mark.parametrize(
-    ("form", "gelu"), [("original", "exact"), ("original", "tanh"), ("big_vision", "exact"), ("stacked", "exact")]
+    ("form", "gelu"),
+    [("original", "exact"), ("original", "tanh"), ("big_vision", "exact"), ("stacked", "exact")],
 )
 def test_npz_features_of_a_still_clip(form, gelu, how, tmp_path):
     """Every form of the same weights: the features of a still clip are the image model's, to 1e-5 of their scale."""
@@ -573,8 +668,12 @@ def test_hub_features_of_a_still_clip(eps, kind, how, tmp_path):
     pixels = image[:, 0] / 127.5 - 1
     expected = (model if kind == "ViTModel" else model.vit)(pixels).last_hidden_state[:, 0]
     features = net.frames(image.expand(-1, 4, -1, -1, -1))
-    assert (features - expected[:, None]).abs().max() < 1e-5 * expected.abs().max() and expected.std() > 0.1
-    torch.save({"model": net.state_dict()}, tmp_path / "ours.pt")  # the epsilon goes with the weights
+    assert (
+        features - expected[:, None]
+    ).abs().max() < 1e-5 * expected.abs().max() and expected.std() > 0.1
+    torch.save(
+        {"model": net.state_dict()}, tmp_path / "ours.pt"
+    )  # the epsilon goes with the weights
     again = sfa.ViViT(8, "vivit_toy", frames=4, size=32).eval()
     common.load_weights(again, sfa.init_weights(config("--init", tmp_path / "ours.pt"), again), "x")
     assert torch.equal(again.frames(image.expand(-1, 4, -1, -1, -1)), features)
@@ -600,7 +699,8 @@ def test_own_weights_fit_other_frames_and_classes(tmp_path):
     same = sfa.init_weights(config("--init", tmp_path / "8.pt"), small())
     assert same.keys() == source.state_dict().keys()
     with pytest.raises(
-        UserError, match=r"8.pt: its temporal transformer has 2 layers, this one 3; .*--temporal-depth 2"
+        UserError,
+        match=r"8.pt: its temporal transformer has 2 layers, this one 3; .*--temporal-depth 2",
     ):
         sfa.init_weights(config("--init", tmp_path / "8.pt"), small(temporal_depth=3))
 
@@ -608,12 +708,20 @@ def test_own_weights_fit_other_frames_and_classes(tmp_path):
 def test_temporal_transformer_from_videomae(tmp_path):
     """Row IV: the first layers of VideoMAE's encoder, and its norm; spatial and the rest untouched."""
     block = small().spatial.blocks[0].state_dict()
-    state = {f"encoder.blocks.{i}.{k}": torch.full_like(v, i + 1.0) for i in range(3) for k, v in block.items()}
+    state = {
+        f"encoder.blocks.{i}.{k}": torch.full_like(v, i + 1.0)
+        for i in range(3)
+        for k, v in block.items()
+    }
     state |= {"encoder.norm.weight": torch.full((128,), 7.0), "encoder.norm.bias": torch.zeros(128)}
-    torch.save({"model": state | {"decoder.blocks.0.norm1.weight": torch.zeros(3)}}, tmp_path / "mae.pth")
+    torch.save(
+        {"model": state | {"decoder.blocks.0.norm1.weight": torch.zeros(3)}}, tmp_path / "mae.pth"
+    )
     net = small()
     before = net.spatial.positions.clone()
-    message = common.load_weights(net, sfa.init_weights(config("--init-temporal", tmp_path / "mae.pth"), net), "x")
+    message = common.load_weights(
+        net, sfa.init_weights(config("--init-temporal", tmp_path / "mae.pth"), net), "x"
+    )
     assert "loaded 28 (" in message and message.endswith("not used 0")
     with pytest.raises(UserError, match="vit.npz: no temporal transformer"):
         np.savez(tmp_path / "vit.npz", **vit_arrays("original"))
@@ -639,7 +747,9 @@ def test_a_frozen_encoder_needs_all_of_its_weights(tmp_path):
     with pytest.raises(UserError, match=r"gap.npz: no spatial.cls_token in it; --freeze spatial"):
         sfa.init_weights(config("--init", tmp_path / "gap.npz"), small(first))
     positions = np.zeros((1, 6, 128), np.float32)  # CLS, a token of distillation, 2 x 2 patches
-    np.savez(tmp_path / "deit.npz", **arrays | {"Transformer/posembed_input/pos_embedding": positions})
+    np.savez(
+        tmp_path / "deit.npz", **arrays | {"Transformer/posembed_input/pos_embedding": positions}
+    )
     with pytest.raises(UserError, match=r"deit.npz: its 6 positions"):
         sfa.init_weights(config("--init", tmp_path / "deit.npz"), small())
 
@@ -659,7 +769,9 @@ def test_parameters(model):
     count = lambda *parts: sum(p.numel() for part in parts for p in part.parameters()) / 1e6
     spatial, temporal, adapter = MILLIONS[model]
     assert count(net.patch_embed, net.spatial) == pytest.approx(spatial, rel=2e-3)
-    assert count(net.patch_embed, net.spatial, net.temporal, net.head) == pytest.approx(spatial + temporal, rel=2e-3)
+    assert count(net.patch_embed, net.spatial, net.temporal, net.head) == pytest.approx(
+        spatial + temporal, rel=2e-3
+    )
     assert count(net.adapter) == pytest.approx(adapter, abs=0.05)
 
 
@@ -677,7 +789,10 @@ def test_temporal_depth_of_model_and_data_set(recipe, model, depth, millions):
         net = sfa.build(cfg, heads, FULL)
         assert len(net.temporal.blocks) == depth
         assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, rel=3e-3)
-        assert len(sfa.build(dataclasses.replace(cfg, temporal_depth=2), heads, FULL).temporal.blocks) == 2
+        assert (
+            len(sfa.build(dataclasses.replace(cfg, temporal_depth=2), heads, FULL).temporal.blocks)
+            == 2
+        )
 
 
 def whole_gmacs(model, stage, **changes):
@@ -686,7 +801,9 @@ def whole_gmacs(model, stage, **changes):
         net = sfa.ViViT(174, model, stage.frames, attention="sdpa", spatial_chunk=10**6, **changes)
         net.enter(stage)
         clip = torch.empty(1, stage.frames, 3, 224, 224, dtype=torch.uint8)
-        return common.count_macs(lambda: net(clip, torch.zeros(1, dtype=torch.int64)).sum().backward())
+        return common.count_macs(
+            lambda: net(clip, torch.zeros(1, dtype=torch.int64)).sum().backward()
+        )
 
 
 @pytest.mark.parametrize("model", ["vivit_b", "vivit_l"])
@@ -698,7 +815,9 @@ def test_cost_of_the_stages(model):
     assert 0.330 < stage_2 / full < 0.340
     assert whole_gmacs(model, at(8)) / full == pytest.approx(8 / 32, abs=1e-3)
     row_ii, plain = at(32, ("temporal",)), at(8, ("spatial",))
-    costs = {at(32): full, at(32, ("spatial",), True): stage_2} | {s: whole_gmacs(model, s) for s in (row_ii, plain)}
+    costs = {at(32): full, at(32, ("spatial",), True): stage_2} | {
+        s: whole_gmacs(model, s) for s in (row_ii, plain)
+    }
     assert 0.998 < costs[row_ii] / full < 1
     with torch.device("meta"):
         net = sfa.ViViT(174, model, 32, attention="sdpa")
@@ -712,8 +831,12 @@ def test_cost_of_the_large_models(model):
         net = sfa.ViViT(400, model, 8, attention="sdpa")
     for frames in (32, 64, 128):
         full = sfa.count_gmacs(net, Stage(0, frames, 0, 0, (), False))
-        assert 0.330 < sfa.count_gmacs(net, Stage(0, frames, 0, 0, ("spatial",), True)) / full < 0.340
-        assert sfa.count_gmacs(net, Stage(0, 8, 0, 0, (), False)) / full == pytest.approx(8 / frames, abs=1e-3)
+        assert (
+            0.330 < sfa.count_gmacs(net, Stage(0, frames, 0, 0, ("spatial",), True)) / full < 0.340
+        )
+        assert sfa.count_gmacs(net, Stage(0, 8, 0, 0, (), False)) / full == pytest.approx(
+            8 / frames, abs=1e-3
+        )
 
 
 def test_saved_activations():
@@ -728,11 +851,16 @@ def test_saved_activations():
                 net.enter(stage._replace(frames=frames))
                 saved[name, frames] = common.saved_bytes(net, clips(1, frames, size=224), KEYS[:1])
             x = torch.randn(1, frames // 2, 768)  # of the last net, in stage 2
-            saved["temporal", frames] = sum(common.saved_bytes(m, x) for m in (net.temporal, net.adapter))
+            saved["temporal", frames] = sum(
+                common.saved_bytes(m, x) for m in (net.temporal, net.adapter)
+            )
     finally:
         del sfa.MODELS["test"]
     print({k: f"{v / 1e6:.2f} MB" for k, v in saved.items()})
-    assert saved["second", 8] < 0.05 * saved["full", 8] and saved["second", 16] < 0.05 * saved["full", 16]
+    assert (
+        saved["second", 8] < 0.05 * saved["full", 8]
+        and saved["second", 16] < 0.05 * saved["full", 16]
+    )
     assert 1.9 < saved["full", 16] / saved["full", 8] < 2.1
     growth = {name: saved[name, 16] - saved[name, 8] for name in ("second", "temporal")}
     assert growth["second"] == pytest.approx(growth["temporal"], rel=0.05)
@@ -751,12 +879,17 @@ def test_memory_model_is_what_the_whole_model_saves(frozen):
         saved.append(common.saved_bytes(net, clips(1, frames, size=64), KEYS[:1]))
     memory = sfa.memory_model(cfg, nets[0], stage, sfa.block_memory(cfg))
     block = nets[0].temporal.blocks[0]
-    grown = lambda tokens: [common.saved_bytes(block, torch.randn(n, tokens, 128, requires_grad=True)) for n in (1, 2)]
+    grown = lambda tokens: [
+        common.saved_bytes(block, torch.randn(n, tokens, 128, requires_grad=True)) for n in (1, 2)
+    ]
     at_work = {n: high - low for n, (low, high) in ((n, grown(n)) for n in (17, 64))}
     expected = (saved[1] - saved[0]) / 8 + at_work[64] / 64
     expected += 10 * 2 * 3 * 64 * 64 if frozen else 6 * 2 * 3 * 64 * 64 + at_work[17]
     assert memory[1] == pytest.approx(expected, rel=0.05)
-    assert sfa.largest_frames((2**30, 2**20), 2) == 2 * 1024 and sfa.largest_frames((2**30, 2**20), 0.5) == 0
+    assert (
+        sfa.largest_frames((2**30, 2**20), 2) == 2 * 1024
+        and sfa.largest_frames((2**30, 2**20), 0.5) == 0
+    )
     trained = sum(p.numel() for p in nets[0].parameters() if p.requires_grad)
     kept = sum(p.numel() for p in nets[0].parameters()) - trained
     work = memory[0] - 16 * trained - 4 * kept
@@ -825,7 +958,14 @@ def quick_counts():
         return seen[key]
 
     def counted(net, stage):
-        key = net.width, net.size, len(net.temporal.blocks), stage.frames, stage.frozen, stage.adapter
+        key = (
+            net.width,
+            net.size,
+            len(net.temporal.blocks),
+            stage.frames,
+            stage.frozen,
+            stage.adapter,
+        )
         seen[key] = seen[key] if key in seen else count(net, stage)
         return seen[key]
 
@@ -843,7 +983,9 @@ def test_every_row_of_the_paper_plans(row, quick_counts, capsys):
     sfa.main(cfg)
     out = capsys.readouterr().out
     stages = sfa.stages_of(cfg, cfg.train_clips // cfg.batch_size)
-    printed = re.findall(r"^stage (\d)   (\d+) frames, (\d+) steps.*frozen: ([\w, ]+);", out, re.MULTILINE)
+    printed = re.findall(
+        r"^stage (\d)   (\d+) frames, (\d+) steps.*frozen: ([\w, ]+);", out, re.MULTILINE
+    )
     assert [(int(n), int(f), int(s)) for n, f, s, _ in printed] == [
         (s.number + 1, s.frames, s.stop - s.start) for s in stages
     ]
@@ -853,21 +995,34 @@ def test_every_row_of_the_paper_plans(row, quick_counts, capsys):
     shares = [float(x) for x in re.search(r"cost +([\d.+ ]+) = ", out)[1].split(" + ")]
     for stage, share in zip(stages, shares, strict=True):
         steps = (stage.stop - stage.start) / (stages[-1].stop - stages[-1].start)
-        expected = stage.frames / stages[-1].frames * steps * (0.335 if "spatial" in stage.frozen else 1)
+        expected = (
+            stage.frames / stages[-1].frames * steps * (0.335 if "spatial" in stage.frozen else 1)
+        )
         assert share == pytest.approx(expected, rel=0.035), out
     table = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+) +(0\.\d+) +(\d+) +(\d+)$", out, re.MULTILINE)
-    assert {int(r[0]) for r in table} >= {s.frames for s in stages} and all(0.330 < float(r[3]) < 0.3405 for r in table)
+    assert {int(r[0]) for r in table} >= {s.frames for s in stages} and all(
+        0.330 < float(r[3]) < 0.3405 for r in table
+    )
     assert all(int(r[5]) < int(r[4]) for r in table) and out.count(" GB: full ") == len(cfg.gpu_gb)
     depth = 24 if recipe in ("k400", "k600") and cfg.model == "vivit_l" else 4
     assert f"temporal ({cfg.temporal_depth or depth} layers)" in out
     assert [number for number, _ in gigabytes(out)] == [s.number + 1 for s in stages]
-    if len(stages) > 1 and cfg.freeze == "later" and cfg.model != "vivit_g" and stages[0].frames <= 16:
+    if (
+        len(stages) > 1
+        and cfg.freeze == "later"
+        and cfg.model != "vivit_g"
+        and stages[0].frames <= 16
+    ):
         assert all(size < 16 for _, size in gigabytes(out)), out  # on the paper's 64 cards
 
 
 def gigabytes(out):
     """(stage, GB a GPU) as --plan prints them for 2 clips on each of 64 GPUs."""
-    lines = re.findall(r"^memory +stage (\d): 2 clips at once on each of 64 GPUs.*: ([\d.]+) GB a", out, re.MULTILINE)
+    lines = re.findall(
+        r"^memory +stage (\d): 2 clips at once on each of 64 GPUs.*: ([\d.]+) GB a",
+        out,
+        re.MULTILINE,
+    )
     return [(int(number), float(size)) for number, size in lines]
 
 
@@ -896,7 +1051,9 @@ def test_micro_batches_that_fit(capsys):
     fits = []
     for extra in ([], ["--grad-checkpoint"]):
         sfa.main(config("--recipe", "ssv2", "--plan", "--gpus", 8, "--gpu-gb", "11", "12", *extra))
-        line = re.search(r"memory +stage 1: 16 clips .* in 11 GB: (\d+), 12 GB", capsys.readouterr().out)
+        line = re.search(
+            r"memory +stage 1: 16 clips .* in 11 GB: (\d+), 12 GB", capsys.readouterr().out
+        )
         fits.append(int(line[1]))
     assert fits[0] in (2, 4, 8) and fits[1] == 16
 
@@ -915,14 +1072,18 @@ def test_header_map_names_exist():
         for part in name.split("."):
             owner = getattr(owner, part)
     fields = {field.name for field in dataclasses.fields(sfa.Config)}
-    flags = {flag.replace("-", "_") for flag in re.findall(r"--(?:no-)?([a-z][a-z_-]+)", sfa.__doc__)}
+    flags = {
+        flag.replace("-", "_") for flag in re.findall(r"--(?:no-)?([a-z][a-z_-]+)", sfa.__doc__)
+    }
     flags.remove("nproc_per_node")
     assert flags and flags <= fields
 
 
 def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` or more in the code for each word of the header's list, and none besides."""
-    listed = re.findall(r"^    (\w+) ", sfa.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
+    listed = re.findall(
+        r"^    (\w+) ", sfa.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE
+    )
     tagged = re.findall(r"# DECISION \((\w+)\)", (ROOT / "sfa_vivit.py").read_text())
     assert set(listed) == set(tagged) and len(listed) == len(set(listed)) >= 15
 
@@ -951,9 +1112,18 @@ def test_recipes_are_table_7():
     for name, values in table.items():
         cfg = config("--recipe", name)
         assert tuple(getattr(cfg, key) for key in keys) == values, name
-        assert (cfg.optimizer, cfg.batch_size, cfg.warmup_epochs, cfg.clip_grad, cfg.flip) == ("sgd", 128, 2.5, 1, True)
+        assert (cfg.optimizer, cfg.batch_size, cfg.warmup_epochs, cfg.clip_grad, cfg.flip) == (
+            "sgd",
+            128,
+            2.5,
+            1,
+            True,
+        )
         assert {int(part.split(":")[1]) for part in cfg.stages.split(",")} == {epochs[name]}
-        assert (cfg.train_clips, cfg.num_classes) == sizes[name] and (cfg.views, cfg.crops) == (4, 3)
+        assert (cfg.train_clips, cfg.num_classes) == sizes[name] and (cfg.views, cfg.crops) == (
+            4,
+            3,
+        )
 
 
 # ---- training on toy videos ------------------------------------------------------------------------------------------
@@ -967,15 +1137,27 @@ def pairs(tmp_path_factory):
 
 def flags_of(folder):
     rest = TINY[TINY.index("--batch-size") :]  # without --epochs, which --stages say
-    return ["--train-list", folder / "train.csv", "--val-list", folder / "val.csv", "--data-root", folder, *rest]
+    return [
+        "--train-list",
+        folder / "train.csv",
+        "--val-list",
+        folder / "val.csv",
+        "--data-root",
+        folder,
+        *rest,
+    ]
 
 
 def test_missing_validation_videos_are_said_before_training(pairs, tmp_path):
     lines = (pairs / "val.csv").read_text().splitlines()
     label = lines[0].partition(",")[2]
-    (tmp_path / "val.csv").write_text("\n".join([*lines, f"gone/a.mp4,{label}", f"gone/b.mp4,{label}"]))
+    (tmp_path / "val.csv").write_text(
+        "\n".join([*lines, f"gone/a.mp4,{label}", f"gone/b.mp4,{label}"])
+    )
     args = [*flags_of(pairs), "--val-list", tmp_path / "val.csv", "--out", tmp_path / "run"]
-    with pytest.raises(UserError, match="val.csv: 2 of its 10 videos are missing .*gone/a.mp4 .*--data-root"):
+    with pytest.raises(
+        UserError, match="val.csv: 2 of its 10 videos are missing .*gone/a.mp4 .*--data-root"
+    ):
         sfa.main(config(*args))
     assert not (tmp_path / "run").exists()
 
@@ -1004,17 +1186,44 @@ PATHS = {
     "I": ["--stages", "8:1", "--freeze", "spatial", "--no-adapter", "--init", "random"],
     "II": ["--stages", "8:1", "--freeze", "temporal"],
     "III": ["--stages", "8:1", "--freeze", "spatial", "--init", "VIT"],
-    "III, average": ["--stages", "8:1", "--freeze", "spatial", "--init", "VIT", "--inflate", "average"],
+    "III, average": [
+        "--stages",
+        "8:1",
+        "--freeze",
+        "spatial",
+        "--init",
+        "VIT",
+        "--inflate",
+        "average",
+    ],
     "IV": ["--stages", "8:1", "--freeze", "spatial", "--init", "VIT", "--init-temporal", "OURS"],
     "App. F": ["--stages", "4:1,8:1", "--freeze", "none"],
     "sgd": ["--stages", "4:1,8:1", "--optimizer", "sgd", "--lr", "0.1", "--weight-decay", "0.001"],
-    "regularised": ["--stages", "4:1,8:1", "--mixup", "0.3", "--drop-path", "0.3", "--label-smoothing", "0.3"],
+    "regularised": [
+        "--stages",
+        "4:1,8:1",
+        "--mixup",
+        "0.3",
+        "--drop-path",
+        "0.3",
+        "--label-smoothing",
+        "0.3",
+    ],
     "randaug": ["--stages", "4:1", "--rand-augment", "20", "--flip", "--crop"],
     "colour": ["--stages", "4:1", "--colour-jitter", "0.8", "--clip-grad", "0"],
     "bf16": ["--stages", "4:1,8:1", "--precision", "bf16"],
     "fp16": ["--stages", "4:1,8:1", "--precision", "fp16"],
     "checkpoint": ["--stages", "4:1,8:1", "--grad-checkpoint", "--attention", "plain"],
-    "sdpa": ["--stages", "4:1,8:1", "--attention", "sdpa", "--spatial-chunk", "3", "--temporal-depth", "1"],
+    "sdpa": [
+        "--stages",
+        "4:1,8:1",
+        "--attention",
+        "sdpa",
+        "--spatial-chunk",
+        "3",
+        "--temporal-depth",
+        "1",
+    ],
     "views": ["--stages", "4:1", "--views", "2", "--crops", "3", "--stride", "2"],
 }
 
@@ -1032,18 +1241,32 @@ def test_every_path_trains_two_steps(path, pairs_args, tmp_path):
     assert [r["step"] for r in log] == expected
     assert all(math.isfinite(r["loss"]) for r in log if "loss" in r)
     ends = [r for r in log if "val_top1" in r]
-    assert [r["stage"] for r in ends] == [s.number + 1 for s in stages] and all(r["val_clips"] == 8 for r in ends)
-    assert all(r["best_step"] == r["step"] and r["near_peak_epoch"] == r["best_epoch"] for r in ends)
-    assert ("test_top1" in ends[-1]) == (path == "views") and not any("test_top1" in r for r in ends[:-1])
+    assert [r["stage"] for r in ends] == [s.number + 1 for s in stages] and all(
+        r["val_clips"] == 8 for r in ends
+    )
+    assert all(
+        r["best_step"] == r["step"] and r["near_peak_epoch"] == r["best_epoch"] for r in ends
+    )
+    assert ("test_top1" in ends[-1]) == (path == "views") and not any(
+        "test_top1" in r for r in ends[:-1]
+    )
     state = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert Stage(*state["stage"]) == stages[-1] and state["at"]["skipped"] == 0
     moments = {
-        tuple(s[k].shape) for s in state["optimizer"]["state"].values() for k in s if k != "step" and s[k] is not None
+        tuple(s[k].shape)
+        for s in state["optimizer"]["state"].values()
+        for k in s
+        if k != "step" and s[k] is not None
     }
     kept = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(path, torch.float32)
-    assert state["model"]["patch_embed.weight"].dtype == kept and state["model"]["head.weight"].dtype == torch.float32
+    assert (
+        state["model"]["patch_embed.weight"].dtype == kept
+        and state["model"]["head.weight"].dtype == torch.float32
+    )
     big = state["model"]["patch_embed.weight"].shape
-    assert (big in moments) == ("spatial" not in stages[-1].frozen)  # no optimizer state of what is frozen
+    assert (big in moments) == (
+        "spatial" not in stages[-1].frozen
+    )  # no optimizer state of what is frozen
 
 
 def test_stage_2_leaves_the_spatial_transformer_alone(pairs_args, tmp_path):
@@ -1064,7 +1287,16 @@ def test_stage_2_starts_where_stage_1_ended(pairs_args, tmp_path):
     data order: the same model at the start of stage 2."""
     args = [*pairs_args, "--warmup-epochs", 0, "--lr", 0]
     train(tmp_path / "both", *args, "--stages", "8:1,16:1")
-    train(tmp_path / "second", *args, "--stages", "16:1", "--freeze", "spatial", "--init", tmp_path / "both/stage1.pt")
+    train(
+        tmp_path / "second",
+        *args,
+        "--stages",
+        "16:1",
+        "--freeze",
+        "spatial",
+        "--init",
+        tmp_path / "both/stage1.pt",
+    )
     a, b = weights(tmp_path / "both/last.pt"), weights(tmp_path / "second/last.pt")
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[k], b[k], atol=1e-6) for k in a if not k.startswith("adapter.fc1"))
@@ -1084,7 +1316,9 @@ def test_resume_is_exact(when, pairs_args, tmp_path, monkeypatch):
 
     def die(self, state, *names):
         save(self, state, *names)
-        if state["at"]["step"] == when and (when != 4 or "stage1.pt" in names):  # 4: stage 1's evaluation is done
+        if state["at"]["step"] == when and (
+            when != 4 or "stage1.pt" in names
+        ):  # 4: stage 1's evaluation is done
             raise Died
 
     monkeypatch.setattr(common.Run, "save", die)
@@ -1100,7 +1334,9 @@ def test_resume_is_exact(when, pairs_args, tmp_path, monkeypatch):
         {k: v for k, v in r.items() if k not in timed} for r in cut
     ]
     first = [tmp_path / name / "stage1.pt" for name in ("whole", "cut")]
-    assert all(torch.equal(x, y) for x, y in zip(*(weights(path).values() for path in first), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(*(weights(path).values() for path in first), strict=True)
+    )
     again = train(tmp_path / "cut", *args)
     assert again == cut  # complete: nothing is added
 
@@ -1118,7 +1354,9 @@ def test_ranks_and_micro_batches_do_not_change_the_run(pairs, tmp_path):
     one = weights(tmp_path / "one/last.pt")
     for name in ("two", "micro"):
         other = weights(tmp_path / name / "last.pt")
-        change = max((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-3) for k in one)
+        change = max(
+            (one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-3) for k in one
+        )
         print(name, "largest relative difference", change.item())
         assert change < 2e-4
     moved = (
@@ -1159,7 +1397,9 @@ def test_the_first_step_reaches_the_encoder():
         net = sfa.ViViT(8, "vivit_toy", frames=4, size=32, head_std=head_std)
         targets = sfa.soft_targets(torch.arange(4), (8,), 0.0)
         sfa.vivit_loss(net(clips(4, 4), KEYS), targets, (8,)).mean().backward()
-        assert (net.patch_embed.weight.grad.norm() > 1e-3) == reached and net.head.weight.grad.norm() > 0.1
+        assert (
+            net.patch_embed.weight.grad.norm() > 1e-3
+        ) == reached and net.head.weight.grad.norm() > 0.1
 
 
 def test_training_lowers_the_loss_and_says_so(trained):
@@ -1168,14 +1408,32 @@ def test_training_lowers_the_loss_and_says_so(trained):
     losses = [r["loss"] for r in log if "loss" in r]
     assert len(losses) == 72 and np.mean(losses[40:48]) < 0.95 * np.mean(losses[:8])
     assert np.mean(losses[-8:]) < 0.95 * np.mean(losses[:8])  # stage 2 goes on from there
-    lr = {r["step"]: r["lr"] for r in log if "loss" in r}  # of both stages: 4 steps of warm-up, half a cosine
+    lr = {
+        r["step"]: r["lr"] for r in log if "loss" in r
+    }  # of both stages: 4 steps of warm-up, half a cosine
     peak = config().lr
-    assert lr[1] == lr[49] == 0 and lr[5] == lr[53] == peak and max(lr[48], lr[72]) < 0.02 * peak < 0.5 * peak < lr[24]
+    assert (
+        lr[1] == lr[49] == 0
+        and lr[5] == lr[53] == peak
+        and max(lr[48], lr[72]) < 0.02 * peak < 0.5 * peak < lr[24]
+    )
     ends = [(r["step"], r["stage"]) for r in log if "val_top1" in r]
-    assert ends == [(24, 1), (48, 1), (72, 2)] and {"near_peak_epoch", "best_epoch", "best_step"} <= set(log[-1])
-    assert "stage 1: 8 frames, frozen: nothing" in stdout and "stage 2: 16 frames, frozen: spatial" in stdout
-    parts = re.search(r"chance 12\.5 %\).* (\d+) \+ (\d+) = (\d+) seconds, with", stdout)  # cost: stage 1 + stage 2
-    assert abs(int(parts[1]) + int(parts[2]) - int(parts[3])) <= 1 and int(parts[3]) <= log[-1]["seconds"] + 1
+    assert ends == [(24, 1), (48, 1), (72, 2)] and {
+        "near_peak_epoch",
+        "best_epoch",
+        "best_step",
+    } <= set(log[-1])
+    assert (
+        "stage 1: 8 frames, frozen: nothing" in stdout
+        and "stage 2: 16 frames, frozen: spatial" in stdout
+    )
+    parts = re.search(
+        r"chance 12\.5 %\).* (\d+) \+ (\d+) = (\d+) seconds, with", stdout
+    )  # cost: stage 1 + stage 2
+    assert (
+        abs(int(parts[1]) + int(parts[2]) - int(parts[3])) <= 1
+        and int(parts[3]) <= log[-1]["seconds"] + 1
+    )
     assert (out / "stage1.pt").exists() and (out / "best.pt").exists()
 
 
@@ -1194,11 +1452,15 @@ def test_eval_predict_features(trained, pairs, cli):
     lists = ["--val-list", pairs / "val.csv", "--data-root", pairs, "--workers", 0, "--out", out]
     code, stdout, err = cli("sfa_vivit.py", "--task", "eval", *lists)
     best = torch.load(out / "best.pt", weights_only=True)["at"]["best"]
-    assert code == 0 and "16 frames, 1 x 1 views" in stdout and f"test_top1 {best:.4g}" in stdout, err
+    assert code == 0 and "16 frames, 1 x 1 views" in stdout and f"test_top1 {best:.4g}" in stdout, (
+        err
+    )
     sfa.main(config("--task", "eval", "--views", 2, "--crops", 3, *lists))
 
     videos = sorted((pairs / "videos").glob("val_*.mp4"))[:2]
-    code, stdout, err = cli("sfa_vivit.py", "--task", "predict", "--out", out, "--workers", 0, "--input", *videos)
+    code, stdout, err = cli(
+        "sfa_vivit.py", "--task", "predict", "--out", out, "--workers", 0, "--input", *videos
+    )
     assert code == 0, err
     for video, line in zip(videos, stdout.splitlines(), strict=True):
         assert line.startswith(f"{video}: ")
@@ -1214,7 +1476,9 @@ BROKEN = {  # what a file is -> what is wrong with it, made from the state of a 
     "cut": lambda state: None,
     "turbo's": lambda state: {key: state[key] for key in ("model", "config", "at")},
     "no state": lambda state: [1, 2],
-    "older": lambda state: state | {"config": {k: v for k, v in state["config"].items() if k != "crop_share"}},
+    "older": lambda state: (
+        state | {"config": {k: v for k, v in state["config"].items() if k != "crop_share"}}
+    ),
     "no size of ours": lambda state: state | {"config": state["config"] | {"model": "vivit_x"}},
     "stage": lambda state: state | {"stage": (1, 16)},
     "width": lambda state: state | {"model": state["model"] | {"head.weight": torch.zeros(8, 192)}},
@@ -1229,22 +1493,38 @@ def test_checkpoints_that_are_not_this_versions(what, trained, pairs, tmp_path):
     whole, path = trained[0] / "best.pt", tmp_path / "best.pt"
     state = BROKEN[what](torch.load(whole, weights_only=True))
     torch.save(state, path) if state else path.write_bytes(whole.read_bytes()[:30_000])
-    lists = ["--val-list", pairs / "val.csv", "--data-root", pairs, "--input", pairs / "videos/val_00000.mp4"]
+    lists = [
+        "--val-list",
+        pairs / "val.csv",
+        "--data-root",
+        pairs,
+        "--input",
+        pairs / "videos/val_00000.mp4",
+    ]
     for task in ("eval", "features", "predict"):
         assert str(path) in refused("--task", task, "--init", path, *lists)
-    assert str(path) in refused("--task", "eval", "--init", "random", "--out", tmp_path, *lists)  # names none: best.pt
+    assert str(path) in refused(
+        "--task", "eval", "--init", "random", "--out", tmp_path, *lists
+    )  # names none: best.pt
 
 
 @torch.no_grad()
 def test_a_checkpoint_keeps_its_crops(trained, pairs, tmp_path, monkeypatch):
     """--task eval of a recipe that crops: the checkpoint's own share of the short side, whatever the command's is."""
     state = torch.load(trained[0] / "best.pt", weights_only=True)
-    torch.save(state | {"config": state["config"] | {"crop": True, "crop_share": 0.5}}, tmp_path / "best.pt")
+    torch.save(
+        state | {"config": state["config"] | {"crop": True, "crop_share": 0.5}},
+        tmp_path / "best.pt",
+    )
     boxes, real = [], data.crop_box
     monkeypatch.setattr(data, "crop_box", lambda *a: (boxes.append(real(*a)), boxes[-1])[1])
     lists = ["--val-list", pairs / "val.csv", "--data-root", pairs, "--workers", 0]
     for task in (["eval"], ["features"], ["predict", "--input", pairs / "videos/val_00000.mp4"]):
-        sfa.main(config("--init", tmp_path / "best.pt", "--out", tmp_path / task[0], *lists, "--task", *task))
+        sfa.main(
+            config(
+                "--init", tmp_path / "best.pt", "--out", tmp_path / task[0], *lists, "--task", *task
+            )
+        )
         with data.Video(pairs / "videos/val_00000.mp4") as video:
             half = round(min(video.info.width, video.info.height) / 4) * 2
         assert boxes and {box[2] for box in boxes} == {half}, task
@@ -1255,7 +1535,9 @@ def test_a_checkpoint_keeps_its_crops(trained, pairs, tmp_path, monkeypatch):
 def test_views_are_averaged_as_logits(trained, pairs):
     """evaluate on 2 x 1 views = by hand: the mean of both clips' logits, its argmax against the label."""
     state = torch.load(trained[0] / "best.pt", weights_only=True)
-    cfg = config("--val-list", pairs / "val.csv", "--data-root", pairs, "--workers", 0, "--batch-size", 6)
+    cfg = config(
+        "--val-list", pairs / "val.csv", "--data-root", pairs, "--workers", 0, "--batch-size", 6
+    )
     net = sfa.build(cfg, (8,), Stage(*state["stage"]))
     net.load_state_dict(state["model"])
     videos, ctx, hits, loss = data.VideoList(pairs / "val.csv", pairs), common.launch("fp32"), 0, 0
@@ -1265,7 +1547,9 @@ def test_views_are_averaged_as_logits(trained, pairs):
         with data.Video(videos.video(i)) as video:
             n = video.info.num_frames
             views = [
-                video.read(sfa.clip_frames(n, 16, cfg.stride, start), 64, data.centre_box(video.info))
+                video.read(
+                    sfa.clip_frames(n, 16, cfg.stride, start), 64, data.centre_box(video.info)
+                )
                 for start in (0, n - 1 - 15 * cfg.stride)
             ]
         logits = net(torch.stack(views), None).mean(0)
@@ -1298,16 +1582,27 @@ def kitchen(pairs, tmp_path_factory):
     chunks = root / "P01/P01_02.MP4"
     chunks.mkdir()
     for second in (0, 15):
-        data._toy_write(chunks / f"{second}.mp4", np.zeros((15 * 8, 64, 64, 3), np.uint8) + 9 * second, 8)
-    rows = [("P01", f"P01_0{1 + i % 2}", f"00:00:0{i % 5}.50", f"00:00:1{i}.00", i % 97, 7 * i % 300) for i in range(8)]
+        data._toy_write(
+            chunks / f"{second}.mp4", np.zeros((15 * 8, 64, 64, 3), np.uint8) + 9 * second, 8
+        )
+    rows = [
+        ("P01", f"P01_0{1 + i % 2}", f"00:00:0{i % 5}.50", f"00:00:1{i}.00", i % 97, 7 * i % 300)
+        for i in range(8)
+    ]
     return root, write_epic(root / "train.csv", rows)
 
 
 def test_epic_reads_verbs_and_nouns(kitchen):
     root, path = kitchen
     videos = sfa.read_epic(path, root)
-    assert videos.labels.tolist() == [300 * i + 7 * i for i in range(8)] and len(videos.classes) == 29100
-    assert videos.video(0) == f"{root}/P01/P01_01.MP4" and (videos.start[3], videos.end[3]) == (3.5, 13.0)
+    assert (
+        videos.labels.tolist() == [300 * i + 7 * i for i in range(8)]
+        and len(videos.classes) == 29100
+    )
+    assert videos.video(0) == f"{root}/P01/P01_01.MP4" and (videos.start[3], videos.end[3]) == (
+        3.5,
+        13.0,
+    )
     assert videos.classes[videos.labels[2]] == "verb 2 noun 14"
 
 
@@ -1317,11 +1612,27 @@ def test_epic_trains_and_scores(kitchen, tmp_path):
     log = train(tmp_path, "--train-list", path, "--val-list", path, "--data-root", root, *TINY[2:], "--labels", "epic",
                 "--stages", "4:2,8:2", "--num-classes", 0, "--stride", 1, "--warmup-epochs", 0,
                 "--head-std", 0)  # fmt: skip
-    assert log[-1]["val_clips"] == 8 and {"val_top1", "val_top5", "val_verb", "val_noun"} <= set(log[-1])
+    assert log[-1]["val_clips"] == 8 and {"val_top1", "val_top5", "val_verb", "val_noun"} <= set(
+        log[-1]
+    )
     losses = [r["loss"] for r in log if "loss" in r]
-    assert losses[0] == pytest.approx((math.log(97) + math.log(300)) / 2, rel=1e-4) and losses[-1] < losses[0]
+    assert (
+        losses[0] == pytest.approx((math.log(97) + math.log(300)) / 2, rel=1e-4)
+        and losses[-1] < losses[0]
+    )
     assert weights(tmp_path / "last.pt")["head.weight"].shape == (397, 128)
-    sfa.main(config("--task", "predict", "--out", tmp_path, "--workers", 0, "--input", root / "P01/P01_01.MP4"))
+    sfa.main(
+        config(
+            "--task",
+            "predict",
+            "--out",
+            tmp_path,
+            "--workers",
+            0,
+            "--input",
+            root / "P01/P01_01.MP4",
+        )
+    )
 
 
 def test_epic_scores_by_hand(kitchen, tmp_path):
@@ -1347,7 +1658,9 @@ def test_copying_three_files_runs(cli, pairs_args, tmp_path):
     """sfa_vivit.py + common.py + data.py in an empty folder are enough."""
     for name in ("sfa_vivit.py", "common.py", "data.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    code, _, err = cli("sfa_vivit.py", *pairs_args, "--stages", "2:1,4:1", "--max-steps", 1, cwd=tmp_path)
+    code, _, err = cli(
+        "sfa_vivit.py", *pairs_args, "--stages", "2:1,4:1", "--max-steps", 1, cwd=tmp_path
+    )
     assert code == 0 and (tmp_path / "runs/sfa-toy/last.pt").exists(), err
 
 
@@ -1366,10 +1679,16 @@ def refused(*argv):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--stages", "16:1", "--freeze", "spatial"], ["--freeze spatial", "nothing has initialised", "--init"]),
+        (
+            ["--stages", "16:1", "--freeze", "spatial"],
+            ["--freeze spatial", "nothing has initialised", "--init"],
+        ),
         (["--stages", "7:1"], ["--stages 7:1", "multiple of the tubelet's 2"]),
         (["--stages", "8:1,9:1"], ["--stages 8:1,9:1", "9 frames"]),
-        (["--freeze", "spatial,temporal", "--init", "random"], ["--freeze spatial,temporal", "everything"]),
+        (
+            ["--freeze", "spatial,temporal", "--init", "random"],
+            ["--freeze spatial,temporal", "everything"],
+        ),
         (["--freeze", "adapter"], ["--freeze adapter", "temporal"]),
         (["--stages", "8"], ["--stages 8", "8:30,128:30"]),
         (["--stages", "8:0"], ["--stages 8:0"]),
@@ -1377,7 +1696,10 @@ def refused(*argv):
         (["--stages", "8:1,,8:1"], ["--stages 8:1,,8:1"]),
         (["--size", "60"], ["--size 60"]),
         (["--model", "vivit_g", "--size", "64"], ["--size 64", "14"]),
-        (["--plan", "--model", "vivit_b", "--size", "224", "--gpu-gb", "0.2"], ["--gpu-gb 0.2", "vivit_b", "GB"]),
+        (
+            ["--plan", "--model", "vivit_b", "--size", "224", "--gpu-gb", "0.2"],
+            ["--gpu-gb 0.2", "vivit_b", "GB"],
+        ),
         (["--plan", "--gpu-gb", "big"], ["--gpu-gb big"]),
         (["--spatial-chunk", "0"], ["--spatial-chunk"]),
         (["--stride", "0"], ["--stride"]),
@@ -1419,15 +1741,25 @@ def test_frames_and_epochs_are_the_stages_to_say(fails):
 
 def test_weights_of_another_patch_or_width(pairs_args, tmp_path):
     arrays = vit_arrays("original")
-    np.savez(tmp_path / "p8.npz", **arrays | {"embedding/kernel": np.zeros((8, 8, 3, 128), np.float32)})
+    np.savez(
+        tmp_path / "p8.npz", **arrays | {"embedding/kernel": np.zeros((8, 8, 3, 128), np.float32)}
+    )
     message = refused(*pairs_args, "--out", tmp_path / "a", "--init", tmp_path / "p8.npz")
     assert "p8.npz" in message and "8 pixels" in message and "16" in message
-    np.savez(tmp_path / "wide.npz", **arrays | {"embedding/kernel": np.zeros((16, 16, 3, 192), np.float32)})
+    np.savez(
+        tmp_path / "wide.npz",
+        **arrays | {"embedding/kernel": np.zeros((16, 16, 3, 192), np.float32)},
+    )
     message = refused(*pairs_args, "--out", tmp_path / "b", "--init", tmp_path / "wide.npz")
     assert "wide.npz" in message and "--model" in message
-    ours = {"spatial.positions": torch.zeros(1, 5, 128), "patch_embed.weight": torch.zeros(128, 2 * 14 * 14 * 3)}
+    ours = {
+        "spatial.positions": torch.zeros(1, 5, 128),
+        "patch_embed.weight": torch.zeros(128, 2 * 14 * 14 * 3),
+    }
     torch.save({"model": ours}, tmp_path / "p14.pt")
-    assert "14 pixels" in refused(*pairs_args, "--out", tmp_path / "c", "--init", tmp_path / "p14.pt")
+    assert "14 pixels" in refused(
+        *pairs_args, "--out", tmp_path / "c", "--init", tmp_path / "p14.pt"
+    )
 
 
 def test_damaged_npz(pairs_args, tmp_path):
@@ -1437,7 +1769,9 @@ def test_damaged_npz(pairs_args, tmp_path):
     (tmp_path / "a.npz").write_bytes(whole)
     assert "a.npz" in refused(*pairs_args, "--out", tmp_path / "a", "--init", tmp_path / "a.npz")
     (tmp_path / "cut.npz").write_bytes(whole[:5000])
-    assert "cut.npz" in refused(*pairs_args, "--out", tmp_path / "b", "--init", tmp_path / "cut.npz")
+    assert "cut.npz" in refused(
+        *pairs_args, "--out", tmp_path / "b", "--init", tmp_path / "cut.npz"
+    )
     np.savez(tmp_path / "code.npz", cls=np.array([{"a": 1}], dtype=object))
     message = refused(*pairs_args, "--out", tmp_path / "c", "--init", tmp_path / "code.npz")
     assert "code.npz" in message and "allow_pickle" in message
@@ -1446,12 +1780,21 @@ def test_damaged_npz(pairs_args, tmp_path):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (("P01", "P01_01", "00:00:01.00", "00:00:02.00", 97, 3), ["train.csv:3", "verb_class 97", "0 ... 96"]),
-        (("P01", "P01_01", "00:00:01.00", "00:00:02.00", 3, 300), ["train.csv:3", "noun_class 300", "0 ... 299"]),
+        (
+            ("P01", "P01_01", "00:00:01.00", "00:00:02.00", 97, 3),
+            ["train.csv:3", "verb_class 97", "0 ... 96"],
+        ),
+        (
+            ("P01", "P01_01", "00:00:01.00", "00:00:02.00", 3, 300),
+            ["train.csv:3", "noun_class 300", "0 ... 299"],
+        ),
         (("P01", "P01_01", "00:00:01.00", "00:00:02.00", -1, 3), ["train.csv:3", "verb_class -1"]),
         (("P01", "P01_01", "00:00:01.00", "00:00:02.00", "take", 3), ["train.csv:3", "EPIC_100"]),
         (("P01", "P01_01", "now", "00:00:02.00", 1, 3), ["train.csv:3", "EPIC_100"]),
-        (("P01", 'P"\n01', "now", "00:00:02.00", 1, 3), ["train.csv:5", "EPIC_100"]),  # a row of lines 3 to 5
+        (
+            ("P01", 'P"\n01', "now", "00:00:02.00", 1, 3),
+            ["train.csv:5", "EPIC_100"],
+        ),  # a row of lines 3 to 5
     ],
 )
 def test_epic_classes_and_rows(row, words, tmp_path):
@@ -1467,7 +1810,9 @@ def test_epic_rows_that_end_before_they_start(tmp_path, capsys):
     bad = ("P01", "P01_01", "00:00:05.00", "00:00:04.00", 9, 9)
     why = "train.csv:4: its time is 5 to 4 s: the start must be before the end"
     cfg = common.parse(sfa.Config, sfa.RECIPES, ["--labels", "epic", "--max-bad", "0"])
-    videos = sfa.read_list(cfg, common.launch(), write_epic(tmp_path / "train.csv", [*good[:2], bad, *good[2:]]))
+    videos = sfa.read_list(
+        cfg, common.launch(), write_epic(tmp_path / "train.csv", [*good[:2], bad, *good[2:]])
+    )
     assert videos.labels.tolist() == [300 * i + i for i in range(5)] and len(videos) == 5
     assert f"left out: {tmp_path}/{why} (1 such of 6 rows)" in capsys.readouterr().out
     for listed, count in (([*good[:2], bad, bad], "2 such of 4"), ([bad], "1 such of 1")):

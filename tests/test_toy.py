@@ -17,7 +17,9 @@ import data
 
 SMALL = {"actions": {"train": 16, "val": 8}, "pairs": {"train": 2, "val": 1}, "long": {"train": 2, "val": 1},
          "narrated": {"train": 1, "val": 2}}  # fmt: skip
-FORK = multiprocessing.get_context("fork")  # starts at once, where a new interpreter would import torch
+FORK = multiprocessing.get_context(
+    "fork"
+)  # starts at once, where a new interpreter would import torch
 
 
 def decode(path):
@@ -32,7 +34,9 @@ def decode(path):
 
 def files(folder):
     """{relative path: bytes} of all files of a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +53,23 @@ def small(tmp_path_factory):
 
 @pytest.mark.parametrize("which", ["actions", "pairs", "long"])
 def test_lists_name_every_video_and_its_label(small, which):
-    recipes = data.TOY_RECIPES if which == "long" else itertools.pairwise([*data.TOY_RING, data.TOY_RING[0]])
-    kinds = list(data.TOY_MOTIONS) if which == "actions" else ["+".join(recipe) for recipe in recipes]
+    recipes = (
+        data.TOY_RECIPES
+        if which == "long"
+        else itertools.pairwise([*data.TOY_RING, data.TOY_RING[0]])
+    )
+    kinds = (
+        list(data.TOY_MOTIONS) if which == "actions" else ["+".join(recipe) for recipe in recipes]
+    )
     listed = []
     for split, count in SMALL[which].items():
-        rows = [line.split(",") for line in (small[which] / f"{split}.csv").read_text().splitlines()]
+        rows = [
+            line.split(",") for line in (small[which] / f"{split}.csv").read_text().splitlines()
+        ]
         assert [path for path, _ in rows] == [f"videos/{split}_{i:05d}.mp4" for i in range(count)]
-        assert [label for _, label in rows] == [data._toy_script(which, 0, split, i)[0] for i in range(count)]
+        assert [label for _, label in rows] == [
+            data._toy_script(which, 0, split, i)[0] for i in range(count)
+        ]
         assert {label for _, label in rows} <= set(kinds)
         listed += [path for path, _ in rows]
     assert sorted(f"videos/{p.name}" for p in (small[which] / "videos").iterdir()) == sorted(listed)
@@ -66,7 +80,11 @@ def test_labels_are_balanced_and_file_numbers_do_not_tell_them():
         for split, count in data.TOY_SETS[which]["counts"].items():
             labels = [data._toy_script(which, 0, split, i)[0] for i in range(count)]
             assert set(Counter(labels).values()) == {count // kinds}
-            for period in (2, 4, 8):  # the commonest label at each place of a period: 1 / 8 of the places and noise
+            for period in (
+                2,
+                4,
+                8,
+            ):  # the commonest label at each place of a period: 1 / 8 of the places and noise
                 places = [Counter(labels[k::period]).most_common(1)[0][1] for k in range(period)]
                 assert sum(places) / count < 0.3
 
@@ -76,17 +94,28 @@ def test_videos_are_h264_with_b_frames_and_show_what_was_drawn(small, which):
     for path in sorted((small[which] / "videos").iterdir())[:3]:
         split, index = path.stem.split("_")[0], int(path.stem.split("_")[1])
         story = which == "narrated"
-        scenes = (data._toy_story(0, split, index) if story else data._toy_script(which, 0, split, index))[1]
+        scenes = (
+            data._toy_story(0, split, index) if story else data._toy_script(which, 0, split, index)
+        )[1]
         drawn = data._toy_film(data._toy_rng(0, which, split, index), which, scenes)
         shown, types = decode(path)
         assert shown.shape == drawn.shape == (sum(n for _, _, n in scenes), 64, 64, 3)
         assert types[0] == "I" and types.count("B") >= len(types) // 10 and "P" in types
-        error = np.sqrt(np.mean((shown.astype(float) - drawn) ** 2, (1, 2, 3)))  # colours have half the resolution
+        error = np.sqrt(
+            np.mean((shown.astype(float) - drawn) ** 2, (1, 2, 3))
+        )  # colours have half the resolution
         assert error.max() < 16 and error.mean() < 10
         info = data.probe(path)
-        assert (info.num_frames, info.fps, info.codec) == (len(drawn), data.TOY_SETS[which]["fps"], "h264")
+        assert (info.num_frames, info.fps, info.codec) == (
+            len(drawn),
+            data.TOY_SETS[which]["fps"],
+            "h264",
+        )
     clip = data.read_clip(path, [0, len(drawn) // 2], 64)
-    assert np.abs(clip.permute(0, 2, 3, 1).numpy().astype(float) - drawn[[0, len(drawn) // 2]]).mean() < 5
+    assert (
+        np.abs(clip.permute(0, 2, 3, 1).numpy().astype(float) - drawn[[0, len(drawn) // 2]]).mean()
+        < 5
+    )
 
 
 def test_motion_is_what_the_label_says():
@@ -99,15 +128,29 @@ def test_motion_is_what_the_label_says():
         frames[label] = np.zeros((2, 64, 64, 3), np.float32)
         data._toy_draw(frames[label], np.stack([start, start + step * 10]), "red", "pentagon")
     inside = {k: v.max(-1) > 0.5 for k, v in frames.items()}
-    centre = {k: np.stack([np.argwhere(f).mean(0)[::-1] for f in v]) for k, v in inside.items()}  # (x, y)
+    centre = {
+        k: np.stack([np.argwhere(f).mean(0)[::-1] for f in v]) for k, v in inside.items()
+    }  # (x, y)
     moved = {k: v[1] - v[0] for k, v in centre.items()}
-    for label, want in {"left": (-6.4, 0), "right": (6.4, 0), "up": (0, -6.4), "down": (0, 6.4)}.items():
+    for label, want in {
+        "left": (-6.4, 0),
+        "right": (6.4, 0),
+        "up": (0, -6.4),
+        "down": (0, 6.4),
+    }.items():
         assert moved[label] == pytest.approx(want, abs=0.3)
     for label, factor in {"grow": 2**0.1, "shrink": 0.5**0.1, "left": 1, "clockwise": 1}.items():
-        assert np.sqrt(inside[label][1].sum() / inside[label][0].sum()) == pytest.approx(factor, abs=0.03)
+        assert np.sqrt(inside[label][1].sum() / inside[label][0].sum()) == pytest.approx(
+            factor, abs=0.03
+        )
     for label, turn in {"clockwise": 36, "counter-clockwise": -36, "up": 0, "grow": 0}.items():
-        corner = [np.argwhere(f[..., 2] > 0.7).mean(0)[::-1] - c for f, c in zip(frames[label], centre[label])]
-        angles = [np.degrees(np.arctan2(y, x)) for x, y in corner]  # y points down: clockwise is positive
+        corner = [
+            np.argwhere(f[..., 2] > 0.7).mean(0)[::-1] - c
+            for f, c in zip(frames[label], centre[label])
+        ]
+        angles = [
+            np.degrees(np.arctan2(y, x)) for x, y in corner
+        ]  # y points down: clockwise is positive
         assert (angles[1] - angles[0] + 180) % 360 - 180 == pytest.approx(turn, abs=3)
 
 
@@ -157,7 +200,9 @@ def watch(monkeypatch, which, count, biased=False):
 
 def probe_accuracy(features, labels, ridge):
     """Held-out accuracy, on the last third, of ridge regression from features to one-hot labels."""
-    features = np.c_[(features - features.mean(0)) / (features.std(0) + 1e-6), np.ones(len(features))]
+    features = np.c_[
+        (features - features.mean(0)) / (features.std(0) + 1e-6), np.ones(len(features))
+    ]
     n = len(labels) * 2 // 3
     a, b = features[:n], np.eye(labels.max() + 1)[labels[:n]]
     weights = np.linalg.solve(a.T @ a + ridge * np.eye(a.shape[1]), a.T @ b)
@@ -180,7 +225,9 @@ def test_no_single_frame_tells_the_label(monkeypatch, which):
         assert probe_accuracy(state_features(now), labels, 1.0) < limit
         assert probe_accuracy(draw(times), labels, 300.0) < limit
         for k in range(8):  # each label sees every place, angle and size as often as any other
-            assert np.abs(np.exp(2j * np.pi * now[labels == k]).mean(0)).max() < 4 / np.sqrt((labels == k).sum())
+            assert np.abs(np.exp(2j * np.pi * now[labels == k]).mean(0)).max() < 4 / np.sqrt(
+                (labels == k).sum()
+            )
 
 
 def test_the_probe_finds_a_label_that_leaks(monkeypatch):
@@ -241,10 +288,15 @@ def test_captions_are_true_when_visible_and_never_overlap():
                 silent -= set(span)
                 ((motion, actor),) = {timeline[t] for t in span}
                 if visible:
-                    assert text.split(" ", 1)[1] == f"{actor[0]} {actor[1]} {data.TOY_MOTIONS[motion][0]}"
+                    assert (
+                        text.split(" ", 1)[1]
+                        == f"{actor[0]} {actor[1]} {data.TOY_MOTIONS[motion][0]}"
+                    )
                     assert text.startswith("an " if actor[0] == "orange" else "a ")
                 else:
-                    absent = " ".join(text.split(" ", 3)[1:3])  # colour and shape, or two words of chat
+                    absent = " ".join(
+                        text.split(" ", 3)[1:3]
+                    )  # colour and shape, or two words of chat
                     assert actor is None and absent not in " ".join(shown)
             assert {timeline[t] for t in silent} == {(None, None)}
 
@@ -252,10 +304,14 @@ def test_captions_are_true_when_visible_and_never_overlap():
 def test_narrated_validation_has_every_caption_and_says_the_same_of_two_motions():
     texts, hard = Counter(), 0
     for i in range(data.TOY_SETS["narrated"]["counts"]["val"]):
-        shown = [text.split(" ", 3) for _, _, text, visible in data._toy_story(0, "val", i)[0] if visible]
+        shown = [
+            text.split(" ", 3) for _, _, text, visible in data._toy_story(0, "val", i)[0] if visible
+        ]
         texts.update(" ".join(t) for t in shown)
         hard += len(shown) - len({tuple(t[1:3]) for t in shown})
-    assert len(texts) == len(data.TOY_ACTORS) * len(data.TOY_MOTIONS) == 192 and set(texts.values()) == {2}
+    assert len(texts) == len(data.TOY_ACTORS) * len(data.TOY_MOTIONS) == 192 and set(
+        texts.values()
+    ) == {2}
     assert hard == 48 * 6  # of 8 captions, 2 subjects: the motion must tell them apart
 
 
@@ -263,13 +319,23 @@ def test_annotations_and_chunks_of_narrated_videos(small):
     folder, fps = small["narrated"], data.TOY_SETS["narrated"]["fps"]
     for split, count in SMALL["narrated"].items():
         rows = [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
-        want = [(f"{split}_{i:05d}", *caption) for i in range(count) for caption in data._toy_story(0, split, i)[0]]
-        assert [tuple(row[k] for k in ("video", "start", "end", "text", "visible")) for row in rows] == want
+        want = [
+            (f"{split}_{i:05d}", *caption)
+            for i in range(count)
+            for caption in data._toy_story(0, split, i)[0]
+        ]
+        assert [
+            tuple(row[k] for k in ("video", "start", "end", "text", "visible")) for row in rows
+        ] == want
         for video in {row["video"] for row in rows}:
             whole, _ = decode(folder / "videos" / f"{video}.mp4")
-            pieces = {int(p.stem): decode(p)[0] for p in (folder / "chunks" / f"{video}.mp4").iterdir()}
+            pieces = {
+                int(p.stem): decode(p)[0] for p in (folder / "chunks" / f"{video}.mp4").iterdir()
+            }
             assert sorted(pieces) == list(range(0, len(whole) // fps, 5))
-            assert {len(pieces[s]) for s in sorted(pieces)[:-1]} == {5 * fps} and len(pieces[max(pieces)]) >= fps
+            assert {len(pieces[s]) for s in sorted(pieces)[:-1]} == {5 * fps} and len(
+                pieces[max(pieces)]
+            ) >= fps
             joined = np.concatenate([pieces[s] for s in sorted(pieces)])
             assert joined.shape == whole.shape and np.abs(joined.astype(float) - whole).mean() < 3
             empty = whole[0].astype(float)  # the first scene is an empty sky
@@ -285,24 +351,34 @@ def test_annotations_and_chunks_of_narrated_videos(small):
 
 
 @pytest.mark.parametrize("which", SMALL)
-def test_the_same_files_for_any_number_of_workers_and_others_for_another_seed(small, tmp_path, which):
+def test_the_same_files_for_any_number_of_workers_and_others_for_another_seed(
+    small, tmp_path, which
+):
     counts = {"train": 2, "val": 1}
     alone = files(data.make_toy(tmp_path / "alone", which, counts=counts, workers=1))
     both = files(small[which])
     assert {path for path in alone if path.endswith(".mp4")} & set(both)
-    assert all(both[path] == alone[path] for path in alone if path.endswith(".mp4") and path in both)
+    assert all(
+        both[path] == alone[path] for path in alone if path.endswith(".mp4") and path in both
+    )
     other = files(data.make_toy(tmp_path / "other", which, counts=counts, seed=1, workers=1))
-    assert not any(other[path] == alone[path] for path in alone if path.startswith("videos") and path in other)
+    assert not any(
+        other[path] == alone[path] for path in alone if path.startswith("videos") and path in other
+    )
 
 
 def test_made_once_and_again_when_anything_changes(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(data, "_toy_fill", lambda *args, fill=data._toy_fill: (made.append(args), fill(*args)))
+    monkeypatch.setattr(
+        data, "_toy_fill", lambda *args, fill=data._toy_fill: (made.append(args), fill(*args))
+    )
     few = {"train": 2, "val": 1}
     folder = data.make_toy(tmp_path, "actions", counts=few)
     assert folder == tmp_path / "actions" and len(made) == 1
     before = files(folder)
-    assert data.make_toy(str(tmp_path), "actions", counts=few, workers=1) == folder and len(made) == 1
+    assert (
+        data.make_toy(str(tmp_path), "actions", counts=few, workers=1) == folder and len(made) == 1
+    )
     data.make_toy(tmp_path, "actions", counts=few, seed=1)
     assert len(made) == 2 and files(folder) != before
     data.make_toy(tmp_path, "actions", counts={"train": 1, "val": 1}, seed=1)
@@ -352,7 +428,9 @@ def killed(target, *args):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
 def test_killed_while_making(small, tmp_path, seconds):
-    child = FORK.Process(target=data.make_toy, args=(tmp_path, "actions"))  # 1,920 videos: takes seconds
+    child = FORK.Process(
+        target=data.make_toy, args=(tmp_path, "actions")
+    )  # 1,920 videos: takes seconds
     child.start()
     while not (seconds == 0 or (tmp_path / ".actions.tmp-new" / "videos").is_dir()):
         time.sleep(0.005)
@@ -360,7 +438,9 @@ def test_killed_while_making(small, tmp_path, seconds):
     child.kill()
     child.join()
     assert not (tmp_path / "actions").exists()
-    assert files(data.make_toy(tmp_path, "actions", counts=SMALL["actions"])) == files(small["actions"])
+    assert files(data.make_toy(tmp_path, "actions", counts=SMALL["actions"])) == files(
+        small["actions"]
+    )
     assert sorted(os.listdir(tmp_path)) == [".actions.lock", "actions"]
 
 
@@ -371,12 +451,16 @@ def test_killed_between_renames(small, tmp_path, rename):
 
     def make():
         calls, move = itertools.count(1), Path.rename
-        Path.rename = lambda *args: os.kill(os.getpid(), signal.SIGKILL) if next(calls) == rename else move(*args)
+        Path.rename = lambda *args: (
+            os.kill(os.getpid(), signal.SIGKILL) if next(calls) == rename else move(*args)
+        )
         data.make_toy(tmp_path, "actions", counts=SMALL["actions"])
 
     killed(make)
     assert (tmp_path / "actions").exists() == (rename == 1)
-    assert files(data.make_toy(tmp_path, "actions", counts=SMALL["actions"])) == files(small["actions"])
+    assert files(data.make_toy(tmp_path, "actions", counts=SMALL["actions"])) == files(
+        small["actions"]
+    )
     assert sorted(os.listdir(tmp_path)) == [".actions.lock", "actions"]
 
 

@@ -50,7 +50,11 @@ def randomise(model):
 
 def clips(n=2, frames=FRAMES, size=SIZE, seed=0):
     return torch.randint(
-        0, 256, (n, frames, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        0,
+        256,
+        (n, frames, 3, size, size),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(seed),
     )
 
 
@@ -64,10 +68,21 @@ def test_budget_arithmetic_of_the_paper():
     assert sum(frames * epochs for frames, _, epochs in uniform) == 400 * 16
     assert tpt_mae.plan_stages("2:25,16:75", 800)[0] == (2, 25.0, 1600)
     assert tpt_mae.plan_stages("16:100", 800) == [(16, 100.0, 800)]
-    assert tpt_mae.plan_stages("2,4,16", 300) == [(2, 100 / 3, 800), (4, 100 / 3, 400), (16, 100 / 3, 100)]
-    assert tpt_mae.plan_stages("2:33.33,8:33.33,16:33.33", 3) == [(2, 33.33, 8), (8, 33.33, 2), (16, 33.33, 1)]
+    assert tpt_mae.plan_stages("2,4,16", 300) == [
+        (2, 100 / 3, 800),
+        (4, 100 / 3, 400),
+        (16, 100 / 3, 100),
+    ]
+    assert tpt_mae.plan_stages("2:33.33,8:33.33,16:33.33", 3) == [
+        (2, 33.33, 8),
+        (8, 33.33, 2),
+        (16, 33.33, 1),
+    ]
     assert tpt_mae.plan_stages("1:50,8:50", 4, full=8) == [(1, 50.0, 16), (8, 50.0, 2)]
-    assert [row[2] for row in tpt_mae.plan_stages("12:20,16:80", 400)] == [107, 320]  # 106.67 is rounded
+    assert [row[2] for row in tpt_mae.plan_stages("12:20,16:80", 400)] == [
+        107,
+        320,
+    ]  # 106.67 is rounded
 
 
 @pytest.mark.parametrize(
@@ -99,7 +114,10 @@ def walk(segments, steps):
     """What a run does, step by step: (stage, that stage's own step count); asserts that nothing is lost or repeated."""
     seen, own = [], [0] * len(steps)
     for i, segment in enumerate(segments):
-        assert segment.start == (segments[i - 1].stop if i else 0) and segment.offset == own[segment.stage]
+        assert (
+            segment.start == (segments[i - 1].stop if i else 0)
+            and segment.offset == own[segment.stage]
+        )
         for _ in range(segment.start, segment.stop):
             seen.append(segment.stage)
             own[segment.stage] += 1
@@ -110,7 +128,13 @@ def walk(segments, steps):
 def test_long_and_short_cycles():
     assert walk(tpt_mae.lay_out([4, 2, 1]), [4, 2, 1]) == [0, 0, 0, 0, 1, 1, 2]
     assert walk(tpt_mae.lay_out([8, 4, 2], rounds=2), [8, 4, 2]) == [0, 0, 0, 0, 1, 1, 2] * 2
-    assert walk(tpt_mae.lay_out([3, 2], rounds=2), [3, 2]) == [0, 1, 0, 0, 1]  # what doesn't divide comes later
+    assert walk(tpt_mae.lay_out([3, 2], rounds=2), [3, 2]) == [
+        0,
+        1,
+        0,
+        0,
+        1,
+    ]  # what doesn't divide comes later
     walk(tpt_mae.lay_out([7, 5, 3], rounds=11, order="random"), [7, 5, 3])
 
 
@@ -131,9 +155,19 @@ def test_segments_of_the_docstrings():
 
 def test_random_order():
     """Never the progressive order of a long cycle; another one for another seed; short rounds differ."""
-    orders = {tuple(s.stage for s in tpt_mae.lay_out([1] * 4, order="random", seed=seed)) for seed in range(200)}
-    assert (0, 1, 2, 3) not in orders and len(orders) == 23 and all(sorted(order) == [0, 1, 2, 3] for order in orders)
-    assert [s.stage for s in tpt_mae.lay_out([1, 1], order="random", frames=[16, 2])] == [0, 1]  # which is not 2, 16
+    orders = {
+        tuple(s.stage for s in tpt_mae.lay_out([1] * 4, order="random", seed=seed))
+        for seed in range(200)
+    }
+    assert (
+        (0, 1, 2, 3) not in orders
+        and len(orders) == 23
+        and all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    )
+    assert [s.stage for s in tpt_mae.lay_out([1, 1], order="random", frames=[16, 2])] == [
+        0,
+        1,
+    ]  # which is not 2, 16
     rounds = tpt_mae.lay_out([6] * 4, rounds=6, order="random")
     assert len({tuple(s.stage for s in rounds[i : i + 4]) for i in range(0, 24, 4)}) > 2
 
@@ -153,20 +187,30 @@ def test_learning_rate_cycles():
 
 def test_schedule_of_a_config():
     """Table 7's batches: rates follow VideoMAE's rule unless given; a pass with repeated clips shows that many."""
-    stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--stage-batch", "512,512,512,1024"), 168913)
+    stages, segments = tpt_mae.schedule(
+        config("--recipe", "ssv2", "--stage-batch", "512,512,512,1024"), 168913
+    )
     assert [s.batch for s in stages] == [512, 512, 512, 1024]
     assert [s.lr for s in stages] == pytest.approx([3e-4, 3e-4, 3e-4, 6e-4])
-    assert [s.steps for s in stages] == [800 * 329, 400 * 329, 200 * 329, 100 * 164] and len(segments) == 4
-    stages, _ = tpt_mae.schedule(config("--recipe", "ssv2", "--repeated", "4,2,1,1", "--stage-lr", "1e-3"), 168913)
+    assert [s.steps for s in stages] == [800 * 329, 400 * 329, 200 * 329, 100 * 164] and len(
+        segments
+    ) == 4
+    stages, _ = tpt_mae.schedule(
+        config("--recipe", "ssv2", "--repeated", "4,2,1,1", "--stage-lr", "1e-3"), 168913
+    )
     assert [s.lr for s in stages] == [1e-3] * 4 and [s.repeated for s in stages] == [4, 2, 1, 1]
     assert [s.epoch_steps for s in stages] == [659, 329, 164, 164]
     assert [s.steps for s in stages] == [800 * 659 // 4, 400 * 329 // 2, 200 * 164, 100 * 164]
     stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--cycle", "short"), 168913)
-    assert len(segments) == 400 and len({s.cycle for s in segments}) == 1  # 100 rounds of 8, 4, 2, 1 epochs
+    assert (
+        len(segments) == 400 and len({s.cycle for s in segments}) == 1
+    )  # 100 rounds of 8, 4, 2, 1 epochs
     assert [s.stop - s.start for s in segments[:4]] == [8 * 164, 4 * 164, 2 * 164, 164]
     (stage,), _ = tpt_mae.schedule(config("--recipe", "k400_ft"), 241258)
     assert (stage.frames, stage.epochs, stage.steps) == (16, 75, 75 * (241258 // 384))
-    stages, segments = tpt_mae.schedule(config("--recipe", "ssv2", "--cycle", "short", "--lr-cycles", 4), 168913)
+    stages, segments = tpt_mae.schedule(
+        config("--recipe", "ssv2", "--cycle", "short", "--lr-cycles", 4), 168913
+    )
     assert len({s.cycle for s in segments}) == 4
     stages, _ = tpt_mae.schedule(config("--recipe", "ssv2", "--max-steps", 150), 168913)
     assert [s.steps for s in stages] == [80, 40, 20, 10]
@@ -178,13 +222,25 @@ def test_search_space_by_brute_force():
     for n in range(1, 5):
         for frames in itertools.product((2, 4, 8, 12, 16), repeat=n):
             for shares in itertools.product((0, 6.25, 12.5, 25, 50, 100), repeat=n):
-                if sorted(set(frames)) == list(frames) and frames[-1] == 16 and sum(shares) == 100 and min(shares):
-                    expected.add(",".join(f"{f}:{p:g}" for f, p in zip(frames, shares, strict=True)))
+                if (
+                    sorted(set(frames)) == list(frames)
+                    and frames[-1] == 16
+                    and sum(shares) == 100
+                    and min(shares)
+                ):
+                    expected.add(
+                        ",".join(f"{f}:{p:g}" for f, p in zip(frames, shares, strict=True))
+                    )
     space = tpt_mae.search_space()
     assert set(space) == expected and len(space) == len(expected) == 75
-    assert [text.count(",") for text in space] == sorted(text.count(",") for text in space)  # from few to many
+    assert [text.count(",") for text in space] == sorted(
+        text.count(",") for text in space
+    )  # from few to many
     assert "2:25,4:25,8:25,16:25" in space
-    assert tpt_mae.search_space((8, 2), 1) == ["8:100"] and tpt_mae.search_space((8, 2)) == ["8:100", "2:50,8:50"]
+    assert tpt_mae.search_space((8, 2), 1) == ["8:100"] and tpt_mae.search_space((8, 2)) == [
+        "8:100",
+        "2:50,8:50",
+    ]
     for text in space:
         tpt_mae.plan_stages(text, 400)
 
@@ -213,11 +269,15 @@ def test_sampling_of_both_data_sets():
         assert np.diff(chosen).tolist() == [4] * (frames - 1)  # the same stride at every length
         assert box == data.multi_scale_box(FILM.info, key)
         chosen, _ = sample(ssv2, frames, FILM, 0, key)
-        assert all(i * 100 // frames <= f < (i + 1) * 100 // frames for i, f in enumerate(chosen))  # one a segment
+        assert all(
+            i * 100 // frames <= f < (i + 1) * 100 // frames for i, f in enumerate(chosen)
+        )  # one a segment
     first, second = (sample(ssv2, 4, FILM, 0, make_key(i))[0] for i in (1, 2))
     assert first != second
     chosen, _ = sample(k400, 1, FILM, 0, key)
-    assert chosen == data.stride_frames(FILM.info, 1, 4, common.uniform(key, "start").item()) * 2  # fills the tubelet
+    assert (
+        chosen == data.stride_frames(FILM.info, 1, 4, common.uniform(key, "start").item()) * 2
+    )  # fills the tubelet
     assert chosen[0] > 0
     box = sample(config("--recipe", "k400_ft"), 16, FILM, 0, key)[1]
     assert box == data.random_resized_box(FILM.info, key)
@@ -227,7 +287,11 @@ def test_test_views():
     """5 x 3: five starts, three squares; 2 x 3: VideoMAE's two interleaved clips of segments; a centre clip else."""
     cfg = config("--recipe", "k400_ft")
     views = [sample(cfg, 16, FILM, v, None, (5, 3)) for v in range(15)]
-    assert [v[0][0] for v in views[::3]] == [0, 9, 18, 27, 36] and [v[1][0] for v in views[:3]] == [0, 40, 80]
+    assert [v[0][0] for v in views[::3]] == [0, 9, 18, 27, 36] and [v[1][0] for v in views[:3]] == [
+        0,
+        40,
+        80,
+    ]
     assert all(a[0] == b[0] for a, b in zip(views[::3], views[2::3], strict=True))
     cfg = config("--recipe", "ssv2_ft")
     views = [sample(cfg, 4, FILM, v, None, (2, 3))[0] for v in (0, 3)]
@@ -263,9 +327,13 @@ def test_mask_is_a_tube_and_hidden_pixels_do_not_leak():
     assert visible.shape == (2, 8) and torch.equal(visible[:, :4] + 16, visible[:, 4:])
     patches = common.patchify(video, model.patch)
     prediction, target = model(video, KEYS, 0.75)
-    assert torch.equal(target, tpt_mae.pixel_target(common.gather_tokens(patches, masked), "normalized"))
+    assert torch.equal(
+        target, tpt_mae.pixel_target(common.gather_tokens(patches, masked), "normalized")
+    )
     hidden = torch.zeros(2, 32, dtype=torch.bool).scatter(1, masked, True)[..., None]
-    swap = lambda where: common.unpatchify(torch.where(where, 255 - patches, patches), model.patch, model.grid)
+    swap = lambda where: common.unpatchify(
+        torch.where(where, 255 - patches, patches), model.patch, model.grid
+    )
     assert torch.equal(model(swap(hidden), KEYS, 0.75)[0], prediction)
     assert not torch.allclose(model(swap(~hidden), KEYS, 0.75)[0], prediction, atol=1e-3)
 
@@ -275,8 +343,12 @@ def test_normalised_target_and_loss_by_loops():
     target = tpt_mae.pixel_target(patches, "normalized")
     for b, n, c in itertools.product(range(2), range(3), range(3)):
         x = patches[b, n, c::3].double() / 255  # colours are fastest
-        assert torch.allclose(target[b, n, c::3].double(), (x - x.mean()) / (x.std() + 1e-6), atol=1e-5)
-    dull = torch.full((1, 2, 24), 77.0)  # no detail, or one pixel's; mixup's clips are float, and must stay as they are
+        assert torch.allclose(
+            target[b, n, c::3].double(), (x - x.mean()) / (x.std() + 1e-6), atol=1e-5
+        )
+    dull = torch.full(
+        (1, 2, 24), 77.0
+    )  # no detail, or one pixel's; mixup's clips are float, and must stay as they are
     dull[0, 1, 3] = 78
     before, flat = dull.clone(), tpt_mae.pixel_target(dull, "normalized")
     assert (flat[0, 0] == 0).all() and torch.equal(dull, before)
@@ -286,7 +358,9 @@ def test_normalised_target_and_loss_by_loops():
     expected = (patches / 255).unflatten(-1, (-1, 3)).sub(mean).div(std).flatten(-2)
     assert torch.allclose(tpt_mae.pixel_target(patches, "pixels"), expected, atol=1e-6)
     guess = torch.randn(2, 3, 24)
-    assert torch.allclose(tpt_mae.mae_loss(guess, target), ((guess - target) ** 2).flatten(1).mean(1))
+    assert torch.allclose(
+        tpt_mae.mae_loss(guess, target), ((guess - target) ** 2).flatten(1).mean(1)
+    )
 
 
 def hub_gradients(model, loss, folder):
@@ -319,7 +393,9 @@ def test_loss_and_gradients_are_videomaes(ratio, tmp_path):
     loss = tpt_mae.mae_loss(*net(clips(), KEYS, ratio)).mean()
     loss.backward()
     _, masked = common.tube_split(KEYS, 2, 16, ratio)
-    expected = hub(hub_pixels(clips()), torch.zeros(2, 32, dtype=torch.bool).scatter(1, masked, True)).loss
+    expected = hub(
+        hub_pixels(clips()), torch.zeros(2, 32, dtype=torch.bool).scatter(1, masked, True)
+    ).loss
     assert abs(loss / expected - 1) < 1e-5 and loss > 0.5
     same_gradients(net, hub_gradients(hub, expected, tmp_path / "gradients"))
 
@@ -351,12 +427,18 @@ def test_saved_in_videomaes_format(tmp_path):
     tuned = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE)
     state = tpt_mae.videomae_state(tuned)
     assert state["patch_embed.proj.weight"].shape == (128, 3, 2, 16, 16)
-    assert {"blocks.3.attn.q_bias", "fc_norm.weight", "head.bias"} <= state.keys() and len(state) == 2 + 13 * 4 + 4
+    assert {"blocks.3.attn.q_bias", "fc_norm.weight", "head.bias"} <= state.keys() and len(
+        state
+    ) == 2 + 13 * 4 + 4
     learned = randomise(tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, positions="learned"))
     torch.save({"model": tpt_mae.videomae_state(learned)}, tmp_path / "learned.pth")
-    assert torch.equal(common.read_weights(tmp_path / "learned.pth")["pos_embed"], learned.positions)  # upstream's name
+    assert torch.equal(
+        common.read_weights(tmp_path / "learned.pth")["pos_embed"], learned.positions
+    )  # upstream's name
     again = tpt_mae.init_weights(tmp_path / "learned.pth", learned)
-    assert all(torch.equal(again[k], v) for k, v in learned.state_dict().items()) and hub is not None
+    assert (
+        all(torch.equal(again[k], v) for k, v in learned.state_dict().items()) and hub is not None
+    )
 
 
 @pytest.mark.parametrize("kind", ["VideoMAEForPreTraining", "VideoMAEForVideoClassification"])
@@ -377,11 +459,16 @@ def test_transformers_loads_what_is_saved(kind, tmp_path):
     for name, qkv in tpt_mae.videomae_state(net).items():
         if name.endswith("qkv.weight"):
             theirs = names[name.replace("qkv.weight", "q_bias")].removesuffix("q_bias")
-            state |= {f"{theirs}{p}.weight": w for p, w in zip(("query", "key", "value"), qkv.chunk(3), strict=True)}
+            state |= {
+                f"{theirs}{p}.weight": w
+                for p, w in zip(("query", "key", "value"), qkv.chunk(3), strict=True)
+            }
     layout = common.read_weights(tmp_path / "hub")
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in layout.items()}
     pytest.importorskip("safetensors.torch").save_file(
-        {k: v.contiguous() for k, v in state.items()}, tmp_path / "hub/model.safetensors", metadata={"format": "pt"}
+        {k: v.contiguous() for k, v in state.items()},
+        tmp_path / "hub/model.safetensors",
+        metadata={"format": "pt"},
     )
     again = type(hub).from_pretrained(tmp_path / "hub").eval()
     for module in again.modules():
@@ -421,9 +508,16 @@ def test_fine_tuning_takes_the_encoder_only(tmp_path):
     torch.save({"model": pretrained.state_dict()}, tmp_path / "p.pt")
     net = tpt_mae.Classifier(5, "vit_16", 2 * FRAMES, SIZE)
     weights = tpt_mae.init_weights(tmp_path / "p.pt", net)
-    assert weights.keys() == net.state_dict().keys() - {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
+    assert weights.keys() == net.state_dict().keys() - {
+        "fc_norm.weight",
+        "fc_norm.bias",
+        "head.weight",
+        "head.bias",
+    }
     assert torch.equal(weights["blocks.0.attn.qkv.weight"], pretrained.blocks[0].attn.qkv.weight)
-    torch.save({"model": tpt_mae.Classifier(7, "vit_16", FRAMES, SIZE).state_dict()}, tmp_path / "seven.pt")
+    torch.save(
+        {"model": tpt_mae.Classifier(7, "vit_16", FRAMES, SIZE).state_dict()}, tmp_path / "seven.pt"
+    )
     assert "head.weight" not in tpt_mae.init_weights(tmp_path / "seven.pt", net)
     torch.save({"model": net.state_dict()}, tmp_path / "five.pt")
     assert "head.weight" in tpt_mae.init_weights(tmp_path / "five.pt", net)
@@ -432,8 +526,12 @@ def test_fine_tuning_takes_the_encoder_only(tmp_path):
 def test_weights_of_another_backbone_are_refused(tmp_path):
     for a, b in itertools.permutations(tpt_mae.BLOCKS, 2):
         path = tmp_path / f"{a}.pt"
-        torch.save({"model": tpt_mae.VideoMAE("vit_16", "", FRAMES, SIZE, backbone=a).state_dict()}, path)
-        with pytest.raises(UserError, match=f"^error: {path}: weights of another backbone than this --backbone"):
+        torch.save(
+            {"model": tpt_mae.VideoMAE("vit_16", "", FRAMES, SIZE, backbone=a).state_dict()}, path
+        )
+        with pytest.raises(
+            UserError, match=f"^error: {path}: weights of another backbone than this --backbone"
+        ):
             tpt_mae.init_weights(path, tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, b))
 
 
@@ -496,12 +594,22 @@ def test_divided_attention_is_timesformers():
         qkv, first = theirs.attention.attention.qkv, torch.arange(0, dim, dim // H)
         qkv.bias[first], qkv.weight[dim + first] = 10.0, -0.5 * cls
     ours, names = tpt_mae.DividedBlock(dim, H), {"temporal_norm": theirs.temporal_layernorm}
-    names |= {"temporal_fc": theirs.temporal_dense, "norm1": theirs.layernorm_before, "norm2": theirs.layernorm_after}
+    names |= {
+        "temporal_fc": theirs.temporal_dense,
+        "norm1": theirs.layernorm_before,
+        "norm2": theirs.layernorm_after,
+    }
     names |= {"mlp.fc1": theirs.intermediate.dense, "mlp.fc2": theirs.output.dense}
-    state = {f"{name}.{k}": v for name, module in names.items() for k, v in module.state_dict().items()}
+    state = {
+        f"{name}.{k}": v for name, module in names.items() for k, v in module.state_dict().items()
+    }
     for name, module in (("temporal_attn", theirs.temporal_attention), ("attn", theirs.attention)):
         q_bias, _, v_bias = module.attention.qkv.bias.chunk(3)  # a key's bias changes nothing
-        state |= {f"{name}.q_bias": q_bias, f"{name}.v_bias": v_bias, f"{name}.qkv.weight": module.attention.qkv.weight}
+        state |= {
+            f"{name}.q_bias": q_bias,
+            f"{name}.v_bias": v_bias,
+            f"{name}.qkv.weight": module.attention.qkv.weight,
+        }
         state |= {f"{name}.proj.{k}": v for k, v in module.output.dense.state_dict().items()}
     ours.load_state_dict(state)
     x = torch.randn(2, S, side * side, dim)
@@ -519,7 +627,9 @@ def test_trajectory_attention_by_loops():
     out = torch.zeros(S * K, 32)
     for i in range(S * K):
         steps = [[j for j in range(S * K) if j // K == t] for t in range(S)]
-        y = torch.stack([torch.cat([attend(q[i, h], k[t, h], v[t, h]) for h in range(H)]) for t in steps])  # [S, D]
+        y = torch.stack(
+            [torch.cat([attend(q[i, h], k[t, h], v[t, h]) for h in range(H)]) for t in steps]
+        )  # [S, D]
         query = attn.trajectory_q(y[i // K]).reshape(H, -1)
         keys, values = attn.trajectory_kv(y).reshape(S, 2, H, -1).unbind(1)
         out[i] = torch.cat([attend(query[h], keys[:, h], values[:, h]) for h in range(H)])
@@ -542,9 +652,15 @@ def test_backbones_depend_on_visible_tokens_only(backbone):
 def image_vit(folder):
     """transformers' image ViT of vit_16's size, all parameters random, in the hub's layout; and Google's .npz of it."""
     transformers = pytest.importorskip("transformers")
-    options = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 512}
+    options = {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 512,
+    }
     model = transformers.ViTModel(
-        transformers.ViTConfig(image_size=SIZE, layer_norm_eps=1e-6, **options), add_pooling_layer=False
+        transformers.ViTConfig(image_size=SIZE, layer_norm_eps=1e-6, **options),
+        add_pooling_layer=False,
     )
     randomise(model).save_pretrained(folder)
     hub = common.read_weights(folder)
@@ -558,17 +674,31 @@ def image_vit(folder):
     for i in range(4):
         theirs, ours = f"encoder.layer.{i}", f"Transformer/encoderblock_{i}"
         for a, b in (("layernorm_before", "LayerNorm_0"), ("layernorm_after", "LayerNorm_2")):
-            npz[f"{ours}/{b}/scale"], npz[f"{ours}/{b}/bias"] = hub[f"{theirs}.{a}.weight"], hub[f"{theirs}.{a}.bias"]
-        for a, b in (("intermediate.dense", "MlpBlock_3/Dense_0"), ("output.dense", "MlpBlock_3/Dense_1")):
+            npz[f"{ours}/{b}/scale"], npz[f"{ours}/{b}/bias"] = (
+                hub[f"{theirs}.{a}.weight"],
+                hub[f"{theirs}.{a}.bias"],
+            )
+        for a, b in (
+            ("intermediate.dense", "MlpBlock_3/Dense_0"),
+            ("output.dense", "MlpBlock_3/Dense_1"),
+        ):
             npz[f"{ours}/{b}/kernel"] = hub[f"{theirs}.{a}.weight"].T
             npz[f"{ours}/{b}/bias"] = hub[f"{theirs}.{a}.bias"]
         attention = f"{ours}/MultiHeadDotProductAttention_1"
         for part in ("query", "key", "value"):
-            npz[f"{attention}/{part}/kernel"] = hub[f"{theirs}.attention.attention.{part}.weight"].T.reshape(128, 2, 64)
-            npz[f"{attention}/{part}/bias"] = hub[f"{theirs}.attention.attention.{part}.bias"].reshape(2, 64)
-        npz[f"{attention}/out/kernel"] = hub[f"{theirs}.attention.output.dense.weight"].T.reshape(2, 64, 128)
+            npz[f"{attention}/{part}/kernel"] = hub[
+                f"{theirs}.attention.attention.{part}.weight"
+            ].T.reshape(128, 2, 64)
+            npz[f"{attention}/{part}/bias"] = hub[
+                f"{theirs}.attention.attention.{part}.bias"
+            ].reshape(2, 64)
+        npz[f"{attention}/out/kernel"] = hub[f"{theirs}.attention.output.dense.weight"].T.reshape(
+            2, 64, 128
+        )
         npz[f"{attention}/out/bias"] = hub[f"{theirs}.attention.output.dense.bias"]
-    np.savez(folder / "vit.npz", **{name: tensor.contiguous().numpy() for name, tensor in npz.items()})
+    np.savez(
+        folder / "vit.npz", **{name: tensor.contiguous().numpy() for name, tensor in npz.items()}
+    )
     return model
 
 
@@ -577,8 +707,14 @@ def test_image_weights_start_all_backbones(tmp_path):
     model's space, trajectories through a still clip, and the joint model of a single step, do with it what the image
     ViT without CLS does."""
     vit = image_vit(tmp_path)
-    hub, npz = (common.vit_weights(common.read_weights(path)) for path in (tmp_path, tmp_path / "vit.npz"))
-    assert hub.keys() == npz.keys() and all(torch.equal(hub[k], npz[k]) for k in hub) and len(hub) == 6 + 13 * 4
+    hub, npz = (
+        common.vit_weights(common.read_weights(path)) for path in (tmp_path, tmp_path / "vit.npz")
+    )
+    assert (
+        hub.keys() == npz.keys()
+        and all(torch.equal(hub[k], npz[k]) for k in hub)
+        and len(hub) == 6 + 13 * 4
+    )
     image = clips(2, 1)
     video = image.repeat(1, FRAMES, 1, 1, 1)
     embedded = vit.embeddings(image[:, 0].float() / 127.5 - 1)[:, 1:]  # [2, 16, D], without CLS
@@ -588,17 +724,31 @@ def test_image_weights_start_all_backbones(tmp_path):
         expected = layer(expected)
         expected = expected[0] if isinstance(expected, tuple) else expected
     for backbone in tpt_mae.BLOCKS:
-        net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, backbone, positions="learned", drop_path=0.0).eval()
+        net = tpt_mae.Classifier(
+            5, "vit_16", FRAMES, SIZE, backbone, positions="learned", drop_path=0.0
+        ).eval()
         message = common.load_weights(net, tpt_mae.init_weights(tmp_path / "vit.npz", net), "vit")
         assert "left at init 4 " in message if backbone == "joint" else "loaded" in message
-        normalised = data.normalize(common.patchify(video, net.patch), data.IMAGENET_MEAN, data.IMAGENET_STD)
+        normalised = data.normalize(
+            common.patchify(video, net.patch), data.IMAGENET_MEAN, data.IMAGENET_STD
+        )
         x = net.patch_embed(normalised) + net.positions
         assert torch.allclose(x, embedded.repeat(1, 2, 1), atol=1e-4)
         if backbone == "divided":  # temporal_fc is zero at first: each step by itself
-            assert torch.equal(net.blocks[0].temporal_attn.qkv.weight, net.blocks[0].attn.qkv.weight)
-            assert relative(net.encode(common.patchify(video, net.patch)), expected.repeat(1, 2, 1)) < 1e-4
-        if backbone == "trajectory":  # each token's values along it are the same, and pass as they are
-            assert relative(net.encode(common.patchify(video, net.patch)), expected.repeat(1, 2, 1)) < 1e-5
+            assert torch.equal(
+                net.blocks[0].temporal_attn.qkv.weight, net.blocks[0].attn.qkv.weight
+            )
+            assert (
+                relative(net.encode(common.patchify(video, net.patch)), expected.repeat(1, 2, 1))
+                < 1e-4
+            )
+        if (
+            backbone == "trajectory"
+        ):  # each token's values along it are the same, and pass as they are
+            assert (
+                relative(net.encode(common.patchify(video, net.patch)), expected.repeat(1, 2, 1))
+                < 1e-5
+            )
             keys = net.blocks[0].attn.trajectory_kv.weight[:128]
             assert keys.std() > 0.01 and net.blocks[0].attn.trajectory_q.weight.std() > 0.01
         if backbone == "joint":
@@ -606,7 +756,9 @@ def test_image_weights_start_all_backbones(tmp_path):
     with pytest.raises(UserError, match="--positions learned"):
         tpt_mae.init_weights(tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE))
     with pytest.raises(UserError, match="16 places, --size makes 4"):
-        tpt_mae.init_weights(tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", FRAMES, 32, positions="learned"))
+        tpt_mae.init_weights(
+            tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", FRAMES, 32, positions="learned")
+        )
 
 
 def test_damaged_npz(tmp_path):
@@ -673,8 +825,20 @@ def plan(capsys, *argv):
 def test_plan_of_the_headline(capsys, monkeypatch):
     """Half the frame budget on ViT-L (decoder 4 x 512): 54 % fewer multiply-adds (Sec. 5.1), 7.5 % at equal frames."""
     monkeypatch.setattr(common, "block_bytes", block_by_hand)
-    out = plan(capsys, "--recipe", "k400", "--model", "vit_l", "--decoder", "4x512", "--clips-per-second", "500")
-    equal, half = (list(map(float, re.findall(r"([\d.]+) %", line))) for line in out.splitlines()[-2:])
+    out = plan(
+        capsys,
+        "--recipe",
+        "k400",
+        "--model",
+        "vit_l",
+        "--decoder",
+        "4x512",
+        "--clips-per-second",
+        "500",
+    )
+    equal, half = (
+        list(map(float, re.findall(r"([\d.]+) %", line))) for line in out.splitlines()[-2:]
+    )
     assert all(53 <= x <= 55 for x in half) and all(7 <= x <= 8 for x in equal)
     rows = [line.split() for line in out.splitlines() if re.match(r" +\d+ +25.00", line)]
     assert [row[0] for row in rows] == ["2", "4", "8", "16"]
@@ -682,16 +846,26 @@ def test_plan_of_the_headline(capsys, monkeypatch):
     for row in rows:
         assert float(row[10]) == pytest.approx(GMACS["vit_l", "4x512"][int(row[0])], rel=2e-3)
     clips = 400 * (241258 // 1024) * 1024
-    assert float(rows[3][12]) == pytest.approx(clips / 500 / 3600, abs=0.06)  # hours at the measured rate
+    assert float(rows[3][12]) == pytest.approx(
+        clips / 500 / 3600, abs=0.06
+    )  # hours at the measured rate
     hours = float(re.search(r"([\d.]+) hours", out)[1])
     assert hours == pytest.approx(sum(float(row[12]) for row in rows), abs=0.3)
     out = plan(capsys, "--recipe", "ssv2", "--then", "ssv2_ft", "--clips-per-second", 500)
-    assert "- hours" in out.split("model ")[-1] and "- hours" not in out.split("model ")[1]  # measured in pretraining
+    assert (
+        "- hours" in out.split("model ")[-1] and "- hours" not in out.split("model ")[1]
+    )  # measured in pretraining
     out = plan(capsys, "--recipe", "toy")
-    assert "- hours by --clips-per-second" in out and out.count("model ") == 2  # pretraining, then fine-tuning
-    short = plan(capsys, "--recipe", "ssv2", "--stages", "2:100")  # Fig. 3's last bar: against 16 frames, not its own 2
+    assert (
+        "- hours by --clips-per-second" in out and out.count("model ") == 2
+    )  # pretraining, then fine-tuning
+    short = plan(
+        capsys, "--recipe", "ssv2", "--stages", "2:100"
+    )  # Fig. 3's last bar: against 16 frames, not its own 2
     assert "against   16 frames only at equal frames" in short
-    (two, _), (sixteen, _) = (tpt_mae.count_gmacs(config("--recipe", "ssv2"), 174, frames) for frames in (2, 16))
+    (two, _), (sixteen, _) = (
+        tpt_mae.count_gmacs(config("--recipe", "ssv2"), 174, frames) for frames in (2, 16)
+    )
     saved = re.search(r"equal frames: ([\d.]+) %", short)[1]
     assert float(saved) == pytest.approx(100 * (1 - 8 * two / sixteen), abs=0.06)
 
@@ -726,16 +900,29 @@ def test_memory_of_every_phase(capsys, monkeypatch):
     flags = ["--recipe", "k400", "--model", "vit_l", "--then", "ssv2_ft"]
     *found, last = printed_memory(capsys, *flags)
     pixels = lambda frames: 10 * frames * 3 * 224 * 224
-    for (kind, frames, clips_, times, gigabytes, flag, fits), steps in zip(found, (1, 2, 4, 8), strict=True):
-        assert (kind, int(frames), clips_, times, flag) == ("pretraining", 2 * steps, "16", "1", "--micro-batch")
+    for (kind, frames, clips_, times, gigabytes, flag, fits), steps in zip(
+        found, (1, 2, 4, 8), strict=True
+    ):
+        assert (kind, int(frames), clips_, times, flag) == (
+            "pretraining",
+            2 * steps,
+            "16",
+            "1",
+            "--micro-batch",
+        )
         encoder = steps * 20 * 1024 * (24 * 32 + 42)
         decoder = steps * 196 * 512 * (12 * 32 + 42)
         expected = 2**30 + 343.0e6 * 18 + 16 * (encoder + decoder + 2 * pixels(2 * steps))
-        assert float(gigabytes) == pytest.approx(expected / 2**30, abs=0.06) and fits == "24 GB: 16, 80 GB: 16"
+        assert (
+            float(gigabytes) == pytest.approx(expected / 2**30, abs=0.06)
+            and fits == "24 GB: 16, 80 GB: 16"
+        )
     assert last[:4] == ("fine-tuning", "16", "4", "3") and last[5] == "--then-micro-batch"
     tuned = 2**30 + 304.3e6 * 18 + 4 * (1568 * 1024 * (24 * 32 + 42) + pixels(16))
     assert float(last[4]) == pytest.approx(tuned / 2**30, abs=0.06)
-    many = printed_memory(capsys, *flags, "--gpus", 8, "--gpu-gb", 32, 80, "--then-micro-batch", 96)[-1]
+    many = printed_memory(
+        capsys, *flags, "--gpus", 8, "--gpu-gb", 32, 80, "--then-micro-batch", 96
+    )[-1]
     assert many[2] == "96" and float(many[4]) > 100
     assert many[6] == "32 GB: 16, 80 GB: 48"  # multiples of 4: pairs of videos of 2 clips
     recomputed = printed_memory(capsys, *flags, "--grad-checkpoint")[-1]
@@ -749,7 +936,9 @@ def test_recipes_fit_the_papers_cards(capsys, monkeypatch):
     for recipe in tpt_mae.RECIPES.keys() - {"toy", "toy_ft"}:
         cfg = config("--recipe", recipe, "--model", "vit_h", "--gpus", 8)
         common.print_memory(cfg, tpt_mae.memory(cfg))
-        found = [float(match[5]) for match in map(MEMORY.fullmatch, capsys.readouterr().out.splitlines())]
+        found = [
+            float(match[5]) for match in map(MEMORY.fullmatch, capsys.readouterr().out.splitlines())
+        ]
         assert len(found) in (1, 4) and 16 < max(found) < 30, (recipe, found)
 
 
@@ -801,7 +990,14 @@ def counted():
     known, count = {}, tpt_mae.count_gmacs
 
     def look_up(cfg, classes, frames):
-        key = cfg.model, cfg.decoder, cfg.backbone, classes, frames, bool(cfg.stages) and tpt_mae.longest(cfg)
+        key = (
+            cfg.model,
+            cfg.decoder,
+            cfg.backbone,
+            classes,
+            frames,
+            bool(cfg.stages) and tpt_mae.longest(cfg),
+        )
         if key not in known:
             known[key] = count(cfg, classes, frames)
         return known[key]
@@ -816,7 +1012,10 @@ def test_every_row_of_the_paper_has_a_plan(name, capsys, counted, monkeypatch):
     out = plan(capsys, "--recipe", *ROWS[name])
     if name == "search":
         assert UNIFORM in out.splitlines() and len(out.splitlines()) == 78
-        assert "memory    pretraining on 16 frames" in out and "memory    fine-tuning on 16 frames" in out
+        assert (
+            "memory    pretraining on 16 frames" in out
+            and "memory    fine-tuning on 16 frames" in out
+        )
         return
     last = out.split("model ")[-1]
     assert "nan" not in out and float(re.search(r"([\d.]+) PMACs,", out)[1]) > 50
@@ -845,7 +1044,9 @@ def test_header_map_names_exist():
 
 def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
-    listed = re.findall(r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
+    listed = re.findall(
+        r"^    (\w+) ", tpt_mae.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE
+    )
     tagged = re.findall(r"DECISION \((\w+)\)", (ROOT / "tpt_mae.py").read_text())
     assert set(listed) == set(tagged) and len(listed) == len(set(listed)) == 19
 
@@ -865,13 +1066,20 @@ def test_what_comes_after():
     )
     other = ["--then-train-list", "s.csv", "--then-val-list", "sv.csv", "--then-data-root", "s"]
     new = tpt_mae.following(config(*same, *other))
-    assert (new.train_list, new.val_list, new.data_root, new.num_classes) == ("s.csv", "sv.csv", "s", 0)
+    assert (new.train_list, new.val_list, new.data_root, new.num_classes) == (
+        "s.csv",
+        "sv.csv",
+        "s",
+        0,
+    )
     assert new.train_clips == 168913 and new.then == ""
 
 
 def test_digest_of_a_pretraining_stays():
     """Of every setting that makes another run, in the order of before: a folder that --then began goes on."""
-    fixed = [field.name for field in dataclasses.fields(tpt_mae.Config) if not field.metadata["free"]]
+    fixed = [
+        field.name for field in dataclasses.fields(tpt_mae.Config) if not field.metadata["free"]
+    ]
     assert sorted(tpt_mae.SETTINGS.split()) == sorted(fixed)
     flags = ["--recipe", "ssv2", "--then", "ssv2_ft", "--out", "run"]
     assert tpt_mae.following(config(*flags)).then_of == "2dd512c21ce3ca86"
@@ -905,9 +1113,16 @@ def test_recipes_only_set_known_fields_of_the_right_type():
     types = {field.name: field.type for field in dataclasses.fields(tpt_mae.Config)}
     for name, recipe in tpt_mae.RECIPES.items():
         for key, value in recipe.items():
-            assert isinstance(value, (int, float) if types[key] is float else types[key]), (name, key)
+            assert isinstance(value, (int, float) if types[key] is float else types[key]), (
+                name,
+                key,
+            )
         tpt_mae.check(config("--recipe", name, "--init", "random"))
-    assert all(tpt_mae.RECIPES[name]["stages"] == "" for name in tpt_mae.RECIPES if name.endswith(("_ft", "_sup")))
+    assert all(
+        tpt_mae.RECIPES[name]["stages"] == ""
+        for name in tpt_mae.RECIPES
+        if name.endswith(("_ft", "_sup"))
+    )
 
 
 def test_recipes_are_the_papers():
@@ -921,9 +1136,12 @@ def test_recipes_are_the_papers():
     expected = {
         "ssv2": pretrain | {"budget": 400, "sampling": "segments"},
         "k400": pretrain | {"budget": 1600, "sampling": "stride"},
-        "videomae_k400": pretrain | {"budget": 800, "stages": "16:100", "batch_size": 2048, "sampling": "stride"},
-        "ssv2_ft": tune | {"epochs": 30, "flip": False, "test_views": "2x3", "sampling": "segments"},
-        "ssv2_sup": tune | {"epochs": 30, "flip": False, "test_views": "2x3", "positions": "learned"},
+        "videomae_k400": pretrain
+        | {"budget": 800, "stages": "16:100", "batch_size": 2048, "sampling": "stride"},
+        "ssv2_ft": tune
+        | {"epochs": 30, "flip": False, "test_views": "2x3", "sampling": "segments"},
+        "ssv2_sup": tune
+        | {"epochs": 30, "flip": False, "test_views": "2x3", "positions": "learned"},
         "k400_ft": tune | {"epochs": 75, "flip": True, "test_views": "5x3", "sampling": "stride"},
     }
     assert expected.keys() == {name for name in tpt_mae.RECIPES if not name.startswith("toy")}
@@ -954,14 +1172,49 @@ PATHS = [
     *CHOICES,
     [*FINETUNE, "--backbone", "divided", "--grad-checkpoint"],
     [*FINETUNE, "--backbone", "trajectory", "--attention", "plain"],
-    [*FINETUNE, "--mixup", 0.8, "--cutmix", 1, "--label-smoothing", 0.1, "--rand-augment", 7, "--erase", 0.5, "--flip"],
-    [*FINETUNE, "--repeated", 2, "--drop-path", 0.3, "--head-dropout", 0.5, "--clip-grad", 1, "--sampling", "segments"],
+    [
+        *FINETUNE,
+        "--mixup",
+        0.8,
+        "--cutmix",
+        1,
+        "--label-smoothing",
+        0.1,
+        "--rand-augment",
+        7,
+        "--erase",
+        0.5,
+        "--flip",
+    ],
+    [
+        *FINETUNE,
+        "--repeated",
+        2,
+        "--drop-path",
+        0.3,
+        "--head-dropout",
+        0.5,
+        "--clip-grad",
+        1,
+        "--sampling",
+        "segments",
+    ],
     [*FINETUNE, "--positions", "learned", "--no-crop"],
     [*FINETUNE, "--test-views", "2x3", "--precision", "bf16"],
     [*PRETRAIN, "--decoder", "1x128", "--no-crop", "--micro-batch", 2],
     [*PRETRAIN, "--repeated", 4, "--micro-batch", 4],
     [*PRETRAIN, "--stages", "1:12.5,8:87.5"],
-    [*PRETRAIN, "--stages", "2:50,8:50", "--stage-batch", "8,4", "--stage-lr", "1e-3,5e-4", "--repeated", "2,1"],
+    [
+        *PRETRAIN,
+        "--stages",
+        "2:50,8:50",
+        "--stage-batch",
+        "8,4",
+        "--stage-lr",
+        "1e-3,5e-4",
+        "--repeated",
+        "2,1",
+    ],
     [*PRETRAIN, "--stages", "4:50,8:50", "--cycle", "short", "--order", "random", "--lr-cycles", 2],
     [*PRETRAIN, "--backbone", "divided", "--grad-checkpoint"],
 ]
@@ -983,10 +1236,17 @@ def test_every_path_trains_two_steps(flags, lists, tmp_path):
 def test_optimizer_of_a_run(flags, beta2, layers, lists, tmp_path):
     """Both betas; weight decay on matrices only; --layer-decay a layer (the embedding, 4 blocks, the head)."""
     decay = ["--layer-decay", 0.75] if layers > 1 else []
-    tpt_mae.main(config(*lists, *flags, *decay, "--max-steps", 2, "--warmup-epochs", 0, "--out", tmp_path))
+    tpt_mae.main(
+        config(*lists, *flags, *decay, "--max-steps", 2, "--warmup-epochs", 0, "--out", tmp_path)
+    )
     groups = torch.load(tmp_path / "last.pt")["optimizer"]["param_groups"]
-    settings = {(g["betas"], g["weight_decay"], round(g["lr"] / max(g["lr"] for g in groups), 6)) for g in groups}
-    assert settings == {((0.9, beta2), w, round(0.75**k, 6)) for w in (0, 0.05) for k in range(layers)}
+    settings = {
+        (g["betas"], g["weight_decay"], round(g["lr"] / max(g["lr"] for g in groups), 6))
+        for g in groups
+    }
+    assert settings == {
+        ((0.9, beta2), w, round(0.75**k, 6)) for w in (0, 0.05) for k in range(layers)
+    }
 
 
 def test_augmentation_is_of_training_only_and_in_order(lists, tmp_path, monkeypatch):
@@ -1011,7 +1271,19 @@ def test_augmentation_is_of_training_only_and_in_order(lists, tmp_path, monkeypa
             forward(net, clips, keys),
         )[1],
     )
-    flags = ["--rand-augment", 7, "--flip", "--erase", 0.5, "--mixup", 0.8, "--max-steps", 2, "--out", tmp_path]
+    flags = [
+        "--rand-augment",
+        7,
+        "--flip",
+        "--erase",
+        0.5,
+        "--mixup",
+        0.8,
+        "--max-steps",
+        2,
+        "--out",
+        tmp_path,
+    ]
     tpt_mae.main(config(*lists, *FINETUNE, *flags))
     assert calls == [0, 1, 2, 3] * 2 and {kind for kind in seen} == {(True, True), (False, False)}
 
@@ -1053,25 +1325,46 @@ def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
         for path in good:
             with data.Video(path) as video, torch.no_grad():
                 plans = [plan(video, views, view) for view in range(math.prod(views))]
-                shares = [net(video.read(frames, 32, box)[None], KEYS[:1]).softmax(-1)[0] for frames, box in plans]
+                shares = [
+                    net(video.read(frames, 32, box)[None], KEYS[:1]).softmax(-1)[0]
+                    for frames, box in plans
+                ]
             found.append(sum(shares).argmax().item())
         assert len(set(found)) > 2
         rows = [f"{path} {label}" for path, label in zip(good, found, strict=True)]
-        for labels, top1 in ((rows, 100), ([*rows[1:], f"{good[0]} {(found[0] + 1) % 8}"], 100 * 8 / 9)):
+        for labels, top1 in (
+            (rows, 100),
+            ([*rows[1:], f"{good[0]} {(found[0] + 1) % 8}"], 100 * 8 / 9),
+        ):
             (tmp_path / "val.csv").write_text("\n".join([*labels, f"{cut} 0"]))
             videos = data.VideoList(tmp_path / "val.csv", num_classes=8)
             result = tpt_mae.validate(cfg, ctx, net, videos, views)
-            assert re.search(rf"^unreadable, not scored: {cut}: .+", capsys.readouterr().out, re.MULTILINE)
+            assert re.search(
+                rf"^unreadable, not scored: {cut}: .+", capsys.readouterr().out, re.MULTILINE
+            )
             assert (result["val_clips"], result["val_unread"]) == (9, 1)
             assert result["val_top1"] == pytest.approx(top1) and result["val_top5"] >= top1
 
 
 def test_fewer_than_five_classes(lists, toy, tmp_path):
     """Top-k over all there are, named so."""
-    lines = [line for line in (toy / "train.csv").read_text().splitlines() if line.endswith((",left", ",up", ",grow"))]
+    lines = [
+        line
+        for line in (toy / "train.csv").read_text().splitlines()
+        if line.endswith((",left", ",up", ",grow"))
+    ]
     (tmp_path / "three.csv").write_text("\n".join(lines))
-    few = ["--train-list", tmp_path / "three.csv", "--val-list", tmp_path / "three.csv", "--num-classes", 0]
-    result = tpt_mae.main(config(*lists, *FINETUNE, *few, "--max-steps", 1, "--out", tmp_path / "run"))
+    few = [
+        "--train-list",
+        tmp_path / "three.csv",
+        "--val-list",
+        tmp_path / "three.csv",
+        "--num-classes",
+        0,
+    ]
+    result = tpt_mae.main(
+        config(*lists, *FINETUNE, *few, "--max-steps", 1, "--out", tmp_path / "run")
+    )
     assert result["val_top3"] == 100 and "val_top5" not in result and result["val_clips"] == 6
 
 
@@ -1119,7 +1412,10 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--warmup-epochs", 8], ["--warmup-epochs 8", "--budget 8"]),
         (["--lr-cycles", 4], ["--lr-cycles 4", "3 segments"]),
         (["--search-stages", 0], ["--search-stages must be above 0"]),
-        (["--budget-frames", 7, "--stages", "2:50,4:50"], ["--frames 7"]),  # of the fine-tuning to come
+        (
+            ["--budget-frames", 7, "--stages", "2:50,4:50"],
+            ["--frames 7"],
+        ),  # of the fine-tuning to come
         (["--then-train-list", "gone.csv"], ["--then-train-list", "--then-val-list"]),
         (["--then-train-list", "gone.csv", "--then-val-list", "gone.csv"], ["gone.csv"]),
         (["--positions", "learned"], ["--positions learned"]),
@@ -1128,16 +1424,26 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--train-list", ""], ["--train-list"]),
         (["--val-list", "gone.csv"], ["gone.csv"]),
         (["--task", "predict", "--init", "none.pt"], ["none.pt", "no such checkpoint"]),
-        (["--task", "search_schedule", "--search-frames", "2;4", "--then", "toy_ft"], ["--search-frames 2;4"]),
+        (
+            ["--task", "search_schedule", "--search-frames", "2;4", "--then", "toy_ft"],
+            ["--search-frames 2;4"],
+        ),
         (["--task", "search_schedule", "--then", ""], ["--then"]),
-        (["--task", "search_schedule", "--budget", "0.5", "--then", "toy_ft"], ["no epoch", "--budget 0.5"]),
+        (
+            ["--task", "search_schedule", "--budget", "0.5", "--then", "toy_ft"],
+            ["no epoch", "--budget 0.5"],
+        ),
     ],
 )
 def test_impossible_flags(flags, words, lists, tmp_path):
     with pytest.raises(UserError) as error:
         tpt_mae.main(config(*lists, "--out", tmp_path / "run", "--search-frames", "2,4,8", *flags))
     message = str(error.value)
-    assert message.startswith("error: ") and "\n" not in message and all(word in message for word in words), message
+    assert (
+        message.startswith("error: ")
+        and "\n" not in message
+        and all(word in message for word in words)
+    ), message
 
 
 def test_what_comes_after_is_refused_before_pretraining(lists, tmp_path):
@@ -1151,8 +1457,30 @@ def test_what_comes_after_is_refused_before_pretraining(lists, tmp_path):
 @pytest.mark.parametrize("recipe", ["ssv2_ft", "ssv2_sup", "k400_ft"])
 def test_fine_tuning_from_nothing_is_asked_for(recipe, lists, tmp_path):
     """These recipes start from weights; --init random trains without, and needs no file of that name."""
-    small = ["--model", "vit_toy", "--size", 32, "--frames", 4, "--num-classes", 8, "--sampling", "segments"]
-    flags = [*lists, *small, "--recipe", recipe, "--micro-batch", 4, "--max-steps", 1, "--out", tmp_path / "run"]
+    small = [
+        "--model",
+        "vit_toy",
+        "--size",
+        32,
+        "--frames",
+        4,
+        "--num-classes",
+        8,
+        "--sampling",
+        "segments",
+    ]
+    flags = [
+        *lists,
+        *small,
+        "--recipe",
+        recipe,
+        "--micro-batch",
+        4,
+        "--max-steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
     with pytest.raises(UserError, match=f"--recipe {recipe} starts from .*--init"):
         tpt_mae.main(config(*flags))
     assert not (tmp_path / "run").exists()
@@ -1165,26 +1493,46 @@ def test_videos_of_evaluation_are_there_before_training(lists, toy, tmp_path):
     (tmp_path / "val.csv").write_text("\n".join(f"gone/{row}" for row in rows))
     for flags, root in (
         (["--val-list", tmp_path / "val.csv"], "--data-root"),
-        (["--then-train-list", lists[1], "--then-val-list", tmp_path / "val.csv"], "--then-data-root"),
+        (
+            ["--then-train-list", lists[1], "--then-val-list", tmp_path / "val.csv"],
+            "--then-data-root",
+        ),
     ):
-        with pytest.raises(UserError, match=f"{tmp_path}/val.csv: 8 of its 8 videos are missing .* is {root} right"):
+        with pytest.raises(
+            UserError, match=f"{tmp_path}/val.csv: 8 of its 8 videos are missing .* is {root} right"
+        ):
             tpt_mae.main(config(*lists, "--recipe", "toy", *flags, "--out", tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
 
 BROKEN = {  # what became of a checkpoint: what is said of it
     "another script's": (lambda state: state.pop("classes"), "not a checkpoint of tpt_mae.py"),
-    "a list": (lambda state: state.update(config=[]), "not a checkpoint of this version of tpt_mae.py"),
-    "an old one": (lambda state: state["config"].pop("target"), "not a checkpoint of this version of tpt_mae.py"),
-    "no such size": (lambda state: state["config"].update(model="vit_x"), "not a checkpoint of this version"),
+    "a list": (
+        lambda state: state.update(config=[]),
+        "not a checkpoint of this version of tpt_mae.py",
+    ),
+    "an old one": (
+        lambda state: state["config"].pop("target"),
+        "not a checkpoint of this version of tpt_mae.py",
+    ),
+    "no such size": (
+        lambda state: state["config"].update(model="vit_x"),
+        "not a checkpoint of this version",
+    ),
     "no such stages": (lambda state: state["config"].update(stages="2;8"), "--stages "),
     "no such patch": (lambda state: state["config"].update(size=33), "--size 33"),
     "another width": (
         lambda state: state["model"].update({"patch_embed.bias": torch.zeros(7)}),
         "not a checkpoint of this version of tpt_mae.py (RuntimeError: ",
     ),
-    "another depth": (lambda state: state["model"].pop("blocks.3.norm1.bias"), "not a checkpoint of this version"),
-    "no class": (lambda state: state.update(classes=None), "not a checkpoint of this version of tpt_mae.py"),
+    "another depth": (
+        lambda state: state["model"].pop("blocks.3.norm1.bias"),
+        "not a checkpoint of this version",
+    ),
+    "no class": (
+        lambda state: state.update(classes=None),
+        "not a checkpoint of this version of tpt_mae.py",
+    ),
 }
 
 
@@ -1195,7 +1543,17 @@ def test_a_checkpoint_that_is_none_is_refused(recipe, broken, lists, tmp_path):
     cfg = config("--recipe", recipe)
     state = {"model": tpt_mae.build(cfg, 8).state_dict(), "classes": list("abcdefgh")}
     state["config"] = dataclasses.asdict(cfg)
-    argv = [*lists, "--recipe", recipe, "--task", "features", "--init", tmp_path / "x.pt", "--out", tmp_path / "out"]
+    argv = [
+        *lists,
+        "--recipe",
+        recipe,
+        "--task",
+        "features",
+        "--init",
+        tmp_path / "x.pt",
+        "--out",
+        tmp_path / "out",
+    ]
     argv += ["--val-list", tmp_path / "gone.csv"]
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError, match="gone.csv"):
@@ -1210,7 +1568,9 @@ def test_a_checkpoint_that_is_none_is_refused(recipe, broken, lists, tmp_path):
     with pytest.raises(UserError) as error:
         tpt_mae.main(config(*argv))
     message = str(error.value)
-    assert message.startswith(f"error: {tmp_path}/x.pt: ") and words in message and "\n" not in message, message
+    assert (
+        message.startswith(f"error: {tmp_path}/x.pt: ") and words in message and "\n" not in message
+    ), message
 
 
 # ---- the real command line -------------------------------------------------------------------------------------------
@@ -1232,7 +1592,16 @@ def equal(a, b):
 def trained(toy, tmp_path_factory):
     """`python tpt_mae.py`, small: pretrained in stages, then fine-tuned, by one command. -> folder, what it printed."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    lists = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0]
+    lists = [
+        "--train-list",
+        toy / "train.csv",
+        "--val-list",
+        toy / "val.csv",
+        "--data-root",
+        toy,
+        "--workers",
+        0,
+    ]
     flags = ["--batch-size", 4, "--log-every", 1, "--budget", 6, "--eval-every", 4, "--out", out]
     process = command("tpt_mae.py", *lists, *flags)
     stdout, stderr = process.communicate(timeout=120)
@@ -1247,16 +1616,27 @@ def test_pretraining_then_fine_tuning(trained):
     losses = [r["loss"] for r in pretrained if "loss" in r]
     assert len(losses) == 48 and np.mean(losses[-6:]) < 0.7 * np.mean(losses[:6])
     ends = {r["stage"]: (r["step"], r["frames"]) for r in pretrained if "loss" in r}
-    assert ends == {0: (24, 192), 1: (36, 384), 2: (48, 768)}  # 25, 25 and 50 % of 6 epochs of 16 x 8 frames
+    assert ends == {
+        0: (24, 192),
+        1: (36, 384),
+        2: (48, 768),
+    }  # 25, 25 and 50 % of 6 epochs of 16 x 8 frames
     assert [r["step"] for r in pretrained if "val_mae" in r] == [16, 24, 36, 48]
     assert [r["step"] for r in tuned if "val_top1" in r] == [1, 2, 3]  # batches of 16, one a pass
-    assert next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.5 and tuned[-1]["val_clips"] == 8
+    assert (
+        next(r["loss"] for r in tuned if "loss" in r) < math.log(8) + 0.5
+        and tuned[-1]["val_clips"] == 8
+    )
     peak = config("--recipe", "toy").lr
     for stage in range(3):  # a full cosine with its own warm-up each (Table 6)
         rates = [r["lr"] for r in pretrained if r.get("stage") == stage]
         assert rates[0] == 0 and rates[-1] < 0.1 * peak and 0.9 * peak < max(rates) <= peak
-    before, after = (torch.load(folder / "last.pt")["optimizer"] for folder in (out, out.with_name("run_ft")))
-    assert before["state"][0]["step"] == 48 and after["state"][0]["step"] == 3  # AdamW's moments are of all stages
+    before, after = (
+        torch.load(folder / "last.pt")["optimizer"] for folder in (out, out.with_name("run_ft"))
+    )
+    assert (
+        before["state"][0]["step"] == 48 and after["state"][0]["step"] == 3
+    )  # AdamW's moments are of all stages
     assert "left at init 4" in stdout and "not used 0" in stdout and "run_ft" in stdout
     assert stdout.count("complete: ") == 2 and "2-frame clips" in stdout
 
@@ -1264,7 +1644,12 @@ def test_pretraining_then_fine_tuning(trained):
 def test_weights_come_out_in_videomaes_format(trained, tmp_path):
     out, _ = trained
     state = torch.load(out / "videomae.pth", weights_only=True)["model"]
-    assert {"encoder.patch_embed.proj.weight", "encoder.norm.bias", "decoder.head.weight", "mask_token"} <= state.keys()
+    assert {
+        "encoder.patch_embed.proj.weight",
+        "encoder.norm.bias",
+        "decoder.head.weight",
+        "mask_token",
+    } <= state.keys()
     net = tpt_mae.VideoMAE("vit_toy", frames=8, size=32, target="pixels")
     again = tpt_mae.init_weights(out / "videomae.pth", net)
     assert equal(again, weights(out))
@@ -1277,7 +1662,8 @@ def test_pictures(trained):
         strip = next(file.decode(video=0)).to_ndarray(format="rgb24")
     assert strip.shape == (4 * 3 * 36, 8 * 36, 3)
     original, seen, recon = (
-        strip[i * 36 : (i + 1) * 36].reshape(36, 8, 36, 3)[2:34, :, 2:34].astype(int) for i in range(3)
+        strip[i * 36 : (i + 1) * 36].reshape(36, 8, 36, 3)[2:34, :, 2:34].astype(int)
+        for i in range(3)
     )
     grey = (seen == 128).all(-1)  # [32, 8, 32]
     assert 0.74 < grey.mean() < 0.77
@@ -1301,10 +1687,14 @@ def test_borrowed_panel(tmp_path):
         prediction = net(pixels, KEYS[:1], 0.75)[0].detach()
         tpt_mae.write_recon(net, pixels, KEYS[:1], prediction, 0.75, tmp_path / "r.png")
         with av.open(str(tmp_path / "r.png")) as file:
-            pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, 4, 36, 3))
+            pictures.append(
+                next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, 4, 36, 3)
+            )
     assert (pictures[0][3, 0] == [255, 0, 0]).all() and (pictures[0][:3, 0] == 255).all()
     assert (pictures[0][1:3] == pictures[1][1:3]).all()  # seen, own
-    assert (pictures[0][0] != pictures[1][0]).any() and (pictures[0][3] != pictures[1][3]).any()  # original, borrowed
+    assert (pictures[0][0] != pictures[1][0]).any() and (
+        pictures[0][3] != pictures[1][3]
+    ).any()  # original, borrowed
 
 
 def test_eval_predict_features(trained, toy, tmp_path, capsys):
@@ -1322,33 +1712,82 @@ def test_eval_predict_features(trained, toy, tmp_path, capsys):
     lines = run("--task", "predict", "--out", tuned, "--input", *videos).splitlines()
     for video, line in zip(videos, lines, strict=True):
         shares = [float(x) for x in re.findall(r"([\d.]+) %", line)]
-        assert line.startswith(f"{video}: ") and len(shares) == 5 and shares == sorted(shares, reverse=True)
+        assert (
+            line.startswith(f"{video}: ")
+            and len(shares) == 5
+            and shares == sorted(shares, reverse=True)
+        )
     run("--task", "predict", "--init", out / "best.pt", "--out", tmp_path, "--input", *videos)
     assert (tmp_path / "predict_0.png").exists()
     for source in (out, tuned):
         run("--task", "features", "--init", source / "last.pt", "--out", tmp_path)
         features = np.load(tmp_path / "features.npy")
-        assert features.shape == (8, 128) and np.isfinite(features).all() and features.std(0).min() > 0
+        assert (
+            features.shape == (8, 128) and np.isfinite(features).all() and features.std(0).min() > 0
+        )
     (tmp_path / "val.csv").write_text("none.mp4,left\n" + (toy / "val.csv").read_text())
-    text = run("--task", "features", "--init", tuned / "last.pt", "--out", tmp_path, "--val-list", tmp_path / "val.csv")
+    text = run(
+        "--task",
+        "features",
+        "--init",
+        tuned / "last.pt",
+        "--out",
+        tmp_path,
+        "--val-list",
+        tmp_path / "val.csv",
+    )
     rows = np.load(tmp_path / "features.npy")
-    assert "none.mp4" in text and np.isnan(rows[0]).all() and np.allclose(rows[1:], features, atol=1e-5)
+    assert (
+        "none.mp4" in text
+        and np.isnan(rows[0]).all()
+        and np.allclose(rows[1:], features, atol=1e-5)
+    )
 
 
 def test_each_stages_rate(lists, tmp_path):
     """Peak and end of a stage's cosine, in the log: both in proportion to its batch (VideoMAE's rule)."""
-    flags = ["--stages", "4:50,8:50", "--stage-batch", "2,4", "--lr", "4e-3", "--min-lr", "1e-3", "--then", ""]
+    flags = [
+        "--stages",
+        "4:50,8:50",
+        "--stage-batch",
+        "2,4",
+        "--lr",
+        "4e-3",
+        "--min-lr",
+        "1e-3",
+        "--then",
+        "",
+    ]
     tpt_mae.main(config(*lists, *flags, "--budget", 2, "--warmup-epochs", 0, "--out", tmp_path))
     rates = [[r["lr"] for r in records_of(tmp_path) if r.get("stage") == i] for i in (0, 1)]
-    assert [len(r) for r in rates] == [16, 4] and [r[0] for r in rates] == pytest.approx([2e-3, 4e-3])
-    last = [0.5 * (1 + math.cos(math.pi * (n - 1) / n)) for n in (16, 4)]  # of the way from the end to the peak
+    assert [len(r) for r in rates] == [16, 4] and [r[0] for r in rates] == pytest.approx(
+        [2e-3, 4e-3]
+    )
+    last = [
+        0.5 * (1 + math.cos(math.pi * (n - 1) / n)) for n in (16, 4)
+    ]  # of the way from the end to the peak
     assert [r[-1] for r in rates] == pytest.approx([5e-4 + 1.5e-3 * last[0], 1e-3 + 3e-3 * last[1]])
 
 
 def test_evaluations_of_a_short_cycle(lists, tmp_path):
     """Once after each --eval-every epochs of a stage's own, and at the end: none before a stage's first step."""
-    flags = [*lists, "--stages", "4:50,8:50", "--cycle", "short", "--budget", 4, "--warmup-epochs", 0, "--then", ""]
-    for every, expected in ((2, [8, 20, 24]), (4, [20, 24])):  # two rounds of 8 steps, then 4; 4 steps an epoch
+    flags = [
+        *lists,
+        "--stages",
+        "4:50,8:50",
+        "--cycle",
+        "short",
+        "--budget",
+        4,
+        "--warmup-epochs",
+        0,
+        "--then",
+        "",
+    ]
+    for every, expected in (
+        (2, [8, 20, 24]),
+        (4, [20, 24]),
+    ):  # two rounds of 8 steps, then 4; 4 steps an epoch
         tpt_mae.main(config(*flags, "--eval-every", every, "--out", tmp_path / str(every)))
         assert [r["step"] for r in records_of(tmp_path / str(every)) if "val_mae" in r] == expected
 
@@ -1366,20 +1805,59 @@ def test_fine_tuning_of_another_pretraining_is_refused(lists, tmp_path):
 
 def test_another_schedule_is_refused(trained, lists):
     """But what comes after may be decided later: no step is taken again."""
-    args = ["--train-list", lists[1], "--val-list", lists[3], "--data-root", lists[5], "--workers", 0, "--log-every", 1]
+    args = [
+        "--train-list",
+        lists[1],
+        "--val-list",
+        lists[3],
+        "--data-root",
+        lists[5],
+        "--workers",
+        0,
+        "--log-every",
+        1,
+    ]
     before = weights(trained[0])
     same = ["--batch-size", 4, "--budget", 6, "--eval-every", 4, "--out", trained[0]]
-    assert "val_mae" in tpt_mae.main(config(*args, *same, "--then", "")) and equal(weights(trained[0]), before)
-    with pytest.raises(UserError, match=r"holds another run \(--stages 2:25,4:25,8:50 -> 4:50,8:50"):
-        tpt_mae.main(config(*lists, "--budget", 6, "--eval-every", 4, "--out", trained[0], "--stages", "4:50,8:50"))
+    assert "val_mae" in tpt_mae.main(config(*args, *same, "--then", "")) and equal(
+        weights(trained[0]), before
+    )
+    with pytest.raises(
+        UserError, match=r"holds another run \(--stages 2:25,4:25,8:50 -> 4:50,8:50"
+    ):
+        tpt_mae.main(
+            config(
+                *lists,
+                "--budget",
+                6,
+                "--eval-every",
+                4,
+                "--out",
+                trained[0],
+                "--stages",
+                "4:50,8:50",
+            )
+        )
 
 
 def test_search_ranks_and_resumes(lists, tmp_path, capsys, monkeypatch):
     """Every schedule is trained, fine-tuned and ranked; the same command again only reads."""
-    argv = [*lists, "--task", "search_schedule", "--search-frames", "4,8", "--budget", 2, "--out", tmp_path / "s"]
+    argv = [
+        *lists,
+        "--task",
+        "search_schedule",
+        "--search-frames",
+        "4,8",
+        "--budget",
+        2,
+        "--out",
+        tmp_path / "s",
+    ]
     ranking = tpt_mae.main(config(*argv, "--then", "toy_ft"))
     out = capsys.readouterr().out
-    assert {text for _, text in ranking} == {"8:100", "4:50,8:50"} and ranking[0][0] >= ranking[1][0]
+    assert {text for _, text in ranking} == {"8:100", "4:50,8:50"} and ranking[0][0] >= ranking[1][
+        0
+    ]
     assert out.splitlines()[-1].endswith(f"--stages {ranking[0][1]}")
     for _, text in ranking:
         folder = tmp_path / "s" / (text.replace(":", "-") + "_ft")
@@ -1388,9 +1866,15 @@ def test_search_ranks_and_resumes(lists, tmp_path, capsys, monkeypatch):
     assert tpt_mae.main(config(*argv, "--then", "toy_ft")) == ranking and len(before) == 4
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("best.pt")}
     top1 = {"8:100": 1.0, "2:50,8:50": 3.0}
-    monkeypatch.setattr(tpt_mae, "train_then", lambda cfg, ctx: {"val_top1": top1.get(cfg.stages, 2.0)})
-    ranking = tpt_mae.search_schedule(config(*argv, "--search-frames", "2,4,8", "--then", "toy_ft"), common.launch())
-    assert [text for _, text in ranking[:1] + ranking[-1:]] == ["2:50,8:50", "8:100"] and len(ranking) == 6
+    monkeypatch.setattr(
+        tpt_mae, "train_then", lambda cfg, ctx: {"val_top1": top1.get(cfg.stages, 2.0)}
+    )
+    ranking = tpt_mae.search_schedule(
+        config(*argv, "--search-frames", "2,4,8", "--then", "toy_ft"), common.launch()
+    )
+    assert [text for _, text in ranking[:1] + ranking[-1:]] == ["2:50,8:50", "8:100"] and len(
+        ranking
+    ) == 6
     assert capsys.readouterr().out.splitlines()[-1].endswith("--stages 2:50,8:50")
 
 
@@ -1433,7 +1917,11 @@ torch.nn.utils.get_total_norm = dump
 def drive(folder, *args, patch="", ranks=1):
     script = folder / f"driver_{abs(hash(patch))}.py"
     script.write_text(DRIVER.format(root=str(ROOT), patch=patch))
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone"]
+        if ranks > 1
+        else []
+    )
     process = command(*torchrun, script, *args)
     out, err = process.communicate(timeout=120)
     return process.returncode, out + err
@@ -1457,7 +1945,9 @@ def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
         a, b = tmp_path / f"whole{name}", tmp_path / f"cut{name}"
         assert equal(weights(a), weights(b)) and equal(weights(a, "best.pt"), weights(b, "best.pt"))
         timing = {"seconds", "clips_per_second", "data_wait"}
-        a, b = ([{k: r[k] for k in r.keys() - timing} for r in records_of(folder)] for folder in (a, b))
+        a, b = (
+            [{k: r[k] for k in r.keys() - timing} for r in records_of(folder)] for folder in (a, b)
+        )
         assert a == b
     stages = {r["stage"] for r in records_of(tmp_path / "cut") if "loss" in r}
     assert stages == {0, 1, 2}
@@ -1466,7 +1956,10 @@ def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
 def test_signal_in_the_last_evaluation(lists, tmp_path, monkeypatch):
     """What comes after the run is not begun; the same command goes on with it."""
     validate = tpt_mae.validate
-    signalled = lambda *args, **more: (signal.raise_signal(signal.SIGTERM), validate(*args, **more))[1]
+    signalled = lambda *args, **more: (
+        signal.raise_signal(signal.SIGTERM),
+        validate(*args, **more),
+    )[1]
     monkeypatch.setattr(tpt_mae, "validate", signalled)
     args = [*lists, *PRETRAIN, "--then", "toy_ft", "--max-steps", 1, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit) as end:
@@ -1477,7 +1970,9 @@ def test_signal_in_the_last_evaluation(lists, tmp_path, monkeypatch):
     assert "val_top1" in tpt_mae.main(config(*args))
 
 
-@pytest.mark.parametrize("flags", [PRETRAIN, [*FINETUNE, "--drop-path", 0.3, "--mixup", 0.8, "--head-dropout", 0.5]])
+@pytest.mark.parametrize(
+    "flags", [PRETRAIN, [*FINETUNE, "--drop-path", 0.3, "--mixup", 0.8, "--head-dropout", 0.5]]
+)
 def test_ranks_and_micro_batches_give_the_same_gradient(flags, lists, tmp_path, monkeypatch):
     """1 process = 2 processes x 2 micro-batches, with two clips of each decode: 1e-6 overall."""
     args = [*lists, *flags, "--batch-size", 16, "--repeated", 2, "--out", tmp_path]
@@ -1491,6 +1986,11 @@ def test_ranks_and_micro_batches_give_the_same_gradient(flags, lists, tmp_path, 
     monkeypatch.setattr(torch.nn.utils, "get_total_norm", keep)
     with pytest.raises(SystemExit):
         tpt_mae.main(config(*args, "--overwrite"))
-    alone, four = (torch.load(tmp_path / name, weights_only=True) for name in ("alone.pt", "gradients.pt"))
+    alone, four = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("alone.pt", "gradients.pt")
+    )
     norm = lambda tensors: sum(t.double().square().sum() for t in tensors).sqrt().item()
-    assert norm([a - b for a, b in zip(alone, four, strict=True)]) <= 1e-6 * norm(alone) and len(alone) > 50
+    assert (
+        norm([a - b for a, b in zip(alone, four, strict=True)]) <= 1e-6 * norm(alone)
+        and len(alone) > 50
+    )

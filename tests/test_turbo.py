@@ -36,7 +36,9 @@ def small(**changes):
 
 
 def clips(n=4, seed=0):
-    return torch.randint(0, 256, (n, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (n, 4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # ---- token dropout ---------------------------------------------------------------------------------------------------
@@ -57,7 +59,9 @@ def test_token_counts_of_table_1(m, r, visible, recon):
     shown, made = turbo.token_dropout(KEYS, 1568, m, r)
     assert shown.shape == (4, visible) and made.shape == (4, recon)
     both = torch.cat([shown, made], 1).sort(1).values
-    assert (both.diff(dim=1) > 0).all() and both.min() >= 0 and both.max() < 1568  # disjoint, in range
+    assert (
+        (both.diff(dim=1) > 0).all() and both.min() >= 0 and both.max() < 1568
+    )  # disjoint, in range
     assert (shown.diff(dim=1) > 0).all() and (made.diff(dim=1) > 0).all()  # ascending
 
 
@@ -74,12 +78,17 @@ def test_every_token_is_dropped_equally_often():
     shown, made = turbo.token_dropout(make_key(torch.arange(4000)), 16, 0.75, 0.25)
     for picked in (shown, made):
         counts = torch.bincount(picked.flatten(), minlength=16)
-        assert (counts - 1000).abs().max() < 130  # 4.7 standard deviations; the keys are fixed, so this can't flake
+        assert (
+            counts - 1000
+        ).abs().max() < 130  # 4.7 standard deviations; the keys are fixed, so this can't flake
 
 
 def test_dropout_belongs_to_the_clip_alone():
     """The same key gives the same tokens alone, in another batch, in another place."""
-    whole, alone = turbo.token_dropout(KEYS, 64, 0.5, 0.25), turbo.token_dropout(KEYS[2:3], 64, 0.5, 0.25)
+    whole, alone = (
+        turbo.token_dropout(KEYS, 64, 0.5, 0.25),
+        turbo.token_dropout(KEYS[2:3], 64, 0.5, 0.25),
+    )
     assert all(torch.equal(a[2:3], b) for a, b in zip(whole, alone, strict=True))
     assert not torch.equal(whole[0][0], whole[0][1])
 
@@ -115,11 +124,15 @@ def test_eq_1():
     logits, labels = torch.randn(3, 5), torch.tensor([0, 4, 2])
     prediction, target = torch.randn(3, 7, 24), torch.randn(3, 7, 24)
     loss, ce, pmae = turbo.turbo_loss(logits, F.one_hot(labels, 5).float(), prediction, target)
-    expected = F.cross_entropy(logits, labels, reduction="none") / math.log(5) + ((prediction - target) ** 2).mean(
-        (1, 2)
+    expected = F.cross_entropy(logits, labels, reduction="none") / math.log(5) + (
+        (prediction - target) ** 2
+    ).mean((1, 2))
+    assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(
+        loss, ce / math.log(5) + pmae
     )
-    assert torch.allclose(loss, expected, atol=1e-6) and torch.allclose(loss, ce / math.log(5) + pmae)
-    uniform_guess, _, _ = turbo.turbo_loss(torch.zeros(1, 101), torch.eye(101)[:1], *[torch.zeros(1, 0, 24)] * 2)
+    uniform_guess, _, _ = turbo.turbo_loss(
+        torch.zeros(1, 101), torch.eye(101)[:1], *[torch.zeros(1, 0, 24)] * 2
+    )
     assert uniform_guess.item() == pytest.approx(1.0)  # what lambda_CE = 1 / ln(classes) is for
 
 
@@ -135,11 +148,15 @@ def test_dropping_equals_dense_attention_over_the_kept_tokens():
     keep = torch.zeros(4, 9, dtype=torch.bool)
     keep[:, 0] = True
     keep.scatter_(1, visible + 1, True)
-    pixels = (video.float() / 255 - torch.tensor(data.IMAGENET_MEAN)[:, None, None]) / torch.tensor(data.IMAGENET_STD)[
-        :, None, None
-    ]
+    pixels = (video.float() / 255 - torch.tensor(data.IMAGENET_MEAN)[:, None, None]) / torch.tensor(
+        data.IMAGENET_STD
+    )[:, None, None]
     kernel = common.linear_to_conv(model.patch_embed.weight, model.patch)
-    x = F.conv3d(pixels.transpose(1, 2), kernel, model.patch_embed.bias, stride=model.patch).flatten(2).transpose(1, 2)
+    x = (
+        F.conv3d(pixels.transpose(1, 2), kernel, model.patch_embed.bias, stride=model.patch)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = torch.cat([model.cls_token.expand(4, -1, -1), x + common.sinusoid_table(8, 128)], 1)
     for block in model.blocks:
         q, k, v = (
@@ -151,7 +168,9 @@ def test_dropping_equals_dense_attention_over_the_kept_tokens():
             .reshape(4, 9, 3, 2, 64)
             .permute(2, 0, 3, 1, 4)
         )
-        weights = (q @ k.transpose(-1, -2) / 8).masked_fill(~keep[:, None, None], -math.inf).softmax(-1)
+        weights = (
+            (q @ k.transpose(-1, -2) / 8).masked_fill(~keep[:, None, None], -math.inf).softmax(-1)
+        )
         x = x + block.attn.proj((weights @ v).transpose(1, 2).reshape(4, 9, 128))
         x = x + block.mlp(block.norm2(x))
     dense = model.norm(x)
@@ -166,7 +185,9 @@ def test_decoder_places_tokens_and_ignores_the_rest():
     visible, recon = turbo.token_dropout(KEYS, 8, 0.5, 0.25)
     patches = common.patchify(video, model.patch)
     _, prediction, target = model(video, KEYS, 0.5, 0.25)
-    assert torch.allclose(target, turbo.pixel_target(common.gather_tokens(patches, recon), "normalized"))
+    assert torch.allclose(
+        target, turbo.pixel_target(common.gather_tokens(patches, recon), "normalized")
+    )
 
     hidden = torch.ones(4, 8, dtype=torch.bool).scatter(1, visible, False)
     changed = torch.where(hidden[..., None], 255 - patches, patches)
@@ -209,7 +230,14 @@ def test_drop_path_only_in_training():
 
 # ---- the paper's numbers ---------------------------------------------------------------------------------------------
 
-TABLE_1 = {(0, 0): 180.6, (0.5, 0.5): 99.3, (0.75, 0.75): 57.6, (0.75, 0.25): 45.9, (0.9, 0.9): 35.2, (0.9, 0.1): 18.3}
+TABLE_1 = {
+    (0, 0): 180.6,
+    (0.5, 0.5): 99.3,
+    (0.75, 0.75): 57.6,
+    (0.75, 0.25): 45.9,
+    (0.9, 0.9): 35.2,
+    (0.9, 0.1): 18.3,
+}
 
 
 def test_table_1_gflops():
@@ -219,7 +247,9 @@ def test_table_1_gflops():
     for (m, r), paper in TABLE_1.items():
         here, embedded = turbo.count_gmacs(cfg, 101, m, r)
         assert embedded == pytest.approx(paper, rel=2e-3), (m, r)
-        assert embedded - here == pytest.approx((1568 - turbo.num_kept(1568, m, r)[0]) * 1536 * 768 / 1e9), (m, r)
+        assert embedded - here == pytest.approx(
+            (1568 - turbo.num_kept(1568, m, r)[0]) * 1536 * 768 / 1e9
+        ), (m, r)
 
 
 def test_stated_decoder_misses_table_1():
@@ -228,7 +258,9 @@ def test_stated_decoder_misses_table_1():
     counted = [turbo.count_gmacs(cfg, 101, m, r)[1] for m, r in TABLE_1]
     assert counted == pytest.approx([180.5, 140.5, 98.8, 63.3, 76.5, 24.5], abs=0.1)
     model = turbo.build(cfg, 101)
-    assert turbo.saved_megabytes(model, 1568, 0.5, 0.5) > 0.8 * turbo.saved_megabytes(model, 1568, 0.0, 0.0)
+    assert turbo.saved_megabytes(model, 1568, 0.5, 0.5) > 0.8 * turbo.saved_megabytes(
+        model, 1568, 0.0, 0.0
+    )
 
 
 def test_plan_prints_the_table_without_data(capsys):
@@ -263,10 +295,14 @@ def test_plan_memory_by_hand(capsys, monkeypatch):
     ):
         expected = 1 + (parameters * per_parameter + micro * 10 * 16 * 3 * 224 * 224) / 2**30
         assert memory(capsys, *flags)[0] == pytest.approx(expected, abs=0.06), flags
-    assert memory(capsys, "--recipe", "breakfast", "--gpus", 1, "--gpu-gb", 3)[1] == {"3": "8"}  # 2 videos x 4 clips
+    assert memory(capsys, "--recipe", "breakfast", "--gpus", 1, "--gpu-gb", 3)[1] == {
+        "3": "8"
+    }  # 2 videos x 4 clips
 
 
-@pytest.mark.parametrize("flags", [["--gpus", 3], ["--gpus", 32], ["--micro-batch", 3], ["--micro-batch", 4]])
+@pytest.mark.parametrize(
+    "flags", [["--gpus", 3], ["--gpus", 32], ["--micro-batch", 3], ["--micro-batch", 4]]
+)
 def test_plan_of_a_batch_that_does_not_divide(flags, capsys, monkeypatch):
     """16 clips by 8 GPUs are 2. That is said in a line, and the rest of the plan printed: nobody asked for those GPUs."""
     monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
@@ -306,7 +342,10 @@ def test_plan_memory_is_what_a_step_saves(capsys, monkeypatch):
     saved = []
     for n in (1, 2):
         storages.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             logits, prediction, target = net(x[:n], KEYS[:n], 0.5, 0.5)
             loss = turbo.turbo_loss(logits, torch.full((n, 5), 0.2), prediction, target)[0].sum()
         saved.append(sum(storages.values()))
@@ -345,7 +384,9 @@ def test_header_map_names_exist():
 
 def test_decisions_of_the_header_are_tagged_where_they_are_made():
     """One `DECISION (word)` in the code for each word of the header's list, and none besides."""
-    listed = re.findall(r"^    (\w+) ", turbo.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE)
+    listed = re.findall(
+        r"^    (\w+) ", turbo.__doc__.split("DECISIONS")[1].split("Missing")[0], re.MULTILINE
+    )
     tagged = re.findall(r"# DECISION \((\w+)\)", (ROOT / "turbo.py").read_text())
     assert set(listed) == set(tagged) and len(listed) == 18
 
@@ -372,7 +413,9 @@ def test_recipes_of_the_paper_need_weights():
         if name.startswith("toy"):
             turbo.check(config(*flags))
             continue
-        with pytest.raises(UserError, match=f"--recipe {name} starts from VideoMAE's weights.*--init random") as error:
+        with pytest.raises(
+            UserError, match=f"--recipe {name} starts from VideoMAE's weights.*--init random"
+        ) as error:
             turbo.main(config(*flags))
         assert "\n" not in str(error.value)
         turbo.check(config(*flags, "--init", "random"))
@@ -385,11 +428,16 @@ def test_random_weights_are_none(toy_args, tmp_path):
     """--init random is a run without --init, and continues one."""
     turbo.main(config(*toy_args, "--max-steps", 2, "--out", tmp_path, "--init", "random"))
     losses = [
-        json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"loss"' in line
+        json.loads(line)["loss"]
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+        if '"loss"' in line
     ]
     turbo.main(config(*toy_args, "--max-steps", 2, "--out", tmp_path / "none"))
     lines = (tmp_path / "none/log.jsonl").read_text().splitlines()
-    assert losses == [json.loads(line)["loss"] for line in lines if '"loss"' in line] and len(losses) == 2
+    assert (
+        losses == [json.loads(line)["loss"] for line in lines if '"loss"' in line]
+        and len(losses) == 2
+    )
     turbo.main(config(*toy_args, "--max-steps", 2, "--out", tmp_path / "none", "--init", "random"))
 
 
@@ -420,7 +468,9 @@ CHOICES = [
 def test_every_choice_trains_a_step(flags, toy_args, tmp_path):
     turbo.main(config(*map(str, toy_args), "--max-steps", "2", "--out", str(tmp_path), *flags))
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records[1:]] == [1, 2, 2] and all(math.isfinite(r["loss"]) for r in records[1:3])
+    assert [r["step"] for r in records[1:]] == [1, 2, 2] and all(
+        math.isfinite(r["loss"]) for r in records[1:3]
+    )
 
 
 # ---- the real command line -------------------------------------------------------------------------------------------
@@ -432,8 +482,18 @@ def trained(toy, tmp_path_factory):
     from conftest import TINY, command
 
     out = tmp_path_factory.mktemp("trained")
-    flags = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, *TINY]
-    process = command("turbo.py", *flags, "--epochs", 10, "--eval-every", 5, "--lr", "3e-3", "--out", out)
+    flags = [
+        "--train-list",
+        toy / "train.csv",
+        "--val-list",
+        toy / "val.csv",
+        "--data-root",
+        toy,
+        *TINY,
+    ]
+    process = command(
+        "turbo.py", *flags, "--epochs", 10, "--eval-every", 5, "--lr", "3e-3", "--out", out
+    )
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     return out, stdout
@@ -460,7 +520,9 @@ def test_pictures(trained):
     grey = (seen == 128).all(-1)
     assert 0.4 < grey.mean() < 0.55  # half of the tokens, without the frames
     assert (seen == original).all(-1)[~grey].all() and (recon == original).all(-1)[~grey].all()
-    assert (recon != original).any(-1)[grey].mean() > 0.9  # dropped places show the model's own pixels
+    assert (recon != original).any(-1)[
+        grey
+    ].mean() > 0.9  # dropped places show the model's own pixels
     with av.open(str(out / "recon_animated.png")) as file:
         assert len(list(file.decode(video=0))) == 16
 
@@ -485,23 +547,32 @@ def test_own_reconstruction_borrows_nothing(tmp_path):
     _, masked = turbo.token_dropout(KEYS[:1], 8, 0.5, 0.5)
     patches = common.patchify(video, model.patch)
     darker = patches.scatter(
-        1, masked[..., None].expand(-1, -1, 1536), patches.gather(1, masked[..., None].expand(-1, -1, 1536)) // 3
+        1,
+        masked[..., None].expand(-1, -1, 1536),
+        patches.gather(1, masked[..., None].expand(-1, -1, 1536)) // 3,
     )
     pictures = []
     for x in (patches, darker):
         video = common.unpatchify(x, model.patch, model.grid)
         turbo.write_recon(model, video, KEYS[:1], cfg.mask_ratio, cfg.fps, tmp_path / "r.png")
         with av.open(str(tmp_path / "r.png")) as file:
-            pictures.append(next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, -1))
+            pictures.append(
+                next(file.decode(video=0)).to_ndarray(format="rgb24").reshape(4, 36, -1)
+            )
     assert (pictures[0][1:3] == pictures[1][1:3]).all()  # seen, own
-    assert (pictures[0][0] != pictures[1][0]).any() and (pictures[0][3] != pictures[1][3]).any()  # original, borrowed
+    assert (pictures[0][0] != pictures[1][0]).any() and (
+        pictures[0][3] != pictures[1][3]
+    ).any()  # original, borrowed
 
 
 def test_eval_predict_features(trained, toy, capsys):
     out, _ = trained
     lists = ["--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0, "--out", out]
     turbo.main(config("--task", "eval", *lists))
-    stdout, last = capsys.readouterr().out, json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    stdout, last = (
+        capsys.readouterr().out,
+        json.loads((out / "log.jsonl").read_text().splitlines()[-1]),
+    )
     best = torch.load(out / "best.pt", weights_only=True)["at"]["best"]
     assert "val_clips 8" in stdout and f"val_top1 {best:.4g}" in stdout and best >= last["val_top1"]
 
@@ -544,7 +615,16 @@ def test_a_foreign_checkpoint_is_one_line(change, words, task, trained, toy, tmp
         else:
             state[key] = value
     torch.save(state, tmp_path / "other.pt")
-    args = ["--task", task, "--init", tmp_path / "other.pt", "--val-list", toy / "val.csv", "--data-root", toy]
+    args = [
+        "--task",
+        task,
+        "--init",
+        tmp_path / "other.pt",
+        "--val-list",
+        toy / "val.csv",
+        "--data-root",
+        toy,
+    ]
     with pytest.raises(UserError) as error:
         turbo.main(config(*args))
     message = str(error.value)
@@ -564,8 +644,18 @@ def test_missing_validation_videos_are_said_before_training(toy, toy_args, tmp_p
     """Not at the first evaluation: no run folder is made. One missing video of eight is forgiven, and counted."""
     lines = (toy / "val.csv").read_text().splitlines()
     (tmp_path / "val.csv").write_text("\n".join([*lines, "gone/a.mp4,left", "gone/b.mp4,left"]))
-    args = [*toy_args, "--val-list", tmp_path / "val.csv", "--max-steps", 1, "--out", tmp_path / "run"]
-    with pytest.raises(UserError, match="val.csv: 2 of its 10 videos are missing .*gone/a.mp4 .*--data-root"):
+    args = [
+        *toy_args,
+        "--val-list",
+        tmp_path / "val.csv",
+        "--max-steps",
+        1,
+        "--out",
+        tmp_path / "run",
+    ]
+    with pytest.raises(
+        UserError, match="val.csv: 2 of its 10 videos are missing .*gone/a.mp4 .*--data-root"
+    ):
         turbo.main(config(*args))
     assert not (tmp_path / "run").exists()
     (tmp_path / "val.csv").write_text("\n".join([*lines, "gone/a.mp4,left"]))
@@ -588,20 +678,40 @@ def test_features_of_an_unreadable_video_are_nan(trained, toy, capsys, tmp_path)
 def test_init_from_own_checkpoint(trained, toy_args, tmp_path, capsys):
     """Weights carry over; a classifier of another size is left at init."""
     out = trained[0]
-    argv = [*map(str, toy_args), "--init", str(out / "best.pt"), "--out", str(tmp_path), "--max-steps", "1"]
+    argv = [
+        *map(str, toy_args),
+        "--init",
+        str(out / "best.pt"),
+        "--out",
+        str(tmp_path),
+        "--max-steps",
+        "1",
+    ]
     turbo.main(config(*argv, "--num-classes", "8"))
     assert "left at init 0, not used 0" in capsys.readouterr().out
     state = torch.load(out / "best.pt", weights_only=True)
     torch.save(
-        {"model": state["model"] | {"head.weight": torch.zeros(3, 128), "head.bias": torch.zeros(3)}}, tmp_path / "3.pt"
+        {
+            "model": state["model"]
+            | {"head.weight": torch.zeros(3, 128), "head.bias": torch.zeros(3)}
+        },
+        tmp_path / "3.pt",
     )
     net = turbo.Turbo(8, "vit_toy", "1x32", 16, 64)
     message = turbo.init_weights(tmp_path / "3.pt", net)  # its decoder and head are of other sizes
-    assert "decoder is not used: --decoder 2x64 would fit it; its classifier is not used: of another size" in message
+    assert (
+        "decoder is not used: --decoder 2x64 would fit it; its classifier is not used: of another size"
+        in message
+    )
     assert torch.equal(net.blocks[3].norm1.weight, state["model"]["blocks.3.norm1.weight"])
     for part in ("norm.", "patch_embed."):  # half an encoder is no start
-        torch.save({"model": {k: v for k, v in state["model"].items() if k.startswith(part)}}, tmp_path / "half.pt")
-        with pytest.raises(common.UserError, match="half.pt: .* weights of the encoder are not in it"):
+        torch.save(
+            {"model": {k: v for k, v in state["model"].items() if k.startswith(part)}},
+            tmp_path / "half.pt",
+        )
+        with pytest.raises(
+            common.UserError, match="half.pt: .* weights of the encoder are not in it"
+        ):
             turbo.init_weights(tmp_path / "half.pt", net)
 
 

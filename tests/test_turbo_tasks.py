@@ -23,7 +23,9 @@ def config(*argv):
 
 @pytest.fixture(scope="session")
 def narrated(tmp_path_factory):
-    return data.make_toy(tmp_path_factory.mktemp("toy_vl"), "narrated", counts={"train": 4, "val": 2})
+    return data.make_toy(
+        tmp_path_factory.mktemp("toy_vl"), "narrated", counts={"train": 4, "val": 2}
+    )
 
 
 @pytest.fixture
@@ -48,14 +50,21 @@ def records(folder):
 def test_nce_loss_by_hand():
     """Eq. 2 with loops: a negative with the same sentence is left out; a uniform guess costs 1."""
     torch.manual_seed(0)
-    video, text = (torch.nn.functional.normalize(torch.randn(6, 5, dtype=torch.float64), dim=1) for _ in range(2))
+    video, text = (
+        torch.nn.functional.normalize(torch.randn(6, 5, dtype=torch.float64), dim=1)
+        for _ in range(2)
+    )
     sentence = torch.tensor([0, 1, 0, 2, 3, 3])
     expected = []
     for i in range(6):
         others = [j for j in range(6) if j == i or sentence[j] != sentence[i]]
         term = lambda a, b: a @ b / 0.07
-        to_text = term(video[i], text[i]) - torch.logsumexp(torch.stack([term(video[i], text[j]) for j in others]), 0)
-        to_video = term(video[i], text[i]) - torch.logsumexp(torch.stack([term(video[j], text[i]) for j in others]), 0)
+        to_text = term(video[i], text[i]) - torch.logsumexp(
+            torch.stack([term(video[i], text[j]) for j in others]), 0
+        )
+        to_video = term(video[i], text[i]) - torch.logsumexp(
+            torch.stack([term(video[j], text[i]) for j in others]), 0
+        )
         expected.append(-(to_text + to_video) / 2 / math.log(6))
     loss = turbo.nce_loss(video, text, sentence, 0.07)
     assert torch.allclose(loss.double(), torch.stack(expected), rtol=1e-5)
@@ -72,9 +81,13 @@ def test_recall_at_1_is_htm_aligns():
     for row, a, b in zip(similarity, start, end, strict=True):
         best = max(range(50), key=lambda second: row[second])
         expected.append(math.floor(a) <= best <= math.ceil(b))
-    assert turbo.recall_at_1(similarity, start, end).tolist() == expected and 0 < sum(expected) < 200
+    assert (
+        turbo.recall_at_1(similarity, start, end).tolist() == expected and 0 < sum(expected) < 200
+    )
     exact = np.eye(10)[[3, 3, 3, 3]]
-    assert turbo.recall_at_1(exact, np.array([3.9, 4, 1, 0]), np.array([5, 5, 2.1, 2])).tolist() == [1, 0, 1, 0]
+    assert turbo.recall_at_1(
+        exact, np.array([3.9, 4, 1, 0]), np.array([5, 5, 2.1, 2])
+    ).tolist() == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize(("frames", "m"), [(16, 0.5), (32, 0.75), (64, 0.875)])
@@ -87,9 +100,16 @@ def test_long_video_settings_keep_784_tokens(frames, m):
 
 
 def test_hashed_words_tell_order_and_word():
-    a, b, c = map(data.hash_words, ("a red square moves left", "a red square moves right", "Moves left a red SQUARE!"))
+    a, b, c = map(
+        data.hash_words,
+        ("a red square moves left", "a red square moves right", "Moves left a red SQUARE!"),
+    )
     assert np.isclose(np.linalg.norm(a), 1) and a.dtype == np.float32
-    assert 0.4 < a @ b < 0.95 and 0.4 < a @ c < 0.999 and np.allclose(a, data.hash_words("A red square moves LEFT."))
+    assert (
+        0.4 < a @ b < 0.95
+        and 0.4 < a @ c < 0.999
+        and np.allclose(a, data.hash_words("A red square moves LEFT."))
+    )
 
 
 def test_clips_of_long_video_and_of_test_views():
@@ -100,7 +120,9 @@ def test_clips_of_long_video_and_of_test_views():
     cfg = config("--recipe", "toy_long")
     plan = turbo.clips_of(cfg, None, (cfg.test_clips, cfg.test_crops)).plan
     clips = [plan(video, 0, v, make_key(v))[0] for v in range(10)]
-    assert len({tuple(c) for c in clips}) == 10 and all(c[0] <= 600 and c[-1] >= 2399 and len(c) == 32 for c in clips)
+    assert len({tuple(c) for c in clips}) == 10 and all(
+        c[0] <= 600 and c[-1] >= 2399 and len(c) == 32 for c in clips
+    )
     cfg = config("--test-clips", 5, "--test-crops", 3)
     plan = turbo.clips_of(cfg, None, (cfg.test_clips, cfg.test_crops)).plan
     views = [plan(video, 0, v, make_key(v)) for v in range(15)]
@@ -120,12 +142,23 @@ def test_published_captions_are_read(tmp_path):
             [["vid", "timestamp", "text"], ["abc", "12", 'add "salt", stir'], ["xyz", "1", "go on"]]
         )
     read = turbo.captions_of(cfg, str(tmp_path / "htm_aa_v1.csv"))
-    assert [read.video(i) for i in (0, 1)] == ["htm/abc.mp4", "htm/xyz.mp4"] and read.text(0) == 'add "salt", stir'
-    assert np.allclose([read.start, read.end], [[8.8, 0], [15.2, 4.2]])  # a clip of 3.2 s begins in the 3.2 s before
-    align = {"v1": [[1, 3.5, 8.25, "cut it"], [0, 9, 3, ""], [1, 9, 9, "fry"]], "v2": [[1, 0.0, 2.0, "serve"]]}
+    assert [read.video(i) for i in (0, 1)] == ["htm/abc.mp4", "htm/xyz.mp4"] and read.text(
+        0
+    ) == 'add "salt", stir'
+    assert np.allclose(
+        [read.start, read.end], [[8.8, 0], [15.2, 4.2]]
+    )  # a clip of 3.2 s begins in the 3.2 s before
+    align = {
+        "v1": [[1, 3.5, 8.25, "cut it"], [0, 9, 3, ""], [1, 9, 9, "fry"]],
+        "v2": [[1, 0.0, 2.0, "serve"]],
+    }
     (tmp_path / "htm_align.json").write_text(json.dumps(align))
     read = turbo.captions_of(cfg, str(tmp_path / "htm_align.json"))
-    assert [read.text(i) for i in range(3)] == ["cut it", "fry", "serve"] and read.video_of.tolist() == [0, 0, 1]
+    assert [read.text(i) for i in range(3)] == [
+        "cut it",
+        "fry",
+        "serve",
+    ] and read.video_of.tolist() == [0, 0, 1]
     assert np.array_equal([read.start, read.end], [[3.5, 9, 0], [8.25, 9, 2]])
     rows = [
         {"video": "a", "start": 1, "end": 2, "text": "x"},
@@ -166,9 +199,14 @@ def test_bad_captions_are_named(tmp_path, name, text, words):
 
 def test_a_few_bad_captions_are_left_out(tmp_path):
     """Up to --max-bad of them, by file and row; with a byte-order mark and a blank line, as spreadsheets leave them."""
-    rows = [json.dumps({"video": "v", "start": i, "end": i + 1, "text": f"word {i}"}) for i in range(200)]
+    rows = [
+        json.dumps({"video": "v", "start": i, "end": i + 1, "text": f"word {i}"})
+        for i in range(200)
+    ]
     rows[7] = json.dumps({"video": "v", "start": 1, "end": 2, "text": "[\u266a]"})
-    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join([rows[0], "", *rows[1:]]), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "\ufeff" + "\n".join([rows[0], "", *rows[1:]]), encoding="utf-8"
+    )
     captions = turbo.captions_of(config("--recipe", "toy_vl"), str(tmp_path / "a.jsonl"))
     assert (
         len(captions) == 199
@@ -178,13 +216,18 @@ def test_a_few_bad_captions_are_left_out(tmp_path):
     rows[9] = json.dumps({"video": "v", "start": 2, "end": 1, "text": "late"})
     (tmp_path / "a.jsonl").write_text("\n".join([rows[0], "", *rows[1:]]))
     with pytest.raises(UserError, match="a.jsonl:9.*2 such of 200 rows, --max-bad 0.001"):
-        turbo.captions_of(config("--recipe", "toy_vl", "--max-bad", 0.001), str(tmp_path / "a.jsonl"))
+        turbo.captions_of(
+            config("--recipe", "toy_vl", "--max-bad", 0.001), str(tmp_path / "a.jsonl")
+        )
 
 
 def pairs_of(counts):
     """Pairs of videos v0, v1, ... of as many sentences, whose captions alternate in the file."""
     rows = [
-        (f"v{video}", i, i + 1, f"{video} {i}") for i in range(max(counts)) for video, n in enumerate(counts) if i < n
+        (f"v{video}", i, i + 1, f"{video} {i}")
+        for i in range(max(counts))
+        for video, n in enumerate(counts)
+        if i < n
     ]
     captions = data.Captions(rows)
     captions.path = "list"
@@ -211,7 +254,9 @@ def test_a_videos_clips_show_different_sentences():
     drawn = np.array([pairs.sentences(0, key, 4) for key in keys])  # [samples, V]
     assert all(len(set(row)) == 4 for row in drawn.tolist())
     for view in range(4):
-        counts = np.bincount(drawn[:, view], minlength=len(captions))[captions.video_of == 0]  # 154 each
+        counts = np.bincount(drawn[:, view], minlength=len(captions))[
+            captions.video_of == 0
+        ]  # 154 each
         assert 100 < counts.min() and counts.max() < 210
     assert len({tuple(pairs.sentences(1, key, 4)) for key in keys}) == 24  # all orders of 4
     for key in keys[:20]:
@@ -241,7 +286,9 @@ def test_the_trainer_draws_the_sentences_that_the_loader_drew(vl, narrated):
         patch.setattr(data, "open_video", open_video)
         batch = data.collate([dataset[2, index] for index in (3, 1, 0)])
     drawn = pairs.sentences_of(batch, 4)
-    assert len(batch.failures) == 1 and drawn.tolist() == [loaded[key] for key in batch.keys.tolist()]
+    assert len(batch.failures) == 1 and drawn.tolist() == [
+        loaded[key] for key in batch.keys.tolist()
+    ]
     assert pairs.captions.video_of[drawn].tolist() == batch.index.tolist()
     assert all(len(set(drawn[sample::3])) == 4 for sample in range(3))
 
@@ -252,14 +299,24 @@ def language_model(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("mpnet")
     tokenizers = pytest.importorskip("tokenizers")
-    words = ["<s>", "<pad>", "</s>", "<unk>", *(mark + c for mark in ("", "##") for c in "abcdefghijklmnopqrstuvwxyz")]
+    words = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *(mark + c for mark in ("", "##") for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     ends = [("<s>", 0), ("</s>", 2)]
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     sizes = {
         "vocab_size": len(words) + 4,
@@ -286,26 +343,36 @@ def test_encode_text_then_train(vl, language_model, tmp_path, cli, fails, narrat
     model = transformers.AutoModel.from_pretrained(language_model).eval()
     for i in (0, 7, 31):
         with torch.no_grad():
-            expected = model(**tokenizer(captions.text(i), return_tensors="pt")).last_hidden_state[0, 0].numpy()
+            expected = (
+                model(**tokenizer(captions.text(i), return_tensors="pt"))
+                .last_hidden_state[0, 0]
+                .numpy()
+            )
         assert np.abs(rows[i] - expected).max() < 2e-3  # float16
     code, out, err = cli(*flags, "--max-steps", 1)
     assert code == 0 and "complete: R@1" in out, out + err
     # of another model, another sentence set
     other = config(*flags[1:], "--text-model", "other/model")
-    with pytest.raises(UserError, match="no features of the sentences.* by other/model.*encode_text"):
+    with pytest.raises(
+        UserError, match="no features of the sentences.* by other/model.*encode_text"
+    ):
         turbo.open_text(other, captions)
     lines = (narrated / "train.jsonl").read_text().splitlines()
     seen = [line for line in lines if '"visible": true' in line]
     (tmp_path / "train.jsonl").write_text("\n".join(seen[:-1]))
     fails(
-        [*flags, "--train-list", tmp_path / "train.jsonl", "--overwrite"], "no features of the sentences", "encode_text"
+        [*flags, "--train-list", tmp_path / "train.jsonl", "--overwrite"],
+        "no features of the sentences",
+        "encode_text",
     )
     fails([*flags, "--text-model", tmp_path / "nowhere", "--task", "encode_text"], "--text-model")
 
 
 def test_encode_text_says_first_what_is_wrong(vl, tmp_path, monkeypatch):
     """Folders and files that can't be written, and a second list that can't be read, before the first is encoded."""
-    monkeypatch.setattr(data, "encode_sentences", lambda *_: (pytest.fail("it began to encode") for _ in "x"))
+    monkeypatch.setattr(
+        data, "encode_sentences", lambda *_: (pytest.fail("it began to encode") for _ in "x")
+    )
     flags = [*vl, "--task", "encode_text", "--text-model", "hashing", "--text-features"]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file.*can't write"):
@@ -348,7 +415,9 @@ def test_hashing_is_a_text_model_too(vl, tmp_path):
     rows = np.load(text_file(cfg, captions))
     assert np.array_equal(rows, turbo.open_text(cfg, captions)) and rows.shape == (16, 256)
     assert np.abs(rows[3] - data.hash_words(captions.text(3))).max() < 1e-3
-    assert isinstance(turbo.open_text(cfg, captions), np.memmap)  # the file, once there is one; before, the same rows
+    assert isinstance(
+        turbo.open_text(cfg, captions), np.memmap
+    )  # the file, once there is one; before, the same rows
     elsewhere = config(*vl, "--text-features", tmp_path / "empty")
     assert np.array_equal(rows, turbo.open_text(elsewhere, captions))
     with pytest.raises(UserError, match="encode_text needs --train-list"):
@@ -359,17 +428,30 @@ def test_language_models_of_other_kinds(language_model, tmp_path):
     """An encoder-decoder gives its encoder's first token; a causal model's first token says nothing, and is refused."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
-    sizes = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    sizes = {
+        "vocab_size": 60,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     t5 = transformers.T5Model(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
-    gpt = transformers.GPT2Model(transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    gpt = transformers.GPT2Model(
+        transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    )
     sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    short = transformers.RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=12, pad_token_id=1)
+    short = transformers.RobertaConfig(
+        **sizes, intermediate_size=32, max_position_embeddings=12, pad_token_id=1
+    )
     for name, model in (("t5", t5), ("gpt", gpt), ("short", transformers.RobertaModel(short))):
         model.save_pretrained(tmp_path / name), tokenizer.save_pretrained(tmp_path / name)
     texts = ["cut the onion", "fry"]
     (rows,) = data.encode_sentences(texts, str(tmp_path / "t5"), "cpu")
     with torch.no_grad():
-        expected = t5.encoder(**tokenizer(texts[1], return_tensors="pt")).last_hidden_state[0, 0].numpy()
+        expected = (
+            t5.encoder(**tokenizer(texts[1], return_tensors="pt")).last_hidden_state[0, 0].numpy()
+        )
     assert rows.shape == (2, 16) and np.abs(rows[1] - expected).max() < 2e-3
     with pytest.raises(UserError, match="gpt: its first output token"):
         next(data.encode_sentences(texts, str(tmp_path / "gpt"), "cpu"))
@@ -385,9 +467,14 @@ def test_video_language_run_is_used(vl, tmp_path, capsys, narrated):
     """Its log, --task eval and features; what it can't do is said."""
     turbo.main(config(*vl, "--max-steps", 6))
     whole = records(tmp_path / "vl")
-    assert [r["step"] for r in whole if "loss" in r] == [1, 2, 3, 4, 5, 6] and {"nce", "mae"} <= whole[0].keys()
+    assert [r["step"] for r in whole if "loss" in r] == [1, 2, 3, 4, 5, 6] and {
+        "nce",
+        "mae",
+    } <= whole[0].keys()
     last = max((r for r in whole if "val_recall1" in r), key=lambda r: r["val_recall1"])  # best.pt
-    assert last["val_clips"] == 16 and 5 < last["val_chance"] < 30 and 0 <= last["val_recall1"] <= 100
+    assert (
+        last["val_clips"] == 16 and 5 < last["val_chance"] < 30 and 0 <= last["val_recall1"] <= 100
+    )
     assert whole[0]["nce"] == pytest.approx(1, abs=0.5) and last["seconds"] > 0
     turbo.main(config(*vl, "--task", "eval", "--eval-mask-ratios", 0.0))
     assert f"val_recall1 {last['val_recall1']:.4g}" in capsys.readouterr().out
@@ -405,9 +492,18 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
     alignable sentences of all videos; those after a video's end are misses, those that aren't alignable don't count."""
     cfg = config(*vl, "--val-list", tmp_path / "val.json", "--eval-fps", 8, "--batch-size", 20)
     torch.manual_seed(0)
-    model, rng, align, rows, text = turbo.build(cfg, 0, 256).eval(), np.random.default_rng(0), {}, [], []
+    model, rng, align, rows, text = (
+        turbo.build(cfg, 0, 256).eval(),
+        np.random.default_rng(0),
+        {},
+        [],
+        [],
+    )
     hits, chances, found, outside = [], [], set(), 0
-    for name, count in (("val_00000", 60), ("val_00001", 25)):  # the mean over videos would be another number
+    for name, count in (
+        ("val_00000", 60),
+        ("val_00001", 25),
+    ):  # the mean over videos would be another number
         with data.Video(narrated / f"videos/{name}.mp4") as video:
             seconds, vectors = int(video.info.duration), []
             for second in range(seconds):
@@ -419,7 +515,9 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
         for i in range(count):
             text.append(rng.normal(0, 3, 256).astype(np.float16))
             fit = rows[-1] @ model.embed_text(torch.from_numpy(text[-1]).float()[None])[0]
-            best = (fit > fit.max() - 1e-5).nonzero()[:, 0].tolist()  # seconds in which nothing happens are alike
+            best = (
+                (fit > fit.max() - 1e-5).nonzero()[:, 0].tolist()
+            )  # seconds in which nothing happens are alike
             hit = [True, False]
             while len(set(hit)) > 1:
                 start = rng.uniform(0, seconds + 2) if i else 900.0
@@ -427,7 +525,9 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
                 hit = [math.floor(start) <= second <= math.ceil(end) for second in best]
             align[name].append([1, start, end, f"word {i}"])
             found.add(best[0]), hits.append(hit[0])
-            chances.append(sum(math.floor(start) <= s <= math.ceil(end) for s in range(seconds)) / seconds)
+            chances.append(
+                sum(math.floor(start) <= s <= math.ceil(end) for s in range(seconds)) / seconds
+            )
             outside += start >= seconds
     assert len(found) > 5 and 5 < sum(hits) < len(hits) and outside > 2
     (tmp_path / "val.json").write_text(json.dumps(align))
@@ -470,7 +570,9 @@ def test_killed_video_language_run_resumes_exactly(vl, tmp_path):
     turbo.main(config(*flags, "--out", tmp_path / "cut"))
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
-    numbers = lambda folder: [[r.get(k) for k in ("step", "nce", "mae", "val_recall1")] for r in records(folder)]
+    numbers = lambda folder: [
+        [r.get(k) for k in ("step", "nce", "mae", "val_recall1")] for r in records(folder)
+    ]
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "cut")
 
 
@@ -486,7 +588,10 @@ def test_two_ranks_train_and_evaluate_pairs_as_one(vl, tmp_path, recon):
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=2e-6) for k in one)
     last = [records(tmp_path / name)[-1] for name in ("one", "two")]
-    assert last[0]["val_recall1"] == pytest.approx(last[1]["val_recall1"]) and last[1]["val_clips"] == 16
+    assert (
+        last[0]["val_recall1"] == pytest.approx(last[1]["val_recall1"])
+        and last[1]["val_clips"] == 16
+    )
     assert (tmp_path / "one/recon.png").exists() == (recon > 0)
 
 
@@ -494,11 +599,15 @@ def test_published_formats_train(vl, narrated, tmp_path):
     """HTM-AA's csv to train on, HTM-Align's json to validate; a sentence after its video's end is counted."""
     rows = [json.loads(line) for line in (narrated / "train.jsonl").read_text().splitlines()]
     with open(tmp_path / "train.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["vid", "timestamp", "text"], *([r["video"], r["start"], r["text"]] for r in rows)])
+        csv.writer(file).writerows(
+            [["vid", "timestamp", "text"], *([r["video"], r["start"], r["text"]] for r in rows)]
+        )
     align = {}
     for line in (narrated / "val.jsonl").read_text().splitlines():
         row = json.loads(line)
-        align.setdefault(row["video"], []).append([int(row["visible"]), row["start"], row["end"], row["text"]])
+        align.setdefault(row["video"], []).append(
+            [int(row["visible"]), row["start"], row["end"], row["text"]]
+        )
     align["val_00000"].append([1, 900.0, 905.0, "far behind"])
     (tmp_path / "val.json").write_text(json.dumps(align))
     lists = ["--train-list", tmp_path / "train.csv", "--val-list", tmp_path / "val.json"]
@@ -518,7 +627,9 @@ def test_broken_weights_are_said_at_evaluation(vl, tmp_path):
     other = state["config"] | {"frames": 16, "model": "vit_s"}
     for broken in ({"model": half}, {"config": other}, {"config": {}}, {"model": 3}):
         torch.save(state | broken, tmp_path / "half.pt")
-        with pytest.raises(UserError, match="half.pt: not a checkpoint of this version of turbo.py") as error:
+        with pytest.raises(
+            UserError, match="half.pt: not a checkpoint of this version of turbo.py"
+        ) as error:
             turbo.main(config(*vl, "--task", "eval", "--init", tmp_path / "half.pt"))
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
@@ -540,10 +651,14 @@ def test_another_tasks_checkpoint_starts_a_run(vl, toy_args, tmp_path, capsys):
     init = ["--init", tmp_path / "vl/last.pt"]
     turbo.main(config(*toy_args, "--max-steps", 1, *init, "--out", tmp_path / "b"))
     out = capsys.readouterr().out
-    assert re.search(r"loaded \d+ .*left at init 2 \(head.weight.*not used 8 \(video_head", out), out
+    assert re.search(r"loaded \d+ .*left at init 2 \(head.weight.*not used 8 \(video_head", out), (
+        out
+    )
     before = torch.load(tmp_path / "vl/last.pt", weights_only=True)["model"]
     after = torch.load(tmp_path / "b/last.pt", weights_only=True)["model"]
-    assert (before["blocks.0.attn.qkv.weight"] - after["blocks.0.attn.qkv.weight"]).abs().max() < 2e-3  # one step away
+    assert (
+        before["blocks.0.attn.qkv.weight"] - after["blocks.0.attn.qkv.weight"]
+    ).abs().max() < 2e-3  # one step away
     long = ["--recipe", "toy_long", *toy_args, *init, "--out", tmp_path / "long"]
     turbo.main(config(*long, "--max-steps", 2))  # Table 5: 32 frames from a model of 16
     assert [r["step"] for r in records(tmp_path / "long") if "loss" in r] == [1, 2]
@@ -552,10 +667,24 @@ def test_another_tasks_checkpoint_starts_a_run(vl, toy_args, tmp_path, capsys):
 def test_repeated_long_clips_and_test_views(toy_args, tmp_path):
     """Repeated sampling with mixup over different videos; the mean probability over re-samplings and crops."""
     flags = [*toy_args, "--sampling", "span", "--batch-size", 8, "--repeated", 2, "--mixup", 0.8]
-    flags += ["--cutmix", 1.0, "--test-clips", 2, "--test-crops", 3, "--eval-mask-ratios", "0,0.5", "--out", tmp_path]
+    flags += [
+        "--cutmix",
+        1.0,
+        "--test-clips",
+        2,
+        "--test-crops",
+        3,
+        "--eval-mask-ratios",
+        "0,0.5",
+        "--out",
+        tmp_path,
+    ]
     turbo.main(config(*flags, "--max-steps", 2))
     last = records(tmp_path)[-1]
-    assert last["val_clips"] == 8 and {"val_top1", "val_top5", "val_top1@0.5", "val_top5@0.5"} <= last.keys()
+    assert (
+        last["val_clips"] == 8
+        and {"val_top1", "val_top5", "val_top1@0.5", "val_top5@0.5"} <= last.keys()
+    )
 
 
 @pytest.mark.parametrize("flag", ["--mixup", "--cutmix"])
@@ -578,12 +707,18 @@ def test_the_mixed_clip_is_reconstructed(flag, toy_args, tmp_path, monkeypatch):
             assert clips is seen["mixed"] and not torch.equal(clips, seen["plain"])
         return forward(self, clips, keys, m, r)
 
-    for owner, name, function in ((data, "mix", mixing), (turbo, "turbo_loss", loss), (turbo.Turbo, "forward", model)):
+    for owner, name, function in (
+        (data, "mix", mixing),
+        (turbo, "turbo_loss", loss),
+        (turbo.Turbo, "forward", model),
+    ):
         monkeypatch.setattr(owner, name, function)
     turbo.main(config(*toy_args, "--max-steps", 1, "--out", tmp_path, flag, 1.0))
     patches = turbo.patchify(seen["mixed"], turbo.Turbo.patch)
     _, recon = turbo.token_dropout(seen["keys"], patches.shape[1], 0.5, 0.25)
-    assert torch.equal(seen["target"], turbo.pixel_target(common.gather_tokens(patches, recon), "pixels"))
+    assert torch.equal(
+        seen["target"], turbo.pixel_target(common.gather_tokens(patches, recon), "pixels")
+    )
 
 
 @torch.no_grad()
@@ -623,7 +758,9 @@ def test_missing_videos_of_captions_are_counted(vl, narrated, tmp_path):
     last = records(tmp_path / "vl")[-1]
     assert last["val_unread"] == 1 and last["val_clips"] == 16
     (tmp_path / "val.jsonl").write_text("\n".join([*lines, *gone]))
-    with pytest.raises(UserError, match="val.jsonl: 3 of its 5 videos are missing .*gone0.mp4 .*--max-bad"):
+    with pytest.raises(
+        UserError, match="val.jsonl: 3 of its 5 videos are missing .*gone0.mp4 .*--max-bad"
+    ):
         turbo.main(config(*args, "--overwrite"))
 
 
@@ -634,7 +771,9 @@ def test_a_training_segment_after_its_videos_end_is_replaced(vl, narrated, tmp_p
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     turbo.main(config(*vl, "--max-steps", 2, "--train-list", tmp_path / "train.jsonl"))
     out = capsys.readouterr().out
-    assert re.search(r"replaced by another: .*train_00001.mp4: has nothing from second 900 to 905", out)
+    assert re.search(
+        r"replaced by another: .*train_00001.mp4: has nothing from second 900 to 905", out
+    )
 
 
 @pytest.mark.parametrize(
@@ -665,19 +804,35 @@ def test_impossible_flags(vl, flags, words):
 # ---- recipes.md P1: every row of the paper's tables ------------------------------------------------------------------
 
 ROWS = {
-    "Table 1": [["--recipe", "ucf101", "--mask-ratio", m, "--recon-ratio", r] for m, r in turbo.TABLE_1],
+    "Table 1": [
+        ["--recipe", "ucf101", "--mask-ratio", m, "--recon-ratio", r] for m, r in turbo.TABLE_1
+    ],
     "Table 1 right": [
         ["--recipe", "ucf101", "--mask-ratio", m, "--recon-ratio", r, "--eval-mask-ratios", at]
         for m, r, at in ((0.9, 0.1, "0.9,0.5,0"), (0.75, 0.25, "0.75,0.5,0"))
     ],
     "Table 2": [
-        ["--recipe", recipe, "--init", init] for recipe in ("ucf101", "hmdb51") for init in ("a.pth", "vl/last.pt")
+        ["--recipe", recipe, "--init", init]
+        for recipe in ("ucf101", "hmdb51")
+        for init in ("a.pth", "vl/last.pt")
     ],
     "Table 4 and progress": [
-        ["--recipe", "htm_aa", "--mask-ratio", m, "--recon-ratio", r] for m, r in ((0, 0), (0.5, 0.5), (0.75, 0.25))
+        ["--recipe", "htm_aa", "--mask-ratio", m, "--recon-ratio", r]
+        for m, r in ((0, 0), (0.5, 0.5), (0.75, 0.25))
     ],
     "Table 5": [
-        ["--recipe", recipe, "--frames", frames, "--mask-ratio", m, "--recon-ratio", 1 - m, "--init", init]
+        [
+            "--recipe",
+            recipe,
+            "--frames",
+            frames,
+            "--mask-ratio",
+            m,
+            "--recon-ratio",
+            1 - m,
+            "--init",
+            init,
+        ]
         for recipe in ("breakfast", "coin")
         for frames, m, init in (
             (32, 0.75, "a.pth"),
@@ -695,7 +850,10 @@ def test_every_row_of_the_paper_has_a_plan(name, capsys, monkeypatch):
     """The memory is measured by the plan in test_turbo.py, and below; here, for its time, it is not."""
     monkeypatch.setattr(common, "saved_bytes", lambda *args: 1e6)
     for n, flags in enumerate(ROWS[name]):
-        if n or name not in ("Table 4 and progress", "Table 5"):  # nor, for most rows, are the GMACs counted
+        if n or name not in (
+            "Table 4 and progress",
+            "Table 5",
+        ):  # nor, for most rows, are the GMACs counted
             monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
         turbo.main(config("--plan", *flags))
         out = capsys.readouterr().out

@@ -26,7 +26,9 @@ def one_thread():
 
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a
+    )
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
@@ -44,13 +46,28 @@ def entry(dtype, shape, begin, end):
 
 def test_safetensors_by_hand(tmp_path):
     """Values packed by Python, in another order than the header's, at odd addresses, a scalar and an empty one too."""
-    header = {"f": entry("F32", [2], 3, 11), "__metadata__": {"format": "pt"}, "b": entry("U8", [3], 0, 3)}
+    header = {
+        "f": entry("F32", [2], 3, 11),
+        "__metadata__": {"format": "pt"},
+        "b": entry("U8", [3], 0, 3),
+    }
     header |= {"i": entry("I64", [], 11, 19), "none": entry("F16", [0, 4], 19, 19)}
     path = tmp_path / "a"
-    path.write_bytes(safetensors(header, bytes([1, 2, 255]) + struct.pack("<ff", 1.5, -2.0) + struct.pack("<q", -7)))
+    path.write_bytes(
+        safetensors(
+            header, bytes([1, 2, 255]) + struct.pack("<ff", 1.5, -2.0) + struct.pack("<q", -7)
+        )
+    )
     read = common.read_weights(path)  # the name says nothing, the content does
-    assert {k: v.tolist() for k, v in read.items()} == {"f": [1.5, -2.0], "b": [1, 2, 255], "i": -7, "none": []}
-    assert read["f"].dtype == torch.float32 and read["none"].shape == (0, 4) and read["i"].shape == ()
+    assert {k: v.tolist() for k, v in read.items()} == {
+        "f": [1.5, -2.0],
+        "b": [1, 2, 255],
+        "i": -7,
+        "none": [],
+    }
+    assert (
+        read["f"].dtype == torch.float32 and read["none"].shape == (0, 4) and read["i"].shape == ()
+    )
     path.unlink()
     assert read["f"].add_(1).tolist() == [2.5, -1.0]  # a copy: the file can go
 
@@ -58,8 +75,13 @@ def test_safetensors_by_hand(tmp_path):
 def test_safetensors_against_its_library(tmp_path):
     """Every dtype that is read, written by the safetensors package; a folder that holds model.safetensors."""
     library = pytest.importorskip("safetensors.torch")
-    weights = {name: torch.arange(24).reshape(2, 3, 4).to(dtype) for name, dtype in common._SAFETENSORS.items()}
-    library.save_file(weights | {"x": torch.randn(7)}, tmp_path / "model.safetensors", metadata={"a": "b"})
+    weights = {
+        name: torch.arange(24).reshape(2, 3, 4).to(dtype)
+        for name, dtype in common._SAFETENSORS.items()
+    }
+    library.save_file(
+        weights | {"x": torch.randn(7)}, tmp_path / "model.safetensors", metadata={"a": "b"}
+    )
     expected = library.load_file(tmp_path / "model.safetensors")
     assert len(expected) == 11 and equal(common.read_weights(tmp_path), expected)
 
@@ -102,7 +124,12 @@ def test_cut_or_missing_files(tmp_path):
     """A file cut anywhere, or with a length that can't be, is refused in one line that names it."""
     whole, path = safetensors({"w": entry("F32", [2], 0, 8)}, bytes(8)), tmp_path / "w"
     cuts = [whole[:n] for n in range(len(whole))]
-    for content in [*cuts, whole + b"x", safetensors(b"{}", length=2**63), safetensors(b"{}", length=2**64 - 1)]:
+    for content in [
+        *cuts,
+        whole + b"x",
+        safetensors(b"{}", length=2**63),
+        safetensors(b"{}", length=2**64 - 1),
+    ]:
         path.write_bytes(content)
         with pytest.raises(UserError, match=str(path)) as error:
             common.read_weights(path)
@@ -122,7 +149,10 @@ def test_cut_or_missing_files(tmp_path):
 
 def test_read_weights_of_pth(tmp_path):
     """Under model, under module, or at the top; what is no tensor, and the rest of a training file, is left out."""
-    weights, args = {"a.weight": torch.randn(2, 3), "n": torch.tensor(3)}, argparse.Namespace(lr=0.1)
+    weights, args = (
+        {"a.weight": torch.randn(2, 3), "n": torch.tensor(3)},
+        argparse.Namespace(lr=0.1),
+    )
     moments = {"state": {0: torch.zeros(2)}}
     for i, state in enumerate([weights, {"model": weights, "args": args, "optimizer": moments}, {"module": weights},
                                weights | {"epoch": 3}]):  # fmt: skip
@@ -150,7 +180,10 @@ def hub_model(folder, kind="VideoMAEForPreTraining", eps=1e-6, **options):
         decoder_intermediate_size=256, **options)  # fmt: skip
     model = getattr(transformers, kind)(config).eval()
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():  # the model's init has zeros and ones that would hide a mistake
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # the model's init has zeros and ones that would hide a mistake
         nn.init.normal_(parameter, float("norm" in name and "weight" in name), 0.05, generator)
     for module in model.modules():
         if isinstance(module, nn.LayerNorm) and eps:
@@ -206,7 +239,9 @@ def test_every_form_gives_the_same_weights(tmp_path):
     assert equal(common.videomae_weights(ours), ours)
     net = turbo.Turbo(8, "vit_toy", frames=FRAMES, size=SIZE)
     assert net.state_dict().keys() - ours.keys() == {"cls_token", "head.weight", "head.bias"}
-    assert ours.keys() <= net.state_dict().keys() and equal(common.videomae_weights(net.state_dict()), net.state_dict())
+    assert ours.keys() <= net.state_dict().keys() and equal(
+        common.videomae_weights(net.state_dict()), net.state_dict()
+    )
 
 
 def test_fine_tuned_forms(tmp_path):
@@ -215,12 +250,20 @@ def test_fine_tuned_forms(tmp_path):
     hub = common.read_weights(tmp_path)
     ours = common.videomae_weights(hub)
     upstream = {k.removeprefix("encoder."): v for k, v in upstream_names(hub).items()}
-    assert {"fc_norm.weight", "head.weight", "patch_embed.proj.weight", "blocks.0.attn.q_bias"} <= upstream.keys()
+    assert {
+        "fc_norm.weight",
+        "head.weight",
+        "patch_embed.proj.weight",
+        "blocks.0.attn.q_bias",
+    } <= upstream.keys()
     for prefix in ("", "backbone."):
         assert equal(common.videomae_weights({prefix + k: v for k, v in upstream.items()}), ours)
     assert ours["head.weight"].shape == (5, WIDTH) and len(ours) == 2 + 13 * DEPTH + 4
     torch.save({"module": upstream}, tmp_path / "ft.pth")  # as DeepSpeed names it
-    for path in (tmp_path, tmp_path / "ft.pth"):  # its classifier reads the tokens' mean, so Turbo doesn't take it
+    for path in (
+        tmp_path,
+        tmp_path / "ft.pth",
+    ):  # its classifier reads the tokens' mean, so Turbo doesn't take it
         message = turbo.init_weights(path, turbo.Turbo(5, "vit_toy", frames=FRAMES, size=SIZE))
         assert f"loaded {2 + 13 * DEPTH} (" in message and "not used 2 (fc_norm." in message
         assert "its classifier is not used: reads the tokens' mean" in message
@@ -235,13 +278,24 @@ def test_parts_of_a_checkpoint(tmp_path):
              "encoder.patch_embed": "2 weights of the encoder", "encoder.": "54 weights of the encoder",
              "decoder.blocks.1.mlp": "4 weights of the decoder", "mask_token": "1 weights of the decoder"}  # fmt: skip
     for lost, words in cases.items():
-        torch.save({"model": {k: v for k, v in whole.items() if not k.startswith(lost)}}, tmp_path / "part.pth")
+        torch.save(
+            {"model": {k: v for k, v in whole.items() if not k.startswith(lost)}},
+            tmp_path / "part.pth",
+        )
         with pytest.raises(UserError, match=f"part.pth: {words}"):
             turbo.init_weights(tmp_path / "part.pth", net)
-    torch.save({"model": {k: v for k, v in whole.items() if k.startswith("encoder.")}}, tmp_path / "encoder.pth")
+    torch.save(
+        {"model": {k: v for k, v in whole.items() if k.startswith("encoder.")}},
+        tmp_path / "encoder.pth",
+    )
     assert f"loaded {13 * DEPTH + 4} " in turbo.init_weights(tmp_path / "encoder.pth", net)
-    torch.save({"model": whole | {f"encoder.blocks.{DEPTH}.norm1.bias": torch.zeros(WIDTH)}}, tmp_path / "deep.pth")
-    with pytest.raises(UserError, match=f"deep.pth: its encoder has {DEPTH + 1} blocks, the model's {DEPTH}"):
+    torch.save(
+        {"model": whole | {f"encoder.blocks.{DEPTH}.norm1.bias": torch.zeros(WIDTH)}},
+        tmp_path / "deep.pth",
+    )
+    with pytest.raises(
+        UserError, match=f"deep.pth: its encoder has {DEPTH + 1} blocks, the model's {DEPTH}"
+    ):
         turbo.init_weights(tmp_path / "deep.pth", net)
 
 
@@ -252,9 +306,14 @@ def test_a_decoder_of_another_size_is_not_used(decoder, tmp_path):
     hub_model(tmp_path, use_mean_pooling=False)  # its decoder is 2 x 64
     torch.manual_seed(0)
     net = turbo.Turbo(8, "vit_toy", decoder, FRAMES, SIZE)
-    before = {k: v.clone() for k, v in net.state_dict().items() if "decoder" in k or k == "mask_token"}
+    before = {
+        k: v.clone() for k, v in net.state_dict().items() if "decoder" in k or k == "mask_token"
+    }
     message = turbo.init_weights(tmp_path, net)
-    assert f"loaded {13 * DEPTH + 4} " in message and "its decoder is not used: --decoder 2x64 would fit it" in message
+    assert (
+        f"loaded {13 * DEPTH + 4} " in message
+        and "its decoder is not used: --decoder 2x64 would fit it" in message
+    )
     assert all(torch.equal(net.state_dict()[k], before[k]) for k in before)
     fitting = turbo.Turbo(8, "vit_toy", "2x64", FRAMES, SIZE)
     assert "loaded 88 " in turbo.init_weights(tmp_path, fitting)
@@ -266,23 +325,32 @@ def test_incomplete_attention_is_not_used():
     """A lost key matrix: nothing is merged from the rest, and load_weights says so."""
     block = "videomae.encoder.layer.0.attention.attention"
     state = {f"{block}.query.weight": torch.ones(2, 2), f"{block}.value.weight": torch.ones(2, 2)}
-    assert common.videomae_weights(state).keys() == {"blocks.0.attn.query.weight", "blocks.0.attn.value.weight"}
+    assert common.videomae_weights(state).keys() == {
+        "blocks.0.attn.query.weight",
+        "blocks.0.attn.value.weight",
+    }
 
 
 def load(folder, target="normalized"):
     """A Turbo without CLS, from init_weights: VideoMAE has none, and one more token would take part in attention."""
     net = turbo.Turbo(8, "vit_toy", frames=FRAMES, size=SIZE, target=target, drop_path=0.0).eval()
     message = turbo.init_weights(folder, net)
-    net.cls_token = nn.Parameter(torch.zeros(1, 0, WIDTH))  # encode() is the same code, with none of these tokens
+    net.cls_token = nn.Parameter(
+        torch.zeros(1, 0, WIDTH)
+    )  # encode() is the same code, with none of these tokens
     return net, message
 
 
 def clips_and_split(ratio=0.75):
     """Random clips uint8 [2, T, 3, H, W], transformers' input of them, and a tube mask as indices and as bools."""
-    clips = torch.randint(256, (2, FRAMES, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)).byte()
+    clips = torch.randint(
+        256, (2, FRAMES, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(1)
+    ).byte()
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     visible, masked = common.tube_split(torch.tensor([3, 4]), FRAMES // 2, (SIZE // 16) ** 2, ratio)
-    bools = torch.ones(2, visible.shape[1] + masked.shape[1], dtype=torch.bool).scatter(1, visible, False)
+    bools = torch.ones(2, visible.shape[1] + masked.shape[1], dtype=torch.bool).scatter(
+        1, visible, False
+    )
     return clips, (clips / 255 - mean) / std, visible, masked, bools
 
 
@@ -305,7 +373,11 @@ def test_outputs_are_videomaes(form, tmp_path):
     path = tmp_path
     if form == "upstream":
         path = tmp_path / "videomae.pth"
-        state = {"model": upstream_names(common.read_weights(tmp_path)), "args": argparse.Namespace(), "epoch": 799}
+        state = {
+            "model": upstream_names(common.read_weights(tmp_path)),
+            "args": argparse.Namespace(),
+            "epoch": 799,
+        }
         torch.save(state, path)
     net, message = load(path)
     assert "loaded 88 " in message and "left at init 3 (cls_token ...), not used 0" in message
@@ -331,7 +403,9 @@ def test_features_of_fine_tuned_weights(tmp_path):
     assert f"loaded {2 + 13 * DEPTH} " in message and "not used 2 (fc_norm." in message
     net.norm = nn.Identity()
     clips, pixels, *_, bools = clips_and_split()
-    features = net.encode(common.patchify(clips, net.patch), torch.arange(bools.shape[1]).expand(2, -1))
+    features = net.encode(
+        common.patchify(clips, net.patch), torch.arange(bools.shape[1]).expand(2, -1)
+    )
     assert relative(features, model.videomae(pixels).last_hidden_state) < 1e-5
 
 
@@ -341,7 +415,9 @@ def test_raw_pixel_target(tmp_path):
     model = hub_model(tmp_path, use_mean_pooling=False, norm_pix_loss=False)
     net, _ = load(tmp_path, "pixels")
     clips, pixels, visible, masked, bools = clips_and_split()
-    target = turbo.pixel_target(common.gather_tokens(common.patchify(clips, net.patch), masked), "pixels")
+    target = turbo.pixel_target(
+        common.gather_tokens(common.patchify(clips, net.patch), masked), "pixels"
+    )
     mean, std = (torch.tensor(v).repeat(512) for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     _, prediction = mae_loss(net, clips, visible, masked)
     loss = (prediction - (target * std + mean)).square().mean()
@@ -355,10 +431,15 @@ def test_what_eps_and_cls_change(tmp_path):
     hub = hub_model(tmp_path, eps=None, use_mean_pooling=False).videomae
     net, _ = load(tmp_path)
     clips, pixels, *_, bools = clips_and_split()
-    patches, everything = common.patchify(clips, net.patch), torch.arange(bools.shape[1]).expand(2, -1)
+    patches, everything = (
+        common.patchify(clips, net.patch),
+        torch.arange(bools.shape[1]).expand(2, -1),
+    )
     without = net.encode(patches, everything)
     eps = relative(without, hub(pixels).last_hidden_state)
-    net.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(2)))
+    net.cls_token = nn.Parameter(
+        0.02 * torch.randn(1, 1, WIDTH, generator=torch.Generator().manual_seed(2))
+    )
     cls = relative(net.encode(patches, everything)[:, 1:], without)
     print("eps", eps, "cls", cls)
     assert eps < 1e-5 < cls < 0.1
@@ -373,7 +454,10 @@ def test_training_starts_from_it(tmp_path, toy_args, capsys):
     """turbo.py --init on the hub's folder: encoder and decoder loaded, CLS and classifier left, then a step."""
     hub_model(tmp_path / "hub", use_mean_pooling=False)  # of 4 frames; there are no positions in it
     train(toy_args, tmp_path / "hub", tmp_path / "run")
-    assert "hub: loaded 88 (mask_token ...), left at init 3 (cls_token ...), not used 0" in capsys.readouterr().out
+    assert (
+        "hub: loaded 88 (mask_token ...), left at init 3 (cls_token ...), not used 0"
+        in capsys.readouterr().out
+    )
     assert (tmp_path / "run/last.pt").exists()
 
 
@@ -381,7 +465,10 @@ def test_other_models_are_refused(tmp_path, toy_args):
     """Another width, or another model's file: one line, with the file's name and the reason."""
     safe = {"text_model.final_layer_norm.weight": entry("F32", [2], 0, 8)}
     (tmp_path / "clip.safetensors").write_bytes(safetensors(safe, bytes(8)))
-    torch.save({"model": {"encoder.patch_embed.proj.weight": torch.zeros(384, 3, 2, 16, 16)}}, tmp_path / "s.pth")
+    torch.save(
+        {"model": {"encoder.patch_embed.proj.weight": torch.zeros(384, 3, 2, 16, 16)}},
+        tmp_path / "s.pth",
+    )
     with pytest.raises(UserError, match="clip.safetensors: no weight of this model.*text_model"):
         train(toy_args, tmp_path / "clip.safetensors", tmp_path / "a")
     with pytest.raises(UserError, match=r"s.pth: patch_embed.weight is \(384, 1536\).*--model"):

@@ -1,76 +1,88 @@
-"""Training a Large Video Model on a Single Machine in a Day (Zhao, Krähenbühl, 2023): a video CLIP, in one file.
+"""Training a Large Video Model on a Single Machine in a Day (Zhao, Krähenbühl, 2023): a video CLIP,
+in one file.
 
-A plain ViT over all space-time patches beats factorised ones once its three bottlenecks are gone. GPU: attention that
-never stores its N x N weights, and recomputed blocks, make room for the large batches that InfoNCE thrives on. IO:
-long videos are cut into chunks of 15 s, so that a clip reads little. CPU: the random crop moves into the decoder.
+A plain ViT over all space-time patches beats factorised ones once its three bottlenecks are gone.
+GPU: attention that never stores its N x N weights, and recomputed blocks, make room for the large
+batches that InfoNCE thrives on. IO: long videos are cut into chunks of 15 s, so that a clip reads
+little. CPU: the random crop moves into the decoder.
 
-    paper                                       here
-    Sec. 4.1, Figs. 3-4: memory of attention    common.attention (--attention plain), common.run_blocks
-    Sec. 4.2, Eqs. 1-2, Fig. 8b: DecodeCrop     sample_clip, data.random_resized_box, data.Video
-    Fig. 8a: decode, then crop                  data.WholeFrames (--loader)
-    Sec. 4.3: chunks; Eq. 3                     data.Chunks, data.largest_chunk
-    Sec. 5.2: joint space-time ViT, PE_t        VideoEncoder, stretch_time
-    Sec. 5.2: GPT-like text encoder, BPE        TextEncoder, BPETokenizer
-    Sec. 5.2: total batch of 2,048              global_backward, common.cached_step
-    Sec. 5.3: InfoNCE; max-margin [71]          common.contrastive_loss, max_margin_loss
-    Sec. 5.1: mAP, nDCG of retrieval            mean_average_precision, ndcg, relevancy
-    App. B.3: verbs and nouns from actions      marginalise, VideoClassifier
-    App. B                                      Config (defaults: B.1), RECIPES
-    Tables 1-3, Fig. 6                          RECIPES (--model, --init, --batch-size, --eval-frames)
-    Table 4, Figs. 2-5, 7                       tests/bench_avion.py
-    Sec. 5.5, Table 5: VideoMAE, fast loader    tpt_mae.py with one stage of 16 frames (--recipe videomae_k400)
+    paper                                   here
+    Sec. 4.1, Figs. 3-4: memory             common.attention (--attention plain), common.run_blocks
+    Sec. 4.2, Eqs. 1-2, Fig. 8b: the crop   sample_clip, data.random_resized_box, data.Video
+    Fig. 8a: decode, then crop              data.WholeFrames (--loader)
+    Sec. 4.3: chunks; Eq. 3                 data.Chunks, data.largest_chunk
+    Sec. 5.2: joint space-time ViT, PE_t    VideoEncoder, stretch_time
+    Sec. 5.2: GPT-like text encoder, BPE    TextEncoder, BPETokenizer
+    Sec. 5.2: total batch of 2,048          global_backward, common.cached_step
+    Sec. 5.3: InfoNCE; max-margin [71]      common.contrastive_loss, max_margin_loss
+    Sec. 5.1: mAP, nDCG of retrieval        mean_average_precision, ndcg, relevancy
+    App. B.3: verbs, nouns from actions     marginalise, VideoClassifier
+    App. B                                  Config (defaults: B.1), RECIPES
+    Tables 1-3, Fig. 6                      RECIPES (--model, --init, --batch-size, --eval-frames)
+    Table 4, Figs. 2-5, 7                   tests/bench_avion.py
+    Sec. 5.5, Table 5: VideoMAE, loader     tpt_mae.py with one stage of 16 frames (videomae_k400)
 
-    row of the paper                            flags (more: lists, folders and --merges, as in the command below)
-    Table 1, original narratives                --recipe ego4d --init clip-vit-base-patch16/
-    Table 1, LLM-augmented                      --recipe ego4d_llm --init clip-vit-base-patch16/
-    Table 2, zero-shot, ViT-B                   --recipe ego4d_llm --task eval --eval-frames 16
-    Table 2, zero-shot, ViT-L: to train it      --recipe ego4d_llm_l14 --init clip-vit-large-patch14/
-    Table 2, finetuned, ViT-B                   --recipe ek100_mir --init runs/avion-ego4d_llm/best.pt
-    Table 2, finetuned, ViT-L                   --recipe ek100_mir_l14 --init runs/avion-ego4d_llm_l14/best.pt
-    Table 3, ViT-B                              --recipe ek100_cls --init runs/avion-ego4d_llm/best.pt
-    Table 3, ViT-L                              --recipe ek100_cls_l14 --init runs/avion-ego4d_llm_l14/best.pt
-    Table 4, first row                          --recipe ego4d --init clip-vit-base-patch16/ --batch-size 512
-                                                --attention plain --loader decode_then_crop
-    Fig. 6b, batch 512                          --recipe ego4d_llm --init clip-vit-base-patch16/ --batch-size 512
+    row of the paper              flags (more: lists, folders and --merges, as in the command below)
+    Table 1, original narratives  --recipe ego4d --init clip-vit-base-patch16/
+    Table 1, LLM-augmented        --recipe ego4d_llm --init clip-vit-base-patch16/
+    Table 2, zero-shot, ViT-B     --recipe ego4d_llm --task eval --eval-frames 16
+    Table 2, ViT-L's pretraining  --recipe ego4d_llm_l14 --init clip-vit-large-patch14/
+    Table 2, finetuned, ViT-B     --recipe ek100_mir --init runs/avion-ego4d_llm/best.pt
+    Table 2, finetuned, ViT-L     --recipe ek100_mir_l14 --init runs/avion-ego4d_llm_l14/best.pt
+    Table 3, ViT-B                --recipe ek100_cls --init runs/avion-ego4d_llm/best.pt
+    Table 3, ViT-L                --recipe ek100_cls_l14 --init runs/avion-ego4d_llm_l14/best.pt
+    Table 4, first row            --recipe ego4d --init clip-vit-base-patch16/ --batch-size 512
+                                  --attention plain --loader decode_then_crop
+    Fig. 6b, batch 512            --recipe ego4d_llm --init clip-vit-base-patch16/ --batch-size 512
 
 Faithful: model, losses, optimisers, schedules, sampling, metrics, as the paper states them.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
-    style       CLIP has QuickGELU, eps 1e-5 and a red mean of 122.77. The released code meant that but ran GELU, eps
-                1e-6 in its ViT, and 108.33. Here what --init holds decides: CLIP's weights get CLIP's, AVION's get the
-                released code's, and a checkpoint of ours keeps what it began with; from scratch, CLIP's.
-    temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D, zeros upon CLIP's weights, to
-                which all frames are first; from scratch sines, because a small model finds order slowly.
-    temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns it, at most 100.
-    crop        App. B asks for "short side 256, take 224" and for RRC (0.5, 1). Only the second is fused, and run.
-    aspect      Eq. 1 draws the aspect ratio uniformly. Here log-uniformly, as torchvision and the released decoder, so
-                that tall and wide crops are as likely.
-    frames      "randomly sample 4 frames": one in each of 4 equal parts of the narration's time, as the released code.
-    text        which text a clip is fine-tuned with is not said. As the released code: any sentence with a relevancy
-                above 0.1 to it, drawn anew each time.
-    duplicates  pairs of one text count as each other's negatives, as in the released code; --skip-duplicates: not.
+    style       CLIP has QuickGELU, eps 1e-5 and a red mean of 122.77. The released code meant that
+                but ran GELU, eps 1e-6 in its ViT, and 108.33. Here what --init holds decides:
+                CLIP's weights get CLIP's, AVION's get the released code's, and a checkpoint of ours
+                keeps what it began with; from scratch, CLIP's.
+    temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D, zeros upon
+                CLIP's weights, to which all frames are first; from scratch sines, because a small
+                model finds order slowly.
+    temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns
+                it, at most 100.
+    crop        App. B asks for "short side 256, take 224" and for RRC (0.5, 1). Only the second is
+                fused, and run.
+    aspect      Eq. 1 draws the aspect ratio uniformly. Here log-uniformly, as torchvision and the
+                released decoder, so that tall and wide crops are as likely.
+    frames      "randomly sample 4 frames": one in each of 4 equal parts of the narration's time, as
+                the released code.
+    text        which text a clip is fine-tuned with is not said. As the released code: any sentence
+                with a relevancy above 0.1 to it, drawn anew each time.
+    duplicates  pairs of one text count as each other's negatives, as in the released code;
+                --skip-duplicates: not.
     epochs      of retrieval's fine-tuning are not said: 100, as the released code and as App. B.3.
-    classify    App. B.3's weight decay 5e-4, 1 epoch of warm-up, flips, no cutmix; the released command has 4e-5, 2,
-                none and 1.0.
-    batch       App. B.3 states one rate, 0.012, for 512 clips (ViT-B) and 192 (ViT-L). The released command scales it,
-                0.003 for 128 clips, so ViT-L's is 0.0045 here; AdamW's rates stay.
+    classify    App. B.3's weight decay 5e-4, 1 epoch of warm-up, flips, no cutmix; the released
+                command has 4e-5, 2, none and 1.0.
+    batch       App. B.3 states one rate, 0.012, for 512 clips (ViT-B) and 192 (ViT-L). The released
+                command scales it, 0.003 for 128 clips, so ViT-L's is 0.0045 here; AdamW's rates
+                stay.
     rate        stochastic depth at one rate in all blocks, as the released code, not rising.
     decay       no weight decay of 1-D parameters; the released code spares PE_s too.
     prompts     zero-shot classes: the mean feature of an action's narrations, as LaViLa.
-    corpus      35.0M pairs hold many phrasings a clip; "10 effective epochs" is read as 5 of a list twice as long.
-    toy         so that a small model sees motion in minutes from nothing, its tokens span 2 frames, its positions are
-                3 times as large, and its text encoder learns at 0.05 of the rate: at the full rate captions of one
-                colour become alike before the video encoder can tell their motions apart.
-Missing: ftfy's repairs of texts (mojibake, ligatures, full width; its straight quotes are here); LaViLa's narrator and
-rephraser, whose texts are read, not made; the rows of EgoVLP and LaViLa in Tables 1-3, whose TimeSformer is no recipe;
-Lion, which the released VideoMAE command uses in place of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the
-commands are in tests/bench_avion.py.
+    corpus      35.0M pairs hold many phrasings a clip; "10 effective epochs" is read as 5 of a list
+                twice as long.
+    toy         so that a small model sees motion in minutes from nothing, its tokens span 2 frames,
+                its positions are 3 times as large, and its text encoder learns at 0.05 of the rate:
+                at the full rate captions of one colour become alike before the video encoder can
+                tell their motions apart.
+Missing: ftfy's repairs of texts (mojibake, ligatures, full width; its straight quotes are here);
+LaViLa's narrator and rephraser, whose texts are read, not made; the rows of EgoVLP and LaViLa in
+Tables 1-3, whose TimeSformer is no recipe; Lion, which the released VideoMAE command uses in place
+of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/bench_avion.py.
 
     python avion.py                     # toy videos, made on first use: 2 CPU cores, some minutes
-    torchrun --nproc_per_node=8 avion.py --recipe ego4d --init clip-vit-base-patch16/ --merges bpe_vocab.txt.gz \\
-        --train-list ego4d.pkl --data-root ego4d_chunks --val-list EPIC_100_retrieval_test.csv --val-root ek100_chunks
+    torchrun --nproc_per_node=8 avion.py --recipe ego4d --init clip-vit-base-patch16/ \\
+        --merges bpe_vocab.txt.gz --train-list ego4d.pkl --data-root ego4d_chunks \\
+        --val-list EPIC_100_retrieval_test.csv --val-root ek100_chunks
 
-Shapes: B clips, T frames, C colours, N tokens, K kept ones, D width, P pixel values, L words, E embedding, A classes,
-V clips and S sentences of a retrieval task.
+Shapes: B clips, T frames, C colours, N tokens, K kept ones, D width, P pixel values, L words, E
+embedding, A classes, V clips and S sentences of a retrieval task.
 """
 
 import gzip
@@ -78,21 +90,18 @@ import html
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import unicodedata
 import zipfile
-from array import array
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # idle threads sleep: on the CPU the loader needs their cores
+# Idle threads sleep: on the CPU the loader needs their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -103,7 +112,8 @@ import common
 import data
 from common import Block, UserError, gather_tokens, opt, parse, patchify, uniform
 
-# Width, depth and heads of the video encoder, its patches' side; width, depth and heads of the text encoder.
+# Width, depth and heads of the video encoder, its patches' side; width, depth and heads of the text
+# encoder.
 MODELS = {
     "clip_toy": {"width": 128, "depth": 4, "heads": 2, "patch": 16, "text": (64, 2, 1)},
     "clip_b16": {"width": 768, "depth": 12, "heads": 12, "patch": 16, "text": (512, 12, 8)},
@@ -116,7 +126,7 @@ MODELS["clip_toy"] |= {
 
 
 class Style(NamedTuple):
-    """What weights were trained with, and so need; a checkpoint of ours carries its style's name."""
+    """What weights were trained with, and so need; a checkpoint of ours has its name."""
 
     act: type  # activation
     eps: float  # of the video encoder's LayerNorms; the text encoder's is 1e-5
@@ -132,128 +142,99 @@ STYLES = {  # DECISION (style)
 }
 
 # A recipe replaces defaults of Config, which are App. B.1's.
-_TOY = {"train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/val.jsonl", "train_clips": 1920,
-        "data_root": "toy/narrated/chunks", "model": "clip_toy", "frames": 8, "size": 64, "embed_dim": 64,
-        "patch_dropout": 0.25, "batch_size": 64, "lr": 1e-3, "min_lr": 1e-6, "warmup_epochs": 1.0, "clip_grad": 1.0,
-        "crop": False, "workers": 2, "log_every": 30, "eval_every": 5}  # fmt: skip
+_TOY = {
+    "train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/val.jsonl",
+    "data_root": "toy/narrated/chunks", "train_clips": 1920, "model": "clip_toy", "frames": 8,
+    "size": 64, "embed_dim": 64, "patch_dropout": 0.25, "crop": False, "batch_size": 64, "lr": 1e-3,
+    "min_lr": 1e-6, "warmup_epochs": 1.0, "clip_grad": 1.0, "workers": 2, "log_every": 30,
+    "eval_every": 5,
+}  # fmt: skip
 _TOY_TUNED = _TOY | {"init": "runs/avion-toy/best.pt", "epochs": 5}
 _PRETRAINED = {"grad_checkpoint": True}  # Sec. 5.2: what fits 256 clips into 24 GB
-_TUNED = {"train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6, "min_lr": 1e-5,
-          "warmup_epochs": 1.0, "drop_path": 0.1, "eval_every": 5, "grad_checkpoint": True}  # fmt: skip
+_TUNED = {
+    "train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6,
+    "min_lr": 1e-5, "warmup_epochs": 1.0, "drop_path": 0.1, "eval_every": 5,
+    "grad_checkpoint": True,
+}  # fmt: skip
 RECIPES = {
-    "toy": _TOY | {"epochs": 20, "freeze_temperature": False, "skip_duplicates": True, "text_lr": 0.05},
-    "toy_mir": _TOY_TUNED | {"loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True},
+    "toy": _TOY
+    | {"epochs": 20, "freeze_temperature": False, "skip_duplicates": True, "text_lr": 0.05},
+    "toy_mir": _TOY_TUNED
+    | {"loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True},
     "toy_cls": _TOY_TUNED | {"loss": "cross_entropy", "lr": 3e-4},
     "ego4d": _PRETRAINED | {"train_clips": 4_000_000},
-    "ego4d_llm": _PRETRAINED | {"train_clips": 8_000_000},  # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
+    # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
+    "ego4d_llm": _PRETRAINED | {"train_clips": 8_000_000},
     "ek100_mir": _TUNED | {"loss": "max_margin"},  # DECISION (epochs)
-    "ek100_cls": _TUNED | {"loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012, "flip": True,
-                           "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1,
-                           "mixup": 0.8},  # DECISION (classify)
+    "ek100_cls": _TUNED
+    | {
+        "loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012, "flip": True,
+        "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1, "mixup": 0.8,
+    },  # DECISION (classify)
 }  # fmt: skip
 _LARGE = {"model": "clip_l14", "batch_size": 192}  # App. B.2, B.3: 24 clips on each of 8 GPUs
 RECIPES |= {
-    "ego4d_llm_l14": RECIPES["ego4d_llm"] | _LARGE | {"batch_size": 896},
+    # DECISION (batch)
+    "ego4d_llm_l14": RECIPES["ego4d_llm"] | _LARGE | {"batch_size": 896, "micro_batch": 56},
     "ek100_mir_l14": RECIPES["ek100_mir"] | _LARGE,
-    "ek100_cls_l14": RECIPES["ek100_cls"] | _LARGE | {"lr": 0.0045},  # DECISION (batch)
+    "ek100_cls_l14": RECIPES["ek100_cls"] | _LARGE | {"lr": 0.0045},
 }
 
 
 @dataclass
 class Config(common.RunConfig):
-    recipe: str = opt("toy", "a section of the paper's App. B: see RECIPES")
     task: str = opt(
-        "train", "what to do with it", ["train", "eval", "predict", "features", "search"], free=True
-    )
-    train_list: tuple = opt(
-        (), "lists of clips, read as one: AVION's .pkl, EK-100's .csv, .csv, .jsonl", free=True
-    )
-    val_list: str = opt("", "list of validation clips, of the same formats", free=True)
-    data_root: str = opt(
-        "", "folder of the lists' videos: files, or folders of <start second>.mp4", free=True
-    )
-    val_root: str = opt("", "the same for --val-list; empty: --data-root", free=True)
-    actions: tuple = opt(
-        (),
-        "EK-100 lists whose verb:noun pairs are the classes; empty: the lists at hand",
+        "train",
+        "what to do with it",
+        ["train", "eval", "predict", "features", "search"],
         free=True,
     )
-    merges: str = opt(
-        "", "CLIP's bpe_simple_vocab_16e6.txt.gz; empty: --init's own, else single bytes", free=True
-    )
-    init: str = opt(
-        "", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; random: none; to use: best.pt"
-    )
-    input: tuple = opt((), "videos or folders of chunks for --task predict and search", free=True)
+    train_list: tuple = opt((), "lists of narrated clips (.pkl, .csv, .jsonl), as one", free=True)
+    val_root: str = opt("", "as --data-root, of --val-list; empty: --data-root", free=True)
+    actions: tuple = opt((), "EK-100 lists of all the classes; empty: the lists at hand", free=True)
+    merges: str = opt("", "CLIP's bpe_simple_vocab_16e6.txt.gz; or --init's, or bytes", free=True)
+    init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; or `random`")
     query: str = opt("", "what --task search looks for", free=True)
     window: float = opt(4.0, "seconds of a clip in --task search", free=True, within="(0, inf)")
-    num_classes: int = opt(
-        0, "number of actions, for --plan; must be the lists'; 0: as many as they have", free=True
-    )
+    num_classes: int = opt(0, "number of actions, for --plan; 0: as many as lists have", free=True)
 
     model: str = opt("clip_b16", "encoder sizes", list(MODELS))
     frames: int = opt(4, "frames a clip (App. B)", within="[1, inf)")
-    eval_frames: int = opt(
-        0, "frames a clip at test (Table 2: 16); 0: as in training", free=True, within="[0, inf)"
-    )
+    eval_frames: int = opt(0, "at test (Table 2: 16); 0: --frames", free=True, within="[0, inf)")
     size: int = opt(224, "height and width of a clip, in pixels (App. B)")
-    embed_dim: int = opt(
-        256, "width of the features that are compared (App. B.1)", within="[1, inf)"
-    )
-    loss: str = opt("infonce", "what a recipe trains", ["infonce", "max_margin", "cross_entropy"])
+    embed_dim: int = opt(256, "width of what is compared (App. B.1)", within="[1, inf)")
+    loss: str = opt("infonce", "what trains", ["infonce", "max_margin", "cross_entropy"])
     margin: float = opt(0.2, "margin of the max-margin loss (App. B.2)")
-    min_relevancy: float = opt(
-        0.1, "max-margin: texts above this relevancy are a clip's own"
-    )  # DECISION (text)
+    # DECISION (text)
+    min_relevancy: float = opt(0.1, "max-margin: texts above this relevancy are a clip's own")
     freeze_temperature: bool = opt(True, "keep the temperature at 0.07")  # DECISION (temperature)
-    skip_duplicates: bool = opt(
-        False, "pairs with one text are no negatives of each other"
-    )  # DECISION (duplicates)
-    patch_dropout: float = opt(
-        0.0, "share of the patches that are left out in training", within="[0, 1)"
-    )
+    # DECISION (duplicates)
+    skip_duplicates: bool = opt(False, "pairs with one text are no negatives of each other")
+    patch_dropout: float = opt(0.0, "share of patches left out in training", within="[0, 1)")
 
     epochs: int = opt(5, "passes over the training list (App. B.1)", within="[1, inf)")
-    batch_size: int = opt(
-        2048, "clips per optimizer step over all ranks (App. B.1; 896 for ViT-L)", within="[1, inf)"
-    )
-    optimizer: str = opt("adamw", "AdamW, or SGD with momentum 0.9 (App. B.3)", ["adamw", "sgd"])
+    batch_size: int = opt(2048, "clips a step over all ranks (App. B.1)", within="[1, inf)")
+    optimizer: str = opt("adamw", "or SGD with momentum 0.9 (App. B.3)", ["adamw", "sgd"])
     lr: float = opt(3e-5, "peak learning rate at this batch, as used (App. B.1)")
     start_lr: float = opt(0.0, "learning rate at the start of the warm-up (App. B.2)")
     min_lr: float = opt(3e-5, "learning rate at the end of the cosine (App. B.1: fixed)")
     warmup_epochs: float = opt(0.0, "epochs of linear warm-up (App. B.1: none)")
     weight_decay: float = opt(0.01, "weight decay (App. B.1)")  # DECISION (decay)
     clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped")
-    text_lr: float = opt(
-        1.0,
-        "factor of the text encoder's learning rate; 0: it keeps its weights",
-        within="[0, inf)",
-    )  # DECISION (toy)
-    drop_path: float = opt(
-        0.0, "stochastic depth of every block of the video encoder", within="[0, 1)"
-    )  # DECISION (rate)
+    # DECISION (toy)
+    text_lr: float = opt(1.0, "factor of the text encoder's rate; 0: frozen", within="[0, inf)")
+    # DECISION (rate)
+    drop_path: float = opt(0.0, "stochastic depth of each block of the video's", within="[0, 1)")
     dropout: float = opt(0.0, "dropout before the classifier (App. B.3)", within="[0, 1)")
-    label_smoothing: float = opt(
-        0.0, "share of a label spread over all classes (App. B.3)", within="[0, 1)"
-    )
+    label_smoothing: float = opt(0.0, "share spread over all classes (App. B.3)", within="[0, 1)")
     mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)", within="[0, inf)")
     cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off", within="[0, inf)")
-    crop: bool = opt(
-        True, "random resized crops in training (App. B); off: the centre square"
-    )  # DECISION (crop)
-    crop_min: float = opt(
-        0.5, "least share of the frame's area that a random crop keeps (App. B)", within="(0, inf)"
-    )
+    # DECISION (crop)
+    crop: bool = opt(True, "random resized crops in training (App. B); off: the centre square")
+    crop_min: float = opt(0.5, "least share of the area in a crop (App. B)", within="(0, inf)")
     flip: bool = opt(False, "random left-right flips in training (App. B.3)")
-    loader: str = opt(
-        "fused",
-        "crop while decoding (Fig. 8b), or after it",
-        ["fused", "decode_then_crop"],
-        free=True,
-    )
-    eval_every: int = opt(
-        1, "epochs between evaluations; the last step is always evaluated", within="[1, inf)"
-    )
+    loader: str = opt("fused", "Fig. 8b, or 8a", ["fused", "decode_then_crop"], free=True)
+    eval_every: int = opt(1, "epochs between evaluations; the last step is one", within="[1, inf)")
 
     @property
     def contrastive(self):
@@ -261,137 +242,330 @@ class Config(common.RunConfig):
         return self.loss != "cross_entropy"
 
 
-# ---- The paper's ideas -----------------------------------------------------------------------------------------------
+# ---- The paper's ideas ---------------------------------------------------------------------------
 
 
 def sample_clip(video, index, view, key, videos, frames, train, crop=False, crop_min=0.5):
-    """(frames, box) to read of an open `video` for entry `index` of `videos`; data.ClipDataset's `plan` (App. B).
+    """(frames, box) to read of an open `video` for entry `index` of `videos`; data.ClipDataset's
+    `plan` (App. B).
 
-    A frame in each of so many equal parts of the narration's time. In training a random one in each part and, with
-    `crop`, RRC (crop_min, 1), drawn before anything is decoded; else the middle ones, and the centre square.
+    A frame in each of so many equal parts of the narration's time. In training a random one in each
+    part and, with `crop`, RRC (crop_min, 1), drawn before anything is decoded; else the middle
+    ones, and the centre square.
     """
-    u = uniform(key, "frames", frames).numpy() if train else 0.5  # DECISION (frames)
-    chosen = data.between_frames(
-        video, videos.start[index], videos.end[index], frames, u
-    )  # opens the chunks it touches
+    u = 0.5  # the middle of each part
+    if train:
+        u = uniform(key, "frames", frames).numpy()  # [T]  # DECISION (frames)
+    start, end = videos.start[index], videos.end[index]
+    chosen = data.between_frames(video, start, end, frames, u)  # opens the chunks that it touches
     if crop:  # DECISION (aspect)
         return chosen, data.random_resized_box(video.info, key, (crop_min, 1.0))  # DECISION (crop)
     return chosen, data.centre_box(video.info)
 
 
 def max_margin_loss(video, text, margin=0.2, same=None):
-    """Max-margin ranking, a pair at a time: sum over negatives j of max(0, margin - s_ii + s_ij) and the same for s_ji.
+    """Max-margin ranking, a pair at a time: sum over negatives j of max(0, margin - s_ii + s_ij)
+    and the same for s_ji.
 
-    video, text: features [B, E] of length 1, row i of one belongs to row i of the other; same: bool [B, B], pairs that
-    are no negatives. -> [B], whose mean is the mean over all 2 B (B - 1) terms (App. B.2; Wray et al. 2019).
+    video, text: features [B, E] of length 1, row i of one belongs to row i of the other; same: bool
+    [B, B], pairs that are no negatives. -> [B], whose mean is the mean over all 2 B (B - 1) terms
+    (App. B.2; Wray et al. 2019).
     """
     similarity = video.float() @ text.float().T  # [B, B]
     own = similarity.diagonal()[:, None]  # [B, 1]
     terms = (margin - own + similarity).relu() + (margin - own + similarity.T).relu()  # [B, B]
-    others = (
-        ~torch.eye(len(own), dtype=torch.bool, device=own.device) if same is None else ~same
-    )  # [B, B]
-    return (terms * others).sum(1) / max(1, 2 * (len(own) - 1))  # [B]
+    if same is None:
+        same = torch.eye(len(own), dtype=torch.bool, device=own.device)
+    return (terms * ~same).sum(1) / max(1, 2 * (len(own) - 1))  # [B]
+
+
+def cross_entropy(logits, labels):
+    """-log of the probability of the labels, soft ones: [B, A] each -> [B]."""
+    return -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
+
+
+def batch_loss(video, text, ids, scale, kind="infonce", margin=0.2, skip_duplicates=False):
+    """The loss of the global batch, a pair at a time, [B]: features [B, E], int64 ids [B], equal
+    where texts are; scale: 1 / temperature, []."""
+    same = None  # whether pairs have one text, bool [B, B]
+    if skip_duplicates:
+        same = ids[:, None] == ids
+    if kind == "max_margin":
+        return max_margin_loss(video, text, margin, same)
+    return common.contrastive_loss(video, text, scale, same)  # DECISION (duplicates)
+
+
+def loss_of(cfg):
+    """The loss that a Config describes, as `global_backward` takes it."""
+    duplicates = cfg.skip_duplicates
+    return partial(batch_loss, kind=cfg.loss, margin=cfg.margin, skip_duplicates=duplicates)
+
+
+# ---- The step over the global batch --------------------------------------------------------------
+# InfoNCE of B pairs with features v_i and t_i, of length 1, and s = 1 / temperature:
+#
+#     L = 1/2B sum_i [ - log( exp(s v_i.t_i) / sum_j exp(s v_i.t_j) )     clip i among all texts
+#                      - log( exp(s v_i.t_i) / sum_j exp(s v_j.t_i) ) ]   text i among all clips
+#
+# All clips of all ranks are in each term. So L is no sum over micro-batches, and the graph of 2,048
+# clips fits nowhere. But L sees nothing of a clip but its features. What it asks of them, dL/dv and
+# dL/dt, is small, [B, E] each, and known before any backward pass. From there the chain rule goes
+# on, a micro-batch m at a time:
+#
+#     dL/dtheta = sum_m ( dL/dv[m] dv[m]/dtheta + dL/dt[m] dt[m]/dtheta )
+#
+#     pass 1, no graph             all ranks' features        pass 2, with a graph
+#
+#     rank 0   m 0 -> v, t  --+                          +--> m 0 -> v, t: (v . dL/dv[rows]
+#              m 1 -> v, t  --+                          |                  + t . dL/dt[rows])
+#                             +-> v, t -> L -> dL/dv, dL/dt                 .sum().backward()
+#     rank 1   m 0 -> v, t  --+                          |
+#              m 1 -> v, t  --+   [B, E] each            +--> m 1 -> ... then ranks' gradients meet
+#
+# Rows of [B, E] run rank after rank, in a rank micro-batch after micro-batch: those of micro-batch
+# m of rank r begin at (r * accumulation + m) * b, of b clips. Drop path and patch dropout draw by
+# the clips' keys, so that pass 2 computes again what pass 1 did. The price is one more forward
+# pass, what --grad-checkpoint costs too. A rank whose clips are one micro-batch keeps pass 1's
+# graph, and computes nothing twice. max_margin_loss goes the same way, without s.
+
+
+def global_backward(run, batches, loss_fn):
+    """Add to the gradients those of the mean loss of the global batch, by common.cached_step.
+
+    batches: this rank's (clips [b, T, C, H, W], keys [b], tokens [b, L], ids [b]), as VideoCLIP and
+    loss_fn take them.
+    """
+
+    def encode(batch):
+        clips, keys, tokens, ids = batch
+        video, text, scale = run.model(clips, tokens, keys)  # [b, E] each, []
+        return {"video": video, "text": text, "ids": ids, "scale": scale}
+
+    loss, _ = run.cached_backward(encode, batches, loss_fn)  # [B]
+    run.note(loss)
+
+
+# ---- The model -----------------------------------------------------------------------------------
 
 
 def stretch_time(embedding, frames):
-    """PE_t of T frames for another number, linearly between them (Sec. 5.2): [T, D] -> [frames, D]."""
+    """PE_t of T frames for another number, linearly (Sec. 5.2): [T, D] -> [frames, D]."""
     if len(embedding) == frames:
         return embedding
-    x = F.interpolate(
-        embedding.T[None].float(), frames, mode="linear", align_corners=False
-    )  # [1, D, frames]
+    x = embedding.T[None].float()  # [1, D, T]
+    x = F.interpolate(x, frames, mode="linear", align_corners=False)  # [1, D, frames]
     return x[0].T.to(embedding.dtype)  # [frames, D]
 
 
-def relevancy(verbs, nouns, other_verbs, other_nouns):
-    """How well sentences fit clips by their classes, c = 1/2 [same verb] + 1/2 IoU of noun sets: float64 [B, S].
-
-    verbs int [B], [S]; nouns, sets as 0 and 1, float32 [B, n], [S, n] (EK-100's definition; Damen et al., Wray et al.).
-    """
-    shared = nouns @ other_nouns.T  # [B, S]
-    union = nouns.sum(1)[:, None] + other_nouns.sum(1) - shared  # [B, S]
-    overlap = torch.where(
-        union > 0, shared.double() / union.clamp(min=1), 1.0
-    )  # [B, S]; two without nouns are alike
-    return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * overlap  # [B, S]
+def num_kept(tokens, patch_dropout):
+    """How many of a clip's patches are not left out."""
+    return max(1, int(round(tokens * (1 - patch_dropout), 6)))
 
 
-def _blocks(similarity, relevancy, rows=256):
-    """Yields (similarities, relevancies in float64, [b, S] each, their first row): queries in blocks, so that a matrix
-    as large as EK-100's costs little memory beside itself."""
-    similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
-    if similarity.shape != relevancy.shape or similarity.ndim != 2:
-        raise ValueError(
-            f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]"
-        )
-    for i in range(0, len(similarity), rows):
-        yield (
-            np.array(similarity[i : i + rows], order="C"),
-            np.array(relevancy[i : i + rows], np.float64, order="C"),
-            i,
-        )
+class VideoEncoder(nn.Module):
+    """A ViT that attends over all patches of all frames at once (Sec. 5.2); its CLS token is the
+    clip."""
 
-
-def mean_average_precision(similarity, relevancy):
-    """mAP of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it -> float.
-
-    Items of relevancy 1 are the hits, but precision at rank k is the sum of all relevancies up to k, fractions too,
-    over k: AP = sum over hits of that, over the number of hits. Ties fall as there. ValueError: a query without a hit.
-    """
-    total, rank = 0.0, np.arange(1, similarity.shape[1] + 1)  # [S]
-    for s, r, first in _blocks(similarity, relevancy):
-        ranked = np.take_along_axis(r, (-s).argsort(1), 1)  # [b, S]
-        hits = ranked == 1  # [b, S]
-        if not hits.any(1).all():
-            raise ValueError(
-                f"query {first + hits.any(1).argmin()} has no item of relevancy 1: its AP is not defined"
+    def __init__(
+        self,
+        model="clip_b16",
+        frames=4,
+        size=224,
+        style="clip",
+        drop_path=0.0,
+        patch_dropout=0.0,
+        attention="auto",
+        grad_checkpoint=False,
+    ):
+        super().__init__()
+        spec = MODELS[model]
+        self.style = STYLES[style]
+        act, eps = self.style.act, self.style.eps
+        self.width = spec["width"]
+        self.grad_checkpoint = grad_checkpoint
+        self.patch_dropout = patch_dropout
+        self.patch = spec.get("tubelet", 1), spec["patch"], spec["patch"]
+        pixels = 3 * math.prod(self.patch)
+        self.patch_embed = nn.Linear(pixels, self.width, bias=False)  # CLIP's Conv2d, as a product
+        self.class_embedding = nn.Parameter(0.02 * torch.randn(self.width))
+        places = (size // spec["patch"]) ** 2
+        steps = frames // self.patch[0]
+        scale = spec.get("position_scale", 1.0)
+        positions = scale * common.sinusoid_table(1 + places, self.width)  # [1 + N / T, D]
+        self.positional_embedding = nn.Parameter(positions)  # row 0: CLS
+        # DECISION (temporal): flipped, so that channels where places vary fast vary slowly in time
+        time = scale * common.sinusoid_table(steps, self.width).flip(1)  # [T, D]
+        self.temporal_embedding = nn.Parameter(time)
+        self.ln_pre = nn.LayerNorm(self.width, eps=eps)
+        self.blocks = nn.ModuleList(  # DECISION (rate)
+            Block(
+                self.width,
+                spec["heads"],
+                drop_path=drop_path,
+                eps=eps,
+                act=act,
+                kind=attention,
+                index=i,
             )
-        total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum()
-    return float(total / len(similarity))
+            for i in range(spec["depth"])
+        )
+        self.ln_post = nn.LayerNorm(self.width, eps=eps)
+        self.apply(common.init_linear)
+        self.patch_embed.reset_parameters()  # PyTorch's default, as of a convolution
+
+    def forward(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] of any number of frames -> [B, D]. keys int64 [B] turn on
+        drop path and patch dropout: left-out patches are neither normalised nor embedded."""
+        x = self.embed(clips, keys)  # [B, 1 + K, D]
+        x = common.run_blocks(self.blocks, x, keys, self.grad_checkpoint)  # [B, 1 + K, D]
+        return self.ln_post(x[:, 0])  # [B, D]
+
+    @common.region
+    def embed(self, clips, keys=None):
+        """CLS and the patches that are not left out as tokens [B, 1 + K, D]."""
+        patches = patchify(clips, self.patch)  # [B, N, P]
+        time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])  # [T, D]
+        positions = (time[:, None] + self.positional_embedding[1:]).flatten(0, 1)[None]  # [1, N, D]
+        if keys is not None and self.patch_dropout:
+            n = patches.shape[1]
+            (kept,) = common.random_split(keys, n, num_kept(n, self.patch_dropout))  # [B, K]
+            patches = gather_tokens(patches, kept)  # [B, K, P]
+            positions = gather_tokens(positions, kept)  # [B, K, D]
+        x = self.patch_embed(data.normalize(patches, self.style.mean, self.style.std))  # [B, K, D]
+        cls = self.class_embedding + self.positional_embedding[0]  # [D]
+        cls = cls.expand(len(x), 1, -1)  # [B, 1, D]
+        x = torch.cat([cls.to(x.dtype), x + positions.to(x.dtype)], dim=1)  # [B, 1 + K, D]
+        return self.ln_pre(x).to(x.dtype)  # [B, 1 + K, D]
 
 
-def ndcg(similarity, relevancy):
-    """nDCG of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it -> float.
+class TextEncoder(nn.Module):
+    """CLIP's GPT-like text encoder; the end token, which sees all words before it, is the text
+    (Sec. 5.2)."""
 
-    Sum of relevancy / log2(1 + rank) over as many ranks as the query has items of relevancy > 0, over the same in the
-    best order. Ties fall as there. ValueError: a query without such an item.
-    """
-    total, discount = 0.0, np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
-    for s, r, first in _blocks(similarity, relevancy):
-        ranked, best = (
-            np.take_along_axis(r, s.argsort(1)[:, ::-1], 1),
-            np.sort(r, axis=1)[:, ::-1],
-        )  # [b, S] each
-        if not (best[:, 0] > 0).all():
-            raise ValueError(
-                f"query {first + (best[:, 0] > 0).argmin()} has no relevant item: its nDCG is not defined"
-            )
-        total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
-    return float(total / len(similarity))
+    def __init__(
+        self,
+        model="clip_b16",
+        vocabulary=49408,
+        context=77,
+        style="clip",
+        attention="auto",
+        grad_checkpoint=False,
+    ):
+        super().__init__()
+        self.width, depth, heads = MODELS[model]["text"]
+        self.grad_checkpoint = grad_checkpoint
+        self.token_embedding = nn.Embedding(vocabulary, self.width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, self.width))
+        options = {"eps": 1e-5, "act": STYLES[style].act, "kind": attention, "causal": True}
+        self.blocks = nn.ModuleList(Block(self.width, heads, **options) for _ in range(depth))
+        self.ln_final = nn.LayerNorm(self.width, eps=1e-5)
+        self.apply(common.init_linear)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, tokens):
+        """int64 [B, L], L <= context -> [B, D]."""
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, L, D]
+        x = common.run_blocks(self.blocks, x, grad_checkpoint=self.grad_checkpoint)  # [B, L, D]
+        clip = torch.arange(len(x), device=x.device)  # [B]
+        return self.ln_final(x[clip, tokens.argmax(1)])  # [B, D]: the end token has the largest id
 
 
-def marginalise(probabilities, groups):
-    """Probabilities of groups of classes, such as an action's verb (App. B.3): [B, A], int64 [A] -> [B, groups]."""
-    return probabilities.new_zeros(len(probabilities), int(groups.max()) + 1).index_add_(
-        1, groups, probabilities
+class VideoCLIP(nn.Module):
+    """Video and text encoder, one linear layer each to features of length 1, and a temperature
+    (Sec. 5.2, App. B.1)."""
+
+    def __init__(self, visual, textual, embed_dim=256, freeze_temperature=True):
+        super().__init__()
+        self.visual, self.textual, self.embed_dim = visual, textual, embed_dim
+        self.visual_projection = nn.Linear(visual.width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(textual.width, embed_dim, bias=False)
+        for layer in (self.visual_projection, self.text_projection):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        scale = torch.tensor(math.log(1 / 0.07))
+        self.logit_scale = nn.Parameter(scale, requires_grad=not freeze_temperature)
+
+    def encode_video(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] -> float32 [B, E]; keys int64 [B] in training."""
+        x = self.visual_projection(self.visual(clips, keys))  # [B, E]
+        return F.normalize(x.float(), dim=-1)  # [B, E]
+
+    def encode_text(self, tokens):
+        """int64 [B, L] -> float32 [B, E]."""
+        x = self.text_projection(self.textual(tokens))  # [B, E]
+        return F.normalize(x.float(), dim=-1)  # [B, E]
+
+    @torch.no_grad()
+    def bound_temperature(self):
+        """Keep the temperature at 0.01 or above, as CLIP does after each update; -> the
+        temperature, []."""
+        self.logit_scale.clamp_(0, math.log(100))
+        return 1 / self.logit_scale.exp().double()  # []
+
+    def forward(self, clips, tokens, keys):
+        """-> features of clips and texts, [B, E] each, and 1 / temperature, []."""
+        return self.encode_video(clips, keys), self.encode_text(tokens), self.logit_scale.exp()
+
+
+class VideoClassifier(nn.Module):
+    """The video encoder, dropout, and one linear layer to the actions in place of the projection
+    (App. B.3)."""
+
+    def __init__(self, visual, classes, dropout=0.0):
+        super().__init__()
+        self.visual, self.embed_dim, self.dropout = visual, visual.width, dropout
+        self.head = nn.Linear(visual.width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def encode_video(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] -> [B, D]; keys int64 [B] in training."""
+        return self.visual(clips, keys)  # [B, D]
+
+    def forward(self, clips, keys=None):
+        """Clips 0-255 [B, T, C, H, W] -> logits [B, A]; keys int64 [B] in training."""
+        x = self.encode_video(clips, keys)  # [B, D]
+        if keys is not None and self.dropout:
+            kept = uniform(keys, "dropout", x.shape[1]) >= self.dropout  # [B, D]
+            x = x * kept / (1 - self.dropout)  # [B, D]
+        return self.head(x)  # [B, A]
+
+
+def build(cfg, style, vocabulary=49408, classes=0):
+    """The model that a Config describes: VideoClassifier for cross-entropy, else VideoCLIP."""
+    visual = VideoEncoder(
+        cfg.model,
+        cfg.frames,
+        cfg.size,
+        style,
+        cfg.drop_path,
+        cfg.patch_dropout,
+        cfg.attention,
+        cfg.grad_checkpoint,
     )
+    if cfg.loss == "cross_entropy":
+        return VideoClassifier(visual, classes, cfg.dropout)
+    textual = TextEncoder(cfg.model, vocabulary, 77, style, cfg.attention, cfg.grad_checkpoint)
+    frozen = cfg.freeze_temperature or cfg.loss == "max_margin"
+    return VideoCLIP(visual, textual, cfg.embed_dim, frozen)
 
 
-# ---- Text ------------------------------------------------------------------------------------------------------------
+# ---- Text ----------------------------------------------------------------------------------------
 
 
 def read_merges(path):
-    """The merges, `left right` strings, of CLIP's file (gzip or plain; the first line is a header); UserError."""
-    known, ends = {symbol + end for symbol in _BYTES.values() for end in ("", "</w>")}, False
+    """The merges, `left right` strings, of CLIP's file (gzip or plain; the first line is a header);
+    UserError."""
+    known = {*_BYTES.values(), *(f"{symbol}</w>" for symbol in _BYTES.values())}
+    ends = False
     try:
         raw = Path(path).read_bytes()
-        lines = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode().split("\n")
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+        lines = raw.decode().split("\n")
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"--merges {path}: can't be read ({error})") from None
-    merges = [
-        line for line in lines[1 : 1 + 49152 - 256 - 2] if line
-    ]  # CLIP uses no more of its file
+    lines = lines[1 : 1 + 49152 - 256 - 2]  # CLIP uses no more of its file
+    merges = [line for line in lines if line]
     for line in merges:
         left, _, right = line.partition(" ")
         if left not in known or right not in known:
@@ -399,13 +573,13 @@ def read_merges(path):
         known.add(left + right)
         ends |= right.endswith("</w>")
     if not ends:
-        raise UserError(
-            f"--merges {path}: no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6"
-        )
+        why = "no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6"
+        raise UserError(f"--merges {path}: {why}")
     return merges
 
 
-# Each byte as a printable character, as GPT-2 and CLIP write them in the file; the order is that of their ids.
+# Each byte as a printable character, as GPT-2 and CLIP write them in the file; the order is that of
+# their ids.
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTES = {byte: chr(byte) for byte in _PRINTABLE}
 _BYTES |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
@@ -418,16 +592,17 @@ _STRAIGHT = str.maketrans(_CURLY[0] + _CURLY[1], "'" * 5 + '"' * 4)
 
 @lru_cache(1)
 def word_patterns():
-    """What CLIP cuts a text into: its own two marks, English endings, letters, single digits, and runs of anything else
-    (marks, emoji). -> a pattern for any text, and its like for texts in ASCII, six times as fast."""
+    """What CLIP cuts a text into: its own two marks, English endings, letters, single digits, and
+    runs of anything else (marks, emoji). -> a pattern for any text, and its like for texts in
+    ASCII, six times as fast."""
     spans = {"L": "", "N": ""}  # letters and numbers, which `re` has no classes for
-    for kind, run in groupby(
-        map(chr, range(sys.maxunicode + 1)), key=lambda c: unicodedata.category(c)[0]
-    ):
+    every = map(chr, range(sys.maxunicode + 1))
+    for kind, run in groupby(every, key=lambda c: unicodedata.category(c)[0]):
         if kind in spans:
             first, *rest = run
             spans[kind] += f"{first}-{rest[-1]}" if rest else first
-    # Unicode's white space (Python's has \x1c-\x1f too); and U+0345, which CLIP drops because its pattern ignores case.
+    # Unicode's white space (Python's has \x1c-\x1f too); and U+0345, which CLIP drops because its
+    # pattern ignores case.
     space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0345"
     return [
         re.compile(
@@ -439,11 +614,13 @@ def word_patterns():
 
 
 class BPETokenizer:
-    """CLIP's byte-pair encoding (Sennrich et al. 2016): text -> ids, equal to CLIP's after its cleaning of the text.
+    """CLIP's byte-pair encoding (Sennrich et al. 2016): text -> ids, equal to CLIP's after its
+    cleaning of the text.
 
-    A word is its UTF-8 bytes, the last one marked </w>; the pair of neighbours that comes first in the list of merges
-    becomes one symbol, again and again. Cleaning: HTML entities, straight quotes, NFC, white space, lower case; ftfy's
-    other repairs are missing. merges: path of CLIP's file, or its lines; without any, ids are bytes.
+    A word is its UTF-8 bytes, the last one marked </w>; the pair of neighbours that comes first in
+    the list of merges becomes one symbol, again and again. Cleaning: HTML entities, straight
+    quotes, NFC, white space, lower case; ftfy's other repairs are missing. merges: path of CLIP's
+    file, or its lines; without any, ids are bytes.
     """
 
     def __init__(self, merges=(), context=77):
@@ -490,8 +667,9 @@ class BPETokenizer:
         return [i for word in words for i in self.word_ids(word)]
 
     def __call__(self, texts):
-        """int64 [B, L] of texts: start, ids, end, zeros; a text that is too long is cut and keeps its end. L is what
-        the longest needs, rounded up to 16, at most the context of 77: nothing behind the end is ever looked at."""
+        """int64 [B, L] of texts: start, ids, end, zeros; a text that is too long is cut and keeps
+        its end. L is what the longest needs, rounded up to 16, at most the context of 77:
+        nothing behind the end is ever looked at."""
         rows = [[self.start, *self.encode(text)[: self.context - 2], self.end] for text in texts]
         length = min(self.context, -(-max(map(len, rows)) // 16) * 16)
         out = np.zeros((len(rows), length), np.int64)  # [B, L]
@@ -502,74 +680,26 @@ class BPETokenizer:
 
 def text_ids(tokens, context=77):
     """int64 [B], equal for equal texts: a hash of their tokens, int64 [B, L]."""
-    tokens = F.pad(
-        tokens, (0, context - tokens.shape[1])
-    )  # [B, context]: of one length in all micro-batches
+    missing = context - tokens.shape[1]
+    tokens = F.pad(tokens, (0, missing))  # [B, context], of one length in all micro-batches
     return common.make_key(*tokens.T)  # [B]
 
 
-# ---- Lists -----------------------------------------------------------------------------------------------------------
+# ---- Narrations and their classes ----------------------------------------------------------------
 
 
-def plain_pickle(path):
-    """What a pickle of plain data holds: lists, tuples, dicts, strings, numbers. It can name no class and no function,
-    so there is nothing that it could run; UserError where it tries."""
+def relevancy(verbs, nouns, other_verbs, other_nouns):
+    """How well sentences fit clips by their classes, c = 1/2 [same verb] + 1/2 IoU of noun sets:
+    float64 [B, S].
 
-    class Plain(pickle.Unpickler):
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
-
-    with open(path, "rb") as file:
-        try:
-            return Plain(file).load()
-        except Exception as error:  # a damaged pickle raises anything
-            raise UserError(f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same rows as "
-                            ".csv or .jsonl (video, start, end, text) are read too") from error  # fmt: skip
-
-
-def read_rows(path):
-    """Yields (place for messages, row) of a list of any format, for `parse_row`: a tuple of AVION's pickles, a line of
-    a .jsonl, or a dict of a .csv."""
-    if path.endswith((".pkl", ".pickle")):
-        yield from ((f"{path}: row {n}", row) for n, row in enumerate(plain_pickle(path)))
-    elif path.endswith(".jsonl"):
-        yield from data.read_lines(path)
-    else:
-        yield from data.read_table(path)
-
-
-def parse_row(row):
-    """(video, start, end, text or texts, action or None, nouns, id) of a row, or None where it tells nothing.
-
-    .pkl: AVION's Ego4D tuples (video, start, end, text or texts, ...). .csv: EK-100's as published, or video,start,end,
-    text. .jsonl: {"video", "start", "end", "text"} a line; of the toy set's, those that are visible. Times in seconds.
-    An action is `verb:noun`, two classes; of the toy set's, the motion and the actor. Raises whatever bad rows raise.
+    verbs int [B], [S]; nouns, sets as 0 and 1, float32 [B, n], [S, n] (EK-100's definition; Damen
+    et al., Wray et al.).
     """
-    if isinstance(row, (tuple, list)):
-        video, start, end, text = row[:4]
-        return video, start, end, text, None, (), ""
-    if isinstance(row, str):
-        row = json.loads(row) if row.strip() else {"visible": False}
-        if not row.get("visible", True):
-            return None
-        action, noun = None, ""
-        if "visible" in row:
-            _, colour, shape, verb = row["text"].split(" ", 3)
-            noun = f"{colour} {shape}"
-            action = f"{verb}:{noun}"
-        return row["video"], row["start"], row["end"], row["text"], action, (noun,), ""
-    if "narration_id" in row:
-        video, nouns = (
-            f"{row['participant_id']}/{row['video_id']}.MP4",
-            json.loads(row["all_noun_classes"]),
-        )
-        seconds = lambda clock: sum(
-            float(part) * 60**n for n, part in enumerate(reversed(clock.split(":")))
-        )
-        times = seconds(row["start_timestamp"]), seconds(row["stop_timestamp"])
-        action = f"{row['verb_class']}:{row['noun_class']}"
-        return video, *times, row["narration"], action, tuple(nouns), row["narration_id"]
-    return row["video"], float(row["start"]), float(row["end"]), row["text"], None, (), ""
+    shared = nouns @ other_nouns.T  # [B, S]
+    union = nouns.sum(1)[:, None] + other_nouns.sum(1) - shared  # [B, S]
+    overlap = shared.double() / union.clamp(min=1)  # [B, S]
+    overlap = torch.where(union > 0, overlap, 1.0)  # [B, S]; two without nouns are alike
+    return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * overlap  # [B, S]
 
 
 def number(items):
@@ -579,82 +709,25 @@ def number(items):
 
 
 class Narrations(data.Captions):
-    """Captioned clips of one or several lists, checked; with an action and nouns each where the lists have them.
+    """Captioned clips, and what retrieval asks of their verbs and nouns, where they have them
+    (EK-100)."""
 
-    `actions`, `verb:noun` names, `verb`, int64 [actions]; `nouns`, sets as float32 [sets, n], 0 or 1; `action` and
-    `noun_set`, int32 [entries], places in these. `classes`: whether all have them. UserError names file and line.
-    """
+    @cached_property
+    def verb(self):
+        """A number for the verb of each of the `actions`, int64 [actions]."""
+        return number(str(name).partition(":")[0] for name in self.actions)
 
-    def __init__(self, paths, root=""):
-        action, noun_set, self.ids, actions, sets = array("i"), array("i"), [], {}, {}
-        self.left_out = []  # rows without a narration, and those that end before they start
-
-        def rows():
-            for path in map(str, paths):
-                where, before = path, len(action)
-                try:
-                    for where, row in read_rows(path):
-                        parsed = parse_row(row)
-                        if not parsed:
-                            continue
-                        video, start, end, text, name, nouns, narration = parsed
-                        texts = (text,) if isinstance(text, str) else text
-                        if not (
-                            isinstance(texts, (tuple, list))
-                            and texts
-                            and all(isinstance(t, str) for t in texts)
-                        ):
-                            raise UserError(
-                                f"{where}: the narration is not text: {str(text)[:60]!r}"
-                            )
-                        if not isinstance(video, str):
-                            raise UserError(
-                                f"{where}: not video, start, end, text: {(video, start, end)}"
-                            )
-                        if not all(t.strip() for t in texts):
-                            self.left_out.append(f"{where}: the narration is empty")
-                            continue
-                        if not -math.inf < start <= end < math.inf:
-                            wrong = (
-                                f"its time is {start} to {end} s: the start must be before the end"
-                            )
-                            self.left_out.append(f"{where}: {wrong}")
-                            continue
-                        action.append(actions.setdefault(name, len(actions)))
-                        noun_set.append(sets.setdefault(tuple(sorted(set(nouns))), len(sets)))
-                        self.ids += [narration] * bool(narration)
-                        texts = [
-                            t.encode("utf-8", "replace").decode() for t in texts
-                        ]  # half of an emoji, cut off
-                        yield (
-                            video if os.path.splitext(video)[1] else f"{video}.mp4",
-                            start,
-                            end,
-                            texts,
-                        )
-                except OSError as error:
-                    raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-                except (LookupError, ValueError, TypeError, AttributeError) as error:
-                    raise UserError(f"{where}: not video, start, end, text, nor a row of EK-100 "
-                                    f"({type(error).__name__}: {str(error)[:80]})") from None  # fmt: skip
-                if len(action) == before:
-                    why = f" that can be used: {self.left_out[-1]}" if self.left_out else ""
-                    raise UserError(f"{path}: the list holds no narration{why}")
-
-        super().__init__(rows(), root)
-        self.path, self._lists = ", ".join(map(str, paths)), [Path(path) for path in paths]
-        self.classes, self.actions = None not in actions, list(actions)
-        self.action, self.noun_set = (
-            torch.frombuffer(x, dtype=torch.int32) for x in (action, noun_set)
-        )
-        self.verb = number(str(name).partition(":")[0] for name in actions)  # [actions]
-        column = {
-            noun: n
-            for n, noun in enumerate(dict.fromkeys(noun for nouns in sets for noun in nouns))
-        }
-        self.nouns = torch.zeros(len(sets), len(column))  # [sets, n]
-        for row, nouns in zip(self.nouns, sets, strict=True):
-            row[[column[noun] for noun in nouns]] = 1
+    @cached_property
+    def nouns(self):
+        """The noun sets as 0 and 1, float32 [sets, n]."""
+        column = {}
+        for noun_set in self.noun_sets:
+            for noun in noun_set:
+                column.setdefault(noun, len(column))
+        nouns = torch.zeros(len(self.noun_sets), len(column))  # [sets, n]
+        for row, noun_set in zip(nouns, self.noun_sets, strict=True):
+            row[[column[noun] for noun in noun_set]] = 1
+        return nouns
 
     def digest(self):
         """Captions.digest(), and of the actions and all nouns."""
@@ -663,23 +736,23 @@ class Narrations(data.Captions):
 
     @cached_property
     def sentences(self):
-        """The entries, int64 [S], whose texts clips are compared with: those of <list>_sentence.csv where EK-100's lies
-        beside the list, else the first of each text. And, as in EK-100's own file, the first of each verb and set of
-        nouns that none of these has (7 of its 3,842: their text stands for others already). So each clip has something
-        to find: a sentence of relevancy 1.
-        """
-        path = self._lists[0].with_name(f"{self._lists[0].stem}_sentence.csv")
-        if len(self._lists) == 1 and len(self.ids) == len(self) and path.exists():
+        """The entries, int64 [S], whose texts clips are compared with: those of <list>_sentence.csv
+        where EK-100's lies beside the list, else the first of each text. And, as in EK-100's own
+        file, the first of each verb and set of nouns that none of these has (7 of its 3,842:
+        their text stands for others already). So each clip has something to find: a sentence of
+        relevancy 1."""
+        path = Path(self.paths[0])
+        path = path.with_name(f"{path.stem}_sentence.csv")
+        if len(self.paths) == 1 and len(self.narration_ids) == len(self) and path.exists():
             chosen = self._published_sentences(path)
         else:
             first = {}
             for i in range(len(self)):
                 first.setdefault(self.text(i), i)
             chosen = list(first.values())
-        if self.classes:
-            classes = (
-                self.verb[self.action] * len(self.nouns) + self.noun_set
-            ).tolist()  # [entries]
+        if self.classified:
+            noun_set = torch.from_numpy(self.noun_set)  # [entries]
+            classes = (self.verb[self.action] * len(self.nouns) + noun_set).tolist()  # [entries]
             found = {classes[i] for i in chosen}
             for i, pair in enumerate(classes):
                 if pair not in found:
@@ -688,8 +761,9 @@ class Narrations(data.Captions):
         return torch.tensor(chosen)
 
     def _published_sentences(self, path):
-        """The entries that EK-100's file of sentences names, in its order; without those that the list left out."""
-        place = {name: i for i, name in enumerate(self.ids)}
+        """The entries that EK-100's file of sentences names, in its order; without those that the
+        list left out."""
+        place = {name: i for i, name in enumerate(self.narration_ids)}
         chosen, unknown = [], []
         for where, row in data.read_table(path):
             name = row.get("narration_id")
@@ -702,39 +776,42 @@ class Narrations(data.Captions):
         return chosen
 
     def relevancy(self, rows, columns):
-        """Relevancy of entries `columns` [S] to entries `rows` [B]: float64 [B, S]. Without classes 1 where they have
-        the same text, else 0."""
-        if not self.classes:
-            ids = number(self.text(int(i)) for part in (rows, columns) for i in part)  # [B + S]
+        """Relevancy of entries `columns` [S] to entries `rows` [B]: float64 [B, S]. Without classes
+        1 where they have the same text, else 0."""
+        if not self.classified:
+            texts = [self.text(int(i)) for i in (*rows, *columns)]
+            ids = number(texts)  # [B + S]
             return (ids[: len(rows), None] == ids[len(rows) :]).double()  # [B, S]
-        a, b = ((self.verb[self.action[x]], self.nouns[self.noun_set[x]]) for x in (rows, columns))
-        return relevancy(*a, *b)  # [B, S]
+        return relevancy(*self._verbs_and_nouns(rows), *self._verbs_and_nouns(columns))  # [B, S]
+
+    def _verbs_and_nouns(self, entries):
+        """int64 [B], float32 [B, n]."""
+        return self.verb[self.action[entries]], self.nouns[self.noun_set[entries]]
 
 
 class Actions:
-    """Classes `verb:noun`: `names`, sorted as strings (3,806 in EK-100); `verb` and `noun`, int64 [A], what to
-    marginalise to; `texts`, the distinct narrations of each in `lists`."""
+    """Classes `verb:noun`: `names`, sorted as strings (3,806 in EK-100); `verb` and `noun`, int64
+    [A], what to marginalise to; `texts`, the distinct narrations of each in `lists`."""
 
     def __init__(self, names=(), lists=()):
         texts = {name: {} for name in names}
         for entries in lists:
-            if not entries.classes:
-                raise UserError(
-                    f"{entries.path}: not all of its narrations have a verb and a noun class"
-                )
+            if not entries.classified:
+                why = "not all of its narrations have a verb and a noun class"
+                raise UserError(f"{entries.path}: {why}")
             for i, action in enumerate(entries.action.tolist()):
                 texts.setdefault(entries.actions[action], {})[entries.text(i)] = None
         self.names = list(names) or sorted(texts)
         self.texts = [list(texts[name]) for name in self.names]
-        self.verb, self.noun = (
-            number(name.partition(":")[part] for name in self.names) for part in (0, 2)
-        )
+        self.verb = number(name.partition(":")[0] for name in self.names)
+        self.noun = number(name.partition(":")[2] for name in self.names)
 
     def labels(self, entries):
-        """The class of each entry of a Narrations, int64 [entries]; UserError where its action is none."""
+        """The class of each entry of a Narrations, int64 [entries]; UserError where its action is
+        none."""
         place = {name: i for i, name in enumerate(self.names)}
         try:
-            return np.array([place[name] for name in entries.actions])[entries.action.numpy()]
+            return np.array([place[name] for name in entries.actions])[entries.action]
         except KeyError as error:
             raise UserError(
                 f"{entries.path}: action {error} is none of the {len(place)} classes; see --actions"
@@ -748,442 +825,42 @@ class Actions:
         return torch.stack(right, 1)
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
+def marginalise(probabilities, groups):
+    """Probabilities of groups of classes, such as an action's verb (App. B.3): [B, A], int64 [A] ->
+    [B, groups]."""
+    sums = probabilities.new_zeros(len(probabilities), int(groups.max()) + 1)  # [B, groups]
+    return sums.index_add_(1, groups, probabilities)
 
 
-class VideoEncoder(nn.Module):
-    """A ViT that attends over all patches of all frames at once (Sec. 5.2); its CLS token is the clip."""
-
-    def __init__(self, model="clip_b16", frames=4, size=224, style="clip", drop_path=0.0, patch_dropout=0.0,
-                 attention="auto", grad_checkpoint=False):  # fmt: skip
-        super().__init__()
-        spec = MODELS[model]
-        self.style = STYLES[style]
-        act, eps = self.style.act, self.style.eps
-        self.width, self.grad_checkpoint, self.patch_dropout = (
-            spec["width"],
-            grad_checkpoint,
-            patch_dropout,
-        )
-        self.patch = spec.get("tubelet", 1), spec["patch"], spec["patch"]
-        places, steps, scale = (
-            (size // spec["patch"]) ** 2,
-            frames // self.patch[0],
-            spec.get("position_scale", 1.0),
-        )
-        self.patch_embed = nn.Linear(
-            3 * math.prod(self.patch), self.width, bias=False
-        )  # CLIP's Conv2d, as a product
-        self.class_embedding = nn.Parameter(0.02 * torch.randn(self.width))
-        self.positional_embedding = nn.Parameter(
-            scale * common.sinusoid_table(1 + places, self.width)
-        )  # row 0: CLS
-        # DECISION (temporal): flipped, so that channels where places vary fast vary slowly in time
-        self.temporal_embedding = nn.Parameter(
-            scale * common.sinusoid_table(steps, self.width).flip(1)
-        )  # [T, D]
-        self.ln_pre = nn.LayerNorm(self.width, eps=eps)
-        self.blocks = nn.ModuleList(  # DECISION (rate)
-            Block(
-                self.width,
-                spec["heads"],
-                drop_path=drop_path,
-                eps=eps,
-                act=act,
-                kind=attention,
-                index=i,
-            )
-            for i in range(spec["depth"])
-        )
-        self.ln_post = nn.LayerNorm(self.width, eps=eps)
-        self.apply(common.init_linear)
-        self.patch_embed.reset_parameters()  # PyTorch's default, as of a convolution
-
-    def forward(self, clips, keys=None):
-        """Clips 0-255 [B, T, C, H, W] of any number of frames -> [B, D]. keys int64 [B] turn on drop path and patch
-        dropout: left-out patches are neither normalised nor embedded."""
-        x = common.run_blocks(
-            self.blocks, self.embed(clips, keys), keys, self.grad_checkpoint
-        )  # [B, 1 + K, D]
-        return self.ln_post(x[:, 0])  # [B, D]
-
-    @common.region
-    def embed(self, clips, keys=None):
-        """CLS and the patches that are not left out as tokens [B, 1 + K, D]."""
-        patches = patchify(clips, self.patch)  # [B, N, P]
-        time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])[
-            :, None
-        ]  # [T, 1, D]
-        positions = (time + self.positional_embedding[1:]).flatten(0, 1)[None]  # [1, N, D]
-        if keys is not None and self.patch_dropout:
-            n = patches.shape[1]
-            (kept,) = common.random_split(
-                keys, n, max(1, int(round(n * (1 - self.patch_dropout), 6)))
-            )  # [B, K]
-            patches, positions = (
-                gather_tokens(patches, kept),
-                gather_tokens(positions, kept),
-            )  # [B, K, P], [B, K, D]
-        x = self.patch_embed(data.normalize(patches, self.style.mean, self.style.std))  # [B, K, D]
-        cls = (self.class_embedding + self.positional_embedding[0]).expand(
-            len(x), 1, -1
-        )  # [B, 1, D]
-        x = torch.cat([cls.to(x.dtype), x + positions.to(x.dtype)], dim=1)  # [B, 1 + K, D]
-        return self.ln_pre(x).to(x.dtype)  # [B, 1 + K, D]
-
-
-class TextEncoder(nn.Module):
-    """CLIP's GPT-like text encoder; the end token, which sees all words before it, is the text (Sec. 5.2)."""
-
-    def __init__(self, model="clip_b16", vocabulary=49408, context=77, style="clip", attention="auto",
-                 grad_checkpoint=False):  # fmt: skip
-        super().__init__()
-        self.width, depth, heads = MODELS[model]["text"]
-        self.grad_checkpoint = grad_checkpoint
-        self.token_embedding = nn.Embedding(vocabulary, self.width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, self.width))
-        self.blocks = nn.ModuleList(
-            Block(self.width, heads, eps=1e-5, act=STYLES[style].act, kind=attention, causal=True)
-            for _ in range(depth)
-        )
-        self.ln_final = nn.LayerNorm(self.width, eps=1e-5)
-        self.apply(common.init_linear)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-
-    def forward(self, tokens):
-        """int64 [B, L], L <= context -> [B, D]."""
-        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # [B, L, D]
-        x = common.run_blocks(self.blocks, x, grad_checkpoint=self.grad_checkpoint)  # [B, L, D]
-        clip = torch.arange(len(x), device=x.device)  # [B]
-        return self.ln_final(x[clip, tokens.argmax(1)])  # [B, D]: the end token has the largest id
-
-
-class VideoCLIP(nn.Module):
-    """Video and text encoder, one linear layer each to features of length 1, and a temperature (Sec. 5.2, App. B.1)."""
-
-    def __init__(self, visual, textual, embed_dim=256, freeze_temperature=True):
-        super().__init__()
-        self.visual, self.textual, self.embed_dim = visual, textual, embed_dim
-        self.visual_projection = nn.Linear(visual.width, embed_dim, bias=False)
-        self.text_projection = nn.Linear(textual.width, embed_dim, bias=False)
-        for layer in (self.visual_projection, self.text_projection):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        self.logit_scale = nn.Parameter(
-            torch.tensor(math.log(1 / 0.07)), requires_grad=not freeze_temperature
-        )
-
-    def encode_video(self, clips, keys=None):
-        """Clips 0-255 [B, T, C, H, W] -> float32 [B, E]; keys int64 [B] in training."""
-        return F.normalize(
-            self.visual_projection(self.visual(clips, keys)).float(), dim=-1
-        )  # [B, E]
-
-    def encode_text(self, tokens):
-        """int64 [B, L] -> float32 [B, E]."""
-        return F.normalize(self.text_projection(self.textual(tokens)).float(), dim=-1)  # [B, E]
-
-    @torch.no_grad()
-    def bound_temperature(self):
-        """Keep the temperature at 0.01 or above, as CLIP does after each update; -> the temperature, []."""
-        self.logit_scale.clamp_(0, math.log(100))
-        return 1 / self.logit_scale.exp().double()  # []
-
-    def forward(self, clips, tokens, keys):
-        """-> features of clips and texts, [B, E] each, and 1 / temperature, []."""
-        return self.encode_video(clips, keys), self.encode_text(tokens), self.logit_scale.exp()
-
-
-class VideoClassifier(nn.Module):
-    """The video encoder, dropout, and one linear layer to the actions in place of the projection (App. B.3)."""
-
-    def __init__(self, visual, classes, dropout=0.0):
-        super().__init__()
-        self.visual, self.embed_dim, self.dropout = visual, visual.width, dropout
-        self.head = nn.Linear(visual.width, classes)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-
-    def encode_video(self, clips, keys=None):
-        """Clips 0-255 [B, T, C, H, W] -> [B, D]; keys int64 [B] in training."""
-        return self.visual(clips, keys)  # [B, D]
-
-    def forward(self, clips, keys=None):
-        """Clips 0-255 [B, T, C, H, W] -> logits [B, A]; keys int64 [B] in training."""
-        x = self.encode_video(clips, keys)  # [B, D]
-        if keys is not None and self.dropout:
-            x = (
-                x * (uniform(keys, "dropout", x.shape[1]) >= self.dropout) / (1 - self.dropout)
-            )  # [B, D]
-        return self.head(x)  # [B, A]
-
-
-def build(cfg, style, vocabulary=49408, classes=0):
-    """The model that a Config describes: VideoClassifier for cross-entropy, else VideoCLIP."""
-    visual = VideoEncoder(cfg.model, cfg.frames, cfg.size, style, cfg.drop_path, cfg.patch_dropout, cfg.attention,
-                          cfg.grad_checkpoint)  # fmt: skip
-    if cfg.loss == "cross_entropy":
-        return VideoClassifier(visual, classes, cfg.dropout)
-    textual = TextEncoder(cfg.model, vocabulary, 77, style, cfg.attention, cfg.grad_checkpoint)
-    return VideoCLIP(
-        visual, textual, cfg.embed_dim, cfg.freeze_temperature or cfg.loss == "max_margin"
-    )
-
-
-def batch_loss(video, text, ids, scale, kind="infonce", margin=0.2, skip_duplicates=False):
-    """The loss of the global batch, a pair at a time, [B]: features [B, E], int64 ids [B], equal where texts are; scale:
-    1 / temperature, []."""
-    same = None  # whether pairs have one text, bool [B, B]
-    if skip_duplicates:
-        same = ids[:, None] == ids
-    if kind == "max_margin":
-        return max_margin_loss(video, text, margin, same)
-    return common.contrastive_loss(video, text, scale, same)  # DECISION (duplicates)
-
-
-def loss_of(cfg):
-    """The loss that a Config describes, as `global_backward` takes it."""
-    return partial(
-        batch_loss, kind=cfg.loss, margin=cfg.margin, skip_duplicates=cfg.skip_duplicates
-    )
-
-
-def cross_entropy(logits, labels):
-    """-log of the probability of the labels, soft ones: [B, A] each -> [B]."""
-    return -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
-
-
-# ---- The step over the global batch ----------------------------------------------------------------------------------
-# InfoNCE of B pairs with features v_i and t_i of length 1, and s = 1 / temperature:
-#
-#     L = 1 / 2B sum_i [ - log( exp(s v_i t_i) / sum_j exp(s v_i t_j) )     clip i among all texts
-#                        - log( exp(s v_i t_i) / sum_j exp(s v_j t_i) ) ]   text i among all clips
-#
-# All B clips of all ranks are in each term, so L is no sum over micro-batches, and a graph of 2,048 clips fits nowhere.
-# But L sees nothing of them but the features. What it asks of these, dL/dv and dL/dt, is [B, E] each, small, and known
-# before any backward pass; from there the chain rule goes on, a micro-batch m at a time:
-#
-#     dL/dtheta = sum_m [ dL/dv[m] dv[m]/dtheta + dL/dt[m] dt[m]/dtheta ]
-#
-#     pass 1, no graph                  all ranks                            pass 2, with a graph
-#
-#     rank 0  [m 0] [m 1] -> v, t \                                        / [m 0] -> v, t: (v dL/dv[rows]
-#                                  > v, t [B, E] -> L -> dL/dv, dL/dt [B, E]    [m 1]      + t dL/dt[rows]).sum()
-#     rank 1  [m 0] [m 1] -> v, t /                                        \ ...           .backward()
-#
-# Rows of [B, E] run rank after rank, and in a rank micro-batch after micro-batch: those of micro-batch m of rank r begin
-# at (r * accumulation + m) * b, b the clips of one. Drop path and patch dropout draw by the clips' keys, so that pass 2
-# computes what pass 1 did. The price is one more forward pass, as that of --grad-checkpoint; a rank whose clips are one
-# micro-batch keeps the graph of pass 1, and computes nothing twice. max_margin_loss goes the same way, without an s.
-
-
-def global_backward(run, batches, loss_fn):
-    """Add to the gradients those of the mean loss of the global batch (common.cached_step).
-
-    batches: this rank's (clips [b, T, C, H, W], keys [b], tokens [b, L], ids [b]), as VideoCLIP and loss_fn take them.
-    """
-
-    def encode(batch, replay):
-        clips, keys, tokens, ids = batch
-        video, text, scale = run.model(clips, tokens, keys)  # [b, E] each, []
-        return (video, text, ids, scale), None
-
-    loss, _ = run.cached_backward(encode, batches, loss_fn)  # [B]
-    run.note(loss)
-
-
-# ---- Published weights -----------------------------------------------------------------------------------------------
-
-# Names -> ours, replaced in this order: the hub's, then OpenAI's and AVION's.
-_HUB = (("vision_model.embeddings.patch_embedding.", "visual.patch_embed."), ("vision_model.embeddings.", "visual."),
-        ("text_model.embeddings.", "textual."), ("position_embedding.weight", "positional_embedding"),
-        ("vision_model.pre_layrnorm.", "visual.ln_pre."), ("vision_model.post_layernorm.", "visual.ln_post."),
-        ("text_model.final_layer_norm.", "textual.ln_final."), ("vision_model.encoder.layers.", "visual.blocks."),
-        ("text_model.encoder.layers.", "textual.blocks."), ("layer_norm", "norm"),
-        ("self_attn.out_proj.", "attn.proj."), ("self_attn.", "attn."))  # fmt: skip
-_CLIP = (("visual.conv1.", "visual.patch_embed."), ("transformer.resblocks.", "blocks."), ("ln_1.", "norm1."),
-         ("ln_2.", "norm2."), ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."), ("attn.out_proj.", "attn.proj."),
-         ("attn.Wqkv.", "attn.in_proj_"), ("fc_cls.", "head."), ("visual.proj", "visual_projection.weight"),
-         ("visual.image_projection", "visual_projection.weight"), ("textual.text_projection", "text_projection.weight"),
-         )  # fmt: skip
-
-
-def torchscript_weights(path):
-    """The tensors of a TorchScript archive (OpenAI's .pt) by name, without running or building anything of it.
-
-    The archive is a zip: code/ has the program, which is not opened; data.pkl the tree of modules, a pickle; data/<n>
-    the bytes. Here modules become plain nodes, tensors are made from bytes, and any other class or function is refused.
-    """
-
-    class Node:
-        def __setstate__(self, state):
-            self.state = state
-
-    plain = {("collections", "OrderedDict"): dict}
-    plain |= {
-        ("torch", f"{name.title()}Storage"): getattr(torch, name)
-        for name in ("half", "float", "double", "int", "long")
-    }
-    plain["torch._utils", "_rebuild_tensor_v2"] = lambda x, at, size, stride, *_: x.as_strided(
-        size, stride, at
-    ).clone()
-
-    class Tree(pickle.Unpickler):
-        def find_class(self, module, name):
-            if module.startswith("__torch__."):
-                return Node
-            if module == "torch.jit._pickle":
-                return lambda value, *_: value  # says what type a plain list or dict has
-            if (module, name) not in plain:
-                raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
-            return plain[module, name]
-
-        def persistent_load(self, entry):
-            return torch.frombuffer(bytearray(file.read(f"{root}data/{entry[2]}")), dtype=entry[1])
-
-    def tensors(node, prefix=""):
-        for name, value in node.state.items():
-            if isinstance(value, torch.Tensor):
-                yield prefix + name, value
-            elif isinstance(value, Node):
-                yield from tensors(value, f"{prefix}{name}.")
-
-    try:
-        with zipfile.ZipFile(path) as file:
-            root = next(
-                name for name in file.namelist() if name.endswith("/data.pkl")
-            ).removesuffix("data.pkl")
-            with file.open(f"{root}data.pkl") as pickled:
-                return dict(tensors(Tree(pickled).load()))
-    except Exception as error:  # a damaged archive raises anything
-        raise UserError(
-            f"{path}: not readable as a TorchScript archive of weights ({error})"
-        ) from error
-
-
-def clip_weights(state):
-    """Weights by our names of OpenAI's, the hub's or AVION's CLIP, or of AVION's classifier.
-
-    A key's bias is left out, because softmax cancels it (common.Attention); a convolution over patches becomes a linear
-    layer, and so does AVION's, whose pixels run colour first.
-    """
-    names, ours = _HUB if any(name.startswith("vision_model.") for name in state) else _CLIP, {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")
-        if names is _CLIP and not name.startswith(
-            ("visual.", "textual.", "logit_scale", "fc_cls.")
-        ):
-            name = f"textual.{name}"
-        transposed = name in ("visual.proj", "visual.image_projection", "textual.text_projection")
-        for theirs, replacement in names:
-            name = name.replace(theirs, replacement)
-        if transposed:
-            ours[name] = tensor.T  # [E, D]
-        elif name == "visual.patch_embed.weight":
-            side = math.isqrt(tensor[0].numel() // 3)
-            ours[name] = common.conv_to_linear(
-                tensor.reshape(len(tensor), 3, 1, side, side)
-            )  # [D, P]
-        elif name.endswith("attn.in_proj_weight"):
-            ours[name.replace("in_proj_", "qkv.")] = tensor  # [3D, D]
-        elif name.endswith("attn.in_proj_bias"):
-            stem = name.removesuffix("in_proj_bias")
-            ours[f"{stem}q_bias"], _, ours[f"{stem}v_bias"] = tensor.chunk(3)  # [D] each
+def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
+    """A text for each clip, entries `index` [B] of a list, drawn by `keys` [B]: one of its own
+    phrasings; if `related`, any sentence of the list above this relevancy to it."""
+    draws = uniform(keys, "text").tolist()
+    if related:
+        fits = videos.relevancy(index, videos.sentences) > min_relevancy  # [B, S]
+    texts = []
+    for row, (i, u) in enumerate(zip(index.tolist(), draws, strict=True)):
+        chosen = videos.sentences[fits[row]].tolist() if related else []  # DECISION (text)
+        if chosen:
+            texts.append(videos.text(chosen[int(u * len(chosen))]))
         else:
-            ours[re.sub(r"attn\.([qv])_proj\.bias$", r"attn.\1_bias", name)] = tensor
-    for name in [name for name in ours if name.endswith("attn.q_proj.weight")]:
-        parts = [ours.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        ours[name.replace("q_proj", "qkv")] = torch.cat(parts)  # [3D, D]
-        ours.pop(name.replace("q_proj.weight", "k_proj.bias"), None)
-    return ours
+            texts.append(videos.text(i, u))
+    return texts
 
 
-def read_init(path):
-    """What --init holds, told apart by content: {"model": weights by our names, "style": a key of STYLES} and, of a
-    checkpoint of ours, the rest of it. No code of it is run; UserError where it is none of the known forms."""
-    names, state = (), {}
-    if Path(path).is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        state = torchscript_weights(path)
-    elif names:
-        number = np.float64().__reduce__()[
-            0
-        ]  # AVION's files keep their best score as a numpy float, which is data too
-        allowed = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-        with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype(np.float64))]):
-            state = common.load_checkpoint(path)
-        if isinstance(state, dict) and {"model", "config"} <= state.keys():
-            if "style" not in state:
-                raise UserError(f"{path}: not a checkpoint of avion.py")
-            return state
-        state = state.get("state_dict") if isinstance(state, dict) else None  # AVION's
-    state = state or common.read_weights(path)
-    marks = ("temporal_embedding", "image_projection", "fc_cls.weight")
-    style = "avion" if any(name.endswith(marks) for name in state) else "clip"  # DECISION (style)
-    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    if style == "clip" and config.is_file():
-        try:
-            text = json.loads(config.read_text())
-            style = "gelu" if text.get("vision_config", text).get("hidden_act") == "gelu" else style
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{config}: not the settings of a CLIP model ({error})") from None
-    return {"model": clip_weights(state), "style": style}
-
-
-def fit_weights(start, net, cfg):
-    """The weights of read_init as `net` takes them: PE_t for its frames; of CLIP, which has none, zeros, and its
-    projection and temperature only where --embed-dim is CLIP's own; for a classifier the video encoder, and a head of
-    as many classes."""
-    weights, own = dict(start["model"]), net.state_dict()
-    if "visual.patch_embed.weight" in weights:
-        time = weights.get(
-            "visual.temporal_embedding", torch.zeros(1, len(weights["visual.patch_embed.weight"]))
-        )
-        weights["visual.temporal_embedding"] = stretch_time(
-            time, cfg.frames // net.visual.patch[0]
-        )  # [T, D]
-    projection = weights.get("visual_projection.weight", ())
-    if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
-        for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
-            weights.pop(name, None)
-    if "head.weight" in own:
-        same = weights.get("head.weight", torch.empty(0)).shape == own["head.weight"].shape
-        return {
-            k: v
-            for k, v in weights.items()
-            if k.startswith("visual.") or (k.startswith("head.") and same)
-        }
-    table, ours = (x.get("textual.token_embedding.weight", ()) for x in (weights, own))
-    if len(table) and len(table) != len(ours):
-        raise UserError(f"{cfg.init}: its texts have {len(table)} different tokens, --merges {cfg.merges or 'none'} "
-                        f"gives {len(ours)}; CLIP's file is bpe_simple_vocab_16e6.txt.gz")  # fmt: skip
-    return weights
-
-
-# ---- Evaluation ------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def clip_features(model, batches, ctx):
-    """Yields (index int64 [B], features [B, E]; of a classifier [B, D]) of each batch of clips."""
-    for batch in batches:
-        with ctx.autocast():
-            features = model.encode_video(batch.clips)  # [B, E]
-        yield batch.index, features
+# ---- Evaluation ----------------------------------------------------------------------------------
 
 
 def encode_clips(model, batches, failures, count, ctx):
-    """Features of a list of `count` clips, float32 [V, E] on the CPU ([V, D] of a classifier); which could be read, bool
-    [V]; lines of those that could not.
+    """Features of a list of `count` clips, float32 [V, E] on the CPU ([V, D] of a classifier);
+    which could be read, bool [V]; lines of those that could not.
 
     batches: this rank's part of the list, see data.test_batches. failures: what they fill.
     """
     out = torch.zeros(count, 1 + model.embed_dim, device=ctx.device)  # [V, E + 1]
-    for index, x in clip_features(model, batches, ctx):
-        out[index.to(ctx.device)] = F.pad(
-            x.float(), (0, 1), value=1.0
-        )  # the last column: it was read
+    for index, x in common.run_model(model.encode_video, batches, ctx):
+        rows = index.to(ctx.device)  # [B]
+        out[rows] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
     out = ctx.sum(out).cpu()
     unread = failures.collect(ctx, 0)
     if not out[:, -1].any():
@@ -1203,17 +880,14 @@ def encode_texts(model, texts, tokenizer, ctx, size=256):
 
 
 def class_vectors(model, texts, tokenizer, ctx):
-    """What a clip's features are multiplied with, a vector a class: a classifier's weights [A, D]; zero-shot, the mean
-    feature of the texts of each class (a list of lists), [A, E]."""
+    """What a clip's features are multiplied with, a vector a class: a classifier's weights [A, D];
+    zero-shot, the mean feature of the texts of each class (a list of lists), [A, E]."""
     if not isinstance(model, VideoCLIP):
         return model.head.weight.detach().cpu()  # [A, D]
-    encoded = encode_texts(
-        model, [text for part in texts for text in part], tokenizer, ctx
-    )  # [texts, E]
-    means = [
-        part.mean(0) for part in encoded.split([len(part) for part in texts])
-    ]  # [E] each  # DECISION (prompts)
-    return F.normalize(torch.stack(means), dim=-1)  # [A, E]
+    encoded = encode_texts(model, [*chain(*texts)], tokenizer, ctx)  # [texts, E]
+    parts = encoded.split([len(part) for part in texts])
+    means = torch.stack([part.mean(0) for part in parts])  # [A, E]  # DECISION (prompts)
+    return F.normalize(means, dim=-1)  # [A, E]
 
 
 @torch.no_grad()
@@ -1223,6 +897,60 @@ def class_logits(model, features, classes):
     if isinstance(model, VideoCLIP):
         return model.logit_scale.exp().cpu() * features @ classes.T  # [V, A]
     return F.linear(features, classes, model.head.bias.cpu())  # [V, A]
+
+
+def _blocks(similarity, relevancy, rows=256):
+    """Yields (similarities, relevancies in float64, [b, S] each, their first row): queries in
+    blocks, so that a matrix as large as EK-100's costs little memory beside itself."""
+    similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
+    if similarity.shape != relevancy.shape or similarity.ndim != 2:
+        shapes = f"similarity is {similarity.shape}, relevancy {relevancy.shape}"
+        raise ValueError(f"{shapes}; both should be [Q, S]")
+    for i in range(0, len(similarity), rows):
+        yield (
+            np.array(similarity[i : i + rows], order="C"),
+            np.array(relevancy[i : i + rows], np.float64, order="C"),
+            i,
+        )
+
+
+def mean_average_precision(similarity, relevancy):
+    """mAP of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it ->
+    float.
+
+    Items of relevancy 1 are the hits, but precision at rank k is the sum of all relevancies up to
+    k, fractions too, over k: AP = sum over hits of that, over the number of hits. Ties fall as
+    there. ValueError: a query without a hit.
+    """
+    total, rank = 0.0, np.arange(1, similarity.shape[1] + 1)  # [S]
+    for s, r, first in _blocks(similarity, relevancy):
+        ranked = np.take_along_axis(r, (-s).argsort(1), 1)  # [b, S]
+        hits = ranked == 1  # [b, S]
+        if not hits.any(1).all():
+            query = first + hits.any(1).argmin()
+            raise ValueError(f"query {query} has no item of relevancy 1: its AP is not defined")
+        total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum()
+    return float(total / len(similarity))
+
+
+def ndcg(similarity, relevancy):
+    """nDCG of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it ->
+    float.
+
+    Sum of relevancy / log2(1 + rank) over as many ranks as the query has items of relevancy > 0,
+    over the same in the best order. Ties fall as there. ValueError: a query without such an item.
+    """
+    total, discount = 0.0, np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
+    for s, r, first in _blocks(similarity, relevancy):
+        ranked, best = (
+            np.take_along_axis(r, s.argsort(1)[:, ::-1], 1),
+            np.sort(r, axis=1)[:, ::-1],
+        )  # [b, S] each
+        if not (best[:, 0] > 0).all():
+            query = first + (best[:, 0] > 0).argmin()
+            raise ValueError(f"query {query} has no relevant item: its nDCG is not defined")
+        total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
+    return float(total / len(similarity))
 
 
 # What the last line of a run shows of an evaluation.
@@ -1240,8 +968,8 @@ SHOWN = (
 
 
 def retrieval_metrics(similarity, relevancy, fractions=True):
-    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to video, their mean.
-    fractions: whether mAP counts relevancies below 1, as EK-100's does."""
+    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to
+    video, their mean. fractions: whether mAP counts relevancies below 1, as EK-100's does."""
     exact = (relevancy == 1).double()  # [V, S]
     result = {}
     for name, metric, relevant in (
@@ -1258,11 +986,31 @@ def retrieval_metrics(similarity, relevancy, fractions=True):
     return result
 
 
-def evaluate(model, batches, failures, videos, actions, tokenizer, ctx):
-    """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a VideoClassifier.
+def retrieval(model, features, rows, videos, tokenizer, ctx):
+    """retrieval_metrics of clips, entries `rows` [V] of a list, whose features [V, E] are given,
+    and of its sentences."""
+    columns = videos.sentences  # [S]
+    relevant = videos.relevancy(rows, columns)  # [V, S]
+    if len(rows) < len(videos):  # without texts of clips that could not be read
+        found = (relevant == 1).any(0)  # [S]
+        columns = columns[found]
+        relevant = relevant[:, found]
+    texts = [videos.text(i) for i in columns.tolist()]
+    similarity = features @ encode_texts(model, texts, tokenizer, ctx).T  # [V, S]
+    shuffled = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
+    fractions = bool(videos.narration_ids)
+    result = retrieval_metrics(similarity, relevant, fractions)
+    chance = retrieval_metrics(shuffled, relevant, fractions)
+    return result | {"shuffled_map": chance["val_map"], "shuffled_ndcg": chance["val_ndcg"]}
 
-    All in %. batches: of the centre clips of `videos`; failures: what they fill. Texts are the list's distinct ones;
-    `val_unread` clips could not be read and don't count. `shuffled_` is what the metrics give when clips are mixed up.
+
+def evaluate(model, batches, failures, videos, actions, tokenizer, ctx):
+    """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a
+    VideoClassifier.
+
+    All in %. batches: of the centre clips of `videos`; failures: what they fill. Texts are the
+    list's distinct ones; `val_unread` clips could not be read and don't count. `shuffled_` is what
+    the metrics give when clips are mixed up.
     """
     model.eval()
     features, read, unread = encode_clips(model, batches, failures, len(videos), ctx)  # [V, E], [V]
@@ -1281,44 +1029,96 @@ def evaluate(model, batches, failures, videos, actions, tokenizer, ctx):
     return result | {"val_clips": len(rows), "val_unread": len(unread)}
 
 
-def retrieval(model, features, rows, videos, tokenizer, ctx):
-    """retrieval_metrics of clips, entries `rows` [V] of a list, whose features [V, E] are given, and of its sentences."""
-    columns = videos.sentences  # [S]
-    relevant = videos.relevancy(rows, columns)  # [V, S]
-    if len(rows) < len(videos):  # without texts of clips that could not be read
-        found = (relevant == 1).any(0)  # [S]
-        columns = columns[found]
-        relevant = relevant[:, found]
-    texts = encode_texts(
-        model, [videos.text(i) for i in columns.tolist()], tokenizer, ctx
-    )  # [S, E]
-    similarity = features @ texts.T  # [V, S]
-    shuffled = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
-    fractions = bool(videos.ids)
-    result = retrieval_metrics(similarity, relevant, fractions)
-    chance = retrieval_metrics(shuffled, relevant, fractions)
-    return result | {"shuffled_map": chance["val_map"], "shuffled_ndcg": chance["val_ndcg"]}
+# ---- Weights -------------------------------------------------------------------------------------
+
+
+def read_init(path):
+    """What --init holds, told apart by content: {"model": weights by our names, "style": a key of
+    STYLES} and, of a checkpoint of ours, the rest of it. No code of it is run; UserError where
+    it is none of the known forms."""
+    names, state = (), {}
+    if Path(path).is_file() and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        state = common.torchscript_weights(path)
+    elif names:
+        # AVION's files keep their best score as a numpy float, which is data too.
+        number = np.float64().__reduce__()[0]
+        allowed = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype(np.float64))]):
+            state = common.load_checkpoint(path)
+        if isinstance(state, dict) and {"model", "config"} <= state.keys():
+            if "style" not in state:
+                raise UserError(f"{path}: not a checkpoint of avion.py")
+            return state
+        state = state.get("state_dict") if isinstance(state, dict) else None  # AVION's
+    state = state or common.read_weights(path)
+    marks = ("temporal_embedding", "image_projection", "fc_cls.weight")
+    style = "avion" if any(name.endswith(marks) for name in state) else "clip"  # DECISION (style)
+    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
+    if style == "clip" and config.is_file():
+        try:
+            text = json.loads(config.read_text())
+            style = "gelu" if text.get("vision_config", text).get("hidden_act") == "gelu" else style
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{config}: not the settings of a CLIP model ({error})") from None
+    return {"model": common.clip_weights(state), "style": style}
+
+
+def fit_weights(start, net, cfg):
+    """The weights of read_init as `net` takes them: PE_t for its frames; of CLIP, which has none,
+    zeros, and its projection and temperature only where --embed-dim is CLIP's own; for a
+    classifier the video encoder, and a head of as many classes."""
+    weights, own = dict(start["model"]), net.state_dict()
+    if "visual.patch_embed.weight" in weights:
+        width = len(weights["visual.patch_embed.weight"])
+        time = weights.get("visual.temporal_embedding", torch.zeros(1, width))  # [T, D]
+        steps = cfg.frames // net.visual.patch[0]
+        weights["visual.temporal_embedding"] = stretch_time(time, steps)  # [T, D]
+    projection = weights.get("visual_projection.weight", ())
+    if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
+        for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
+            weights.pop(name, None)
+    if "head.weight" in own:
+        kept = ["visual."]
+        if weights.get("head.weight", torch.empty(0)).shape == own["head.weight"].shape:
+            kept.append("head.")
+        return {name: x for name, x in weights.items() if name.startswith(tuple(kept))}
+    tokens = len(weights.get("textual.token_embedding.weight", ()))
+    ours = len(own["textual.token_embedding.weight"])
+    if tokens not in (0, ours):
+        raise UserError(
+            f"{cfg.init}: its texts have {tokens} different tokens, --merges "
+            f"{cfg.merges or 'none'} gives {ours}; CLIP's file is bpe_simple_vocab_16e6.txt.gz"
+        )
+    return weights
+
+
+# ---- The plan ------------------------------------------------------------------------------------
 
 
 def at_length(measure, tokens):
-    """measure(tokens), which is a N + b N^2, found at two small N: the real one may take gigabytes."""
+    """measure(tokens), which is a N + b N^2, from two small N: the real one may take gigabytes."""
     one, two = measure(64), measure(128)
     square = (two - 2 * one) / (128**2 - 2 * 64**2)
     return (one / 64 - 64 * square) * tokens + square * tokens**2
 
 
 def saved_megabytes(model, tokens, kind):
-    """MB that the video encoder's blocks store for the backward pass of one clip in fp32, (LayerNorm, attention, MLP),
-    from the parts of one real block on the CPU (Fig. 3; GELU, as measured there). kind: "plain", "sdpa", or
-    "checkpoint": all blocks' inputs, and one block's parts while that is recomputed."""
+    """MB that the video encoder's blocks store for the backward pass of one clip in fp32,
+    (LayerNorm, attention, MLP), from the parts of one real block on the CPU (Fig. 3; GELU, as
+    measured there). kind: "plain", "sdpa", or "checkpoint": all blocks' inputs, and one block's
+    parts while that is recomputed."""
     width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
     block = Block(width, heads, kind="plain" if kind == "plain" else "sdpa")
 
     def measured(*modules):
-        count = lambda n: (
-            sum(common.saved_bytes(module, torch.randn(1, n, width)) for module in modules) / 1e6
-        )
-        return at_length(count, tokens)
+        def megabytes(n):
+            x = torch.randn(1, n, width)
+            return sum(common.saved_bytes(module, x) for module in modules) / 1e6
+
+        return at_length(megabytes, tokens)
 
     sizes = [measured(block.norm1, block.norm2), measured(block.attn), measured(block.mlp)]
     if kind == "checkpoint":
@@ -1327,31 +1127,55 @@ def saved_megabytes(model, tokens, kind):
 
 
 def memory(cfg, net, tokens):
-    """Training as common.print_memory takes it: of both encoders. tokens: how many of a clip's are kept."""
+    """Training as common.print_memory takes it: of both encoders. tokens: how many of a clip's are
+    kept."""
     half = cfg.precision != "fp32"
     kind = "plain" if cfg.attention == "plain" else "sdpa"
     pixels = 3 * cfg.frames * cfg.size**2
 
     def kept(tokens, width, depth, heads, causal):
         block = Block(width, heads, act=STYLES["clip"].act, kind=kind, causal=causal)
-        count = lambda n: common.block_bytes(
-            block, depth, (n, width), half=half, grad_checkpoint=cfg.grad_checkpoint
-        )
-        return at_length(count, tokens)
+
+        def measure(n):
+            shape = (n, width)
+            return common.block_bytes(
+                block,
+                depth,
+                shape,
+                half=half,
+                grad_checkpoint=cfg.grad_checkpoint,
+            )
+
+        return at_length(measure, tokens)
 
     spec = MODELS[cfg.model]
-    clip = common.PIXEL_BYTES * pixels + kept(
-        tokens, spec["width"], spec["depth"], spec["heads"], False
-    )
+    clip = common.PIXEL_BYTES * pixels
+    clip += kept(tokens, spec["width"], spec["depth"], spec["heads"], False)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     state = common.state_bytes(trained, optimizer=cfg.optimizer, half=half)
     if isinstance(net, VideoCLIP):
         clip += kept(77, *spec["text"], True)
-        state += (
-            cfg.batch_size / cfg.gpus * pixels
-        )  # all clips of a step wait for their turn, as bytes
+        # All clips of a step wait for their turn, as bytes.
+        state += cfg.batch_size / cfg.gpus * pixels
     group = 2 if cfg.mixup or cfg.cutmix else 1  # whole pairs
     return common.Phase(cfg.recipe, cfg.batch_size, cfg.micro_batch, state, clip, group)
+
+
+def print_figure_3(model, tokens):
+    print(
+        "MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; fp16: half)"
+    )
+    columns = " ".join(f"{column:>10}" for column in ("LayerNorm", "attention", "MLP", "all"))
+    print(f"{'':<24} {columns} {'attention %':>12}")
+    names = {
+        "plain": "plain",
+        "sdpa": "memory-efficient",
+        "checkpoint": "efficient, recomputed",
+    }
+    for kind, name in names.items():
+        sizes = saved_megabytes(model, tokens, kind)
+        cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
+        print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
 
 
 def print_plan(cfg):
@@ -1371,27 +1195,21 @@ def print_plan(cfg):
             macs += f"; {text:.2f} of a text of 77 tokens"
             forward += text
     tokens = cfg.frames // net.visual.patch[0] * (cfg.size // net.visual.patch[1]) ** 2
-    kept = 1 + max(1, int(round(tokens * (1 - cfg.patch_dropout), 6)))
-    whole, visual = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (net, net.visual))
+    kept = 1 + num_kept(tokens, cfg.patch_dropout)
+    whole = sum(p.numel() for p in net.parameters()) / 1e6
+    visual = sum(p.numel() for p in net.visual.parameters()) / 1e6
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
-    print(f"""model     {cfg.model}: {whole:.1f} M parameters, {visual:.1f} M of them the video encoder's
-tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches
-schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch {cfg.batch_size}: {steps} steps, \
-{cfg.optimizer}, peak lr {cfg.lr:g}
-GMACs     {macs}
-Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a step, in chunks of up to \
-{data.largest_chunk(cfg.batch_size, 1, 500, 4):.1f} s
-
-MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in fp16 half)
-{"":<24} {"LayerNorm":>10} {"attention":>10} {"MLP":>10} {"all":>10} {"attention %":>12}""")
-    for kind, name in (
-        ("plain", "plain"),
-        ("sdpa", "memory-efficient"),
-        ("checkpoint", "efficient, recomputed"),
-    ):
-        sizes = saved_megabytes(cfg.model, kept, kind)
-        cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
-        print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
+    chunk = data.largest_chunk(cfg.batch_size, 1, 500, 4)
+    print(
+        f"model     {cfg.model}: {whole:.1f} M parameters, {visual:.1f} M of them the video "
+        f"encoder's\ntokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches\n"
+        f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch "
+        f"{cfg.batch_size}: {steps} steps, {cfg.optimizer}, peak lr {cfg.lr:g}\n"
+        f"GMACs     {macs}\n"
+        "Eq. 3     a disk of 500 MB/s serves this batch, at 1 Mbit/s a video and 4 s a step, in "
+        f"chunks of up to {chunk:.1f} s\n"
+    )
+    print_figure_3(cfg.model, kept)
     common.print_memory(cfg, [memory(cfg, net, kept)])
     passes = 4 if cfg.grad_checkpoint else 3
     if isinstance(net, VideoCLIP) and 0 < cfg.micro_batch < cfg.batch_size // cfg.gpus:
@@ -1399,7 +1217,7 @@ MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; in
     data.print_cores([(cfg.frames, passes * forward, 1)])
 
 
-# ---- The tasks -------------------------------------------------------------------------------------------------------
+# ---- The tasks -----------------------------------------------------------------------------------
 
 
 def check(cfg):
@@ -1408,32 +1226,28 @@ def check(cfg):
     side = MODELS[cfg.model]["patch"]
     tubelet = MODELS[cfg.model].get("tubelet", 1)
     if cfg.frames % tubelet or cfg.eval_frames % tubelet:
-        raise UserError(
-            f"--frames and --eval-frames must be multiples of {tubelet}, the frames of a token of --model {cfg.model}"
-        )
+        token = f"{tubelet}, the frames of a token of --model {cfg.model}"
+        raise UserError(f"--frames and --eval-frames must be multiples of {token}")
     if cfg.size < side or cfg.size % side:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {side} pixels")
     if cfg.contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing):
-        raise UserError(
-            "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: a text can't be mixed"
-        )
+        flags = "--mixup, --cutmix, --dropout and --label-smoothing"
+        raise UserError(f"{flags} are for --loss cross_entropy: a text can't be mixed")
     if cfg.min_lr > cfg.lr:
-        raise UserError(
-            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
-        )
+        end = f"--min-lr {cfg.min_lr:g}, where the cosine ends,"
+        raise UserError(f"{end} is above the peak, --lr {cfg.lr:g}")
     if cfg.contrastive and cfg.batch_size < 2:
-        raise UserError(
-            f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips"
-        )
+        batch = f"--batch-size {cfg.batch_size}"
+        raise UserError(f"{batch} has no negatives; --loss {cfg.loss} compares clips")
     if cfg.task == "search" and not cfg.query.strip():
         raise UserError('--task search needs --query "what to look for"')
     if cfg.task == "predict" and not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
     common.check_gpus(cfg)
-    common.need_init(cfg, [name for name in RECIPES if name.startswith("ego4d")], "CLIP's weights")
-    common.need_init(
-        cfg, [name for name in RECIPES if name.startswith("ek100")], "weights trained on Ego4D"
-    )
+    pretrained = [name for name in RECIPES if name.startswith("ego4d")]
+    tuned = [name for name in RECIPES if name.startswith("ek100")]
+    common.need_init(cfg, pretrained, "CLIP's weights")
+    common.need_init(cfg, tuned, "weights trained on Ego4D")
 
 
 def open_list(cfg, flag, ctx):
@@ -1444,10 +1258,9 @@ def open_list(cfg, flag, ctx):
         paths, root = (cfg.val_list,), cfg.val_root or cfg.data_root
     for path in paths or ("",):
         data.need_list(flag, path, ctx, "a list of narrated clips, .pkl, .csv or .jsonl")
-    videos = Narrations(paths, root)
-    note = videos.check_left_out(cfg.max_bad)
-    if note and ctx.rank == 0:
-        print(note)
+    videos = data.read_captions(paths, root, cfg.max_bad, kind=Narrations)
+    if videos.left_out and ctx.rank == 0:
+        print(videos.check_left_out(cfg.max_bad))
     return videos
 
 
@@ -1456,11 +1269,11 @@ def open_lists(cfg, ctx):
     videos = open_list(cfg, "--train-list", ctx)
     val_videos = open_list(cfg, "--val-list", ctx)
     if len(videos) < cfg.batch_size:
-        raise UserError(
-            f"{videos.path}: {len(videos)} clips are less than one --batch-size of {cfg.batch_size}"
-        )
+        batch = f"--batch-size of {cfg.batch_size}"
+        raise UserError(f"{videos.path}: {len(videos)} clips are less than one {batch}")
     actions = open_actions(cfg, [val_videos] if cfg.contrastive else [videos, val_videos])
-    # What evaluation needs is opened now, so that what is wrong is said now, and not after an epoch.
+    # What evaluation needs is opened now, so that what is wrong is said now, and not after an
+    # epoch.
     data.need_videos(val_videos, cfg.max_bad, "--val-root" if cfg.val_root else "--data-root")
     if actions:
         actions.labels(val_videos)
@@ -1470,28 +1283,29 @@ def open_lists(cfg, ctx):
 
 
 def open_actions(cfg, lists):
-    """The classes: of --actions, else of all `lists` given; None where these have none and need none."""
-    if not cfg.actions and cfg.contrastive and not all(videos.classes for videos in lists):
+    """The classes: of --actions, else of all `lists` given; None where these have none and need
+    none."""
+    if not cfg.actions and cfg.contrastive and not all(videos.classified for videos in lists):
         return None
     if cfg.actions:
-        lists = [Narrations(cfg.actions)]
-        lists[0].check_left_out(cfg.max_bad)
+        lists = [data.read_captions(cfg.actions, max_bad=cfg.max_bad, kind=Narrations)]
     actions = Actions(lists=lists)
     if not cfg.contrastive and cfg.num_classes not in (0, len(actions.names)):
         raise UserError(
-            f"--num-classes {cfg.num_classes}: the lists have {len(actions.names)} actions; EK-100's 3,806 are those "
-            "of training and validation together, which --actions can name"
+            f"--num-classes {cfg.num_classes}: the lists have {len(actions.names)} actions; "
+            "EK-100's 3,806 are those of training and validation together, which --actions can name"
         )
     return actions
 
 
 def clips_of(cfg, videos, train):
     """The clips of a list: random ones to train on, or the centre of each narration."""
-    frames = cfg.frames if train else cfg.eval_frames or cfg.frames
+    frames = cfg.frames
+    if not train and cfg.eval_frames:
+        frames = cfg.eval_frames
     crop = train and cfg.crop
-    plan = partial(
-        sample_clip, videos=videos, frames=frames, train=train, crop=crop, crop_min=cfg.crop_min
-    )
+    options = {"frames": frames, "train": train, "crop": crop, "crop_min": cfg.crop_min}
+    plan = partial(sample_clip, videos=videos, **options)
     reader = data.WholeFrames if cfg.loader == "decode_then_crop" else data.Video
     return data.ClipDataset(
         videos, plan, cfg.size, cfg.seed, replace=train, frames=frames, reader=reader
@@ -1511,24 +1325,9 @@ def validate(cfg, ctx, net, videos, actions, tokenizer):
     return evaluate(net, batches, failures, videos, actions, tokenizer, ctx)
 
 
-def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
-    """A text for each clip, entries `index` [B] of a list, drawn by `keys` [B]: one of its own phrasings; if `related`,
-    any sentence of the list above this relevancy to it."""
-    draws = uniform(keys, "text").tolist()
-    if related:
-        fits = videos.relevancy(index, videos.sentences) > min_relevancy  # [B, S]
-    texts = []
-    for row, (i, u) in enumerate(zip(index.tolist(), draws, strict=True)):
-        chosen = videos.sentences[fits[row]].tolist() if related else []  # DECISION (text)
-        if chosen:
-            texts.append(videos.text(chosen[int(u * len(chosen))]))
-        else:
-            texts.append(videos.text(i, u))
-    return texts
-
-
 def open_model(source, cfg, ctx):
-    """(cfg, model, tokenizer, classes) of a trained or published model; of ours, the shape is its checkpoint's."""
+    """(cfg, model, tokenizer, classes) of a trained or published model; of ours, the shape is its
+    checkpoint's."""
     start = read_init(source)
     weights = start["model"]
 
@@ -1537,15 +1336,13 @@ def open_model(source, cfg, ctx):
         its_cfg = replace(cfg, **{key: state["config"][key] for key in keys})
         tokenizer = BPETokenizer(state["merges"])
         if cfg.merges and read_merges(cfg.merges) != tokenizer.merges:
-            raise UserError(
-                f"it was trained with other merges than --merges {cfg.merges}; leave that flag out"
-            )
+            flag = f"--merges {cfg.merges}"
+            raise UserError(f"it was trained with other merges than {flag}; leave that flag out")
         return its_cfg, build(its_cfg, state["style"], tokenizer.size, len(state["classes"]))
 
     if "config" in start:
-        cfg, net, _ = common.open_trained(
-            source, "avion.py", ("style", "merges", "classes"), from_ours, start
-        )
+        keys = ("style", "merges", "classes")
+        cfg, net, _ = common.open_trained(source, "avion.py", keys, from_ours, start)
         return cfg, net.to(ctx.device), BPETokenizer(start["merges"]), start["classes"]
     if "head.weight" in weights:
         cfg = replace(cfg, loss="cross_entropy", num_classes=len(weights["head.weight"]))
@@ -1557,9 +1354,8 @@ def open_model(source, cfg, ctx):
     common.load_weights(net, weights, source)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
     if missing:
-        raise UserError(
-            f"{source}: has no {missing[0]} that fits; its --embed-dim and --loss must be the file's"
-        )
+        why = f"has no {missing[0]} that fits; its --embed-dim and --loss must be the file's"
+        raise UserError(f"{source}: {why}")
     return cfg, net.to(ctx.device).eval(), tokenizer, ()
 
 
@@ -1575,7 +1371,7 @@ def use(cfg, ctx):
     videos = open_list(cfg, "--val-list", ctx)
     if cfg.task == "features":  # in the list's order: of length 1, or CLS of a classifier
         failures = data.Failures(len(videos), cfg.max_bad)
-        parts = clip_features(net, test_batches(cfg, ctx, videos, failures), ctx)
+        parts = common.run_model(net.encode_video, test_batches(cfg, ctx, videos, failures), ctx)
         return common.write_features(folder, (len(videos), net.embed_dim), parts, failures, ctx)
     actions = Actions(names) if names else open_actions(cfg, [videos])
     result = validate(cfg, ctx, net, videos, actions, tokenizer)
@@ -1583,7 +1379,8 @@ def use(cfg, ctx):
 
 
 def predict(cfg, ctx, net, tokenizer, names):
-    """Print the five likeliest actions of each --input video; of a VideoCLIP, the closest narrations of --val-list."""
+    """Print the five likeliest actions of each --input video; of a VideoCLIP, the closest
+    narrations of --val-list."""
     if isinstance(net, VideoCLIP):
         listed = open_list(cfg, "--val-list", ctx)
         names = [listed.text(i) for i in listed.sentences]
@@ -1593,20 +1390,19 @@ def predict(cfg, ctx, net, tokenizer, names):
     videos = data.Captions((path, 0.0, math.inf, "") for path in cfg.input)
     failures = data.Failures(len(videos), 1.0)
     classes = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
-    features = clip_features(net, test_batches(cfg, ctx, videos, failures), ctx)
-    shares = (
-        (index, class_logits(net, x, classes).softmax(-1)) for index, x in features
-    )  # [B, A] each
+    features = common.run_model(net.encode_video, test_batches(cfg, ctx, videos, failures), ctx)
+    logits = ((index, class_logits(net, x, classes)) for index, x in features)  # [B, A] each
+    shares = ((index, x.softmax(-1)) for index, x in logits)
     common.print_predictions(videos, shares, names, failures)
 
 
 def search(cfg, ctx, net, tokenizer):
-    """Print the ten clips of --window seconds that fit --query best, with their scores (cosines), times and videos, out
-    of --input, else of the videos of --val-list; of clips that overlap, the best."""
+    """Print the ten clips of --window seconds that fit --query best, with their scores (cosines),
+    times and videos, out of --input, else of the videos of --val-list; of clips that overlap,
+    the best."""
     if not isinstance(net, VideoCLIP):
-        raise UserError(
-            "--task search needs a model with a text encoder, not one of --loss cross_entropy"
-        )
+        why = "needs a model with a text encoder, not one of --loss cross_entropy"
+        raise UserError(f"--task search {why}")
     paths = cfg.input
     if not paths:
         listed = open_list(cfg, "--val-list", ctx)
@@ -1617,9 +1413,8 @@ def search(cfg, ctx, net, tokenizer):
     videos = data.Captions(windows)
     failures = data.Failures(len(videos), cfg.max_bad)
     batches = test_batches(cfg, ctx, videos, failures)
-    features, read, _ = encode_clips(
-        net, batches, failures, len(videos), ctx
-    )  # [windows, E], [windows]
+    # [windows, E], [windows]
+    features, read, _ = encode_clips(net, batches, failures, len(videos), ctx)
     scores = features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]  # [windows]
     shown = []
     for i in scores.masked_fill(~read, -math.inf).argsort(descending=True).tolist():
@@ -1633,7 +1428,8 @@ def search(cfg, ctx, net, tokenizer):
 
 
 def windows_of(path, seconds):
-    """Spans (path, start, end, "") of so many seconds that cover a video, each half over the one before."""
+    """Spans (path, start, end, "") of so many seconds that cover a video, each half over the one
+    before."""
     try:
         with data.open_video(path) as video:
             end = video.clamp(math.inf)
@@ -1644,16 +1440,16 @@ def windows_of(path, seconds):
 
 
 def open_start(cfg, run, classes):
-    """(model, tokenizer, style) that a run begins with: of --init or from nothing; or that it goes on with."""
+    """(model, tokenizer, style) that a run begins with: of --init or from nothing; or that it goes
+    on with."""
     start = run.state or (read_init(cfg.init) if cfg.init else {})
     merges = cfg.merges
     if run.state or not merges:
         merges = start.get("merges", ())
     tokenizer = BPETokenizer(merges)
     if cfg.contrastive and not tokenizer.merges:
-        run.say(
-            "no --merges: texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges"
-        )
+        why = "texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges"
+        run.say(f"no --merges: {why}")
     style = start.get("style", "clip")
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, style, tokenizer.size, classes)
@@ -1665,18 +1461,31 @@ def open_start(cfg, run, classes):
 
 def parameter_groups(net, weight_decay, text_lr):
     """Optimizer groups; the text encoder's have the factor `text_lr` to the learning rate."""
-    layer = lambda name: (
-        0 if name.startswith("textual.") else 1
-    )  # layer 0 has one factor of layer decay more
-    return common.param_groups(net, weight_decay, text_lr, layer)  # DECISION (decay)
+
+    def layer_of(name):  # the text encoder is a layer below the rest, slowed by layer decay
+        return 0 if name.startswith("textual.") else 1
+
+    return common.param_groups(net, weight_decay, text_lr, layer_of)  # DECISION (decay)
 
 
 def learning_rate(step, total, warmup, start, peak, end):
-    """Of step 0, 1, ...: from `start` in a line to `peak` in `warmup` steps, then half a cosine to `end` (App. B.2)."""
+    """Of step 0, 1, ...: from `start` in a line to `peak` in `warmup` steps, then half a cosine to
+    `end` (App. B.2)."""
     rate = common.cosine(step, total, warmup, peak, end)
     if step < warmup:
         rate += start * (1 - step / warmup)
     return rate
+
+
+def say_result(run, metric):
+    """The line that a run ends with."""
+    last = run.at["last"]
+    numbers = ", ".join(f"{name} {last[name]:.1f} %" for name in SHOWN if name in last)
+    run.say(
+        f"complete: {numbers} of {last['val_clips']} validation clips; best {metric} "
+        f"{run.at['best']:.1f} %. {run.folder}/best.pt: --task search --query, eval, predict, "
+        "features. --overwrite starts anew."
+    )
 
 
 @common.in_one_line
@@ -1696,9 +1505,8 @@ def main(cfg):
     total = cfg.max_steps or cfg.epochs * epoch_steps
     warmup = cfg.warmup_epochs * epoch_steps
 
-    run = common.Trainer(
-        cfg, ctx, "avion", at={"best": -1.0}, train_list=videos, val_list=val_videos
-    )
+    at = {"best": -1.0}
+    run = common.Trainer(cfg, ctx, "avion", at=at, train_list=videos, val_list=val_videos)
     net, tokenizer, style = open_start(cfg, run, classes)
     net = net.to(ctx.device)
     groups = parameter_groups(net, cfg.weight_decay, cfg.text_lr)
@@ -1706,9 +1514,10 @@ def main(cfg):
     names = () if cfg.contrastive else actions.names
     run.prepare(net, optimizer, classes=names, merges=tokenizer.merges, style=style)
     run.say(
-        f"{len(videos)} training and {len(val_videos)} validation clips, {sentences} sentences, {classes} classes; "
-        f"batch {cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; "
-        f"{ctx.precision} on {ctx.device}; steps {run.step} to {total}"
+        f"{len(videos)} training and {len(val_videos)} validation clips, {sentences} sentences, "
+        f"{classes} classes; batch {cfg.batch_size} = {ctx.world} ranks x {micro} clips x "
+        f"{accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; steps {run.step} to "
+        f"{total}"
     )
     augment = data.flip if cfg.flip else None
     dataset = clips_of(cfg, videos, train=True)
@@ -1716,43 +1525,30 @@ def main(cfg):
         dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augment
     )
     failures = data.Failures(len(videos), cfg.max_bad)
-    run.begin(
-        batches,
-        failures,
-        cfg.batch_size,
-        micro,
-        epoch_steps,
-        total,
-        total,
-        eval_every=cfg.eval_every,
-    )
+    every = cfg.eval_every
+    run.begin(batches, failures, cfg.batch_size, micro, epoch_steps, total, total, eval_every=every)
     metric = "val_map" if cfg.contrastive else "val_action"
-    related = cfg.loss == "max_margin" and videos.classes
+    related = cfg.loss == "max_margin" and videos.classified
     loss_fn = loss_of(cfg)
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
         run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
     while run.step < total:
         lr = learning_rate(run.step, total, warmup, cfg.start_lr, cfg.lr, cfg.min_lr)
-        if (
-            cfg.contrastive
-        ):  # a loss of the whole batch: first all its clips, which as uint8 are small
+        if cfg.contrastive:  # of the whole batch: first all its clips, which as uint8 are small
             pairs = []
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
                 tokens = tokenizer(texts)  # [B, L]
-                ids = batch.keys  # [B], each another: nobody asks
-                if cfg.skip_duplicates:
-                    ids = text_ids(tokens)  # [B]
+                ids = text_ids(tokens) if cfg.skip_duplicates else batch.keys  # [B]
                 inputs = batch.keys, tokens, ids
                 pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
             global_backward(run, pairs, loss_fn)
         else:  # a sum over clips: gradients of micro-batches add up
             for batch in run.micro_batches():
                 labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, A]
-                clips, labels = data.mix(
-                    batch.clips, labels, (cfg.seed, run.step), cfg.mixup, cfg.cutmix
-                )
+                step = cfg.seed, run.step
+                clips, labels = data.mix(batch.clips, labels, step, cfg.mixup, cfg.cutmix)
                 keys = data.to_device(batch.keys, ctx.device)  # [B]
                 with run.forward():
                     loss = cross_entropy(run.model(clips, keys), labels)  # [B]
@@ -1765,12 +1561,7 @@ def main(cfg):
         if run.evaluation_due():
             run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
 
-    last = run.at["last"]
-    numbers = ", ".join(f"{name} {last[name]:.1f} %" for name in SHOWN if name in last)
-    run.say(
-        f"complete: {numbers} of {last['val_clips']} validation clips; best {metric} {run.at['best']:.1f} %. "
-        f"{run.folder}/best.pt: --task search --query, eval, predict, features. --overwrite starts anew."
-    )
+    say_result(run, metric)
 
 
 if __name__ == "__main__":

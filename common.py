@@ -1431,7 +1431,7 @@ class Trainer(Run):
         self.note(loss, *values)
 
     def cached_backward(self, encode, batches, loss_fn):
-        """The same for a loss over the whole global batch: see `cached_step`. -> losses, extras: [B] each."""
+        """The same for a loss over the whole global batch: see `cached_step`. -> losses, own losses: [B] each."""
         return cached_step(self.ctx, self.model, encode, batches, loss_fn, self.scaler)
 
     def note(self, loss, *values):
@@ -1772,6 +1772,114 @@ def vit_for_video(image, frames, mean, std):
     return image | {"patch_embed.weight": weight, "patch_embed.bias": bias}
 
 
+# CLIP's names -> ours, replaced in this order: the hub's, then OpenAI's and AVION's.
+_HUB_CLIP = (("vision_model.embeddings.patch_embedding.", "visual.patch_embed."), ("vision_model.embeddings.", "visual."),
+        ("text_model.embeddings.", "textual."), ("position_embedding.weight", "positional_embedding"),
+        ("vision_model.pre_layrnorm.", "visual.ln_pre."), ("vision_model.post_layernorm.", "visual.ln_post."),
+        ("text_model.final_layer_norm.", "textual.ln_final."), ("vision_model.encoder.layers.", "visual.blocks."),
+        ("text_model.encoder.layers.", "textual.blocks."), ("layer_norm", "norm"),
+        ("self_attn.out_proj.", "attn.proj."), ("self_attn.", "attn."))  # fmt: skip
+_CLIP = (("visual.conv1.", "visual.patch_embed."), ("transformer.resblocks.", "blocks."), ("ln_1.", "norm1."),
+         ("ln_2.", "norm2."), ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."), ("attn.out_proj.", "attn.proj."),
+         ("attn.Wqkv.", "attn.in_proj_"), ("fc_cls.", "head."), ("visual.proj", "visual_projection.weight"),
+         ("visual.image_projection", "visual_projection.weight"), ("textual.text_projection", "text_projection.weight"),
+         )  # fmt: skip
+
+
+def torchscript_weights(path):
+    """The tensors of a TorchScript archive (OpenAI's .pt) by name, without running or building
+    anything of it.
+
+    The archive is a zip: code/ has the program, which is not opened; data.pkl the tree of modules,
+    a pickle; data/<n> the bytes. Here modules become plain nodes, tensors are made from bytes, and
+    any other class or function is refused.
+    """
+
+    class Node:
+        def __setstate__(self, state):
+            self.state = state
+
+    plain = {("collections", "OrderedDict"): dict}
+    plain |= {
+        ("torch", f"{name.title()}Storage"): getattr(torch, name)
+        for name in ("half", "float", "double", "int", "long")
+    }
+    plain["torch._utils", "_rebuild_tensor_v2"] = lambda x, at, size, stride, *_: x.as_strided(
+        size, stride, at
+    ).clone()
+
+    class Tree(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.startswith("__torch__."):
+                return Node
+            if module == "torch.jit._pickle":
+                return lambda value, *_: value  # says what type a plain list or dict has
+            if (module, name) not in plain:
+                raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
+            return plain[module, name]
+
+        def persistent_load(self, entry):
+            return torch.frombuffer(bytearray(file.read(f"{root}data/{entry[2]}")), dtype=entry[1])
+
+    def tensors(node, prefix=""):
+        for name, value in node.state.items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+            elif isinstance(value, Node):
+                yield from tensors(value, f"{prefix}{name}.")
+
+    try:
+        with zipfile.ZipFile(path) as file:
+            root = next(
+                name for name in file.namelist() if name.endswith("/data.pkl")
+            ).removesuffix("data.pkl")
+            with file.open(f"{root}data.pkl") as pickled:
+                return dict(tensors(Tree(pickled).load()))
+    except Exception as error:  # a damaged archive raises anything
+        raise UserError(
+            f"{path}: not readable as a TorchScript archive of weights ({error})"
+        ) from error
+
+
+def clip_weights(state):
+    """Weights by the names of avion.py's modules of OpenAI's, the hub's or AVION's CLIP, or of
+    AVION's classifier.
+
+    A key's bias is left out, because softmax cancels it (Attention); a convolution over patches
+    becomes a linear layer, and so does AVION's, whose pixels run colour first.
+    """
+    names, ours = (
+        _HUB_CLIP if any(name.startswith("vision_model.") for name in state) else _CLIP,
+        {},
+    )
+    for name, tensor in state.items():
+        name = name.removeprefix("module.")
+        if names is _CLIP and not name.startswith(
+            ("visual.", "textual.", "logit_scale", "fc_cls.")
+        ):
+            name = f"textual.{name}"
+        transposed = name in ("visual.proj", "visual.image_projection", "textual.text_projection")
+        for theirs, replacement in names:
+            name = name.replace(theirs, replacement)
+        if transposed:
+            ours[name] = tensor.T  # [E, D]
+        elif name == "visual.patch_embed.weight":
+            side = math.isqrt(tensor[0].numel() // 3)
+            ours[name] = conv_to_linear(tensor.reshape(len(tensor), 3, 1, side, side))  # [D, P]
+        elif name.endswith("attn.in_proj_weight"):
+            ours[name.replace("in_proj_", "qkv.")] = tensor  # [3D, D]
+        elif name.endswith("attn.in_proj_bias"):
+            stem = name.removesuffix("in_proj_bias")
+            ours[f"{stem}q_bias"], _, ours[f"{stem}v_bias"] = tensor.chunk(3)  # [D] each
+        else:
+            ours[re.sub(r"attn\.([qv])_proj\.bias$", r"attn.\1_bias", name)] = tensor
+    for name in [name for name in ours if name.endswith("attn.q_proj.weight")]:
+        parts = [ours.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        ours[name.replace("q_proj", "qkv")] = torch.cat(parts)  # [3D, D]
+        ours.pop(name.replace("q_proj.weight", "k_proj.bias"), None)
+    return ours
+
+
 def load_weights(model, weights, source):
     """Copy a state dict into `model` by name; returns what was loaded, left at init, not used, as a line to print.
 
@@ -1825,53 +1933,61 @@ def contrastive_loss(video, text, scale, same=None):
 
 
 def cached_step(ctx, model, encode, batches, loss_fn, scaler):
-    """Add to .grad the (scaled) gradient of mean(loss_fn) + mean(extra) over the global batch, exactly.
+    """Add to .grad the (scaled) gradient of mean(loss_fn) + mean(own_loss) over the global batch, exactly.
 
-    batches: this rank's micro-batches, all of one size. model: as ctx.wrap made it; `encode` calls it, once.
-    encode(batch, replay) -> outputs, extra. outputs: a tuple of features [b, ...]; integers [b], such as ids; 0-d
-    tensors that are the same in all micro-batches, such as the logit scale. extra: [b] or None, a loss that needs no
-    other clip (Turbo's PMAE). replay False is the first pass, without graph, where extra is not used. Draws must be
-    keyed, so that both passes are the same. Autocast is entered here, for `encode` alone: the loss is in float32.
-    loss_fn(*outputs of the global batch) -> a loss a clip, [B]. Whatever learns must come through `outputs`, from the
-    forward pass of `model`: DistributedDataParallel knows of no other. Returns losses and extras of this rank's clips.
+    batches: this rank's micro-batches, all of one size. model: as ctx.wrap made it.
+    encode(batch) -> what the loss compares, by name, of one call of `model`: features [b, ...]; integers [b],
+    such as ids; 0-d tensors that are the same in all micro-batches, such as the logit scale. Whatever learns
+    must come through these: DistributedDataParallel knows of nothing else. Beside them, where there is one,
+    "own_loss": [b], which needs no other clip (Turbo's PMAE), and counts in the pass with a graph only
+    (torch.is_grad_enabled() tells). Draws must be keyed, so that both passes are the same. Autocast is
+    entered here, for `encode` alone: the loss is in float32.
+    loss_fn(**what encode gives, of the global batch) -> a loss a clip, [B]; rows run rank after rank, and in
+    a rank micro-batch after micro-batch. Returns losses and own losses of this rank's clips.
     """
     batches = list(batches)
     single = len(batches) == 1  # then its graph is kept, and nothing is computed twice
 
-    def forward(batch, replay):
-        with torch.set_grad_enabled(replay), ctx.autocast():
-            return encode(batch, replay)
+    def forward(batch, graph):
+        with torch.set_grad_enabled(graph), ctx.autocast():
+            return encode(batch)
 
-    first, outputs, extras = [forward(batch, single) for batch in batches], [], []
-    for parts in zip(*(features for features, _ in first), strict=True):
-        whole = (
-            ctx.gather_rows(torch.cat(parts).detach()) if parts[0].dim() else parts[0].detach()
-        )  # [B, ...] or []
-        outputs.append(whole.float().requires_grad_() if whole.is_floating_point() else whole)
-    losses = loss_fn(*outputs)  # [B]
-    wanted = [x for x in outputs if x.requires_grad]
+    first = [forward(batch, single) for batch in batches]
+    compared = {}
+    for name in first[0]:
+        if name != "own_loss":
+            parts = [outputs[name].detach() for outputs in first]
+            whole = (
+                ctx.gather_rows(torch.cat(parts)) if parts[0].dim() else parts[0]
+            )  # [B, ...] or []
+            compared[name] = whole.float().requires_grad_() if whole.is_floating_point() else whole
+    losses = loss_fn(**compared)  # [B]
+    learned = [name for name in compared if compared[name].requires_grad]
+    wanted = [compared[name] for name in learned]
     gradients = torch.autograd.grad(
         losses.mean(), wanted, materialize_grads=True
     )  # zeros, of what the loss leaves out
+
     own = len(losses) // ctx.world
     start, size = ctx.rank * own, own // len(batches)
+    own_losses = []
     for i, batch in enumerate(batches):
         rows = slice(start + i * size, start + (i + 1) * size)  # the micro-batch's
         with ctx.sync(model, last=i == len(batches) - 1):
-            features, extra = first[0] if single else forward(batch, True)
-            extras.append(torch.zeros_like(losses[rows]) if extra is None else extra.float())  # [b]
+            outputs = first[0] if single else forward(batch, True)
+            own_loss = outputs.get("own_loss", torch.zeros_like(losses[rows])).float()  # [b]
             # Ranks' gradients are averaged, hence `world` where each has its own part. A scalar's is whole on each.
-            total = extras[-1].sum() * ctx.world / len(losses)
-            for x, gradient in zip(
-                (x for x in features if x.is_floating_point()), gradients, strict=True
-            ):
+            total = own_loss.sum() * ctx.world / len(losses)
+            for name, gradient in zip(learned, gradients, strict=True):
+                x = outputs[name]
                 share = gradient[rows] * ctx.world if x.dim() else gradient / len(batches)
                 total = total + (x.float() * share).sum()  # has the chain rule's gradient
             finite = (
-                losses.isfinite().all() & extras[-1].isfinite().all()
+                losses.isfinite().all() & own_loss.isfinite().all()
             )  # else the update must be skipped
             scaler.scale(total * torch.where(finite, 1.0, math.nan)).backward()
-    return losses[start : start + own].detach(), torch.cat(extras).detach()
+        own_losses.append(own_loss.detach())
+    return losses[start : start + own].detach(), torch.cat(own_losses)
 
 
 # ---- 10. Counting, for --plan ----------------------------------------------------------------------------------------

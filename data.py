@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -871,7 +872,8 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
 
 
 class WholeFrames(Video):
-    """A Video as the plain loader reads it: whole frames first, then crop and scale (AVION, Fig. 8a)."""
+    """A Video as the plain loader reads it: whole frames first, then crop and scale (AVION, Fig.
+    8a)."""
 
     def read_views(self, views):
         try:
@@ -1453,54 +1455,96 @@ def read_table(path):
         raise UserError(f"{path}:{before + 1}: this row is not csv ({error})") from None
 
 
-class Captions:
-    """Captioned segments in memory, from rows (video, start second, end second, text or list of rephrasings).
+class Caption(NamedTuple):
+    """A row of a captioned list, of whatever format: a time of a video, what is said of it, its
+    classes."""
 
-    `left_out`: rows of its file that its reader could not use, a place and a reason each (`check_left_out`).
-    Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], `text(index, u)`, and `video_of`,
-    int32 [entries], the number of its video among `names`. About 40 bytes an entry beside its text, so that Ego4D's 35
-    million narrations fit, once for all of a machine's workers.
+    video: str  # path below the root; without an ending, .mp4's
+    start: float  # in seconds
+    end: float
+    text: object  # a text, or a list of phrasings
+    action: str = None  # two classes, `verb:noun`
+    nouns: tuple = ()  # classes of all nouns, each once, in order
+    narration_id: str = ""  # EK-100's
+
+
+class Captions:
+    """Captioned segments in memory, from rows (Caption, or its first four).
+
+    Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], `text(index,
+    u)`, and `video_of`, int32 [entries], the number of its video among `names`. Where its list has
+    classes: `action` and `noun_set`, int32 [entries], places in `actions` and in `noun_sets`; and
+    `narration_ids`, a list. About 50 bytes an entry beside its text, so that Ego4D's 35 million
+    narrations fit, once for all of a machine's workers.
+
+    `paths`: of its lists, `path` in words. `left_out`: their rows that can't be used, a place and a
+    reason each (`check_left_out`).
     """
 
-    left_out = ()
-
-    def __init__(self, rows, root=""):
-        self.root, self.names, self.texts, numbers = str(root), Strings(), Strings(), {}
-        video_of, times, ends = array("i"), array("d"), array("q", [0])
-        for video, start, end, text in rows:
+    def __init__(self, rows, root="", paths=()):
+        self.root = str(root)
+        self.paths = paths
+        self.path = ", ".join(paths)
+        self.left_out = []
+        self.names = Strings()
+        self.texts = Strings()
+        self.narration_ids = []
+        numbers, actions, noun_sets = {}, {}, {}
+        video_of, action, noun_set = array("i"), array("i"), array("i")
+        times = array("d")
+        ends = array("q", [0])
+        for row in rows:
+            if not isinstance(row, Caption):
+                row = Caption(*row)
+            video, start, end, text, classes, nouns, narration_id = row
             if video not in numbers:
                 numbers[video] = len(numbers)
                 self.names.append(video)
             video_of.append(numbers[video])
             times.extend((start, end))
-            for rephrasing in (text,) if isinstance(text, str) else text:
-                self.texts.append(rephrasing)
+            for phrasing in (text,) if isinstance(text, str) else text:
+                self.texts.append(phrasing)
             ends.append(len(self.texts))
-        self._ends, self.video_of = ends, np.frombuffer(video_of, np.int32)  # [entries]
+            action.append(actions.setdefault(classes, len(actions)))
+            noun_set.append(noun_sets.setdefault(nouns, len(noun_sets)))
+            if narration_id:
+                self.narration_ids.append(narration_id)
+        self._ends = ends
+        self.video_of = np.frombuffer(video_of, np.int32)  # [entries]
         self.start, self.end = np.frombuffer(times).reshape(-1, 2).T  # [entries] each
+        self.actions = list(actions)
+        self.noun_sets = list(noun_sets)
+        self.action = np.frombuffer(action, np.int32)  # [entries]
+        self.noun_set = np.frombuffer(noun_set, np.int32)  # [entries]
         self.labels = np.broadcast_to(np.int32(0), len(video_of))  # none: the caption is the label
 
     def __len__(self):
         return len(self.video_of)
+
+    @property
+    def classified(self):
+        """Whether each entry has an action."""
+        return None not in self.actions
 
     def video(self, index):
         """Path of the video of entry `index`, joined to the root."""
         return os.path.join(self.root, self.names[self.video_of[index]])
 
     def digest(self):
-        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in hexadecimal."""
-        return digest(
-            self.names, self.texts, self.video_of, self.start, self.end, self._ends, self.labels
-        )
+        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in
+        hexadecimal."""
+        numbers = self.video_of, self.start, self.end, self._ends, self.labels
+        return digest(self.names, self.texts, *numbers)
 
     def text(self, index, u=0.0):
-        """Caption of entry `index`; of several rephrasings the one that u in [0, 1) picks."""
+        """Caption of entry `index`; of several phrasings the one that u in [0, 1) picks."""
         first, stop = self._ends[index], self._ends[index + 1]
         return self.texts[first + int(u * (stop - first))]
 
     def check_left_out(self, share):
-        """A note on the rows that were left out, "" if there is none. They are as unreadable videos are: UserError where
-        there are more than one and more than this share (--max-bad), or no others."""
+        """A note on the rows that were left out, "" if there is none. They are as unreadable videos
+        are: UserError where there are more than one and more than this share (--max-bad), or no
+        others."""
         if not self.left_out:
             return ""
         n = len(self) + len(self.left_out)
@@ -1508,6 +1552,179 @@ class Captions:
         if len(self.left_out) > max(1, int(share * n)) or not len(self):
             raise UserError(f"{found}, --max-bad {share:g})")
         return f"left out: {found})"
+
+
+def read_captions(paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions):
+    """The captioned segments of one or several lists, as one object of this `kind` of Captions.
+
+    Formats, by ending: .pkl, AVION's Ego4D: tuples (video, start, end, text or phrasings, ...).
+    .csv: EK-100's as published (EPIC_100_train.csv ...); HTM-AA's (vid, timestamp, text), whose
+    captions are of `reach` seconds before and after their time; or video, start, end, text. .json:
+    HTM-Align's, {video: [[alignable, start, end, text]]}. .jsonl: {"video", "start", "end", "text"}
+    a line. Left out are captions that are not seen in their video (not alignable, or "visible":
+    false); and, counted (--max-bad), those that end before they start and, unless not `texts`,
+    those without a word. classes: how many of EK-100's verbs and nouns there may be. UserError
+    names file and row of a mistake.
+    """
+    paths = [str(path) for path in paths]
+    left_out = []
+    rows = (row for path in paths for row in _captions_of(path, reach, texts, classes, left_out))
+    captions = kind(rows, root, paths)
+    captions.left_out = left_out
+    captions.check_left_out(max_bad)
+    return captions
+
+
+def _captions_of(path, reach, texts, classes, left_out):
+    """Yields the Caption of each row of a list that can be used; of the others their place and why
+    go to `left_out`."""
+    read, parse = _CAPTION_FORMATS.get(Path(path).suffix, _CAPTION_FORMATS[".csv"])
+    place = path
+    found = len(left_out)
+    try:
+        for place, row in read(path):
+            caption = parse(row, reach)
+            if caption is None:
+                continue
+            found += 1
+            if classes:
+                _check_classes(place, caption.action, classes)
+            start, end = float(caption.start), float(caption.end)
+            phrasings = _phrasings(caption.text)
+            spoken = [text for text in phrasings if _WORD.search(text)]
+            if not 0 <= start <= end < math.inf:
+                time = f"its time is {start:g} to {end:g} s"
+                left_out.append(f"{place}: {time}: the start must be before the end")
+            elif texts and not spoken:
+                shown = " ".join(" ".join(phrasings).split())
+                left_out.append(f"{place}: its sentence has no word: {shown or 'it is empty'}")
+            else:
+                video = caption.video if _named_video(caption.video) else f"{caption.video}.mp4"
+                nouns = tuple(sorted(set(caption.nouns)))
+                classes_and_name = caption.action, nouns, caption.narration_id
+                yield Caption(video, start, end, spoken or phrasings, *classes_and_name)
+    except OSError as error:
+        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{place}: not a row of EPIC_100_train.csv, of HTM-AA or HTM-Align, of AVION's .pkl, nor "
+            f"video, start, end, text ({type(error).__name__}: {str(error)[:80]})"
+        ) from None
+    if not found:
+        what = "it holds no narration, no sentence that can be seen"
+        raise UserError(f"{path}: no annotation is in it: {what}")
+
+
+_WORD = re.compile(r"\w")
+
+
+def _phrasings(text):
+    """A caption's phrasings, a list; TypeError where it isn't text. Half of an emoji, cut off,
+    becomes a `?`."""
+    phrasings = [text] if isinstance(text, str) else text
+    if not isinstance(phrasings, (list, tuple)) or not all(isinstance(x, str) for x in phrasings):
+        raise TypeError(f"the narration is not text: {text!r}")
+    return [x.encode("utf-8", "replace").decode() for x in phrasings]
+
+
+def _check_classes(place, action, classes):
+    for word, number, count in zip(("verb", "noun"), action.split(":"), classes, strict=True):
+        if not 0 <= int(number) < count:
+            raise UserError(f"{place}: {word}_class {number} is not one of 0 ... {count - 1}")
+
+
+def plain_pickle(path):
+    """What a pickle of plain data holds: lists, tuples, dicts, strings, numbers. It can name no
+    class and no function, so there is nothing that it could run; UserError where it tries."""
+
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
+
+    with open(path, "rb") as file:
+        try:
+            return Plain(file).load()
+        except Exception as error:  # a damaged pickle raises anything
+            raise UserError(
+                f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same "
+                "rows as .csv or .jsonl (video, start, end, text) are read too"
+            ) from error
+
+
+# Of each format its rows, with their places for messages, and the Caption that a row is: None where
+# its video doesn't show it. A row that is none raises whatever it raises.
+
+
+def _tuples(path):
+    for number, row in enumerate(plain_pickle(path)):
+        yield f"{path}: row {number}", row
+
+
+def _of_tuple(row, reach):
+    video, start, end, text = row[:4]
+    return Caption(video, max(start, 0.0), end, text)
+
+
+def _sentences(path):
+    whole = "".join(line for _, line in read_lines(path))
+    for video, sentences in json.loads(whole).items():
+        for number, sentence in enumerate(sentences):
+            yield f"{path}, {video}, sentence {number}", (video, *sentence)
+
+
+def _of_sentence(row, reach):
+    video, alignable, start, end, text = row
+    return Caption(video, start, end, text) if alignable else None
+
+
+def _filled_lines(path):
+    return ((place, line) for place, line in read_lines(path) if line.strip())
+
+
+def _of_json(line, reach):
+    row = json.loads(line)
+    if not row.get("visible", True):
+        return None
+    unnamed = ("",)  # one set for all, of no noun: digests have it from the beginning
+    caption = Caption(row["video"], row["start"], row["end"], row["text"], nouns=unnamed)
+    words = str(row["text"]).split(" ", 3)
+    if "visible" in row and len(words) == 4:  # the toy set's: `a red square moves left`
+        noun = f"{words[1]} {words[2]}"
+        return caption._replace(action=f"{words[3]}:{noun}", nouns=(noun,))
+    return caption
+
+
+def _of_cells(row, reach):
+    if "vid" in row:  # HTM-AA
+        at = float(row["timestamp"])
+        return Caption(row["vid"], max(0.0, at - reach), at + reach, row["text"])
+    if "verb_class" not in row:
+        return Caption(row["video"], float(row["start"]), float(row["end"]), row["text"])
+    verb, noun = int(row["verb_class"]), int(row["noun_class"])
+    nouns = json.loads(row["all_noun_classes"]) if "all_noun_classes" in row else [noun]
+    return Caption(
+        f"{row['participant_id']}/{row['video_id']}.MP4",
+        _clock(row["start_timestamp"]),
+        _clock(row["stop_timestamp"]),
+        row.get("narration") or "",
+        f"{verb}:{noun}",
+        tuple(nouns),
+        row.get("narration_id") or "",
+    )
+
+
+def _clock(text):
+    """Seconds of hours:minutes:seconds."""
+    return sum(float(part) * 60**n for n, part in enumerate(reversed(text.split(":"))))
+
+
+_CAPTION_FORMATS = {
+    ".pkl": (_tuples, _of_tuple),
+    ".pickle": (_tuples, _of_tuple),
+    ".json": (_sentences, _of_sentence),
+    ".jsonl": (_filled_lines, _of_json),
+    ".csv": (read_table, _of_cells),
+}
 
 
 def need_list(flag, path, ctx, what="a file of one video a line, `path label` or `path,label`"):

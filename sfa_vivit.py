@@ -1009,32 +1009,13 @@ def check(cfg):
 
 def read_epic(path, root, max_bad=0.01):
     """EPIC-KITCHENS-100's annotations as published (EPIC_100_train.csv, ..._validation.csv) -> data.Captions, whose
-    labels are verb * 300 + noun. UserError names file and line of what is no row of them, or of no known class; left
-    out are those that end before they start (--max-bad)."""
-    rows, labels, bad = [], [], []
-    for place, row in data.read_table(path):
-        try:
-            start, end = (sum(60**i * float(x) for i, x in enumerate(reversed(row[key].split(":"))))
-                          for key in ("start_timestamp", "stop_timestamp"))  # fmt: skip
-            verb, noun = int(row["verb_class"]), int(row["noun_class"])
-            video = f"{row['participant_id']}/{row['video_id']}.MP4"
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{place}: not a row of EPIC_100_train.csv ({error!r})") from None
-        for word, value, classes in (("verb", verb, EPIC[0]), ("noun", noun, EPIC[1])):
-            if not 0 <= value < classes:
-                raise UserError(f"{place}: {word}_class {value} is not one of 0 ... {classes - 1}")
-        if not 0 <= start <= end < math.inf:
-            bad.append(
-                f"{place}: its time is {start:g} to {end:g} s: the start must be before the end"
-            )
-        else:
-            rows.append((video, start, end, row.get("narration") or ""))
-            labels.append(verb * EPIC[1] + noun)
-    videos = data.Captions(rows, root)
-    videos.path, videos.labels, videos.left_out = path, np.array(labels, np.int32), bad
-    videos.check_left_out(max_bad)
-    if not rows:
-        raise UserError(f"{path}: no annotation is in it")
+    labels are verb * 300 + noun. UserError names file and line of what is no row of them, or of no known class."""
+    videos = data.read_captions([path], root, max_bad, texts=False, classes=EPIC)
+    labels = []
+    for action in videos.actions:
+        verb, noun = map(int, action.split(":"))
+        labels.append(verb * EPIC[1] + noun)
+    videos.labels = np.array(labels, np.int32)[videos.action]
     videos.classes = [f"verb {i // EPIC[1]} noun {i % EPIC[1]}" for i in range(math.prod(EPIC))]
     return videos
 

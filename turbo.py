@@ -109,7 +109,6 @@ or sentences.
 """
 
 import copy
-import json
 import math
 import os
 import re
@@ -759,16 +758,19 @@ class Texts(NamedTuple):
 NO_TEXTS = Texts(None, None, None, 0)  # of a run without
 
 
-def encode_pairs(batch, replay, model, m, r, error_of):
+def encode_pairs(batch, model, m, r, error_of):
     """A micro-batch for common.cached_step: what the loss of the whole batch compares, and PMAE,
-    which is a clip's own. PMAE is of the second pass (`replay`), so in the first nothing is
-    decoded.
+    which is a clip's own. PMAE is of the pass that has a graph, so in the other nothing is decoded.
 
     batch: clips, keys, features of their sentences, their ids. error_of: partial_mae.
     """
     clips, keys, text, ids = batch
-    z_v, z_t, prediction, target = model(clips, keys, m, r, text, reconstruct=replay)
-    return (z_v, z_t, ids), error_of(prediction, target)  # [B, E], [B, E], [B]; [B]
+    graph = torch.is_grad_enabled()
+    z_v, z_t, prediction, target = model(
+        clips, keys, m, r, text, reconstruct=graph
+    )  # [B, E] twice, ...
+    error = error_of(prediction, target)  # [B]
+    return {"video": z_v, "text": z_t, "sentence": ids, "own_loss": error}
 
 
 class Piece(NamedTuple):
@@ -875,66 +877,6 @@ def evaluate_alignment(model, captions, text, features, failures, ctx):
         "val_unread": len(unread),
         "val_outside": int(found["outside"]),  # sentences after their video's end
     }
-
-
-def read_captions(path, root, reach, max_bad):
-    """Sentences that can be seen in their videos, as data.Captions; UserError names file and row
-    of a mistake.
-
-    Files as published: HTM-AA's csv (vid, timestamp, text), HTM-Align's json ({vid: [[alignable,
-    start, end, text]]}); and .jsonl of {video, start, end, text, visible}. A video is <id>.mp4
-    below `root`, or its folder of chunks. Left out are the sentences without a word and those that
-    end before they start (--max-bad).
-    """
-    place, bad = path, []
-
-    def rows():
-        nonlocal place
-        if path.endswith(".csv"):
-            for place, row in data.read_table(path):
-                at = float(row["timestamp"])
-                yield row["vid"], max(0.0, at - reach), at + reach, row["text"], True
-        elif path.endswith(".json"):
-            text = "".join(line for _, line in data.read_lines(path))
-            for video, sentences in json.loads(text).items():
-                for n, sentence in enumerate(sentences):
-                    place = f"{path}, {video}, sentence {n}"
-                    visible, start, end, text = sentence
-                    yield video, start, end, text, visible
-        else:
-            for place, line in data.read_lines(path):
-                if line.strip():
-                    row = json.loads(line)
-                    yield (
-                        row["video"],
-                        row["start"],
-                        row["end"],
-                        row["text"],
-                        row.get("visible", True),
-                    )
-
-    def seen():
-        for video, start, end, text, visible in rows():
-            if visible and not 0 <= float(start) <= float(end) < math.inf:
-                bad.append(
-                    f"{place}: its time is {start} to {end} s: the start must be before the end"
-                )
-            elif visible and not re.search(r"\w", text):
-                bad.append(f"{place}: its sentence has no word: {text!r}")
-            elif visible:
-                yield f"{video}.mp4", float(start), float(end), text
-
-    try:
-        captions = data.Captions(seen(), root)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{place}: not as HTM-AA, HTM-Align or a .jsonl of captions have it ({error})"
-        ) from None
-    captions.path, captions.left_out = path, bad
-    captions.check_left_out(max_bad)
-    if not len(captions):
-        raise UserError(f"{path}: no sentence in it that can be seen in its video")
-    return captions
 
 
 # ---- The plan ------------------------------------------------------------------------------------
@@ -1251,7 +1193,8 @@ def build(cfg, classes, text_width=0):
 def captions_of(cfg, path):
     """A list of captions. HTM-AA's sentences have one time: a clip begins within its length before
     it."""
-    return read_captions(path, cfg.data_root, cfg.frames / cfg.fps, cfg.max_bad)  # DECISION (when)
+    reach = cfg.frames / cfg.fps
+    return data.read_captions([path], cfg.data_root, cfg.max_bad, reach)  # DECISION (when)
 
 
 def folder_of(cfg):

@@ -67,7 +67,7 @@ def table(head, rows):
 def clips(args, ctx, root, loader, batch, workers, steps, frames=0):
     """Batches of clips as avion.py's training reads them, random crops included."""
     cfg = avion.Config(frames=frames or args.frames, size=args.size, loader=loader)
-    videos = avion.Narrations(args.list, root)
+    videos = data.read_captions(args.list, root)
     dataset = avion.clips_of(cfg, videos, train=True)
     schedule = data.GlobalBatches(len(videos), batch, batch, 0, 0, steps)
     return data.make_loader(dataset, schedule, workers, ctx.device)

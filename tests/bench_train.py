@@ -141,12 +141,10 @@ def turbo_text(cfg, ctx, videos):
     )  # mpnet-base's width
     partial_mae = common.compiled(turbo.partial_mae, ctx)
 
-    def encode(model, inputs, replay):
+    def encode(model, inputs):
         clips, keys, _ = inputs
         batch = clips, keys, words.expand(len(clips), -1), keys
-        return turbo.encode_pairs(
-            batch, replay, model, cfg.mask_ratio, cfg.recon_ratio, partial_mae
-        )
+        return turbo.encode_pairs(batch, model, cfg.mask_ratio, cfg.recon_ratio, partial_mae)
 
     loss = partial(turbo.nce_loss, temperature=cfg.temperature)
     return Variant(ctx, net, cfg, cfg.frames, turbo.clips_of(cfg, videos).plan, loss, encode)
@@ -158,10 +156,10 @@ def avion_clip(cfg, ctx, videos):
         torch.randint(0, 49406, (1, 16), device=ctx.device),
     )  # of CLIP's vocabulary
 
-    def encode(model, inputs, replay):
+    def encode(model, inputs):
         clips, keys, _ = inputs
         video, text, scale = model(clips, words.expand(len(clips), -1), keys)
-        return (video, text, keys, scale), None
+        return {"video": video, "text": text, "ids": keys, "scale": scale}
 
     plan = avion.clips_of(cfg, videos, train=True).plan
     return Variant(ctx, net, cfg, cfg.frames, plan, avion.loss_of(cfg), encode)

@@ -49,16 +49,16 @@ def turbo_classes(net, clips, keys, m=0.5, r=0.25):
     return turbo.turbo_loss(logits, targets(keys), prediction, target)[0]
 
 
-def turbo_pairs(net, batch, replay):
+def turbo_pairs(net, batch):
     clips, keys = batch
     words = common.uniform(keys, "words", 16)  # [B, text width]
-    return turbo.encode_pairs((clips, keys, words, keys), replay, net, 0.5, 0.25, turbo.partial_mae)
+    return turbo.encode_pairs((clips, keys, words, keys), net, 0.5, 0.25, turbo.partial_mae)
 
 
-def avion_pairs(net, batch, replay):
+def avion_pairs(net, batch):
     clips, keys = batch
     words = (200 * common.uniform(keys, "words", 16)).long()  # [B, L]
-    return net(clips, words, keys), None
+    return dict(zip(("video", "text", "scale"), net(clips, words, keys), strict=True))
 
 
 def cross_entropy(net, clips, keys):
@@ -112,7 +112,7 @@ SMALL = {
     "turbo, all tokens": Small(partial(turbo_of, recon=False), partial(turbo_classes, m=0.0, r=0.0), 4),
     "turbo, text": Small(partial(turbo_of, kind=turbo.TurboText, outputs=16), None, 4, turbo, "partial_mae", turbo_pairs,
                          partial(turbo.nce_loss, temperature=0.07)),
-    "avion": Small(two_encoders, None, 4, encode=avion_pairs, loss_fn=lambda v, t, s: common.contrastive_loss(v, t, s)),
+    "avion": Small(two_encoders, None, 4, encode=avion_pairs, loss_fn=common.contrastive_loss),
     "avion, classes": Small(actions, cross_entropy, 4),
     "vivit, stage 1": Small(partial(staged, sfa_vivit.Stage(0, 4, 0, 1, (), False)), vivit, 4),
     "vivit, stage 2": Small(partial(staged, sfa_vivit.Stage(1, 8, 0, 1, ("spatial",), True)), vivit, 8),

@@ -89,6 +89,10 @@ def config(*argv):
     return common.parse(avion.Config, avion.RECIPES, list(map(str, argv)))
 
 
+def narrations(paths, root=""):
+    return data.read_captions(paths, root, kind=avion.Narrations)
+
+
 def encode_clips(net, videos, cfg, ctx):
     failures = data.Failures(len(videos), cfg.max_bad)
     batches = avion.test_batches(cfg, ctx, videos, failures)
@@ -798,7 +802,7 @@ def test_avions_classifier_is_evaluated_as_it_is(tiny, told, tmp_path, capsys):
         for name, x in state.items()
         if name.startswith("module.visual.") and "projection" not in name
     }
-    videos = avion.Narrations([told / "train.jsonl"], told / "chunks")
+    videos = narrations([told / "train.jsonl"], told / "chunks")
     classes = len(avion.Actions(lists=[videos]).names)
     state |= {
         "module.fc_cls.weight": torch.randn(classes, 64),
@@ -873,7 +877,7 @@ def test_torchscript_archives_are_read_not_run(tmp_path, monkeypatch, args):
         "w": torch.randn(2).double(),
     }
     torch.jit.save(torch.jit.script(Tree(state)), "a.pt")
-    read = avion.torchscript_weights("a.pt")
+    read = common.torchscript_weights("a.pt")
     assert read.keys() == state.keys() and all(torch.equal(read[k], state[k]) for k in state)
     assert all(read[k].dtype == state[k].dtype for k in state)
     with zipfile.ZipFile("a.pt") as old, zipfile.ZipFile("evil.pt", "w") as new:
@@ -1017,7 +1021,7 @@ def test_digest_tells_nouns(tmp_path):
     for nouns in ([2], [2, 5]):
         path = tmp_path / "list.csv"
         path.write_text(EK + ek_row(0, "take plate", 0, nouns))
-        digests.add(avion.Narrations([path]).digest())
+        digests.add(narrations([path]).digest())
     assert len(digests) == 2
 
 
@@ -1026,7 +1030,7 @@ def test_official_ek100_rows(tmp_path):
     rows = [ek_row(0, "take plate", 0, [2]), ek_row(1, "take plate", 0, [2], "01:02:03.25", "01:02:04.00"),
             ek_row(2, "put plate, bowl", 1, [2, 7]), ek_row(3, "wash cloth", 2, [17])]  # fmt: skip
     (tmp_path / "test.csv").write_text(EK + "".join(rows))
-    videos = avion.Narrations([tmp_path / "test.csv"], "root")
+    videos = narrations([tmp_path / "test.csv"], "root")
     assert (
         videos.video(0) == "root/P01/P01_01.MP4"
         and videos.start[1] == 3723.25
@@ -1038,14 +1042,14 @@ def test_official_ek100_rows(tmp_path):
     (tmp_path / "test_sentence.csv").write_text(
         "narration_id,narration\nP01_01_3,x\nP01_01_1,x\nP01_01_2,x\n"
     )
-    assert avion.Narrations([tmp_path / "test.csv"]).sentences.tolist() == [3, 1, 2]
+    assert narrations([tmp_path / "test.csv"]).sentences.tolist() == [3, 1, 2]
     actions = avion.Actions(lists=[videos])
     assert actions.names == ["0:2", "1:2", "2:17"] and actions.texts[0] == ["take plate"]
     assert actions.labels(videos).tolist() == [0, 0, 1, 2]
     (tmp_path / "n.csv").write_text(
         EK + ek_row(0, "wash it", 2, [5, 17]).replace(",5,['x']", ",17,['x']")
     )
-    assert avion.Narrations([tmp_path / "n.csv"]).actions == [
+    assert narrations([tmp_path / "n.csv"]).actions == [
         "2:17"
     ]  # the class is noun_class, whatever comes first
 
@@ -1053,7 +1057,7 @@ def test_official_ek100_rows(tmp_path):
 @pytest.mark.skipif(not FORMATS.is_dir(), reason="EK-100's files are not at hand")
 def test_heads_of_the_published_files(tmp_path):
     shutil.copy(FORMATS / "EPIC_100_retrieval_test_head.csv", tmp_path / "t.csv")
-    videos = avion.Narrations([tmp_path / "t.csv"])
+    videos = narrations([tmp_path / "t.csv"])
     rows = list(csv.DictReader((tmp_path / "t.csv").open()))
     published = [
         row["narration"]
@@ -1063,7 +1067,7 @@ def test_heads_of_the_published_files(tmp_path):
     assert (
         30 <= len(texts) and texts == published[: len(texts)]
     )  # in the order of the published file, without that file
-    assert len(videos) == len(rows) > 30 and videos.classes
+    assert len(videos) == len(rows) > 30 and videos.classified
     sets = [set(json.loads(row["all_noun_classes"])) for row in rows]
     got = videos.relevancy(torch.arange(len(rows)), torch.arange(len(rows)))
     for i, a in enumerate(rows):
@@ -1089,20 +1093,20 @@ def test_ego4d_pickle_jsonl_csv_and_several_lists(tmp_path):
         'video,start,end,text\nuid-a,1.5,2.5,"#C C opens, a door"\nx/y.webm,0,4,one\n'
     )
     for name in ("a.pkl", "b.jsonl"):
-        videos = avion.Narrations([tmp_path / name], "r")
+        videos = narrations([tmp_path / name], "r")
         assert [videos.video(0), videos.video(1)] == [
             "r/uid-a.mp4",
             "r/uid-b.mp4",
-        ] and not videos.classes
+        ] and not videos.classified
         assert [videos.text(1, u) for u in (0.0, 0.4, 0.99)] == ["one", "two", "three"]
-    both = avion.Narrations([tmp_path / "a.pkl", tmp_path / "c.csv"])
+    both = narrations([tmp_path / "a.pkl", tmp_path / "c.csv"])
     assert len(both) == 4 and both.text(2) == "#C C opens, a door" and both.video(3) == "x/y.webm"
     assert both.relevancy([1, 2], [1, 3]).tolist() == [[1, 1], [0, 0]]
 
 
 def test_toy_list_leaves_out_what_no_picture_shows(told):
     rows = [json.loads(line) for line in (told / "train.jsonl").read_text().splitlines()]
-    videos = avion.Narrations([told / "train.jsonl"])
+    videos = narrations([told / "train.jsonl"])
     assert len(videos) == sum(row["visible"] for row in rows) == 24 < len(rows)
     texts = {videos.text(i) for i in range(24)}
     assert texts == {row["text"] for row in rows if row["visible"]}
@@ -1242,7 +1246,7 @@ def test_missing_and_short_chunks(tmp_path, told, args, capsys):
         path.unlink()
         data._toy_write(path, clip, 8)
     cfg = config(*args)
-    videos = avion.Narrations([told / "train.jsonl"], chunks)
+    videos = narrations([told / "train.jsonl"], chunks)
     dataset = data.ClipDataset(videos, avion.clips_of(cfg, videos, True).plan, 64, 0, replace=False)
     samples = [dataset[0, i] for i in range(24) if "train_00000" in videos.video(i)]
     assert len(samples) == 8 and all(clip.shape == (8, 3, 64, 64) for (clip,), *_ in samples)
@@ -1254,11 +1258,11 @@ def test_every_clip_has_a_sentence(tmp_path, told, args):
     rows = [ek_row(0, "cut slice", 7, [4]), ek_row(1, "stir", 10, [20, 3]), ek_row(2, "cut slice", 7, [7]),
             ek_row(3, "cut slice", 7, [7]), ek_row(4, "stir", 10, [3, 20, 3]), ek_row(5, "stir", 10, [3])]  # fmt: skip
     (tmp_path / "test.csv").write_text(EK + "".join(rows))
-    videos = avion.Narrations([tmp_path / "test.csv"])
+    videos = narrations([tmp_path / "test.csv"])
     assert videos.sentences.tolist() == [0, 1, 2, 5]
     assert (videos.relevancy(torch.arange(6), videos.sentences) == 1).sum(1).tolist() == [1] * 6
     (tmp_path / "test_sentence.csv").write_text("narration_id,narration\nP01_01_3,cut slice\n")
-    assert avion.Narrations([tmp_path / "test.csv"]).sentences.tolist() == [3, 0, 1, 5]
+    assert narrations([tmp_path / "test.csv"]).sentences.tolist() == [3, 0, 1, 5]
     late = ek_row(
         6, "wave", 1, [9], "00:00:03.00", "00:00:01.00"
     )  # a row that the list leaves out has no sentence
@@ -1266,8 +1270,8 @@ def test_every_clip_has_a_sentence(tmp_path, told, args):
     (tmp_path / "late_sentence.csv").write_text(
         "narration_id,narration\nP01_01_6,wave\nP01_01_3,cut slice\n"
     )
-    assert avion.Narrations([tmp_path / "late.csv"]).sentences.tolist() == [3, 0, 1, 5]
-    twice = avion.Narrations(
+    assert narrations([tmp_path / "late.csv"]).sentences.tolist() == [3, 0, 1, 5]
+    twice = narrations(
         [tmp_path / "test.csv", tmp_path / "test.csv"]
     )  # the file is of one list, not of both
     assert twice.sentences.tolist() == [0, 1, 2, 5]
@@ -1334,7 +1338,7 @@ def test_impossible_flags(flags, words, args, tmp_path):
 def test_sampling_of_a_narration(told):
     """Training: a random moment of each quarter, a crop of at least half of the area; test: the middles, the centre."""
     cfg = config("--frames", 4, "--size", 64, "--crop")
-    videos = avion.Narrations([told / "train.jsonl"], told / "chunks")
+    videos = narrations([told / "train.jsonl"], told / "chunks")
 
     class Clock:
         info = data.VideoInfo(320, 240, 30.0, 900, 30.0, 0, "h264")
@@ -1364,12 +1368,7 @@ def test_sampling_of_a_narration(told):
 def test_decode_then_crop_reads_the_same_clip(told, monkeypatch):
     """Fig. 8a and 8b: the same frames and box, to the scaler's rounding, across chunk boundaries too; other errors
     are the loader's own."""
-    videos, clips, plain, calls = (
-        avion.Narrations([told / "train.jsonl"], told / "chunks"),
-        [],
-        [],
-        [],
-    )
+    videos, clips, plain, calls = narrations([told / "train.jsonl"], told / "chunks"), [], [], []
     read = data.read_clip_decode_then_crop
     monkeypatch.setattr(
         data, "read_clip_decode_then_crop", lambda *args: calls.append(args[0]) or read(*args)
@@ -1387,7 +1386,7 @@ def test_text_of_max_margin_is_any_relevant_sentence(tmp_path):
     rows = [ek_row(0, "take plate", 0, [2]), ek_row(1, "take cup", 0, [3]), ek_row(2, "wash plate", 2, [2]),
             ek_row(3, "open door", 3, [9])]  # fmt: skip
     (tmp_path / "t.csv").write_text(EK + "".join(rows))
-    videos = avion.Narrations([tmp_path / "t.csv"])
+    videos = narrations([tmp_path / "t.csv"])
     clips = torch.zeros(200, dtype=torch.int64), make_key(torch.arange(200))
     texts = avion.training_texts(videos, *clips, related=True)
     counts = {t: texts.count(t) for t in set(texts)}
@@ -1996,10 +1995,7 @@ def test_zero_shot_by_hand(told, trained):
         avion.read_init(trained / "best.pt"),
         common.launch("fp32"),
     )
-    tokenizer, videos = (
-        avion.BPETokenizer(),
-        avion.Narrations([told / "train.jsonl"], told / "chunks"),
-    )
+    tokenizer, videos = avion.BPETokenizer(), narrations([told / "train.jsonl"], told / "chunks")
     net = avion.build(cfg, "clip", tokenizer.size)
     net.load_state_dict(state["model"])
     actions = avion.Actions(lists=[videos])

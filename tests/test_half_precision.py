@@ -34,7 +34,7 @@ def test_blocks_add_up_in_half_precision(name, dtype, cuda_rules):
     batch = small.clips_of(2, case.frames)
     with torch.autocast("cpu", dtype):
         if case.encode:
-            case.encode(net, batch, True)
+            case.encode(net, batch)
         else:
             case.losses(net, *batch)
     assert seen == {dtype} and ran == set(blocks) != set()

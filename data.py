@@ -1,6 +1,6 @@
-"""Video in, tensors out: fused decode-crop, frame sampling, lists, chunks, the loader, on-device augmentation, toys.
+"""Video in, tensors out: lists, frame sampling, fused decode-crop, the loader, on-device augmentation; toys, tools.
 
-Decoding, the first section, is AVION's second contribution (Zhao and Krähenbühl, "Training a Large Video Model on a
+Decoding is AVION's second contribution (Zhao and Krähenbühl, "Training a Large Video Model on a
 Single Machine in a Day", Sec. 4.2, Eqs. 1-2, Fig. 8) taken further: crop inside the decoder, decode nothing that the
 clip doesn't need, and never return a frame other than the one asked for. `Video`, with the helpers above it, can be
 copied into another project: it needs torch, av (PyAV) and numpy, keeps no global state, prints nothing, runs one
@@ -73,6 +73,854 @@ except ImportError:
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lists
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Strings:
+    """A list of strings, append-only, as one block of bytes and their ends: 8 bytes a string beside its own.
+
+    A Python list would take 60 more, and each worker process would end up with a copy: reading an object writes its
+    count of references, which copies its page. These arrays are only read, and all processes share them.
+    """
+
+    def __init__(self, items=()):
+        self._bytes, self._ends = bytearray(), array("q", [0])
+        for item in items:
+            self.append(item)
+
+    def append(self, text):
+        self._bytes += text.encode(
+            "utf-8", "surrogateescape"
+        )  # bytes of a path that are no UTF-8 pass through
+        self._ends.append(len(self._bytes))
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def ids(self):
+        """int64 [strings], equal for equal strings."""
+        numbers = {}
+        return np.array(
+            [numbers.setdefault(self[i], len(numbers)) for i in range(len(self))], np.int64
+        )
+
+    def digest(self):
+        """What tells this list from any other: a SHA-256, in hexadecimal."""
+        return hashlib.sha256(hashlib.sha256(self._bytes).digest() + self._ends).hexdigest()
+
+    def __getitem__(self, i):
+        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+
+
+def _named_video(name):
+    """True if a name ends as those of videos do."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
+_WORDS = re.compile("[ ,;]")
+_QUOTED = '"((?:[^"]|"")++)"'
+_SPLIT = {
+    at: re.compile(f'(?:{_QUOTED}|([^"{at}]++)) *{at} *(?:{_QUOTED}|([^"{at}]++))')
+    for at in SEPARATORS
+}
+
+
+def _fields(line, separator):
+    """(path, label) of a line; None where it isn't these two. One that holds the separator is quoted, as in csv."""
+    if '"' not in line:  # nearly always: the pattern takes twice as long
+        path, _, label = line.partition(separator)
+        if separator in label.strip():
+            return None
+    else:
+        match = _SPLIT[separator].fullmatch(line)
+        if not match:
+            return None
+        quoted_path, path, quoted_label, label = match.groups()
+        path = path or quoted_path.replace('""', '"')
+        label = label or quoted_label.replace('""', '"')
+    path = path.strip()
+    label = label.strip()
+    return (path, label) if path and label else None
+
+
+def _separators(line):
+    """Those of SEPARATORS that may split a line in two: a tab where there is one; of the others the one that doesn't
+    cut through a video's name, where one does."""
+    found, uncut = set(), set()
+    for separator in "\t" if "\t" in line else ", ":
+        fields = _fields(line, separator)
+        if fields:
+            found.add(separator)
+            path, label = map(_WORDS.split, fields)
+            if not any(map(_named_video, path[:-1] + label)):
+                uncut.add(separator)
+    return uncut or found
+
+
+def digest(*parts):
+    """Of Strings and numbers: a SHA-256, in hexadecimal."""
+    whole = hashlib.sha256()
+    for part in parts:
+        is_text = isinstance(part, Strings)
+        whole.update(
+            hashlib.sha256(
+                part.digest().encode() if is_text else np.ascontiguousarray(part)
+            ).digest()
+        )
+    return whole.hexdigest()
+
+
+_INTEGER = re.compile("-?[0-9]+")
+
+
+class VideoList:
+    """A list file in memory: one video a line, `path,label`; labels all integers or class names.
+
+    One separator holds for the whole file: tab, comma or spaces. The first line that only one of them can split in two
+    decides: a line with a tab; `a.mp4 x`; `a b.mp4,x` and `a,b.mp4 x`, where the other would cut a video's name; but
+    not `a,b c`. A path or label that holds the separator is quoted, "a,b.mp4",x. Refused are a line that is not these
+    two fields, a file that can be split in two ways, a header, and a label that names a video.
+
+    `classes` (names, in order) checks a list against the training list's; without it they are this list's own: sorted
+    names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
+    """
+
+    def __init__(self, path, root="", num_classes=0, classes=None):
+        self.path, self.root, self._paths = str(path), str(root), Strings()
+        numbers, seen = array("i"), {}  # seen: {label: (its number, the line that has it first)}
+        try:
+            with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                head, separator = self._separator(file)
+                for line_number, line in enumerate(chain(head, file), 1):
+                    line = line.strip()
+                    if line:
+                        fields = _fields(line, separator)
+                        if not fields:
+                            self._refuse(
+                                line, line_number, f"; its separator is a {SEPARATORS[separator]}"
+                            )
+                        video, label = fields
+                        self._paths.append(video)
+                        numbers.append(seen.setdefault(label, (len(seen), line_number))[0])
+        except OSError as error:
+            raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+        if not seen:
+            raise UserError(
+                f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`"
+            )
+        self._refuse_other_tables(seen, once=numbers.count(0) == 1)
+        if classes is None and all(map(_INTEGER.fullmatch, seen)):
+            largest = max(
+                (int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0
+            )
+            classes = [str(i) for i in range(num_classes or largest + 1)]
+        self.classes = classes = classes or sorted(seen)
+        if num_classes not in (0, len(classes)):
+            raise UserError(
+                f"{path}: its labels are {len(classes)} names ({classes[0]} ...), not --num-classes {num_classes}"
+            )
+        known = {name: i for i, name in enumerate(classes)}
+        for label, (_, line_number) in seen.items():
+            if label not in known:
+                names = f"0 ... {len(classes) - 1}" if classes[0] == "0" else ", ".join(classes[:8])
+                raise UserError(
+                    f"{path}:{line_number}: label {label!r} is not one of the {len(classes)} classes ({names})"
+                )
+        self.labels = np.array([known[label] for label in seen], np.int32)[numbers]  # [entries]
+
+    @classmethod
+    def of(cls, paths):
+        """A list of given paths, all labelled 0."""
+        videos = cls.__new__(cls)
+        videos.root, videos.classes, videos.labels = "", ["0"], np.zeros(len(paths), np.int32)
+        videos._paths = Strings(map(os.fsdecode, paths))
+        return videos
+
+    def _separator(self, file):
+        """(the lines that were read to find it, the file's separator)."""
+        head, left, first = [], set(SEPARATORS), ""
+        for line in file:
+            head.append(line)
+            line = line.strip()
+            if line:
+                left &= _separators(line)
+                if not left:
+                    self._refuse(line, len(head))
+                if len(left) == 1:
+                    return head, left.pop()
+                first = first or f"{self.path}:{len(head)}: {line[:80]!r}"
+        if first:
+            raise UserError(
+                f"{first} can be split at its comma and at its space, and no other line tells which: quote what belongs "
+                'together, "my,video.mp4" label or video.mp4,"my label"'
+            )
+        return head, ","
+
+    def _refuse(self, line, line_number, own=""):
+        raise UserError(
+            f"{self.path}:{line_number}: not `path,label` or `path label`{own}: {line[:80]!r} (quote a field that holds "
+            'the separator: "path with spaces" label)'
+        )
+
+    def _refuse_other_tables(self, seen, once):
+        """UserError for a header, and for labels that are paths: they would be taken for a class without a word. once:
+        whether the first label is no other line's."""
+        first, second = self._paths[0], self._paths[min(1, len(self._paths) - 1)]
+        label, *others = seen
+        _, line_number = seen[label]
+        named = label.lower() in ("label", "class") or _named_video(second)
+        numbered = others and once and all(map(_INTEGER.fullmatch, others))
+        if not _named_video(first) and not _INTEGER.fullmatch(label) and (named or numbered):
+            raise UserError(
+                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: remove it (`data.py list` "
+                "makes lists of published tables); if it is a folder of chunks, let a video's line come first"
+            )
+        for label, (_, line_number) in seen.items():
+            if any(map(_named_video, _WORDS.split(label))):
+                raise UserError(
+                    f"{self.path}:{line_number}: the label {label!r} names a video: a line is `path,label`, and a path "
+                    'that holds the separator is quoted, "a,b.mp4",label'
+                )
+
+    def __len__(self):
+        return len(self.labels)
+
+    def digest(self):
+        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in hexadecimal."""
+        return digest(self._paths, Strings(self.classes), self.labels)
+
+    def video(self, index):
+        """Path of entry `index`, joined to the root."""
+        return os.path.join(self.root, self._paths[index])
+
+
+def read_lines(path):
+    """Yields (`path:number`, line) of a text file; UserError names a file that can't be read, or a line not in UTF-8."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                place = f"{path}:{number}"
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
+                yield place, text
+    except OSError as error:
+        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+
+
+def read_table(path):
+    """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a header. UserError names
+    the line where a row that is not csv begins."""
+    rows, before = csv.DictReader((line for _, line in read_lines(path)), strict=True), 0
+    try:
+        for row in rows:
+            before = rows.line_num
+            yield f"{path}:{before}", row
+    except csv.Error as error:  # an open quote, mostly, which would swallow all that follows
+        raise UserError(f"{path}:{before + 1}: this row is not csv ({error})") from None
+
+
+class Caption(NamedTuple):
+    """A row of a captioned list, of whatever format: a time of a video, what is said of it, its
+    classes."""
+
+    video: str  # path below the root; without an ending, .mp4's
+    start: float  # in seconds
+    end: float
+    text: object  # a text, or a list of phrasings
+    action: str = None  # two classes, `verb:noun`
+    nouns: tuple = ()  # classes of all nouns, each once, in order
+    narration_id: str = ""  # EK-100's
+
+
+class Captions:
+    """Captioned segments in memory, from rows (Caption, or its first four).
+
+    Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], `text(index,
+    u)`, and `video_of`, int32 [entries], the number of its video among `names`. Where its list has
+    classes: `action` and `noun_set`, int32 [entries], places in `actions` and in `noun_sets`; and
+    `narration_ids`, a list. About 50 bytes an entry beside its text, so that Ego4D's 35 million
+    narrations fit, once for all of a machine's workers.
+
+    `paths`: of its lists, `path` in words. `left_out`: their rows that can't be used, a place and a
+    reason each (`check_left_out`).
+    """
+
+    def __init__(self, rows, root="", paths=()):
+        self.root = str(root)
+        self.paths = paths
+        self.path = ", ".join(paths)
+        self.left_out = []
+        self.names = Strings()
+        self.texts = Strings()
+        self.narration_ids = []
+        numbers, actions, noun_sets = {}, {}, {}
+        video_of, action, noun_set = array("i"), array("i"), array("i")
+        times = array("d")
+        ends = array("q", [0])
+        for row in rows:
+            if not isinstance(row, Caption):
+                row = Caption(*row)
+            video, start, end, text, classes, nouns, narration_id = row
+            if video not in numbers:
+                numbers[video] = len(numbers)
+                self.names.append(video)
+            video_of.append(numbers[video])
+            times.extend((start, end))
+            for phrasing in (text,) if isinstance(text, str) else text:
+                self.texts.append(phrasing)
+            ends.append(len(self.texts))
+            action.append(actions.setdefault(classes, len(actions)))
+            noun_set.append(noun_sets.setdefault(nouns, len(noun_sets)))
+            if narration_id:
+                self.narration_ids.append(narration_id)
+        self._ends = ends
+        self.video_of = np.frombuffer(video_of, np.int32)  # [entries]
+        self.start, self.end = np.frombuffer(times).reshape(-1, 2).T  # [entries] each
+        self.actions = list(actions)
+        self.noun_sets = list(noun_sets)
+        self.action = np.frombuffer(action, np.int32)  # [entries]
+        self.noun_set = np.frombuffer(noun_set, np.int32)  # [entries]
+        self.labels = np.broadcast_to(np.int32(0), len(video_of))  # none: the caption is the label
+
+    def __len__(self):
+        return len(self.video_of)
+
+    @property
+    def classified(self):
+        """Whether each entry has an action."""
+        return None not in self.actions
+
+    def video(self, index):
+        """Path of the video of entry `index`, joined to the root."""
+        return os.path.join(self.root, self.names[self.video_of[index]])
+
+    def digest(self):
+        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in
+        hexadecimal."""
+        numbers = self.video_of, self.start, self.end, self._ends, self.labels
+        return digest(self.names, self.texts, *numbers)
+
+    def text(self, index, u=0.0):
+        """Caption of entry `index`; of several phrasings the one that u in [0, 1) picks."""
+        first, stop = self._ends[index], self._ends[index + 1]
+        return self.texts[first + int(u * (stop - first))]
+
+    def check_left_out(self, share):
+        """A note on the rows that were left out, "" if there is none. They are as unreadable videos
+        are: UserError where there are more than one and more than this share (--max-bad), or no
+        others."""
+        if not self.left_out:
+            return ""
+        n = len(self) + len(self.left_out)
+        found = f"{self.left_out[0]} ({len(self.left_out)} such of {n} rows"
+        if len(self.left_out) > max(1, int(share * n)) or not len(self):
+            raise UserError(f"{found}, --max-bad {share:g})")
+        return f"left out: {found})"
+
+
+def read_captions(paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions):
+    """The captioned segments of one or several lists, as one object of this `kind` of Captions.
+
+    Formats, by ending: .pkl, AVION's Ego4D: tuples (video, start, end, text or phrasings, ...).
+    .csv: EK-100's as published (EPIC_100_train.csv ...); HTM-AA's (vid, timestamp, text), whose
+    captions are of `reach` seconds before and after their time; or video, start, end, text. .json:
+    HTM-Align's, {video: [[alignable, start, end, text]]}. .jsonl: {"video", "start", "end", "text"}
+    a line. Left out are captions that are not seen in their video (not alignable, or "visible":
+    false); and, counted (--max-bad), those that end before they start and, unless not `texts`,
+    those without a word. classes: how many of EK-100's verbs and nouns there may be. UserError
+    names file and row of a mistake.
+    """
+    paths = [str(path) for path in paths]
+    left_out = []
+    rows = (row for path in paths for row in _captions_of(path, reach, texts, classes, left_out))
+    captions = kind(rows, root, paths)
+    captions.left_out = left_out
+    captions.check_left_out(max_bad)
+    return captions
+
+
+def _captions_of(path, reach, texts, classes, left_out):
+    """Yields the Caption of each row of a list that can be used; of the others their place and why
+    go to `left_out`."""
+    read, parse = _CAPTION_FORMATS.get(Path(path).suffix, _CAPTION_FORMATS[".csv"])
+    place = path
+    found = len(left_out)
+    try:
+        for place, row in read(path):
+            caption = parse(row, reach)
+            if caption is None:
+                continue
+            found += 1
+            if classes:
+                _check_classes(place, caption.action, classes)
+            start, end = float(caption.start), float(caption.end)
+            phrasings = _phrasings(caption.text)
+            spoken = [text for text in phrasings if _WORD.search(text)]
+            if not 0 <= start <= end < math.inf:
+                time = f"its time is {start:g} to {end:g} s"
+                left_out.append(f"{place}: {time}: the start must be before the end")
+            elif texts and not spoken:
+                shown = " ".join(" ".join(phrasings).split())
+                left_out.append(f"{place}: its sentence has no word: {shown or 'it is empty'}")
+            else:
+                video = caption.video if _named_video(caption.video) else f"{caption.video}.mp4"
+                nouns = tuple(sorted(set(caption.nouns)))
+                classes_and_name = caption.action, nouns, caption.narration_id
+                yield Caption(video, start, end, spoken or phrasings, *classes_and_name)
+    except OSError as error:
+        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{place}: not a row of EPIC_100_train.csv, of HTM-AA or HTM-Align, of AVION's .pkl, nor "
+            f"video, start, end, text ({type(error).__name__}: {str(error)[:80]})"
+        ) from None
+    if not found:
+        what = "it holds no narration, no sentence that can be seen"
+        raise UserError(f"{path}: no annotation is in it: {what}")
+
+
+_WORD = re.compile(r"\w")
+
+
+def _phrasings(text):
+    """A caption's phrasings, a list; TypeError where it isn't text. Half of an emoji, cut off,
+    becomes a `?`."""
+    phrasings = [text] if isinstance(text, str) else text
+    if not isinstance(phrasings, (list, tuple)) or not all(isinstance(x, str) for x in phrasings):
+        raise TypeError(f"the narration is not text: {text!r}")
+    return [x.encode("utf-8", "replace").decode() for x in phrasings]
+
+
+def _check_classes(place, action, classes):
+    for word, number, count in zip(("verb", "noun"), action.split(":"), classes, strict=True):
+        if not 0 <= int(number) < count:
+            raise UserError(f"{place}: {word}_class {number} is not one of 0 ... {count - 1}")
+
+
+def plain_pickle(path):
+    """What a pickle of plain data holds: lists, tuples, dicts, strings, numbers. It can name no
+    class and no function, so there is nothing that it could run; UserError where it tries."""
+
+    class Plain(pickle.Unpickler):
+        def find_class(self, module, name):
+            raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
+
+    with open(path, "rb") as file:
+        try:
+            return Plain(file).load()
+        except Exception as error:  # a damaged pickle raises anything
+            raise UserError(
+                f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same "
+                "rows as .csv or .jsonl (video, start, end, text) are read too"
+            ) from error
+
+
+# Of each format its rows, with their places for messages, and the Caption that a row is: None where
+# its video doesn't show it. A row that is none raises whatever it raises.
+
+
+def _tuples(path):
+    for number, row in enumerate(plain_pickle(path)):
+        yield f"{path}: row {number}", row
+
+
+def _of_tuple(row, reach):
+    video, start, end, text = row[:4]
+    return Caption(video, max(start, 0.0), end, text)
+
+
+def _sentences(path):
+    whole = "".join(line for _, line in read_lines(path))
+    for video, sentences in json.loads(whole).items():
+        for number, sentence in enumerate(sentences):
+            yield f"{path}, {video}, sentence {number}", (video, *sentence)
+
+
+def _of_sentence(row, reach):
+    video, alignable, start, end, text = row
+    return Caption(video, start, end, text) if alignable else None
+
+
+def _filled_lines(path):
+    return ((place, line) for place, line in read_lines(path) if line.strip())
+
+
+def _of_json(line, reach):
+    row = json.loads(line)
+    if not row.get("visible", True):
+        return None
+    unnamed = ("",)  # one set for all, of no noun: digests have it from the beginning
+    caption = Caption(row["video"], row["start"], row["end"], row["text"], nouns=unnamed)
+    words = str(row["text"]).split(" ", 3)
+    if "visible" in row and len(words) == 4:  # the toy set's: `a red square moves left`
+        noun = f"{words[1]} {words[2]}"
+        return caption._replace(action=f"{words[3]}:{noun}", nouns=(noun,))
+    return caption
+
+
+def _of_cells(row, reach):
+    if "vid" in row:  # HTM-AA
+        at = float(row["timestamp"])
+        return Caption(row["vid"], max(0.0, at - reach), at + reach, row["text"])
+    if "verb_class" not in row:
+        return Caption(row["video"], float(row["start"]), float(row["end"]), row["text"])
+    verb, noun = int(row["verb_class"]), int(row["noun_class"])
+    nouns = json.loads(row["all_noun_classes"]) if "all_noun_classes" in row else [noun]
+    return Caption(
+        f"{row['participant_id']}/{row['video_id']}.MP4",
+        _clock(row["start_timestamp"]),
+        _clock(row["stop_timestamp"]),
+        row.get("narration") or "",
+        f"{verb}:{noun}",
+        tuple(nouns),
+        row.get("narration_id") or "",
+    )
+
+
+def _clock(text):
+    """Seconds of hours:minutes:seconds."""
+    return sum(float(part) * 60**n for n, part in enumerate(reversed(text.split(":"))))
+
+
+_CAPTION_FORMATS = {
+    ".pkl": (_tuples, _of_tuple),
+    ".pickle": (_tuples, _of_tuple),
+    ".json": (_sentences, _of_sentence),
+    ".jsonl": (_filled_lines, _of_json),
+    ".csv": (read_table, _of_cells),
+}
+
+
+def need_list(flag, path, ctx, what="a file of one video a line, `path label` or `path,label`"):
+    """UserError where a list is missing. A toy set that it is of, toy/<set>/, is made on first use."""
+    if not path:
+        raise UserError(f"{flag} is missing: {what}")
+    parts = Path(path).parts
+    if len(parts) == 3 and parts[0] == "toy" and parts[1] in TOY_SETS:
+        if ctx.rank == 0:
+            try:
+                make_toy("toy", parts[1])
+            except OSError as error:
+                raise UserError(f"can't make the toy videos: {error}") from None
+        ctx.barrier()
+
+
+def need_videos(videos, max_bad, root="--data-root"):
+    """UserError where more of a validation list's videos are missing than its evaluation would forgive: said before the
+    first step, and not hours later. root: the flag that says where they are."""
+    paths = {videos.video(i) for i in range(len(videos))}
+    missing = sorted(path for path in paths if not os.path.exists(path))
+    if len(missing) > max(1, max_bad * len(paths)) or len(missing) == len(paths):
+        raise UserError(
+            f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing ({missing[0]} ...): is {root} "
+            f"right? (--max-bad {max_bad:g} allows a few)"
+        )
+
+
+# Sentences become features of a frozen language model once, in a file that training maps into memory
+# (Turbo, Sec. 4.2).
+
+
+def hash_words(text, width=256):
+    """A sentence as a unit vector, float32 [width], without a model: words and pairs of neighbours, each
+    at a place and with a sign that its hash gives (Weinberger et al. 2009). Enough to tell toy sentences
+    apart."""
+    words = re.findall(r"\w+", text.lower())
+    pairs = [f"{first} {second}" for first, second in pairwise(words)]
+    vector = np.zeros(width, np.float32)
+    for term in [*words, *pairs]:
+        code = zlib.crc32(term.encode())
+        vector[code % width] += 1 if code >> 31 else -1
+    return vector / max(np.linalg.norm(vector), 1e-6)
+
+
+def _language_model(name, device):
+    """(tokenizer, encoder) of a Hugging Face text model; of an encoder-decoder the encoder."""
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError:
+        raise UserError(
+            f"--text-model {name} needs `pip install transformers`; hashing doesn't"
+        ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        net = AutoModel.from_pretrained(name)
+    except (
+        Exception
+    ) as error:  # no such folder or name, no network, a missing package: anything is raised
+        raise UserError(
+            f"--text-model {name}: {(str(error) or repr(error)).splitlines()[0]}"
+        ) from error
+    net = net.get_encoder() if net.config.is_encoder_decoder else getattr(net, "text_model", net)
+    tokenizer.padding_side = "right"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer, net.to(device).eval()
+
+
+@torch.no_grad()
+def encode_sentences(texts, model, device):
+    """Yields float16 [b, width] of consecutive sentences: the first token's output of a language model,
+    a hub name or folder; or hash_words, model "hashing"."""
+    batches = (
+        [texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256)
+    )
+    if model == "hashing":
+        for batch in batches:
+            yield np.stack([hash_words(text) for text in batch]).astype(np.float16)
+        return
+    tokenizer, net = _language_model(model, device)
+    places = (
+        getattr(net.config, "max_position_embeddings", 0) or 512
+    ) - 2  # MPNet's, RoBERTa's begin at 2
+    length = min(128, places, tokenizer.model_max_length)
+    for batch in batches:
+        tokens = tokenizer(
+            batch, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        )
+        part = net(**tokens.to(device)).last_hidden_state[:, 0].half().cpu()  # [b, width]
+        # The first token of a causal model sees no other: it says nothing of the sentence.
+        alike = len(set(batch)) > 1 and (part == part[0]).all()
+        if alike or not part.isfinite().all():
+            raise UserError(
+                f"--text-model {model}: its first output token is not finite, or the same for all"
+            )
+        yield part.numpy()
+
+
+def text_file(captions, model, folder):
+    """Where the features of a list's sentences are kept: its name tells list, model and sentences apart."""
+    code = zlib.crc32(f"{model} {captions.texts.digest()}".encode())
+    return Path(folder) / f"{Path(captions.path).stem}-{Path(model).name}-{code:08x}.text.npy"
+
+
+def write_text(captions, model, folder, device):
+    """Encode each sentence of Captions once (`encode_sentences`), into `text_file`."""
+    out = text_file(captions, model, folder)
+    temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
+    batches = -(-len(captions) // 256)
+    rows, done = None, 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(b"")  # an error is raised here, before the language model is loaded
+        parts = encode_sentences(captions.texts, model, device)
+        for part in tqdm(parts, f"encoding {captions.path}", batches, unit="batch", disable=None):
+            if rows is None:
+                rows = new_array(temporary, (len(captions), part.shape[1]), np.float16)
+            rows[done : done + len(part)] = part
+            done += len(part)
+        rows.flush()
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"{out}: can't write the sentences' features ({error.strerror})") from None
+    print(f"{out}: {rows.shape[0]} sentences x {rows.shape[1]}")
+
+
+def open_text(captions, model, folder, width=0):
+    """The features that `write_text` wrote, float16 [sentences, width], mapped into memory; of hashing
+    made on the spot where there is no file. UserError where they are missing, or of another width."""
+    path = text_file(captions, model, folder)
+    again = f"run --task encode_text --text-model {model} with the same lists"
+    if model == "hashing" and not path.exists():
+        return np.concatenate([*encode_sentences(captions.texts, "hashing", None)])
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, EOFError, ValueError) as error:
+        why = f"no features of the sentences of {captions.path} by {model}"
+        raise UserError(f"{path}: {why} ({getattr(error, 'strerror', error)}); {again}") from None
+    if rows.ndim != 2 or len(rows) != len(captions) or width not in (0, rows.shape[1]):
+        shape = len(captions), width or "any width"
+        raise UserError(
+            f"{path}: features of shape {rows.shape}, where {shape} are needed; {again}"
+        )
+    return rows
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frame sampling
+# ----------------------------------------------------------------------------------------------------------------------
+# Pure functions -> frames in the order shown, for `read`. u in [0, 1) is the uniform draw that picks among what the
+# paper picks from at random, the first and the last of it included; 0.5 is the middle, 1 the last too. n different
+# frames, always, unless said otherwise; ValueError where the video has fewer than n. What a paper states in seconds goes
+# by the frames' times, not by their number: frame rates vary.
+
+
+def _check_length(info, n):
+    if info.num_frames < n:
+        raise ValueError(
+            f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames (--stages)"
+        )
+
+
+def fps_frames(video, n, fps, u):
+    """n frames of a Video at `fps`, by its times, from a random start (Turbo, Sec. 4.1: 16 frames at 5 fps, 3 s).
+
+    The first is any frame behind which the clip still fits. Where the video is too short for that the frames are spread
+    evenly over all of it; a video slower than `fps` gives consecutive frames. A frame repeats where the video pauses.
+    """
+    _check_length(video.info, n)
+    step = max(1 / fps, 1 / video.info.fps)  # seconds
+    last = video.times[-1] - (n - 1) * step  # second of the last start
+    starts = max(
+        1, int(np.searchsorted(video.times, last + 1e-3, "right"))
+    )  # 1e-3: as `Video.at` rounds
+    step = min(step, video.times[-1] / max(1, n - 1))
+    start = video.times[min(int(u * starts), starts - 1)]
+    return video.at(start + step * np.arange(n))
+
+
+def stride_frames(info, n, stride, u):
+    """n frames, `stride` apart, from a random start (VideoMAE, pretraining; every start of n * stride frames alike).
+
+    A shorter video is spread evenly over the n frames, where VideoMAE repeats its last.
+    """
+    _check_length(info, n)
+    room = max(
+        0, info.num_frames - n * stride
+    )  # as VideoMAE, which leaves stride - 1 frames free behind the last
+    step = min(stride, (info.num_frames - 1) / max(1, n - 1))
+    start = min(int(u * (room + 1)), room)
+    return [start + int(i * step + 1e-6) for i in range(n)]
+
+
+def segment_frames(info, n, u):
+    """One frame of each of n equal segments (TSN, Wang et al. 2016; for SSv2): u, [n] or one for all, places it there.
+
+    Training draws u anew for each segment; test clip k of K, as VideoMAE interleaves them, is u = k / K.
+    """
+    _check_length(info, n)
+    edges = [i * info.num_frames // n for i in range(n + 1)]
+    places = np.broadcast_to(u, n).tolist()
+    return [a + int(p * (b - a)) for a, b, p in zip(edges[:-1], edges[1:], places, strict=True)]
+
+
+def between_frames(video, start, end, n, u=0.5):
+    """n frames between two times in seconds, one in each of n equal segments (AVION): u = 0.5, or [n] draws as jitter.
+
+    An end behind the video's is the video's. Frames repeat if there are fewer than n between the two. ValueError where
+    nothing is between them.
+    """
+    end = video.clamp(end)
+    if not 0 <= start < end:
+        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
+    return video.at(start + (np.arange(n) + np.asarray(u)) * (end - start) / n)
+
+
+def moment_frames(video, start, end, n, fps, u=0.5):
+    """n frames at `fps` somewhere between two times in seconds, u says where; around their middle if that is shorter.
+
+    Turbo's video-language clips (u drawn; HTM-AA). The clip stays within the video; if that is shorter, it is spread
+    over it, and frames may repeat. ValueError where nothing is between the times.
+    """
+    if not (0 <= start < end and video.clamp(end) > start):
+        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
+    room = end - start - n / fps
+    stop = video.clamp(max(0, start + room * (u if room > 0 else 0.5)) + n / fps)
+    begin = max(0, stop - n / fps)
+    return video.at(begin + (np.arange(n) + 0.5) * (stop - begin) / n)
+
+
+def second_frames(video, second, n, fps=0):
+    """n frames around the middle of a second, at `fps` or n a second: for features at one a second (HTM-Align)."""
+    return moment_frames(video, second, second + 1, n, fps or n)
+
+
+def span_frames(video, n, u):
+    """n frames of a Video, evenly spread in time, from one in its first 20 % to one in its last 20 % (Turbo, long
+    video); u: two draws, of the first and of the last. A frame repeats where the video pauses."""
+    _check_length(video.info, n)
+    times, end = video.times, video.times[-1]
+    early = int(np.searchsorted(times, 0.2 * end + 1e-3, "right"))  # frames in the first 20 %
+    late = len(times) - int(np.searchsorted(times, 0.8 * end - 1e-3))  # frames in the last 20 %
+    first = min(int(u[0] * early), early - 1)
+    last = len(times) - 1 - min(int(u[1] * late), late - 1)
+    if last - first < n - 1:
+        first, last = 0, len(times) - 1
+    return video.at(np.linspace(times[first], times[last], n))
+
+
+def view_frames(info, n, stride, k, views):
+    """Test clip k of `views`, evenly placed over the video, n frames `stride` apart (VideoMAE; with `crop_box`)."""
+    _check_length(info, n)
+    room = max(0, info.num_frames - n * stride)
+    start = stride_frames(info, n, stride, 0.0)
+    return [room * k // (views - 1) + i if views > 1 else room // 2 + i for i in start]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Boxes: what decode-crop cuts out, (x, y, w, h) in pixels; even, so that they fall on whole chroma samples
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def crop_box(info, k=1, crops=3, share=1.0):
+    """Square k of `crops` along the long side, first and last at its ends, in the middle of the other (multi-crop test).
+
+    Its side is `share` of the short side, as of random_box; 1: all of it.
+    """
+    short, long = sorted(info[:2])
+    side = short if share == 1 else max(2, round(share * short / 2) * 2)
+    along = (long - side) * k // (crops - 1) if crops > 1 else (long - side) // 2
+    place = along & ~1, (short - side) // 2 & ~1
+    x, y = place if info.width >= info.height else place[::-1]
+    return x, y, side, side
+
+
+def centre_box(info):
+    """The largest centred square."""
+    return crop_box(info, 1, 3)
+
+
+def random_box(info, key, share=1.0):
+    """A square anywhere, of `share` of the short side: simple random crop (AVION, Sec. 4.2; AlexNet, DeiT III).
+
+    Scaling the short side to 256 and cutting 224 (AVION, App. B) is share = 224 / 256.
+    """
+    side = min(
+        max(2, round(share * min(info.width, info.height) / 2) * 2), min(info.width, info.height)
+    )
+    x, y = (
+        2 * int(u * ((room - side) // 2 + 1))
+        for u, room in zip(uniform(key, "crop", 2).tolist(), info[:2])
+    )
+    return x, y, side, side
+
+
+def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
+    """Inception's crop, drawn from a key before anything is decoded (AVION, Eqs. 1-2; ratio log-uniform, as usual).
+
+    After `tries` misses: the centre box.
+    """
+    draws = uniform(key, "crop", 4 * tries).reshape(tries, 4).tolist()
+    for area, shape, left, top in draws:
+        area = info.width * info.height * (scale[0] + area * (scale[1] - scale[0]))
+        shape = ratio[0] * (ratio[1] / ratio[0]) ** shape
+        w, h = (2 * max(1, round(math.sqrt(side) / 2)) for side in (area * shape, area / shape))
+        if w <= info.width and h <= info.height:
+            x, y = (
+                2 * int(u * (room // 2 + 1))
+                for u, room in ((left, info.width - w), (top, info.height - h))
+            )
+            return x, y, w, h
+    return centre_box(info)
+
+
+def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
+    """TSN's multi-scale crop (VideoMAE pretraining; Turbo, Table 6): sides of the short side times two scales that are
+    at most one step apart, at one of 13 places: a 5 x 5 grid's corners, edge middles, centre and inner quarters."""
+    short, pick = min(info.width, info.height), uniform(key, "crop", 2).tolist()
+    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
+    w, h = (int(short * scale) & ~1 for scale in pairs[int(pick[0] * len(pairs))])
+    places = [
+        (i, j) for i in range(5) for j in range(5) if i % 2 == j % 2
+    ]  # quarters of the room, 9 + 4 of them
+    i, j = places[int(pick[1] * len(places))]
+    return (info.width - w) * i // 4 & ~1, (info.height - h) * j // 4 & ~1, w, h
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
@@ -1021,854 +1869,6 @@ class Chunks:
 def open_video(path, reader=Video):
     """A Video, or Chunks where path is a folder. reader: Video, or a subclass that reads otherwise."""
     return Chunks(path, reader) if os.path.isdir(path) else reader(path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Frame sampling
-# ----------------------------------------------------------------------------------------------------------------------
-# Pure functions -> frames in the order shown, for `read`. u in [0, 1) is the uniform draw that picks among what the
-# paper picks from at random, the first and the last of it included; 0.5 is the middle, 1 the last too. n different
-# frames, always, unless said otherwise; ValueError where the video has fewer than n. What a paper states in seconds goes
-# by the frames' times, not by their number: frame rates vary.
-
-
-def _check_length(info, n):
-    if info.num_frames < n:
-        raise ValueError(
-            f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames (--stages)"
-        )
-
-
-def fps_frames(video, n, fps, u):
-    """n frames of a Video at `fps`, by its times, from a random start (Turbo, Sec. 4.1: 16 frames at 5 fps, 3 s).
-
-    The first is any frame behind which the clip still fits. Where the video is too short for that the frames are spread
-    evenly over all of it; a video slower than `fps` gives consecutive frames. A frame repeats where the video pauses.
-    """
-    _check_length(video.info, n)
-    step = max(1 / fps, 1 / video.info.fps)  # seconds
-    last = video.times[-1] - (n - 1) * step  # second of the last start
-    starts = max(
-        1, int(np.searchsorted(video.times, last + 1e-3, "right"))
-    )  # 1e-3: as `Video.at` rounds
-    step = min(step, video.times[-1] / max(1, n - 1))
-    start = video.times[min(int(u * starts), starts - 1)]
-    return video.at(start + step * np.arange(n))
-
-
-def stride_frames(info, n, stride, u):
-    """n frames, `stride` apart, from a random start (VideoMAE, pretraining; every start of n * stride frames alike).
-
-    A shorter video is spread evenly over the n frames, where VideoMAE repeats its last.
-    """
-    _check_length(info, n)
-    room = max(
-        0, info.num_frames - n * stride
-    )  # as VideoMAE, which leaves stride - 1 frames free behind the last
-    step = min(stride, (info.num_frames - 1) / max(1, n - 1))
-    start = min(int(u * (room + 1)), room)
-    return [start + int(i * step + 1e-6) for i in range(n)]
-
-
-def segment_frames(info, n, u):
-    """One frame of each of n equal segments (TSN, Wang et al. 2016; for SSv2): u, [n] or one for all, places it there.
-
-    Training draws u anew for each segment; test clip k of K, as VideoMAE interleaves them, is u = k / K.
-    """
-    _check_length(info, n)
-    edges = [i * info.num_frames // n for i in range(n + 1)]
-    places = np.broadcast_to(u, n).tolist()
-    return [a + int(p * (b - a)) for a, b, p in zip(edges[:-1], edges[1:], places, strict=True)]
-
-
-def between_frames(video, start, end, n, u=0.5):
-    """n frames between two times in seconds, one in each of n equal segments (AVION): u = 0.5, or [n] draws as jitter.
-
-    An end behind the video's is the video's. Frames repeat if there are fewer than n between the two. ValueError where
-    nothing is between them.
-    """
-    end = video.clamp(end)
-    if not 0 <= start < end:
-        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
-    return video.at(start + (np.arange(n) + np.asarray(u)) * (end - start) / n)
-
-
-def moment_frames(video, start, end, n, fps, u=0.5):
-    """n frames at `fps` somewhere between two times in seconds, u says where; around their middle if that is shorter.
-
-    Turbo's video-language clips (u drawn; HTM-AA). The clip stays within the video; if that is shorter, it is spread
-    over it, and frames may repeat. ValueError where nothing is between the times.
-    """
-    if not (0 <= start < end and video.clamp(end) > start):
-        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
-    room = end - start - n / fps
-    stop = video.clamp(max(0, start + room * (u if room > 0 else 0.5)) + n / fps)
-    begin = max(0, stop - n / fps)
-    return video.at(begin + (np.arange(n) + 0.5) * (stop - begin) / n)
-
-
-def second_frames(video, second, n, fps=0):
-    """n frames around the middle of a second, at `fps` or n a second: for features at one a second (HTM-Align)."""
-    return moment_frames(video, second, second + 1, n, fps or n)
-
-
-def span_frames(video, n, u):
-    """n frames of a Video, evenly spread in time, from one in its first 20 % to one in its last 20 % (Turbo, long
-    video); u: two draws, of the first and of the last. A frame repeats where the video pauses."""
-    _check_length(video.info, n)
-    times, end = video.times, video.times[-1]
-    early = int(np.searchsorted(times, 0.2 * end + 1e-3, "right"))  # frames in the first 20 %
-    late = len(times) - int(np.searchsorted(times, 0.8 * end - 1e-3))  # frames in the last 20 %
-    first = min(int(u[0] * early), early - 1)
-    last = len(times) - 1 - min(int(u[1] * late), late - 1)
-    if last - first < n - 1:
-        first, last = 0, len(times) - 1
-    return video.at(np.linspace(times[first], times[last], n))
-
-
-def view_frames(info, n, stride, k, views):
-    """Test clip k of `views`, evenly placed over the video, n frames `stride` apart (VideoMAE; with `crop_box`)."""
-    _check_length(info, n)
-    room = max(0, info.num_frames - n * stride)
-    start = stride_frames(info, n, stride, 0.0)
-    return [room * k // (views - 1) + i if views > 1 else room // 2 + i for i in start]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Boxes: what decode-crop cuts out, (x, y, w, h) in pixels; even, so that they fall on whole chroma samples
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def crop_box(info, k=1, crops=3, share=1.0):
-    """Square k of `crops` along the long side, first and last at its ends, in the middle of the other (multi-crop test).
-
-    Its side is `share` of the short side, as of random_box; 1: all of it.
-    """
-    short, long = sorted(info[:2])
-    side = short if share == 1 else max(2, round(share * short / 2) * 2)
-    along = (long - side) * k // (crops - 1) if crops > 1 else (long - side) // 2
-    place = along & ~1, (short - side) // 2 & ~1
-    x, y = place if info.width >= info.height else place[::-1]
-    return x, y, side, side
-
-
-def centre_box(info):
-    """The largest centred square."""
-    return crop_box(info, 1, 3)
-
-
-def random_box(info, key, share=1.0):
-    """A square anywhere, of `share` of the short side: simple random crop (AVION, Sec. 4.2; AlexNet, DeiT III).
-
-    Scaling the short side to 256 and cutting 224 (AVION, App. B) is share = 224 / 256.
-    """
-    side = min(
-        max(2, round(share * min(info.width, info.height) / 2) * 2), min(info.width, info.height)
-    )
-    x, y = (
-        2 * int(u * ((room - side) // 2 + 1))
-        for u, room in zip(uniform(key, "crop", 2).tolist(), info[:2])
-    )
-    return x, y, side, side
-
-
-def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
-    """Inception's crop, drawn from a key before anything is decoded (AVION, Eqs. 1-2; ratio log-uniform, as usual).
-
-    After `tries` misses: the centre box.
-    """
-    draws = uniform(key, "crop", 4 * tries).reshape(tries, 4).tolist()
-    for area, shape, left, top in draws:
-        area = info.width * info.height * (scale[0] + area * (scale[1] - scale[0]))
-        shape = ratio[0] * (ratio[1] / ratio[0]) ** shape
-        w, h = (2 * max(1, round(math.sqrt(side) / 2)) for side in (area * shape, area / shape))
-        if w <= info.width and h <= info.height:
-            x, y = (
-                2 * int(u * (room // 2 + 1))
-                for u, room in ((left, info.width - w), (top, info.height - h))
-            )
-            return x, y, w, h
-    return centre_box(info)
-
-
-def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
-    """TSN's multi-scale crop (VideoMAE pretraining; Turbo, Table 6): sides of the short side times two scales that are
-    at most one step apart, at one of 13 places: a 5 x 5 grid's corners, edge middles, centre and inner quarters."""
-    short, pick = min(info.width, info.height), uniform(key, "crop", 2).tolist()
-    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    w, h = (int(short * scale) & ~1 for scale in pairs[int(pick[0] * len(pairs))])
-    places = [
-        (i, j) for i in range(5) for j in range(5) if i % 2 == j % 2
-    ]  # quarters of the room, 9 + 4 of them
-    i, j = places[int(pick[1] * len(places))]
-    return (info.width - w) * i // 4 & ~1, (info.height - h) * j // 4 & ~1, w, h
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Lists
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class Strings:
-    """A list of strings, append-only, as one block of bytes and their ends: 8 bytes a string beside its own.
-
-    A Python list would take 60 more, and each worker process would end up with a copy: reading an object writes its
-    count of references, which copies its page. These arrays are only read, and all processes share them.
-    """
-
-    def __init__(self, items=()):
-        self._bytes, self._ends = bytearray(), array("q", [0])
-        for item in items:
-            self.append(item)
-
-    def append(self, text):
-        self._bytes += text.encode(
-            "utf-8", "surrogateescape"
-        )  # bytes of a path that are no UTF-8 pass through
-        self._ends.append(len(self._bytes))
-
-    def __len__(self):
-        return len(self._ends) - 1
-
-    def ids(self):
-        """int64 [strings], equal for equal strings."""
-        numbers = {}
-        return np.array(
-            [numbers.setdefault(self[i], len(numbers)) for i in range(len(self))], np.int64
-        )
-
-    def digest(self):
-        """What tells this list from any other: a SHA-256, in hexadecimal."""
-        return hashlib.sha256(hashlib.sha256(self._bytes).digest() + self._ends).hexdigest()
-
-    def __getitem__(self, i):
-        return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
-
-
-def _named_video(name):
-    """True if a name ends as those of videos do."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
-SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
-_WORDS = re.compile("[ ,;]")
-_QUOTED = '"((?:[^"]|"")++)"'
-_SPLIT = {
-    at: re.compile(f'(?:{_QUOTED}|([^"{at}]++)) *{at} *(?:{_QUOTED}|([^"{at}]++))')
-    for at in SEPARATORS
-}
-
-
-def _fields(line, separator):
-    """(path, label) of a line; None where it isn't these two. One that holds the separator is quoted, as in csv."""
-    if '"' not in line:  # nearly always: the pattern takes twice as long
-        path, _, label = line.partition(separator)
-        if separator in label.strip():
-            return None
-    else:
-        match = _SPLIT[separator].fullmatch(line)
-        if not match:
-            return None
-        quoted_path, path, quoted_label, label = match.groups()
-        path = path or quoted_path.replace('""', '"')
-        label = label or quoted_label.replace('""', '"')
-    path = path.strip()
-    label = label.strip()
-    return (path, label) if path and label else None
-
-
-def _separators(line):
-    """Those of SEPARATORS that may split a line in two: a tab where there is one; of the others the one that doesn't
-    cut through a video's name, where one does."""
-    found, uncut = set(), set()
-    for separator in "\t" if "\t" in line else ", ":
-        fields = _fields(line, separator)
-        if fields:
-            found.add(separator)
-            path, label = map(_WORDS.split, fields)
-            if not any(map(_named_video, path[:-1] + label)):
-                uncut.add(separator)
-    return uncut or found
-
-
-def digest(*parts):
-    """Of Strings and numbers: a SHA-256, in hexadecimal."""
-    whole = hashlib.sha256()
-    for part in parts:
-        is_text = isinstance(part, Strings)
-        whole.update(
-            hashlib.sha256(
-                part.digest().encode() if is_text else np.ascontiguousarray(part)
-            ).digest()
-        )
-    return whole.hexdigest()
-
-
-_INTEGER = re.compile("-?[0-9]+")
-
-
-class VideoList:
-    """A list file in memory: one video a line, `path,label`; labels all integers or class names.
-
-    One separator holds for the whole file: tab, comma or spaces. The first line that only one of them can split in two
-    decides: a line with a tab; `a.mp4 x`; `a b.mp4,x` and `a,b.mp4 x`, where the other would cut a video's name; but
-    not `a,b c`. A path or label that holds the separator is quoted, "a,b.mp4",x. Refused are a line that is not these
-    two fields, a file that can be split in two ways, a header, and a label that names a video.
-
-    `classes` (names, in order) checks a list against the training list's; without it they are this list's own: sorted
-    names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
-    """
-
-    def __init__(self, path, root="", num_classes=0, classes=None):
-        self.path, self.root, self._paths = str(path), str(root), Strings()
-        numbers, seen = array("i"), {}  # seen: {label: (its number, the line that has it first)}
-        try:
-            with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                head, separator = self._separator(file)
-                for line_number, line in enumerate(chain(head, file), 1):
-                    line = line.strip()
-                    if line:
-                        fields = _fields(line, separator)
-                        if not fields:
-                            self._refuse(
-                                line, line_number, f"; its separator is a {SEPARATORS[separator]}"
-                            )
-                        video, label = fields
-                        self._paths.append(video)
-                        numbers.append(seen.setdefault(label, (len(seen), line_number))[0])
-        except OSError as error:
-            raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-        if not seen:
-            raise UserError(
-                f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`"
-            )
-        self._refuse_other_tables(seen, once=numbers.count(0) == 1)
-        if classes is None and all(map(_INTEGER.fullmatch, seen)):
-            largest = max(
-                (int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0
-            )
-            classes = [str(i) for i in range(num_classes or largest + 1)]
-        self.classes = classes = classes or sorted(seen)
-        if num_classes not in (0, len(classes)):
-            raise UserError(
-                f"{path}: its labels are {len(classes)} names ({classes[0]} ...), not --num-classes {num_classes}"
-            )
-        known = {name: i for i, name in enumerate(classes)}
-        for label, (_, line_number) in seen.items():
-            if label not in known:
-                names = f"0 ... {len(classes) - 1}" if classes[0] == "0" else ", ".join(classes[:8])
-                raise UserError(
-                    f"{path}:{line_number}: label {label!r} is not one of the {len(classes)} classes ({names})"
-                )
-        self.labels = np.array([known[label] for label in seen], np.int32)[numbers]  # [entries]
-
-    @classmethod
-    def of(cls, paths):
-        """A list of given paths, all labelled 0."""
-        videos = cls.__new__(cls)
-        videos.root, videos.classes, videos.labels = "", ["0"], np.zeros(len(paths), np.int32)
-        videos._paths = Strings(map(os.fsdecode, paths))
-        return videos
-
-    def _separator(self, file):
-        """(the lines that were read to find it, the file's separator)."""
-        head, left, first = [], set(SEPARATORS), ""
-        for line in file:
-            head.append(line)
-            line = line.strip()
-            if line:
-                left &= _separators(line)
-                if not left:
-                    self._refuse(line, len(head))
-                if len(left) == 1:
-                    return head, left.pop()
-                first = first or f"{self.path}:{len(head)}: {line[:80]!r}"
-        if first:
-            raise UserError(
-                f"{first} can be split at its comma and at its space, and no other line tells which: quote what belongs "
-                'together, "my,video.mp4" label or video.mp4,"my label"'
-            )
-        return head, ","
-
-    def _refuse(self, line, line_number, own=""):
-        raise UserError(
-            f"{self.path}:{line_number}: not `path,label` or `path label`{own}: {line[:80]!r} (quote a field that holds "
-            'the separator: "path with spaces" label)'
-        )
-
-    def _refuse_other_tables(self, seen, once):
-        """UserError for a header, and for labels that are paths: they would be taken for a class without a word. once:
-        whether the first label is no other line's."""
-        first, second = self._paths[0], self._paths[min(1, len(self._paths) - 1)]
-        label, *others = seen
-        _, line_number = seen[label]
-        named = label.lower() in ("label", "class") or _named_video(second)
-        numbered = others and once and all(map(_INTEGER.fullmatch, others))
-        if not _named_video(first) and not _INTEGER.fullmatch(label) and (named or numbered):
-            raise UserError(
-                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: remove it (`data.py list` "
-                "makes lists of published tables); if it is a folder of chunks, let a video's line come first"
-            )
-        for label, (_, line_number) in seen.items():
-            if any(map(_named_video, _WORDS.split(label))):
-                raise UserError(
-                    f"{self.path}:{line_number}: the label {label!r} names a video: a line is `path,label`, and a path "
-                    'that holds the separator is quoted, "a,b.mp4",label'
-                )
-
-    def __len__(self):
-        return len(self.labels)
-
-    def digest(self):
-        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in hexadecimal."""
-        return digest(self._paths, Strings(self.classes), self.labels)
-
-    def video(self, index):
-        """Path of entry `index`, joined to the root."""
-        return os.path.join(self.root, self._paths[index])
-
-
-def read_lines(path):
-    """Yields (`path:number`, line) of a text file; UserError names a file that can't be read, or a line not in UTF-8."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
-                yield place, text
-    except OSError as error:
-        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-
-
-def read_table(path):
-    """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a header. UserError names
-    the line where a row that is not csv begins."""
-    rows, before = csv.DictReader((line for _, line in read_lines(path)), strict=True), 0
-    try:
-        for row in rows:
-            before = rows.line_num
-            yield f"{path}:{before}", row
-    except csv.Error as error:  # an open quote, mostly, which would swallow all that follows
-        raise UserError(f"{path}:{before + 1}: this row is not csv ({error})") from None
-
-
-class Caption(NamedTuple):
-    """A row of a captioned list, of whatever format: a time of a video, what is said of it, its
-    classes."""
-
-    video: str  # path below the root; without an ending, .mp4's
-    start: float  # in seconds
-    end: float
-    text: object  # a text, or a list of phrasings
-    action: str = None  # two classes, `verb:noun`
-    nouns: tuple = ()  # classes of all nouns, each once, in order
-    narration_id: str = ""  # EK-100's
-
-
-class Captions:
-    """Captioned segments in memory, from rows (Caption, or its first four).
-
-    Each of `video(index)`, a path under root, `start` and `end`, float64 [entries], `text(index,
-    u)`, and `video_of`, int32 [entries], the number of its video among `names`. Where its list has
-    classes: `action` and `noun_set`, int32 [entries], places in `actions` and in `noun_sets`; and
-    `narration_ids`, a list. About 50 bytes an entry beside its text, so that Ego4D's 35 million
-    narrations fit, once for all of a machine's workers.
-
-    `paths`: of its lists, `path` in words. `left_out`: their rows that can't be used, a place and a
-    reason each (`check_left_out`).
-    """
-
-    def __init__(self, rows, root="", paths=()):
-        self.root = str(root)
-        self.paths = paths
-        self.path = ", ".join(paths)
-        self.left_out = []
-        self.names = Strings()
-        self.texts = Strings()
-        self.narration_ids = []
-        numbers, actions, noun_sets = {}, {}, {}
-        video_of, action, noun_set = array("i"), array("i"), array("i")
-        times = array("d")
-        ends = array("q", [0])
-        for row in rows:
-            if not isinstance(row, Caption):
-                row = Caption(*row)
-            video, start, end, text, classes, nouns, narration_id = row
-            if video not in numbers:
-                numbers[video] = len(numbers)
-                self.names.append(video)
-            video_of.append(numbers[video])
-            times.extend((start, end))
-            for phrasing in (text,) if isinstance(text, str) else text:
-                self.texts.append(phrasing)
-            ends.append(len(self.texts))
-            action.append(actions.setdefault(classes, len(actions)))
-            noun_set.append(noun_sets.setdefault(nouns, len(noun_sets)))
-            if narration_id:
-                self.narration_ids.append(narration_id)
-        self._ends = ends
-        self.video_of = np.frombuffer(video_of, np.int32)  # [entries]
-        self.start, self.end = np.frombuffer(times).reshape(-1, 2).T  # [entries] each
-        self.actions = list(actions)
-        self.noun_sets = list(noun_sets)
-        self.action = np.frombuffer(action, np.int32)  # [entries]
-        self.noun_set = np.frombuffer(noun_set, np.int32)  # [entries]
-        self.labels = np.broadcast_to(np.int32(0), len(video_of))  # none: the caption is the label
-
-    def __len__(self):
-        return len(self.video_of)
-
-    @property
-    def classified(self):
-        """Whether each entry has an action."""
-        return None not in self.actions
-
-    def video(self, index):
-        """Path of the video of entry `index`, joined to the root."""
-        return os.path.join(self.root, self.names[self.video_of[index]])
-
-    def digest(self):
-        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in
-        hexadecimal."""
-        numbers = self.video_of, self.start, self.end, self._ends, self.labels
-        return digest(self.names, self.texts, *numbers)
-
-    def text(self, index, u=0.0):
-        """Caption of entry `index`; of several phrasings the one that u in [0, 1) picks."""
-        first, stop = self._ends[index], self._ends[index + 1]
-        return self.texts[first + int(u * (stop - first))]
-
-    def check_left_out(self, share):
-        """A note on the rows that were left out, "" if there is none. They are as unreadable videos
-        are: UserError where there are more than one and more than this share (--max-bad), or no
-        others."""
-        if not self.left_out:
-            return ""
-        n = len(self) + len(self.left_out)
-        found = f"{self.left_out[0]} ({len(self.left_out)} such of {n} rows"
-        if len(self.left_out) > max(1, int(share * n)) or not len(self):
-            raise UserError(f"{found}, --max-bad {share:g})")
-        return f"left out: {found})"
-
-
-def read_captions(paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions):
-    """The captioned segments of one or several lists, as one object of this `kind` of Captions.
-
-    Formats, by ending: .pkl, AVION's Ego4D: tuples (video, start, end, text or phrasings, ...).
-    .csv: EK-100's as published (EPIC_100_train.csv ...); HTM-AA's (vid, timestamp, text), whose
-    captions are of `reach` seconds before and after their time; or video, start, end, text. .json:
-    HTM-Align's, {video: [[alignable, start, end, text]]}. .jsonl: {"video", "start", "end", "text"}
-    a line. Left out are captions that are not seen in their video (not alignable, or "visible":
-    false); and, counted (--max-bad), those that end before they start and, unless not `texts`,
-    those without a word. classes: how many of EK-100's verbs and nouns there may be. UserError
-    names file and row of a mistake.
-    """
-    paths = [str(path) for path in paths]
-    left_out = []
-    rows = (row for path in paths for row in _captions_of(path, reach, texts, classes, left_out))
-    captions = kind(rows, root, paths)
-    captions.left_out = left_out
-    captions.check_left_out(max_bad)
-    return captions
-
-
-def _captions_of(path, reach, texts, classes, left_out):
-    """Yields the Caption of each row of a list that can be used; of the others their place and why
-    go to `left_out`."""
-    read, parse = _CAPTION_FORMATS.get(Path(path).suffix, _CAPTION_FORMATS[".csv"])
-    place = path
-    found = len(left_out)
-    try:
-        for place, row in read(path):
-            caption = parse(row, reach)
-            if caption is None:
-                continue
-            found += 1
-            if classes:
-                _check_classes(place, caption.action, classes)
-            start, end = float(caption.start), float(caption.end)
-            phrasings = _phrasings(caption.text)
-            spoken = [text for text in phrasings if _WORD.search(text)]
-            if not 0 <= start <= end < math.inf:
-                time = f"its time is {start:g} to {end:g} s"
-                left_out.append(f"{place}: {time}: the start must be before the end")
-            elif texts and not spoken:
-                shown = " ".join(" ".join(phrasings).split())
-                left_out.append(f"{place}: its sentence has no word: {shown or 'it is empty'}")
-            else:
-                video = caption.video if _named_video(caption.video) else f"{caption.video}.mp4"
-                nouns = tuple(sorted(set(caption.nouns)))
-                classes_and_name = caption.action, nouns, caption.narration_id
-                yield Caption(video, start, end, spoken or phrasings, *classes_and_name)
-    except OSError as error:
-        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{place}: not a row of EPIC_100_train.csv, of HTM-AA or HTM-Align, of AVION's .pkl, nor "
-            f"video, start, end, text ({type(error).__name__}: {str(error)[:80]})"
-        ) from None
-    if not found:
-        what = "it holds no narration, no sentence that can be seen"
-        raise UserError(f"{path}: no annotation is in it: {what}")
-
-
-_WORD = re.compile(r"\w")
-
-
-def _phrasings(text):
-    """A caption's phrasings, a list; TypeError where it isn't text. Half of an emoji, cut off,
-    becomes a `?`."""
-    phrasings = [text] if isinstance(text, str) else text
-    if not isinstance(phrasings, (list, tuple)) or not all(isinstance(x, str) for x in phrasings):
-        raise TypeError(f"the narration is not text: {text!r}")
-    return [x.encode("utf-8", "replace").decode() for x in phrasings]
-
-
-def _check_classes(place, action, classes):
-    for word, number, count in zip(("verb", "noun"), action.split(":"), classes, strict=True):
-        if not 0 <= int(number) < count:
-            raise UserError(f"{place}: {word}_class {number} is not one of 0 ... {count - 1}")
-
-
-def plain_pickle(path):
-    """What a pickle of plain data holds: lists, tuples, dicts, strings, numbers. It can name no
-    class and no function, so there is nothing that it could run; UserError where it tries."""
-
-    class Plain(pickle.Unpickler):
-        def find_class(self, module, name):
-            raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
-
-    with open(path, "rb") as file:
-        try:
-            return Plain(file).load()
-        except Exception as error:  # a damaged pickle raises anything
-            raise UserError(
-                f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same "
-                "rows as .csv or .jsonl (video, start, end, text) are read too"
-            ) from error
-
-
-# Of each format its rows, with their places for messages, and the Caption that a row is: None where
-# its video doesn't show it. A row that is none raises whatever it raises.
-
-
-def _tuples(path):
-    for number, row in enumerate(plain_pickle(path)):
-        yield f"{path}: row {number}", row
-
-
-def _of_tuple(row, reach):
-    video, start, end, text = row[:4]
-    return Caption(video, max(start, 0.0), end, text)
-
-
-def _sentences(path):
-    whole = "".join(line for _, line in read_lines(path))
-    for video, sentences in json.loads(whole).items():
-        for number, sentence in enumerate(sentences):
-            yield f"{path}, {video}, sentence {number}", (video, *sentence)
-
-
-def _of_sentence(row, reach):
-    video, alignable, start, end, text = row
-    return Caption(video, start, end, text) if alignable else None
-
-
-def _filled_lines(path):
-    return ((place, line) for place, line in read_lines(path) if line.strip())
-
-
-def _of_json(line, reach):
-    row = json.loads(line)
-    if not row.get("visible", True):
-        return None
-    unnamed = ("",)  # one set for all, of no noun: digests have it from the beginning
-    caption = Caption(row["video"], row["start"], row["end"], row["text"], nouns=unnamed)
-    words = str(row["text"]).split(" ", 3)
-    if "visible" in row and len(words) == 4:  # the toy set's: `a red square moves left`
-        noun = f"{words[1]} {words[2]}"
-        return caption._replace(action=f"{words[3]}:{noun}", nouns=(noun,))
-    return caption
-
-
-def _of_cells(row, reach):
-    if "vid" in row:  # HTM-AA
-        at = float(row["timestamp"])
-        return Caption(row["vid"], max(0.0, at - reach), at + reach, row["text"])
-    if "verb_class" not in row:
-        return Caption(row["video"], float(row["start"]), float(row["end"]), row["text"])
-    verb, noun = int(row["verb_class"]), int(row["noun_class"])
-    nouns = json.loads(row["all_noun_classes"]) if "all_noun_classes" in row else [noun]
-    return Caption(
-        f"{row['participant_id']}/{row['video_id']}.MP4",
-        _clock(row["start_timestamp"]),
-        _clock(row["stop_timestamp"]),
-        row.get("narration") or "",
-        f"{verb}:{noun}",
-        tuple(nouns),
-        row.get("narration_id") or "",
-    )
-
-
-def _clock(text):
-    """Seconds of hours:minutes:seconds."""
-    return sum(float(part) * 60**n for n, part in enumerate(reversed(text.split(":"))))
-
-
-_CAPTION_FORMATS = {
-    ".pkl": (_tuples, _of_tuple),
-    ".pickle": (_tuples, _of_tuple),
-    ".json": (_sentences, _of_sentence),
-    ".jsonl": (_filled_lines, _of_json),
-    ".csv": (read_table, _of_cells),
-}
-
-
-def need_list(flag, path, ctx, what="a file of one video a line, `path label` or `path,label`"):
-    """UserError where a list is missing. A toy set that it is of, toy/<set>/, is made on first use."""
-    if not path:
-        raise UserError(f"{flag} is missing: {what}")
-    parts = Path(path).parts
-    if len(parts) == 3 and parts[0] == "toy" and parts[1] in TOY_SETS:
-        if ctx.rank == 0:
-            try:
-                make_toy("toy", parts[1])
-            except OSError as error:
-                raise UserError(f"can't make the toy videos: {error}") from None
-        ctx.barrier()
-
-
-def need_videos(videos, max_bad, root="--data-root"):
-    """UserError where more of a validation list's videos are missing than its evaluation would forgive: said before the
-    first step, and not hours later. root: the flag that says where they are."""
-    paths = {videos.video(i) for i in range(len(videos))}
-    missing = sorted(path for path in paths if not os.path.exists(path))
-    if len(missing) > max(1, max_bad * len(paths)) or len(missing) == len(paths):
-        raise UserError(
-            f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing ({missing[0]} ...): is {root} "
-            f"right? (--max-bad {max_bad:g} allows a few)"
-        )
-
-
-# Sentences become features of a frozen language model once, in a file that training maps into memory
-# (Turbo, Sec. 4.2).
-
-
-def hash_words(text, width=256):
-    """A sentence as a unit vector, float32 [width], without a model: words and pairs of neighbours, each
-    at a place and with a sign that its hash gives (Weinberger et al. 2009). Enough to tell toy sentences
-    apart."""
-    words = re.findall(r"\w+", text.lower())
-    pairs = [f"{first} {second}" for first, second in pairwise(words)]
-    vector = np.zeros(width, np.float32)
-    for term in [*words, *pairs]:
-        code = zlib.crc32(term.encode())
-        vector[code % width] += 1 if code >> 31 else -1
-    return vector / max(np.linalg.norm(vector), 1e-6)
-
-
-def _language_model(name, device):
-    """(tokenizer, encoder) of a Hugging Face text model; of an encoder-decoder the encoder."""
-    try:
-        from transformers import AutoModel, AutoTokenizer
-    except ImportError:
-        raise UserError(
-            f"--text-model {name} needs `pip install transformers`; hashing doesn't"
-        ) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        net = AutoModel.from_pretrained(name)
-    except (
-        Exception
-    ) as error:  # no such folder or name, no network, a missing package: anything is raised
-        raise UserError(
-            f"--text-model {name}: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
-    net = net.get_encoder() if net.config.is_encoder_decoder else getattr(net, "text_model", net)
-    tokenizer.padding_side = "right"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer, net.to(device).eval()
-
-
-@torch.no_grad()
-def encode_sentences(texts, model, device):
-    """Yields float16 [b, width] of consecutive sentences: the first token's output of a language model,
-    a hub name or folder; or hash_words, model "hashing"."""
-    batches = (
-        [texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256)
-    )
-    if model == "hashing":
-        for batch in batches:
-            yield np.stack([hash_words(text) for text in batch]).astype(np.float16)
-        return
-    tokenizer, net = _language_model(model, device)
-    places = (
-        getattr(net.config, "max_position_embeddings", 0) or 512
-    ) - 2  # MPNet's, RoBERTa's begin at 2
-    length = min(128, places, tokenizer.model_max_length)
-    for batch in batches:
-        tokens = tokenizer(
-            batch, padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        part = net(**tokens.to(device)).last_hidden_state[:, 0].half().cpu()  # [b, width]
-        # The first token of a causal model sees no other: it says nothing of the sentence.
-        alike = len(set(batch)) > 1 and (part == part[0]).all()
-        if alike or not part.isfinite().all():
-            raise UserError(
-                f"--text-model {model}: its first output token is not finite, or the same for all"
-            )
-        yield part.numpy()
-
-
-def text_file(captions, model, folder):
-    """Where the features of a list's sentences are kept: its name tells list, model and sentences apart."""
-    code = zlib.crc32(f"{model} {captions.texts.digest()}".encode())
-    return Path(folder) / f"{Path(captions.path).stem}-{Path(model).name}-{code:08x}.text.npy"
-
-
-def write_text(captions, model, folder, device):
-    """Encode each sentence of Captions once (`encode_sentences`), into `text_file`."""
-    out = text_file(captions, model, folder)
-    temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
-    batches = -(-len(captions) // 256)
-    rows, done = None, 0
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(b"")  # an error is raised here, before the language model is loaded
-        parts = encode_sentences(captions.texts, model, device)
-        for part in tqdm(parts, f"encoding {captions.path}", batches, unit="batch", disable=None):
-            if rows is None:
-                rows = new_array(temporary, (len(captions), part.shape[1]), np.float16)
-            rows[done : done + len(part)] = part
-            done += len(part)
-        rows.flush()
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out}: can't write the sentences' features ({error.strerror})") from None
-    print(f"{out}: {rows.shape[0]} sentences x {rows.shape[1]}")
-
-
-def open_text(captions, model, folder, width=0):
-    """The features that `write_text` wrote, float16 [sentences, width], mapped into memory; of hashing
-    made on the spot where there is no file. UserError where they are missing, or of another width."""
-    path = text_file(captions, model, folder)
-    again = f"run --task encode_text --text-model {model} with the same lists"
-    if model == "hashing" and not path.exists():
-        return np.concatenate([*encode_sentences(captions.texts, "hashing", None)])
-    try:
-        rows = np.load(path, mmap_mode="r")
-    except (OSError, EOFError, ValueError) as error:
-        why = f"no features of the sentences of {captions.path} by {model}"
-        raise UserError(f"{path}: {why} ({getattr(error, 'strerror', error)}); {again}") from None
-    if rows.ndim != 2 or len(rows) != len(captions) or width not in (0, rows.shape[1]):
-        shape = len(captions), width or "any width"
-        raise UserError(
-            f"{path}: features of shape {rows.shape}, where {shape} are needed; {again}"
-        )
-    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
-"""Video in, tensors out: lists, frame sampling, fused decode-crop, the loader, on-device augmentation; toys, tools.
+"""Video in, tensors out: lists, frame sampling, fused decode-crop, the loader,
+on-device augmentation; toys, tools.
 
 Decoding is AVION's second contribution (Zhao and Krähenbühl, "Training a Large Video Model on a
-Single Machine in a Day", Sec. 4.2, Eqs. 1-2, Fig. 8) taken further: crop inside the decoder, decode nothing that the
-clip doesn't need, and never return a frame other than the one asked for. `Video`, with the helpers above it, can be
-copied into another project: it needs torch, av (PyAV) and numpy, keeps no global state, prints nothing, runs one
-thread.
+Single Machine in a Day", Sec. 4.2, Eqs. 1-2, Fig. 8) taken further: crop inside the decoder, decode
+nothing that the clip doesn't need, and never return a frame other than the one asked for. `Video`,
+with the helpers above it, can be copied into another project: it needs torch, av (PyAV) and numpy,
+keeps no global state, prints nothing, runs one thread.
 
-    info = data.probe("clip.mp4")                                # size, frame rate, exact number of frames
-    clip = data.read_clip("clip.mp4", [0, 4, 8, 12], size=224)   # uint8 [4, 3, 224, 224]
-    with data.Video("clip.mp4") as v:                            # one open and one pass over the packets for all reads
+    info = data.probe("clip.mp4")        # size, frame rate, exact number of frames
+    clip = data.read_clip("clip.mp4", [0, 4, 8, 12], size=224)        # uint8 [4, 3, 224, 224]
+    with data.Video("clip.mp4") as v:    # one open and one pass over the packets for all reads
         a, b = v.read_views([([0, 8], 224, (0, 0, 240, 240)), ([4, 8], (112, 112), None)])
 
 Shapes: T frames, C = 3 colours (R, G, B), H rows, W columns.
@@ -74,16 +75,18 @@ except ImportError:
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lists
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Strings:
-    """A list of strings, append-only, as one block of bytes and their ends: 8 bytes a string beside its own.
+    """A list of strings, append-only, as one block of bytes and their ends:
+    8 bytes a string beside its own.
 
-    A Python list would take 60 more, and each worker process would end up with a copy: reading an object writes its
-    count of references, which copies its page. These arrays are only read, and all processes share them.
+    A Python list would take 60 more, and each worker process would end up with a copy: reading
+    an object writes its count of references, which copies its page. These arrays are only read,
+    and all processes share them.
     """
 
     def __init__(self, items=()):
@@ -92,9 +95,8 @@ class Strings:
             self.append(item)
 
     def append(self, text):
-        self._bytes += text.encode(
-            "utf-8", "surrogateescape"
-        )  # bytes of a path that are no UTF-8 pass through
+        # bytes of a path that are no UTF-8 pass through
+        self._bytes += text.encode("utf-8", "surrogateescape")
         self._ends.append(len(self._bytes))
 
     def __len__(self):
@@ -130,7 +132,8 @@ _SPLIT = {
 
 
 def _fields(line, separator):
-    """(path, label) of a line; None where it isn't these two. One that holds the separator is quoted, as in csv."""
+    """(path, label) of a line; None where it isn't these two. One that holds the
+    separator is quoted, as in csv."""
     if '"' not in line:  # nearly always: the pattern takes twice as long
         path, _, label = line.partition(separator)
         if separator in label.strip():
@@ -148,8 +151,8 @@ def _fields(line, separator):
 
 
 def _separators(line):
-    """Those of SEPARATORS that may split a line in two: a tab where there is one; of the others the one that doesn't
-    cut through a video's name, where one does."""
+    """Those of SEPARATORS that may split a line in two: a tab where there is one; of the others the
+    one that doesn't cut through a video's name, where one does."""
     found, uncut = set(), set()
     for separator in "\t" if "\t" in line else ", ":
         fields = _fields(line, separator)
@@ -180,13 +183,14 @@ _INTEGER = re.compile("-?[0-9]+")
 class VideoList:
     """A list file in memory: one video a line, `path,label`; labels all integers or class names.
 
-    One separator holds for the whole file: tab, comma or spaces. The first line that only one of them can split in two
-    decides: a line with a tab; `a.mp4 x`; `a b.mp4,x` and `a,b.mp4 x`, where the other would cut a video's name; but
-    not `a,b c`. A path or label that holds the separator is quoted, "a,b.mp4",x. Refused are a line that is not these
-    two fields, a file that can be split in two ways, a header, and a label that names a video.
+    One separator holds for the whole file: tab, comma or spaces. The first line that only one of
+    them can split in two decides: a line with a tab; `a.mp4 x`; `a b.mp4,x` and `a,b.mp4 x`, where
+    the other would cut a video's name; but not `a,b c`. A path or label that holds the separator is
+    quoted, "a,b.mp4",x. Refused are a line that is not these two fields, a file that can be split
+    in two ways, a header, and a label that names a video.
 
-    `classes` (names, in order) checks a list against the training list's; without it they are this list's own: sorted
-    names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
+    `classes` (names, in order) checks a list against the training list's; without it they are this
+    list's own: sorted names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
     """
 
     def __init__(self, path, root="", num_classes=0, classes=None):
@@ -210,7 +214,8 @@ class VideoList:
             raise UserError(f"{path}: can't read the list ({error.strerror})") from None
         if not seen:
             raise UserError(
-                f"{path}: the list is empty; it should hold a line a video, `path label` or `path,label`"
+                f"{path}: the list is empty; "
+                "it should hold a line a video, `path label` or `path,label`"
             )
         self._refuse_other_tables(seen, once=numbers.count(0) == 1)
         if classes is None and all(map(_INTEGER.fullmatch, seen)):
@@ -221,14 +226,16 @@ class VideoList:
         self.classes = classes = classes or sorted(seen)
         if num_classes not in (0, len(classes)):
             raise UserError(
-                f"{path}: its labels are {len(classes)} names ({classes[0]} ...), not --num-classes {num_classes}"
+                f"{path}: its labels are {len(classes)} names ({classes[0]} ...), "
+                f"not --num-classes {num_classes}"
             )
         known = {name: i for i, name in enumerate(classes)}
         for label, (_, line_number) in seen.items():
             if label not in known:
                 names = f"0 ... {len(classes) - 1}" if classes[0] == "0" else ", ".join(classes[:8])
                 raise UserError(
-                    f"{path}:{line_number}: label {label!r} is not one of the {len(classes)} classes ({names})"
+                    f"{path}:{line_number}: label {label!r} is not one of "
+                    f"the {len(classes)} classes ({names})"
                 )
         self.labels = np.array([known[label] for label in seen], np.int32)[numbers]  # [entries]
 
@@ -255,20 +262,20 @@ class VideoList:
                 first = first or f"{self.path}:{len(head)}: {line[:80]!r}"
         if first:
             raise UserError(
-                f"{first} can be split at its comma and at its space, and no other line tells which: quote what belongs "
-                'together, "my,video.mp4" label or video.mp4,"my label"'
+                f"{first} can be split at its comma and at its space, and no other line tells "
+                'which: quote what belongs together, "my,video.mp4" label or video.mp4,"my label"'
             )
         return head, ","
 
     def _refuse(self, line, line_number, own=""):
         raise UserError(
-            f"{self.path}:{line_number}: not `path,label` or `path label`{own}: {line[:80]!r} (quote a field that holds "
-            'the separator: "path with spaces" label)'
+            f"{self.path}:{line_number}: not `path,label` or `path label`{own}: {line[:80]!r} "
+            '(quote a field that holds the separator: "path with spaces" label)'
         )
 
     def _refuse_other_tables(self, seen, once):
-        """UserError for a header, and for labels that are paths: they would be taken for a class without a word. once:
-        whether the first label is no other line's."""
+        """UserError for a header, and for labels that are paths: they would be taken for a class
+        without a word. once: whether the first label is no other line's."""
         first, second = self._paths[0], self._paths[min(1, len(self._paths) - 1)]
         label, *others = seen
         _, line_number = seen[label]
@@ -276,21 +283,23 @@ class VideoList:
         numbered = others and once and all(map(_INTEGER.fullmatch, others))
         if not _named_video(first) and not _INTEGER.fullmatch(label) and (named or numbered):
             raise UserError(
-                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: remove it (`data.py list` "
-                "makes lists of published tables); if it is a folder of chunks, let a video's line come first"
+                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: "
+                "remove it (`data.py list` makes lists of published tables); "
+                "if it is a folder of chunks, let a video's line come first"
             )
         for label, (_, line_number) in seen.items():
             if any(map(_named_video, _WORDS.split(label))):
                 raise UserError(
-                    f"{self.path}:{line_number}: the label {label!r} names a video: a line is `path,label`, and a path "
-                    'that holds the separator is quoted, "a,b.mp4",label'
+                    f"{self.path}:{line_number}: the label {label!r} names a video: a line is "
+                    '`path,label`, and a path that holds the separator is quoted, "a,b.mp4",label'
                 )
 
     def __len__(self):
         return len(self.labels)
 
     def digest(self):
-        """What tells its entries from another list's, wherever the two files lie: a SHA-256, in hexadecimal."""
+        """What tells its entries from another list's, wherever the two files lie:
+        a SHA-256, in hexadecimal."""
         return digest(self._paths, Strings(self.classes), self.labels)
 
     def video(self, index):
@@ -299,7 +308,8 @@ class VideoList:
 
 
 def read_lines(path):
-    """Yields (`path:number`, line) of a text file; UserError names a file that can't be read, or a line not in UTF-8."""
+    """Yields (`path:number`, line) of a text file; UserError names a file that can't be
+    read, or a line not in UTF-8."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -314,8 +324,8 @@ def read_lines(path):
 
 
 def read_table(path):
-    """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a header. UserError names
-    the line where a row that is not csv begins."""
+    """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a
+    header. UserError names the line where a row that is not csv begins."""
     rows, before = csv.DictReader((line for _, line in read_lines(path)), strict=True), 0
     try:
         for row in rows:
@@ -477,8 +487,8 @@ def _captions_of(path, reach, texts, classes, left_out):
         raise UserError(f"{path}: can't read the list ({error.strerror})") from None
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{place}: not a row of EPIC_100_train.csv, of HTM-AA or HTM-Align, of AVION's .pkl, nor "
-            f"video, start, end, text ({type(error).__name__}: {str(error)[:80]})"
+            f"{place}: not a row of EPIC_100_train.csv, of HTM-AA or HTM-Align, of AVION's .pkl, "
+            f"nor video, start, end, text ({type(error).__name__}: {str(error)[:80]})"
         ) from None
     if not found:
         what = "it holds no narration, no sentence that can be seen"
@@ -598,7 +608,8 @@ _CAPTION_FORMATS = {
 
 
 def need_list(flag, path, ctx, what="a file of one video a line, `path label` or `path,label`"):
-    """UserError where a list is missing. A toy set that it is of, toy/<set>/, is made on first use."""
+    """UserError where a list is missing. A toy set that it is of, toy/<set>/, is made on first
+    use."""
     if not path:
         raise UserError(f"{flag} is missing: {what}")
     parts = Path(path).parts
@@ -612,25 +623,26 @@ def need_list(flag, path, ctx, what="a file of one video a line, `path label` or
 
 
 def need_videos(videos, max_bad, root="--data-root"):
-    """UserError where more of a validation list's videos are missing than its evaluation would forgive: said before the
-    first step, and not hours later. root: the flag that says where they are."""
+    """UserError where more of a validation list's videos are missing than its
+    evaluation would forgive: said before the first step, and not hours later. root: the
+    flag that says where they are."""
     paths = {videos.video(i) for i in range(len(videos))}
     missing = sorted(path for path in paths if not os.path.exists(path))
     if len(missing) > max(1, max_bad * len(paths)) or len(missing) == len(paths):
         raise UserError(
-            f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing ({missing[0]} ...): is {root} "
-            f"right? (--max-bad {max_bad:g} allows a few)"
+            f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing "
+            f"({missing[0]} ...): is {root} right? (--max-bad {max_bad:g} allows a few)"
         )
 
 
-# Sentences become features of a frozen language model once, in a file that training maps into memory
-# (Turbo, Sec. 4.2).
+# Sentences become features of a frozen language model once, in a file that training maps
+# into memory (Turbo, Sec. 4.2).
 
 
 def hash_words(text, width=256):
-    """A sentence as a unit vector, float32 [width], without a model: words and pairs of neighbours, each
-    at a place and with a sign that its hash gives (Weinberger et al. 2009). Enough to tell toy sentences
-    apart."""
+    """A sentence as a unit vector, float32 [width], without a model: words and pairs of
+    neighbours, each at a place and with a sign that its hash gives (Weinberger et al. 2009).
+    Enough to tell toy sentences apart."""
     words = re.findall(r"\w+", text.lower())
     pairs = [f"{first} {second}" for first, second in pairwise(words)]
     vector = np.zeros(width, np.float32)
@@ -651,9 +663,8 @@ def _language_model(name, device):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         net = AutoModel.from_pretrained(name)
-    except (
-        Exception
-    ) as error:  # no such folder or name, no network, a missing package: anything is raised
+    except Exception as error:
+        # no such folder or name, no network, a missing package: anything is raised
         raise UserError(
             f"--text-model {name}: {(str(error) or repr(error)).splitlines()[0]}"
         ) from error
@@ -665,8 +676,8 @@ def _language_model(name, device):
 
 @torch.no_grad()
 def encode_sentences(texts, model, device):
-    """Yields float16 [b, width] of consecutive sentences: the first token's output of a language model,
-    a hub name or folder; or hash_words, model "hashing"."""
+    """Yields float16 [b, width] of consecutive sentences: the first token's output of a language
+    model, a hub name or folder; or hash_words, model "hashing"."""
     batches = (
         [texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256)
     )
@@ -675,9 +686,8 @@ def encode_sentences(texts, model, device):
             yield np.stack([hash_words(text) for text in batch]).astype(np.float16)
         return
     tokenizer, net = _language_model(model, device)
-    places = (
-        getattr(net.config, "max_position_embeddings", 0) or 512
-    ) - 2  # MPNet's, RoBERTa's begin at 2
+    # MPNet's, RoBERTa's begin at 2
+    places = (getattr(net.config, "max_position_embeddings", 0) or 512) - 2
     length = min(128, places, tokenizer.model_max_length)
     for batch in batches:
         tokens = tokenizer(
@@ -694,7 +704,8 @@ def encode_sentences(texts, model, device):
 
 
 def text_file(captions, model, folder):
-    """Where the features of a list's sentences are kept: its name tells list, model and sentences apart."""
+    """Where the features of a list's sentences are kept: its name tells list,
+    model and sentences apart."""
     code = zlib.crc32(f"{model} {captions.texts.digest()}".encode())
     return Path(folder) / f"{Path(captions.path).stem}-{Path(model).name}-{code:08x}.text.npy"
 
@@ -722,8 +733,9 @@ def write_text(captions, model, folder, device):
 
 
 def open_text(captions, model, folder, width=0):
-    """The features that `write_text` wrote, float16 [sentences, width], mapped into memory; of hashing
-    made on the spot where there is no file. UserError where they are missing, or of another width."""
+    """The features that `write_text` wrote, float16 [sentences, width], mapped into
+    memory; of hashing made on the spot where there is no file. UserError where they are
+    missing, or of another width."""
     path = text_file(captions, model, folder)
     again = f"run --task encode_text --text-model {model} with the same lists"
     if model == "hashing" and not path.exists():
@@ -741,57 +753,62 @@ def open_text(captions, model, folder, width=0):
     return rows
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Frame sampling
-# ----------------------------------------------------------------------------------------------------------------------
-# Pure functions -> frames in the order shown, for `read`. u in [0, 1) is the uniform draw that picks among what the
-# paper picks from at random, the first and the last of it included; 0.5 is the middle, 1 the last too. n different
-# frames, always, unless said otherwise; ValueError where the video has fewer than n. What a paper states in seconds goes
-# by the frames' times, not by their number: frame rates vary.
+# --------------------------------------------------------------------------------------------------
+# Pure functions -> frames in the order shown, for `read`. u in [0, 1) is the uniform draw that
+# picks among what the paper picks from at random, the first and the last of it included; 0.5 is
+# the middle, 1 the last too. n different frames, always, unless said otherwise; ValueError where
+# the video has fewer than n. What a paper states in seconds goes by the frames' times, not by
+# their number: frame rates vary.
 
 
 def _check_length(info, n):
     if info.num_frames < n:
         raise ValueError(
-            f"has {info.num_frames} frames, a clip needs {n}; leave the video out or lower --frames (--stages)"
+            f"has {info.num_frames} frames, a clip needs {n}; "
+            "leave the video out or lower --frames (--stages)"
         )
 
 
 def fps_frames(video, n, fps, u):
-    """n frames of a Video at `fps`, by its times, from a random start (Turbo, Sec. 4.1: 16 frames at 5 fps, 3 s).
+    """n frames of a Video at `fps`, by its times, from a random start (Turbo,
+    Sec. 4.1: 16 frames at 5 fps, 3 s).
 
-    The first is any frame behind which the clip still fits. Where the video is too short for that the frames are spread
-    evenly over all of it; a video slower than `fps` gives consecutive frames. A frame repeats where the video pauses.
+    The first is any frame behind which the clip still fits. Where the video is too short for that
+    the frames are spread evenly over all of it; a video slower than `fps` gives consecutive frames.
+    A frame repeats where the video pauses.
     """
     _check_length(video.info, n)
     step = max(1 / fps, 1 / video.info.fps)  # seconds
     last = video.times[-1] - (n - 1) * step  # second of the last start
-    starts = max(
-        1, int(np.searchsorted(video.times, last + 1e-3, "right"))
-    )  # 1e-3: as `Video.at` rounds
+    # 1e-3: as `Video.at` rounds
+    starts = max(1, int(np.searchsorted(video.times, last + 1e-3, "right")))
     step = min(step, video.times[-1] / max(1, n - 1))
     start = video.times[min(int(u * starts), starts - 1)]
     return video.at(start + step * np.arange(n))
 
 
 def stride_frames(info, n, stride, u):
-    """n frames, `stride` apart, from a random start (VideoMAE, pretraining; every start of n * stride frames alike).
+    """n frames, `stride` apart, from a random start (VideoMAE, pretraining; every start
+    of n * stride frames alike).
 
     A shorter video is spread evenly over the n frames, where VideoMAE repeats its last.
     """
     _check_length(info, n)
-    room = max(
-        0, info.num_frames - n * stride
-    )  # as VideoMAE, which leaves stride - 1 frames free behind the last
+    # as VideoMAE, which leaves stride - 1 frames free behind the last
+    room = max(0, info.num_frames - n * stride)
     step = min(stride, (info.num_frames - 1) / max(1, n - 1))
     start = min(int(u * (room + 1)), room)
     return [start + int(i * step + 1e-6) for i in range(n)]
 
 
 def segment_frames(info, n, u):
-    """One frame of each of n equal segments (TSN, Wang et al. 2016; for SSv2): u, [n] or one for all, places it there.
+    """One frame of each of n equal segments (TSN, Wang et al. 2016; for SSv2): u, [n] or
+    one for all, places it there.
 
-    Training draws u anew for each segment; test clip k of K, as VideoMAE interleaves them, is u = k / K.
+    Training draws u anew for each segment; test clip k of K, as VideoMAE
+    interleaves them, is u = k / K.
     """
     _check_length(info, n)
     edges = [i * info.num_frames // n for i in range(n + 1)]
@@ -800,10 +817,11 @@ def segment_frames(info, n, u):
 
 
 def between_frames(video, start, end, n, u=0.5):
-    """n frames between two times in seconds, one in each of n equal segments (AVION): u = 0.5, or [n] draws as jitter.
+    """n frames between two times in seconds, one in each of n equal segments (AVION):
+    u = 0.5, or [n] draws as jitter.
 
-    An end behind the video's is the video's. Frames repeat if there are fewer than n between the two. ValueError where
-    nothing is between them.
+    An end behind the video's is the video's. Frames repeat if there are fewer than n between the
+    two. ValueError where nothing is between them.
     """
     end = video.clamp(end)
     if not 0 <= start < end:
@@ -812,10 +830,12 @@ def between_frames(video, start, end, n, u=0.5):
 
 
 def moment_frames(video, start, end, n, fps, u=0.5):
-    """n frames at `fps` somewhere between two times in seconds, u says where; around their middle if that is shorter.
+    """n frames at `fps` somewhere between two times in seconds, u says where; around
+    their middle if that is shorter.
 
-    Turbo's video-language clips (u drawn; HTM-AA). The clip stays within the video; if that is shorter, it is spread
-    over it, and frames may repeat. ValueError where nothing is between the times.
+    Turbo's video-language clips (u drawn; HTM-AA). The clip stays within the video; if
+    that is shorter, it is spread over it, and frames may repeat. ValueError where
+    nothing is between the times.
     """
     if not (0 <= start < end and video.clamp(end) > start):
         raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
@@ -826,13 +846,15 @@ def moment_frames(video, start, end, n, fps, u=0.5):
 
 
 def second_frames(video, second, n, fps=0):
-    """n frames around the middle of a second, at `fps` or n a second: for features at one a second (HTM-Align)."""
+    """n frames around the middle of a second, at `fps` or n a second: for features at
+    one a second (HTM-Align)."""
     return moment_frames(video, second, second + 1, n, fps or n)
 
 
 def span_frames(video, n, u):
-    """n frames of a Video, evenly spread in time, from one in its first 20 % to one in its last 20 % (Turbo, long
-    video); u: two draws, of the first and of the last. A frame repeats where the video pauses."""
+    """n frames of a Video, evenly spread in time, from one in its first 20 % to one in its
+    last 20 % (Turbo, long video); u: two draws, of the first and of the last. A frame
+    repeats where the video pauses."""
     _check_length(video.info, n)
     times, end = video.times, video.times[-1]
     early = int(np.searchsorted(times, 0.2 * end + 1e-3, "right"))  # frames in the first 20 %
@@ -845,20 +867,23 @@ def span_frames(video, n, u):
 
 
 def view_frames(info, n, stride, k, views):
-    """Test clip k of `views`, evenly placed over the video, n frames `stride` apart (VideoMAE; with `crop_box`)."""
+    """Test clip k of `views`, evenly placed over the video, n frames `stride` apart
+    (VideoMAE; with `crop_box`)."""
     _check_length(info, n)
     room = max(0, info.num_frames - n * stride)
     start = stride_frames(info, n, stride, 0.0)
     return [room * k // (views - 1) + i if views > 1 else room // 2 + i for i in start]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Boxes: what decode-crop cuts out, (x, y, w, h) in pixels; even, so that they fall on whole chroma samples
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Boxes: what decode-crop cuts out, (x, y, w, h) in pixels; even, so that they
+# fall on whole chroma samples
+# --------------------------------------------------------------------------------------------------
 
 
 def crop_box(info, k=1, crops=3, share=1.0):
-    """Square k of `crops` along the long side, first and last at its ends, in the middle of the other (multi-crop test).
+    """Square k of `crops` along the long side, first and last at its ends, in the middle of
+    the other (multi-crop test).
 
     Its side is `share` of the short side, as of random_box; 1: all of it.
     """
@@ -876,7 +901,8 @@ def centre_box(info):
 
 
 def random_box(info, key, share=1.0):
-    """A square anywhere, of `share` of the short side: simple random crop (AVION, Sec. 4.2; AlexNet, DeiT III).
+    """A square anywhere, of `share` of the short side: simple random crop (AVION,
+    Sec. 4.2; AlexNet, DeiT III).
 
     Scaling the short side to 256 and cutting 224 (AVION, App. B) is share = 224 / 256.
     """
@@ -891,7 +917,8 @@ def random_box(info, key, share=1.0):
 
 
 def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
-    """Inception's crop, drawn from a key before anything is decoded (AVION, Eqs. 1-2; ratio log-uniform, as usual).
+    """Inception's crop, drawn from a key before anything is decoded (AVION, Eqs. 1-2;
+    ratio log-uniform, as usual).
 
     After `tries` misses: the centre box.
     """
@@ -910,42 +937,44 @@ def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries
 
 
 def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
-    """TSN's multi-scale crop (VideoMAE pretraining; Turbo, Table 6): sides of the short side times two scales that are
-    at most one step apart, at one of 13 places: a 5 x 5 grid's corners, edge middles, centre and inner quarters."""
+    """TSN's multi-scale crop (VideoMAE pretraining; Turbo, Table 6): sides of the short side times
+    two scales that are at most one step apart, at one of 13 places: a 5 x 5 grid's corners, edge
+    middles, centre and inner quarters."""
     short, pick = min(info.width, info.height), uniform(key, "crop", 2).tolist()
     pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
     w, h = (int(short * scale) & ~1 for scale in pairs[int(pick[0] * len(pairs))])
-    places = [
-        (i, j) for i in range(5) for j in range(5) if i % 2 == j % 2
-    ]  # quarters of the room, 9 + 4 of them
+    # quarters of the room, 9 + 4 of them
+    places = [(i, j) for i in range(5) for j in range(5) if i % 2 == j % 2]
     i, j = places[int(pick[1] * len(places))]
     return (info.width - w) * i // 4 & ~1, (info.height - h) * j // 4 & ~1, w, h
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoding
-# ----------------------------------------------------------------------------------------------------------------------
-# Why it is fast. CPU time of each step as a share of the step before: geometric means over 256p to 720p, H.264 by
-# x264's defaults with a keyframe in 60 to 150 frames, one thread of two busy x86-64 cores. (a) 16 frames at stride 4,
-# (b) 4 of one second in 15, (c) 32 over the video, (d) 2 frames:                          a     b     c     d
-#   decode all from the first frame, convert, crop, scale (Fig. 8a)                     1.00  1.00  1.00  1.00
-#   crop before scaling and colour conversion, in the decoder (Fig. 8b)    `_convert`    .80   .96   .95   .98
-#   scale to planar RGB: swscale is slow at interleaving, and we want it planar          .96   .99   .99  1.00
-#   read headers and list packets instead of decoding to see what is there `_index`     1.00  1.01   .99  1.01
-#   start at the keyframe before a wanted frame, as the list shows         `_runs`       .77   .41   .76   .79
-#   leave out frames that nothing refers to and nobody wants               `_droppable`  .76   .77   .69   .73
-# What remains is 1.05 to 1.3 times the bare decoding of the packets that a clip needs (tests/bench_decode.py).
+# --------------------------------------------------------------------------------------------------
+# Why it is fast. CPU time of each step as a share of the step before: geometric means over 256p to
+# 720p, H.264 by x264's defaults with a keyframe in 60 to 150 frames, one thread of two busy
+# x86-64 cores. (a) 16 frames at stride 4,
+# (b) 4 of one second in 15, (c) 32 over the video, (d) 2 frames:             a    b    c    d
+#   decode all from the first frame, convert, crop, scale (Fig. 8a)          1.00 1.00 1.00 1.00
+#   crop before scaling and colour conversion (Fig. 8b)         `_convert`    .80  .96  .95  .98
+#   scale to planar RGB: swscale is slow at interleaving, and we want that    .96  .99  .99 1.00
+#   headers and list of packets say what is there, no decoding  `_index`     1.00 1.01  .99 1.01
+#   start at the keyframe before a wanted frame, by that list   `_runs`       .77  .41  .76  .79
+#   leave out frames that none refers to and nobody wants       `_droppable`  .76  .77  .69  .73
+# What remains is 1.05 to 1.3 times the bare decoding of the packets that a clip
+# needs (tests/bench_decode.py).
 
-MAX_PIXELS = (
-    1 << 26
-)  # of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
-HOLD = 0.25  # seconds that a last frame stays on the screen: cuts are rounded to frames, and headers round too
+# of a frame, 8192x8192: a damaged header may claim anything, and the decoder would allocate it
+MAX_PIXELS = 1 << 26
+# seconds that a last frame stays on the screen: cuts are rounded to frames, and headers round too
+HOLD = 0.25
 CHUNK_TIMES = "frame_times"  # metadata of a chunk: `_times_in_whole`, as 16 hexadecimal digits each
-KEEP_BYTES = (
-    256 << 20
-)  # packets of a video stay in memory up to this size; those of a larger one are read again
-# The containers that are opened, by FFmpeg's names, and how their files are called. A file is what its content says:
-# the suffixes only tell which files of a folder, and which words of a list, are meant as videos (`_named_video`).
+# packets of a video stay in memory up to this size; those of a larger one are read again
+KEEP_BYTES = 256 << 20
+# The containers that are opened, by FFmpeg's names, and how their files are called. A file is what
+# its content says: the suffixes only tell which files of a folder, and which words of a list, are
+# meant as videos (`_named_video`).
 CONTAINERS = {
     "mov": "mp4 mov qt 3gp 3g2 f4v mj2",
     "matroska": "mkv mk3d",
@@ -968,29 +997,32 @@ CONTAINERS = {
     "obu": "obu",
 }
 SUFFIXES = {f".{suffix}" for suffix in " ".join(CONTAINERS.values()).split()}
-# Local files and containers of video only. Without this, a text that lists other files or addresses is a video too.
+# Local files and containers of video only. Without this, a text that lists other files
+# or addresses is a video too.
 OPEN = {
     "protocol_whitelist": "file",
     "format_whitelist": ",".join(CONTAINERS),
     "max_pixels": str(MAX_PIXELS),
 }
-# FFmpeg learns about a stream by decoding its first frames. The headers of these containers and codecs say enough.
+# FFmpeg learns about a stream by decoding its first frames. The headers of these
+# containers and codecs say enough.
 OPEN_FAST = OPEN | {"skip_frame": "all", "analyzeduration": "0", "probesize": "32"}
 FAST_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 FAST_CODECS = ("h264", "hevc", "vp9", "av1")
-# Planar formats, of which a crop is a view; log2 of their chroma subsampling, horizontal and vertical.
+# Planar formats, of which a crop is a view; log2 of their chroma
+# subsampling, horizontal and vertical.
 CHROMA = {"yuv420p": (1, 1), "yuv422p": (1, 0), "yuv444p": (0, 0), "gray": (0, 0), "gbrp": (0, 0)}
 PLANAR = {name + depth: shift for name, shift in CHROMA.items() for depth in ("", "10le", "12le")}
 PLANAR |= {name.replace("yuv", "yuvj"): shift for name, shift in CHROMA.items()}
 
 
 class VideoError(Exception):
-    """A video, or a frame of it, that can't be read: `path` and `reason`; str() is both, in one line."""
+    """A video, or a frame of it, that can't be read: `path` and `reason`;
+    str() is both, in one line."""
 
     def __init__(self, path, reason):
-        super().__init__(
-            path, reason
-        )  # kept as arguments, so that workers can hand the error to the trainer (pickle)
+        # kept as arguments, so that workers can hand the error to the trainer (pickle)
+        super().__init__(path, reason)
         self.path, self.reason = path, reason
 
     def __str__(self):
@@ -1030,7 +1062,8 @@ def _errors(path, doing):
 
 
 def _nals(packet, prefix):
-    """The NAL units of an H.264 or HEVC packet, each behind its length of `prefix` bytes, as views."""
+    """The NAL units of an H.264 or HEVC packet, each behind its length of `prefix` bytes,
+    as views."""
     data, at = memoryview(packet), 0
     while at + prefix < len(data):
         start = at + prefix
@@ -1043,8 +1076,9 @@ def _nals(packet, prefix):
 def _droppable(packet, codec, prefix):
     """True if no other frame refers to that of this packet: a non-reference picture.
 
-    H.264: nal_ref_idc is 0. HEVC without temporal layers (`_index` sees to it): an even type below 16. B-frames that
-    others refer to (b-pyramid) are not droppable, rightly. PyAV's is_disposable says nothing for these.
+    H.264: nal_ref_idc is 0. HEVC without temporal layers (`_index` sees to it): an even type
+    below 16. B-frames that others refer to (b-pyramid) are not droppable, rightly. PyAV's
+    is_disposable says nothing for these.
     """
     for nal in _nals(packet, prefix):
         if codec == "h264" and nal[0] & 31 in (1, 5):
@@ -1055,12 +1089,14 @@ def _droppable(packet, codec, prefix):
 
 
 def _clean_start(packet, codec, prefix, first):
-    """True if decoding may start at this packet: no frame shown after its own needs one before it in the file.
+    """True if decoding may start at this packet: no frame shown after its own
+    needs one before it in the file.
 
-    The container's keyframe mark is no proof for H.264 and HEVC, whose decoders make up missing references: some
-    muxers mark every intra frame. So: IDR; or HEVC's CRA where it isn't the first of the file, whose decoder would hide
-    the frames that refer to what is missing; and no HEVC picture with no_output_of_prior_pics. VP9's and AV1's decoders
-    refuse to start anywhere but at a keyframe.
+    The container's keyframe mark is no proof for H.264 and HEVC, whose decoders make up
+    missing references: some muxers mark every intra frame. So: IDR; or HEVC's CRA where it
+    isn't the first of the file, whose decoder would hide the frames that refer to what is
+    missing; and no HEVC picture with no_output_of_prior_pics. VP9's and AV1's decoders refuse
+    to start anywhere but at a keyframe.
     """
     for nal in _nals(packet, prefix) if prefix else ():
         if codec == "h264" and nal[0] & 31 in (1, 5):
@@ -1082,7 +1118,8 @@ def _parameter_sets(extra):
 
 
 def _only_frames(sps):
-    """frame_mbs_only_flag of an H.264 sequence parameter set (7.3.2.1.1): no picture under it is a single field."""
+    """frame_mbs_only_flag of an H.264 sequence parameter set (7.3.2.1.1): no picture
+    under it is a single field."""
     raw = sps.replace(b"\0\0\3", b"\0\0")  # without emulation prevention
     bits = f"{int.from_bytes(raw, 'big'):0{8 * len(raw)}b}"
     at = 32  # behind profile and level
@@ -1104,9 +1141,8 @@ def _only_frames(sps):
         if chroma == 3:
             flag()
         number(), number(), flag()  # bit depths, lossless
-        if (
-            flag()
-        ):  # scaling lists: a list's differences go on until they are all there, or an entry is 0
+        # scaling lists: a list's differences go on until they are all there, or an entry is 0
+        if flag():
             for i in range(12 if chroma == 3 else 8):
                 entry = 8 if flag() else 0
                 for _ in range(16 if i < 6 else 64):
@@ -1126,7 +1162,8 @@ def _only_frames(sps):
 
 
 def _may_be_turned(path):
-    """False if the header of an mp4 or mkv file proves that it turns no picture; otherwise a frame must tell."""
+    """False if the header of an mp4 or mkv file proves that it turns no picture;
+    otherwise a frame must tell."""
     with open(path, "rb") as file:
         is_mkv = file.read(4) == b"\x1aE\xdf\xa3"
         file.seek(0)
@@ -1144,13 +1181,13 @@ def _mp4_may_turn(file):
         if head[4:8] == b"moov" and 8 < size < KEEP_BYTES:
             file.seek(start)
             moov = file.read(size)
-            # Every place that holds the name counts: it is the header's, or chance, which costs no more than a frame.
+            # Every place that holds the name counts: it is the header's, or chance,
+            # which costs no more than a frame.
             matrices = []
             for name, offset in ((b"mvhd", 36), (b"tkhd", 40)):
                 for part in moov.split(name)[1:]:
-                    at = (
-                        offset + 12 if part[:1] == b"\1" else offset
-                    )  # version 1 has three numbers of 8 bytes, not 4
+                    # version 1 has three numbers of 8 bytes, not 4
+                    at = offset + 12 if part[:1] == b"\1" else offset
                     matrices.append(part[at : at + len(unit)])
             return len(matrices) < 2 or any(matrix != unit for matrix in matrices)
         start += max(size, 8)
@@ -1160,7 +1197,8 @@ def _mp4_may_turn(file):
 def _mkv_may_turn(file):
     """Goes from element to element up to Tracks, and looks there for an element Projection."""
 
-    def number():  # as many more bytes as it has zeros in front; they and the one behind them are its mark
+    def number():
+        # as many more bytes as it has zeros in front; they and the one behind them are its mark
         first = file.read(1)
         more = 8 - int.from_bytes(first).bit_length()
         return first + file.read(more), more
@@ -1171,9 +1209,8 @@ def _mkv_may_turn(file):
         size = int.from_bytes(size) - (1 << 7 * (more + 1))
         if name == b"\x18\x53\x80\x67":  # Segment: go into it
             continue
-        if (
-            name in (b"", b"\x1fC\xb6u") or not 0 <= size < (1 << 7 * (more + 1)) - 1
-        ):  # end, Cluster, unknown size
+        # end, Cluster, unknown size
+        if name in (b"", b"\x1fC\xb6u") or not 0 <= size < (1 << 7 * (more + 1)) - 1:
             return True
         if name == b"\x16T\xaek":  # Tracks
             return size > KEEP_BYTES or b"\x76\x70" in file.read(size)
@@ -1182,7 +1219,8 @@ def _mkv_may_turn(file):
 
 
 def _side_data(frame):
-    """What a frame carries beside its picture, of the types that PyAV knows; one that it doesn't know hides them all."""
+    """What a frame carries beside its picture, of the types that PyAV knows; one that it
+    doesn't know hides them all."""
     try:
         return frame.side_data
     except ValueError:
@@ -1199,12 +1237,12 @@ def _side_data(frame):
 
 
 def _turn(frame):
-    """(transpose, flip_x, flip_y), in this order, that make a decoded frame upright; from its display matrix."""
+    """(transpose, flip_x, flip_y), in this order, that make a decoded frame
+    upright; from its display matrix."""
     for side in _side_data(frame):
         if side.type.name == "DISPLAYMATRIX":
-            a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[
-                :5
-            ]  # (p, q) is shown at (a p + c q, b p + d q)
+            # (p, q) is shown at (a p + c q, b p + d q)
+            a, b, _, c, d = np.frombuffer(bytes(side), np.int32)[:5]
             if b == c == 0 and a and d:
                 return False, bool(a < 0), bool(d < 0)
             if a == d == 0 and b and c:
@@ -1221,7 +1259,8 @@ def _planes(frame):
 
 
 def _view(frame, box):
-    """The box (x, y, w, h) of a frame as a frame that shares its memory; None where chroma samples would be cut."""
+    """The box (x, y, w, h) of a frame as a frame that shares its memory; None where
+    chroma samples would be cut."""
     x, y, w, h = box
     sx, sy = PLANAR.get(frame.format.name, (15, 15))
     if (x | w) & ((1 << sx) - 1) or (y | h) & ((1 << sy) - 1):
@@ -1238,28 +1277,30 @@ def _view(frame, box):
 
 
 def _convert(out, frame, box, scaler):
-    """Crop, scale and convert a decoded frame into out, uint8 [3, h, w], R, G, B: AVION's cropping filter (Fig. 8b).
+    """Crop, scale and convert a decoded frame into out, uint8 [3, h, w], R, G, B:
+    AVION's cropping filter (Fig. 8b).
 
-    In that order: what is cropped away is never touched, and colours are converted at the output's size. swscale's
-    bilinear widens with the reduction, so it antialiases. Matrix (BT.601, 709, 2020) and range are the frame's own.
+    In that order: what is cropped away is never touched, and colours are converted at the output's
+    size. swscale's bilinear widens with the reduction, so it antialiases. Matrix (BT.601, 709,
+    2020) and range are the frame's own.
     """
     h, w = out.shape[1:]
     whole, view = box == (0, 0, frame.width, frame.height), _view(frame, box)
     if whole and not (view and frame.interlaced_frame):
-        view = (
-            frame  # it knows where its chroma samples sit, which a view can't be told: half a pixel
-        )
-    elif (
-        view is None
-    ):  # the box cuts chroma samples in half: colours first, at full size; takes 3 to 10 times as long
+        # it knows where its chroma samples sit, which a view can't be told: half a pixel
+        view = frame
+    elif view is None:
+        # the box cuts chroma samples in half: colours first, at full size; takes 3 to 10 times as
+        # long
         exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
         view = _view(
             VideoReformatter().reformat(frame, format="gbrp", interpolation=exact, threads=1), box
         )
     flags = Interpolation.BILINEAR
     if (view.width, view.height) == (w, h):
-        # Without a change of size swscale takes a shortcut that repeats chroma samples, and leaves the last columns of
-        # gbrp unwritten unless the width is a multiple of 16 (FFmpeg 8.1). This flag keeps it off.
+        # Without a change of size swscale takes a shortcut that repeats chroma samples, and
+        # leaves the last columns of gbrp unwritten unless the width is a multiple of 16 (FFmpeg
+        # 8.1). This flag keeps it off.
         flags |= Interpolation.ACCURATE_RND
     rgb = scaler.reformat(view, w, h, "gbrp", interpolation=flags, threads=1)
     for channel, plane in zip((1, 2, 0), _planes(rgb), strict=True):
@@ -1272,13 +1313,16 @@ class Video:
         with Video(path) as v:
             clip = v.read(range(0, 64, 4), 224, (0, 0, 240, 240))    # uint8 [16, 3, 224, 224]
 
-    Args: path of a local file: str, bytes or os.PathLike; fast=False counts frames even where it could be spared.
-    Attributes: info, a VideoInfo; times, float64 [num_frames], seconds of each frame after the first.
+    Args: path of a local file: str, bytes or os.PathLike; fast=False counts frames
+    even where it could be spared.
+    Attributes: info, a VideoInfo; times, float64 [num_frames], seconds
+    of each frame after the first.
     Raises VideoError: no such file, not a video, no video stream, no frame, truncated, damaged.
 
-    Frames are numbered in the order in which they are shown. Where the list of packets tells which frame is which
-    (`_index`), a read decodes only what it must (`_runs`), and checks that the decoder agrees (`_run`). Any other video
-    is decoded from its beginning and its frames are counted (`_count`): slower, and as exact.
+    Frames are numbered in the order in which they are shown. Where the list of packets tells which
+    frame is which (`_index`), a read decodes only what it must (`_runs`), and checks that the
+    decoder agrees (`_run`). Any other video is decoded from its beginning and its frames are
+    counted (`_count`): slower, and as exact.
     """
 
     def __init__(self, path, fast=True):
@@ -1314,7 +1358,7 @@ class Video:
             self._container.close()
         self._container = self._stream = self._decoder = self._packets = self._kept = None
 
-    # -- what is in the file -------------------------------------------------------------------------------------------
+    # -- what is in the file -----------------------------------------------------------------------
 
     def _open(self, options):
         """A container and its video stream, ready to decode."""
@@ -1329,19 +1373,22 @@ class Video:
                 other.discard = av.stream.Discard.all  # packets of sound are not even read
         decoder = stream.codec_context
         decoder.thread_count, decoder.thread_type = 1, "NONE"
-        # strict: where a stream doesn't say how far its frames are reordered, the decoder guesses, and loses a frame if
-        # the guess is low; with strict it assumes the largest depth.
+        # strict: where a stream doesn't say how far its frames are reordered, the decoder guesses,
+        # and loses a frame if the guess is low; with strict it assumes the largest depth.
         decoder.options = {"strict": "1", "max_pixels": str(MAX_PIXELS)}
         if container.format.name not in ("mpegts", "mpeg") and decoder.name != "mpeg4":
-            # Instead of making up what is damaged or missing, most often from the frame before. Recordings may begin
-            # anywhere, with frames that refer to what is not there; MPEG-4 has too many dialects.
+            # Instead of making up what is damaged or missing, most often from the frame before.
+            # Recordings may begin anywhere, with frames that refer to what is not there;
+            # MPEG-4 has too many dialects.
             decoder.options |= {"err_detect": "explode"}
         return container, stream
 
     def _index(self, options):
-        """List the packets in decode order. True if they tell the frames: each holds one, at a time of its own.
+        """List the packets in decode order. True if they tell the frames: each
+        holds one, at a time of its own.
 
-        That is what mp4 and mkv ask of these codecs, but for H.264 that may hold fields, which often come one by one.
+        That is what mp4 and mkv ask of these codecs, but for H.264 that may hold fields,
+        which often come one by one.
         """
         self.close()
         self._options = options
@@ -1358,9 +1405,8 @@ class Video:
             at = 4 if codec == "h264" else 21
             safe = len(extra) > at and extra[0] == 1  # else its NAL units are not behind lengths
             self._prefix = (extra[at] & 3) + 1 if safe else 0
-            self._drop = safe and (
-                codec == "h264" or extra[21] >> 3 & 7 == 1
-            )  # with one temporal layer
+            # with one temporal layer
+            self._drop = safe and (codec == "h264" or extra[21] >> 3 & 7 == 1)
         sets = _parameter_sets(extra) if safe and codec == "h264" else set()
         if options is OPEN_FAST and not safe:
             return False
@@ -1373,9 +1419,8 @@ class Video:
                 if _clean_start(packet, codec, self._prefix, first=not self._rows):
                     self._starts.append(len(self._rows))
                 else:
-                    safe = (
-                        codec != "hevc"
-                    )  # BLA and no_output_of_prior_pics hide frames around them
+                    # BLA and no_output_of_prior_pics hide frames around them
+                    safe = codec != "hevc"
                 safe = safe and not packet.has_sidedata("new_extradata")
                 if codec == "h264":
                     sets.update(
@@ -1412,9 +1457,11 @@ class Video:
         return 0 < len(shown) == len(set(self._pts))
 
     def _count(self):
-        """Decode the whole video, for the number of its frames and their times. Returns the first frame.
+        """Decode the whole video, for the number of its frames and their
+        times. Returns the first frame.
 
-        While they take less than KEEP_BYTES / 4, frames are kept for the reads: a short video is decoded once.
+        While they take less than KEEP_BYTES / 4, frames are kept for the reads: a
+        short video is decoded once.
         """
         pts, bad, kept, room = [], [], [], KEEP_BYTES // 4
         for frame in self._decode_all():
@@ -1437,9 +1484,8 @@ class Video:
         )
         first = None if self._fast else self._count()
         if self._fast and _may_be_turned(self.path):
-            (run,) = self._plan(
-                [0]
-            )  # of the first frame shown: an edit list may hide those before it
+            # of the first frame shown: an edit list may hide those before it
+            (run,) = self._plan([0])
             _, first = next(self._run(*run))
         if first is not None:
             self._size, self._turn, rotation = (
@@ -1449,27 +1495,27 @@ class Video:
             )
         width, height = self._size[:: -1 if self._turn[0] else 1]
         n, tick = len(self._pts), float(self._stream.time_base)
-        fps = float(
-            self._stream.average_rate or self._stream.guessed_rate or 25
-        )  # as the header says
+        # as the header says
+        fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         pts = np.array([np.nan if pts is None else pts for pts in self._pts])  # [num_frames]
         known = n > 1 and (np.diff(pts) >= 0).all() and pts[-1] > pts[0]
         self.times = (pts - pts[0]) * tick if known else np.arange(n) / fps  # [num_frames]
-        if (
-            known and abs((n - 1) / fps - self.times[-1]) > 2 * tick
-        ):  # the header is not right, or the rate varies
+        # the header is not right, or the rate varies
+        if known and abs((n - 1) / fps - self.times[-1]) > 2 * tick:
             fps = float((n - 1) / self.times[-1])
         duration = float(self.times[-1] + 1 / fps)
         self.info = VideoInfo(
             width, height, fps, n, duration, -rotation % 360 if any(self._turn) else 0, self._codec
         )
 
-    # -- reading -------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def at(self, seconds):
-        """Indices of the frames on the screen at `seconds` after the first frame, [T] floats -> [T] ints.
+        """Indices of the frames on the screen at `seconds` after the first
+        frame, [T] floats -> [T] ints.
 
-        Times before the first frame and up to HOLD after the end show the first and the last. VideoError further out.
+        Times before the first frame and up to HOLD after the end show the first and the
+        last. VideoError further out.
         """
         late = np.max(seconds, initial=0) - self.info.duration
         if late > HOLD:
@@ -1477,7 +1523,8 @@ class Video:
                 self.path,
                 f"has no frame at {late + self.info.duration:.1f} s, it ends {late:.1f} s before",
             )
-        # A thousandth of a second on: a time that means a frame's own must not fall before it by a rounding error.
+        # A thousandth of a second on: a time that means a frame's own must not fall
+        # before it by a rounding error.
         return np.maximum(
             np.searchsorted(self.times, np.add(seconds, 1e-3), "right") - 1, 0
         ).tolist()
@@ -1489,27 +1536,32 @@ class Video:
     def read(self, frames, size, box=None):
         """Frames of the video, cropped and scaled, in RGB.
 
-        Args: frames, indices in the order shown, 0 to num_frames - 1, in any order, repeats allowed;
+        Args: frames, indices in the order shown, 0 to num_frames - 1, in any order, repeats
+            allowed;
             size of the output in pixels, an int for a square or (h, w);
-            box, (x, y, w, h) in pixels of the upright frame; the whole frame if None. Where chroma is subsampled, even
-            numbers are faster (`_convert`).
+            box, (x, y, w, h) in pixels of the upright frame; the whole frame if None. Where
+            chroma is subsampled, even numbers are faster (`_convert`).
         Returns: uint8 [T, 3, h, w], in the order of `frames`.
-        Raises: VideoError if an index is out of range, or a frame is missing, damaged, or decoded from a damaged one;
+        Raises: VideoError if an index is out of range, or a frame is missing, damaged,
+        or decoded from a damaged one;
             ValueError if the box is not inside the frame.
         """
         return self.read_views([(frames, size, box)])[0]
 
     def read_views(self, views):
-        """Several clips of the video from one decode pass: a further view of a frame costs its conversion only.
+        """Several clips of the video from one decode pass: a further view of a
+        frame costs its conversion only.
 
-        Args: views, a list of (frames, size, box) as `read` takes them. Returns: a list of uint8 [T, 3, h, w].
+        Args: views, a list of (frames, size, box) as `read` takes them. Returns:
+        a list of uint8 [T, 3, h, w].
         """
         if self._container is None:
             raise ValueError(f"{self.path} is closed")
+        # {frame: {view: its places in the output}}
         wanted, jobs = (
             defaultdict(lambda: defaultdict(list)),
             [],
-        )  # {frame: {view: its places in the output}}
+        )
         for n, (frames, size, box) in enumerate(views):
             h, w = size if isinstance(size, (tuple, list)) else (size, size)
             if min(h, w) < 1:
@@ -1540,7 +1592,8 @@ class Video:
             )
 
     def _to_coded(self, out, box):
-        """Output [T, 3, h, w] and box (x, y, w, h) of upright frames, as the coded ones see them: a view, and a box."""
+        """Output [T, 3, h, w] and box (x, y, w, h) of upright frames, as the coded ones
+        see them: a view, and a box."""
         width, height = self.info[:2]
         x, y, w, h = (0, 0, width, height) if box is None else map(int, box)
         if not (w > 0 and h > 0 and 0 <= x <= width - w and 0 <= y <= height - h):
@@ -1561,15 +1614,17 @@ class Video:
         return self._runs(wanted) if self._fast else self._counted(wanted)
 
     def _plan(self, wanted):
-        """The runs that `_run` decodes for the wanted frames, [(first packet, last packet, {pts: index})].
+        """The runs that `_run` decodes for the wanted frames, [(first packet,
+        last packet, {pts: index})].
 
-        A run goes from a clean start to a wanted frame, and on to the next one unless a later clean start is nearer.
+        A run goes from a clean start to a wanted frame, and on to the next one unless a
+        later clean start is nearer.
         """
         wants = []
         for i in wanted:
             at = bisect_right(self._starts, self._order[i]) - 1
-            # A frame behind a keyframe in the file but shown before it (open GOP) refers to frames before that
-            # keyframe: start one earlier.
+            # A frame behind a keyframe in the file but shown before it (open GOP) refers to frames
+            # before that keyframe: start one earlier.
             while at and self._rows[self._starts[at]][0] > self._pts[i]:
                 at -= 1
             wants.append((self._starts[at], self._order[i], i))
@@ -1582,13 +1637,13 @@ class Video:
         return plan
 
     def _runs(self, wanted):
-        """The fast way: plan, and decode no more than that. Yields (index, frame) of each wanted frame."""
+        """The fast way: plan, and decode no more than that. Yields
+        (index, frame) of each wanted frame."""
         try:
             for run in self._plan(wanted):
                 yield from self._run(*run)
-        except (
-            VideoError
-        ):  # damaged; or the file is not what its packets said, which counting its frames tells
+        except VideoError:
+            # damaged; or the file is not what its packets said, which counting its frames tells
             other = Video(self.path, fast=False)
             if (other.info[:2], other.info.num_frames) != (self.info[:2], self.info.num_frames):
                 raise
@@ -1599,8 +1654,8 @@ class Video:
     def _run(self, start, last, want):
         """Decode packets start .. last; yields (index, frame) of the frames in want, {pts: index}.
 
-        Every packet that goes in must come out as its frame, in the order of the times and undamaged: a frame that is
-        missing or broken spoils those that refer to it.
+        Every packet that goes in must come out as its frame, in the order of the times and
+        undamaged: a frame that is missing or broken spoils those that refer to it.
         """
         self._decoder.flush_buffers()
         begin, expected, latest = (
@@ -1631,7 +1686,8 @@ class Video:
             )
 
     def _counted(self, wanted):
-        """The slow way: decode from the first frame and count. Yields (index, frame) of each wanted frame."""
+        """The slow way: decode from the first frame and count. Yields
+        (index, frame) of each wanted frame."""
         last = max(wanted, default=-1)
         for i, frame in enumerate(self._kept if last < len(self._kept) else self._decode_all()):
             if i in wanted:
@@ -1665,7 +1721,8 @@ class Video:
             ) from error
 
     def _read(self, start, stop):
-        """Packets start .. stop - 1 in decode order: from memory, or of a large video from the file again."""
+        """Packets start .. stop - 1 in decode order: from memory, or of a large
+        video from the file again."""
         if self._packets is not None:
             yield from self._packets[start:stop]
             return
@@ -1681,21 +1738,25 @@ class Video:
 
 
 def probe(path):
-    """VideoInfo of a video file; nothing is decoded where its packets are proof enough. Raises VideoError."""
+    """VideoInfo of a video file; nothing is decoded where its packets are proof
+    enough. Raises VideoError."""
     with Video(path) as video:
         return video.info
 
 
 def read_clip(path, frames, size, box=None):
-    """Frames of a video file, cropped and scaled, in RGB: uint8 [T, 3, h, w]. Arguments and errors of `Video.read`."""
+    """Frames of a video file, cropped and scaled, in RGB: uint8 [T, 3, h, w]. Arguments
+    and errors of `Video.read`."""
     with Video(path) as video:
         return video.read(frames, size, box)
 
 
 def read_clip_decode_then_crop(path, frames, size, box=None):
-    """The plain loader that AVION starts from (Fig. 8a): decode all up to the last frame, then crop and scale.
+    """The plain loader that AVION starts from (Fig. 8a): decode all up to the
+    last frame, then crop and scale.
 
-    Arguments and result as `read_clip`. It stands here for the paper's ablation, and as the reference of the tests.
+    Arguments and result as `read_clip`. It stands here for the paper's ablation, and
+    as the reference of the tests.
     """
     clip = {}
     with av.open("file:" + os.fsdecode(path), metadata_errors="replace") as container:
@@ -1733,9 +1794,11 @@ class WholeFrames(Video):
 
 
 def _times_in_whole(chunk):
-    """Seconds in the whole video that `data.py chunk` wrote into a chunk; None in a chunk of others.
+    """Seconds in the whole video that `data.py chunk` wrote into a
+    chunk; None in a chunk of others.
 
-    float64 [num_frames + 2]: of each frame; of the frame that follows the last of them, or else the end; of the end.
+    float64 [num_frames + 2]: of each frame; of the frame that follows the last of them,
+    or else the end; of the end.
     """
     written = chunk._container.metadata.get(CHUNK_TIMES)
     if written is None:
@@ -1754,13 +1817,15 @@ ONLY_TIMES = "is a folder of chunks, which only lists with times can read; list 
 class Chunks:
     """A long video in pieces, folder/<start second>.mp4 (AVION, Sec. 4.3), read as if it were one.
 
-    `info`, `at`, `clamp`, `read_views` as of `Video`; but a frame is what `at` returns, (chunk, frame), and `info` is
-    one chunk's. Only the chunks that a clip touches are opened. A clip across a boundary is one clip still,
-    with one box. Raises VideoError: no such folder, no chunk in it; a chunk that is missing, short or damaged.
+    `info`, `at`, `clamp`, `read_views` as of `Video`; but a frame is what `at` returns,
+    (chunk, frame), and `info` is one chunk's. Only the chunks that a clip touches are opened. A
+    clip across a boundary is one clip still, with one box. Raises VideoError: no such folder, no
+    chunk in it; a chunk that is missing, short or damaged.
 
-    Chunks that `data.py chunk` cut hold the times of their frames in the whole video, and `at` shows the frame that the
-    whole video's does. Chunks of others don't: that the first frame of 15.mp4 is on the screen from second 15 on is
-    taken for granted, and that its other frames follow at the file's own times.
+    Chunks that `data.py chunk` cut hold the times of their frames in the whole video, and `at`
+    shows the frame that the whole video's does. Chunks of others don't: that the first frame of
+    15.mp4 is on the screen from second 15 on is taken for granted, and that its other frames
+    follow at the file's own times.
     """
 
     def __init__(self, path, reader=Video):
@@ -1808,7 +1873,8 @@ class Chunks:
 
     @property
     def info(self):
-        """VideoInfo of a chunk: the frame's size is that of all; number of frames and duration are the chunk's."""
+        """VideoInfo of a chunk: the frame's size is that of all; number of frames and
+        duration are the chunk's."""
         return self._chunk(next(iter(self._chunks), 0)).info
 
     def clamp(self, second):
@@ -1820,14 +1886,14 @@ class Chunks:
         return min(second, float(self._times[last][-1]))
 
     def at(self, seconds):
-        """(chunk, frame) of what is on the screen at `seconds`, [T] floats -> [T]; VideoError where no chunk has it."""
+        """(chunk, frame) of what is on the screen at `seconds`, [T] floats -> [T];
+        VideoError where no chunk has it."""
         return [self._at(second) for second in map(float, seconds)]
 
     def _at(self, second):
         now = second + 1e-3  # as in `Video.at`
-        k = max(
-            bisect_right(self.starts, now + 1e-3) - 1, 0
-        )  # a start is its first frame's time, rounded
+        # a start is its first frame's time, rounded
+        k = max(bisect_right(self.starts, now + 1e-3) - 1, 0)
         self._chunk(k)
         while k and self._times[k][0] > now:  # its first frame comes later
             k -= 1
@@ -1844,15 +1910,17 @@ class Chunks:
         return k, max(int(np.searchsorted(times, now, "right")) - 1, 0)
 
     def read_views(self, views):
-        """Views as `Video.read_views` takes them, with frames of `at` -> a list of uint8 [T, 3, h, w].
+        """Views as `Video.read_views` takes them, with frames of `at` ->
+        a list of uint8 [T, 3, h, w].
 
         VideoError: numbers of frames, which a folder doesn't have."""
         if any(np.ndim(places) != 2 for places, _, _ in views):
             raise VideoError(self.path, ONLY_TIMES)
+        # parts: {chunk: [(view, its places, frames)]}
         clips, parts = (
             [None] * len(views),
             defaultdict(list),
-        )  # parts: {chunk: [(view, its places, frames)]}
+        )
         for n, (places, _, _) in enumerate(views):
             for k in sorted({k for k, _ in places}):
                 here = [t for t, place in enumerate(places) if place[0] == k]
@@ -1867,31 +1935,32 @@ class Chunks:
 
 
 def open_video(path, reader=Video):
-    """A Video, or Chunks where path is a folder. reader: Video, or a subclass that reads otherwise."""
+    """A Video, or Chunks where path is a folder. reader: Video, or a subclass that reads
+    otherwise."""
     return Chunks(path, reader) if os.path.isdir(path) else reader(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loader
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-LOADER_PATIENCE = (
-    300.0  # seconds that a loader process may spend on one video before the run stops and names it
-)
-# A loader process decodes at most so many clips before it hands them over, and 4 such pieces ahead. What waits in memory
-# is then bounded by the number of processes, not by the micro-batch, and the first one comes soon. The bytes are those of
-# 16 clips of 16 frames of 224 x 224.
+# seconds that a loader process may spend on one video before the run stops and names it
+LOADER_PATIENCE = 300.0
+# A loader process decodes at most so many clips before it hands them over, and 4 such pieces ahead.
+# What waits in memory is then bounded by the number of processes, not by the micro-batch, and the
+# first one comes soon. The bytes are those of 16 clips of 16 frames of 224 x 224.
 PIECE_CLIPS, PIECE_BYTES, PIECES_AHEAD = 16, 40 << 20, 4
 MORE_ROOM = (
-    f"Clips wait in shared memory, {PIECES_AHEAD} times {PIECE_CLIPS} for each of --workers: take fewer workers, or more "
-    "of it (docker run --shm-size=8g)"
+    f"Clips wait in shared memory, {PIECES_AHEAD} times {PIECE_CLIPS} for each of --workers: "
+    "take fewer workers, or more of it (docker run --shm-size=8g)"
 )
 
 
 class Batch(NamedTuple):
     """A micro-batch: what a step needs, and what could not be read on the way to it.
 
-    With several views a sample: view by view, so that clips 2i and 2i + 1, which `mix` mixes, are of different videos.
+    With several views a sample: view by view, so that clips 2i and 2i + 1, which `mix`
+    mixes, are of different videos.
     """
 
     clips: torch.Tensor  # uint8 [B, T, C, H, W]
@@ -1912,11 +1981,12 @@ class Batch(NamedTuple):
 class ClipDataset(torch.utils.data.Dataset):
     """Clips of videos (VideoList or Captions), decoded at `size`.
 
-    plan(video, index, view, key) -> (frames, box) says what to read of an open Video or Chunks; ValueError if it is too
-    short. views: clips of a video that one decode serves (repeated sampling; test views), each with a key of its own.
-    replace: an unreadable video's place is taken by another, drawn from the sample's own key (training). Otherwise the
-    sample is left out of its batch (evaluation). Both are reported in Batch.failures; nothing is repeated or black.
-    reader: of open_video.
+    plan(video, index, view, key) -> (frames, box) says what to read of an open Video or Chunks;
+    ValueError if it is too short. views: clips of a video that one decode serves (repeated
+    sampling; test views), each with a key of its own. replace: an unreadable video's place is
+    taken by another, drawn from the sample's own key (training). Otherwise the sample is left
+    out of its batch (evaluation). Both are reported in Batch.failures; nothing is repeated or
+    black. reader: of open_video.
     """
 
     def __init__(self, videos, plan, size, seed, replace, views=1, frames=16, reader=Video):
@@ -1928,8 +1998,8 @@ class ClipDataset(torch.utils.data.Dataset):
         return len(self.videos)
 
     def pieces(self, batch):
-        """Cut a micro-batch's list of (epoch, index) into lists of about equal length, of PIECE_CLIPS clips and
-        PIECE_BYTES at most; a sample's views stay together."""
+        """Cut a micro-batch's list of (epoch, index) into lists of about equal length, of
+        PIECE_CLIPS clips and PIECE_BYTES at most; a sample's views stay together."""
         height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
         clips = min(PIECE_CLIPS, PIECE_BYTES // (self.frames * 3 * height * width))
         count = -(-len(batch) // max(1, clips // self.views))
@@ -1937,13 +2007,15 @@ class ClipDataset(torch.utils.data.Dataset):
         return [batch[start:stop] for start, stop in pairwise(cuts)]
 
     def __getitem__(self, item):
-        """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys int64 [V], index, failures)."""
+        """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys
+        int64 [V], index, failures)."""
         sample = self._load(*item)
         self._report(sample[3], busy=False)
         return sample
 
     def _report(self, index, busy):
-        """Tell the trainer which video this loader process is at, and since when; done with it: minus the second."""
+        """Tell the trainer which video this loader process is at, and since when; done
+        with it: minus the second."""
         if self.watch is not None:
             since = time.monotonic() if busy else -time.monotonic()
             self.watch[torch.utils.data.get_worker_info().id, 1:] = torch.tensor(
@@ -1951,7 +2023,8 @@ class ClipDataset(torch.utils.data.Dataset):
             )
 
     def plans(self, video, index, keys):
-        """`plan` of each view of a sample, keys int64 [V]. Views that depend on each other: a subclass says how."""
+        """`plan` of each view of a sample, keys int64 [V]. Views that depend on each
+        other: a subclass says how."""
         return [self.plan(video, index, view, key) for view, key in enumerate(keys)]
 
     def _load(self, epoch, index):
@@ -1977,8 +2050,9 @@ class ClipDataset(torch.utils.data.Dataset):
 def collate(samples):
     """Samples of ClipDataset as a Batch, view by view; the unreadable ones are left out.
 
-    In a loader process it is put into shared memory here. The thread that sends it would do so too, but where there is
-    no room it loses the batch, and the trainer waits for it; an error in here reaches the trainer.
+    In a loader process it is put into shared memory here. The thread that sends it would do so
+    too, but where there is no room it loses the batch, and the trainer waits for it; an error
+    in here reaches the trainer.
     """
     failures = [line for sample in samples for line in sample[4]]
     read = [sample for sample in samples if sample[0] is not None]
@@ -1995,8 +2069,8 @@ def collate(samples):
 
 
 def join(pieces, views, device):
-    """The micro-batch of which collate made `pieces`, on the device, view by view; put together there, because a GPU
-    copies faster than the host."""
+    """The micro-batch of which collate made `pieces`, on the device, view by view; put together
+    there, because a GPU copies faster than the host."""
     failures = [line for piece in pieces for line in piece.failures]
     read = [piece.to(device) for piece in pieces if len(piece.labels)]
     if len(read) < 2:
@@ -2009,18 +2083,21 @@ def join(pieces, views, device):
 
 
 class GlobalBatches:
-    """The (epoch, index) lists of one rank's micro-batches, from step `start` to step `stop`, through all epochs.
+    """The (epoch, index) lists of one rank's micro-batches, from step `start` to
+    step `stop`, through all epochs.
 
-    Step s of an epoch takes entries s * batch ... of a permutation of (seed, epoch); a rank takes its slice of them and
-    cuts it into micro-batches. So the same clips meet in a step at any number of ranks, micro-batches and workers, and
-    there is no position to save but the step. What an epoch has left over at its end is left for the next shuffle.
-    UserError where `start` lies behind `stop`.
+    Step s of an epoch takes entries s * batch ... of a permutation of (seed, epoch); a rank
+    takes its slice of them and cuts it into micro-batches. So the same clips meet in a step
+    at any number of ranks, micro-batches and workers, and there is no position to save but
+    the step. What an epoch has left over at its end is left for the next shuffle. UserError
+    where `start` lies behind `stop`.
     """
 
     def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
         if start > stop:
             raise UserError(
-                f"the checkpoint is of step {start}, and this run has {stop}: is its --train-list shorter now?"
+                f"the checkpoint is of step {start}, and this run has {stop}: "
+                "is its --train-list shorter now?"
             )
         self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
@@ -2041,7 +2118,8 @@ class GlobalBatches:
 
 
 def every_sample(n, batch_size, rank=0, world=1):
-    """The (epoch, index) lists of one rank that together, over ranks, hold each entry once (evaluation)."""
+    """The (epoch, index) lists of one rank that together, over ranks, hold
+    each entry once (evaluation)."""
     mine = range(rank, n, world)
     return [
         [(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)
@@ -2049,8 +2127,8 @@ def every_sample(n, batch_size, rank=0, world=1):
 
 
 def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx, augment=None):
-    """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see GlobalBatches. augment:
-    see make_loader."""
+    """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see
+    GlobalBatches. augment: see make_loader."""
     views = dataset.views  # clips of a video, which stay together
     order = GlobalBatches(
         len(dataset),
@@ -2066,10 +2144,11 @@ def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx
 
 
 def test_batches(dataset, clips, workers, ctx, failures, shared=True):
-    """Yields batches, on the device, that hold each readable video once, view by view, at most `clips`
-    at a time. What can't be read goes to `failures`.
+    """Yields batches, on the device, that hold each readable video once, view by view, at most
+    `clips` at a time. What can't be read goes to `failures`.
 
-    shared: all ranks have the same videos, and each takes its part of them; else a rank has its own.
+    shared: all ranks have the same videos, and each takes its part of
+    them; else a rank has its own.
     """
     rank, world = (ctx.rank, ctx.world) if shared else (0, 1)
     order = every_sample(len(dataset), max(1, clips // dataset.views), rank, world)
@@ -2084,42 +2163,46 @@ _workers = weakref.WeakSet()  # the loader processes of all loaders
 
 @atexit.register
 def _end_workers():
-    """SIGKILL, because less is not enough. At exit, multiprocessing sends its daemons a SIGTERM, which ours leave to the
-    trainer, and waits for them without end; atexit calls its last entry first, so this comes before that. And a process
-    that hangs inside a system call hears no other signal."""
+    """SIGKILL, because less is not enough. At exit, multiprocessing sends its daemons a
+    SIGTERM, which ours leave to the trainer, and waits for them without end; atexit calls
+    its last entry first, so this comes before that. And a process that hangs inside a system
+    call hears no other signal."""
     for worker in list(_workers):
         worker.kill()
 
 
 def _start_worker(watch, number):
-    """Sign in; and leave a first signal, which goes to the whole process group, to the trainer: a loader process that
-    died of it would end the step that the trainer means to finish. A second one is obeyed."""
+    """Sign in; and leave a first signal, which goes to the whole process group, to the
+    trainer: a loader process that died of it would end the step that the trainer means to
+    finish. A second one is obeyed."""
     watch[number] = torch.tensor([os.getpid(), 0, -time.monotonic()], dtype=torch.float64)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
-    # The socket through which batches go is made with the first, by the thread that sends them; so that an error reaches
-    # the trainer, send it something here.
+    # The socket through which batches go is made with the first, by the thread that sends them; so
+    # that an error reaches the trainer, send it something here.
     ForkingPickler.dumps(torch.empty(1).share_memory_())
 
 
 def make_loader(dataset, batches, workers, device, augment=None):
-    """Yields the micro-batches that the lists of (epoch, index) in `batches` ask for, on the device, in their order.
+    """Yields the micro-batches that the lists of (epoch, index) in `batches` ask for,
+    on the device, in their order.
 
-    `workers` processes decode ahead, with one thread each; they live as long as this generator: in training, the run.
-    One that dies, or is at a video for more than LOADER_PATIENCE, ends the run with a UserError that names the video;
-    so do a full shared memory, through which clips come, and a batch that nobody is at work on.
-    augment(clips on the device, keys) -> clips; on a GPU this is done for the next batch while a step computes.
+    `workers` processes decode ahead, with one thread each; they live as long as this generator: in
+    training, the run. One that dies, or is at a video for more than LOADER_PATIENCE, ends the run
+    with a UserError that names the video; so do a full shared memory, through which clips come, and
+    a batch that nobody is at work on. augment(clips on the device, keys) -> clips; on a GPU this is
+    done for the next batch while a step computes.
     """
     handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
     try:
         dataset.watch = None
         if workers:
-            get_temp_dir()  # theirs too: they inherit it, and it goes with this process, however they end
+            # theirs too: they inherit it, and it goes with this process, however they end
+            get_temp_dir()
             # Is there room for the queues' locks? They fail with more words.
             torch.empty(workers << 16, dtype=torch.uint8).share_memory_()
-            dataset.watch = torch.zeros(
-                workers, 3, dtype=torch.float64
-            ).share_memory_()  # its process, index, since when
+            # its process, index, since when
+            dataset.watch = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()
             dataset.watch[:, 2] = time.monotonic()
         cut = dataset.pieces if workers else lambda batch: [batch]
         batches, ahead = tee(batches)
@@ -2139,7 +2222,8 @@ def make_loader(dataset, batches, workers, device, augment=None):
         ) from None
     finally:
         _workers.update(set(multiprocessing.active_children()) - before)
-    # PyTorch's handler would raise in the middle of whatever the trainer does when a worker dies; `_watched` finds out.
+    # PyTorch's handler would raise in the middle of whatever the trainer does when a
+    # worker dies; `_watched` finds out.
     signal.signal(signal.SIGCHLD, handler)
 
     def prepare(pieces, waited):
@@ -2157,12 +2241,13 @@ def _last_line(error):
 
 
 def _watched(host, dataset, batches):
-    """Yields (the pieces of each of `batches`, a list of them, from a DataLoader's iterator; the seconds that they took)
-    while its workers are alive and at work. (Should it end before them, its StopIteration is a RuntimeError in here, as in any generator, and no
+    """Yields (the pieces of each of `batches`, a list of them, from a DataLoader's iterator;
+    the seconds that they took) while its workers are alive and at work. (Should it end
+    before them, its StopIteration is a RuntimeError in here, as in any generator, and no
     evaluation gets shorter unnoticed.)
 
-    A thread looks after the workers, because the trainer may wait for an answer of one that hangs; and ends them where
-    there is trouble, because that ends the wait.
+    A thread looks after the workers, because the trainer may wait for an answer of one that hangs;
+    and ends them where there is trouble, because that ends the wait.
     """
     asked, trouble, over = math.inf, "", threading.Event()
 
@@ -2198,7 +2283,8 @@ def _watched(host, dataset, batches):
 
 
 def _trouble(dataset, asked):
-    """Why a batch doesn't come that the trainer asked for at this second; "" while the loader processes are at work."""
+    """Why a batch doesn't come that the trainer asked for at this second; "" while the
+    loader processes are at work."""
     if dataset.watch is None or asked == math.inf:
         return ""
     alive = {child.pid for child in multiprocessing.active_children()}
@@ -2209,21 +2295,22 @@ def _trouble(dataset, asked):
             doing = "died; it was at" if dead else f"has been busy for {LOADER_PATIENCE:g} s with"
             where = dataset.videos.video(int(index)) if pid else "its own start"
             return (
-                f"a loader process {doing} {where}: take the video off the list, or look for a full memory or a disk "
-                "that doesn't answer"
+                f"a loader process {doing} {where}: take the video off the list, "
+                "or look for a full memory or a disk that doesn't answer"
             )
     idle = now - max(asked, *(-since for *_, since in notes))
     if idle > LOADER_PATIENCE / 10 and all(since <= 0 for *_, since in notes):
         return (
-            f"a batch was lost: the loader processes have been idle for {idle:.0f} s, and it didn't come. Look at errors "
-            "above this one, for a full temporary folder, and at the number of open files (ulimit -n)"
+            f"a batch was lost: the loader processes have been idle for {idle:.0f} s, "
+            "and it didn't come. Look at errors above this one, for a full temporary folder, "
+            "and at the number of open files (ulimit -n)"
         )
     return ""
 
 
 def _ahead(batches, device):
-    """Yields batches on a CUDA device, each made, by its copies and its augmentation, on a stream of its own while the
-    step before computes."""
+    """Yields batches on a CUDA device, each made, by its copies and its augmentation, on a stream
+    of its own while the step before computes."""
     stream, ready = torch.cuda.Stream(device), None
     while True:
         with torch.cuda.stream(stream):
@@ -2234,9 +2321,8 @@ def _ahead(batches, device):
             made.wait(torch.cuda.current_stream(device))
             for tensor in batch[:2]:  # clips, labels
                 if tensor.is_cuda:
-                    tensor.record_stream(
-                        torch.cuda.current_stream(device)
-                    )  # its memory is in use there from now on
+                    # its memory is in use there from now on
+                    tensor.record_stream(torch.cuda.current_stream(device))
             yield batch
         if following[0] is None:
             return
@@ -2244,18 +2330,21 @@ def _ahead(batches, device):
 
 
 class Failures:
-    """The videos of an epoch that could not be read, over workers and ranks: too many of them end the run."""
+    """The videos of an epoch that could not be read, over workers and ranks: too
+    many of them end the run."""
 
     def __init__(self, n, fraction):
+        # lines: {video: why}
         self.limit, self.new, self.lines, self.epoch = (
             max(1, int(fraction * n)),
             [],
             {},
             0,
-        )  # lines: {video: why}
+        )
 
     def add(self, batch, size):
-        """Note a training batch's failures; UserError where even its replacements could not be read."""
+        """Note a training batch's failures; UserError where even its
+        replacements could not be read."""
         self.new += batch.failures
         if len(batch.labels) < size:
             raise UserError(
@@ -2263,8 +2352,8 @@ class Failures:
             )
 
     def collect(self, ctx, epoch):
-        """Exchange the failures since the last call; every rank calls it, at an epoch's end at the latest. Returns a
-        line of each video that is new in this epoch; UserError past the limit."""
+        """Exchange the failures since the last call; every rank calls it, at an epoch's end at the
+        latest. Returns a line of each video that is new in this epoch; UserError past the limit."""
         if epoch != self.epoch:
             self.lines, self.epoch = {}, epoch
         found = {line.partition(": ")[0]: line for part in ctx.gather(self.new) for line in part}
@@ -2273,24 +2362,27 @@ class Failures:
         self.lines |= new
         if len(self.lines) > self.limit:
             raise UserError(
-                f"{len(self.lines)} videos could not be read in epoch {epoch}, more than the {self.limit} that "
-                f"--max-bad allows: {'; '.join([*self.lines.values()][:5])}"
+                f"{len(self.lines)} videos could not be read in epoch {epoch}, "
+                f"more than the {self.limit} that --max-bad allows: "
+                f"{'; '.join([*self.lines.values()][:5])}"
             )
         return list(new.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Augmentation on the device: batched over clips, the same for all frames of a clip, keyed by clip
-# ----------------------------------------------------------------------------------------------------------------------
-# Nothing here makes the host wait for the GPU. What decides which kernels run (the operations of RandAugment, the box
-# to erase) is drawn on the host, from the keys as the loader gives them: on the CPU. So a clip pays only for what was
-# drawn for it, and gets the same bits in any micro-batch.
-# In VideoMAE's fine-tuning the order is rand_augment, crop, flip, erase, mix. DECISION (crop first): here the decoder
-# crops, which is what makes it fast; so rand_augment counts the crop's pixels, and grey comes in at the crop's edges.
+# --------------------------------------------------------------------------------------------------
+# Nothing here makes the host wait for the GPU. What decides which kernels run (the operations of
+# RandAugment, the box to erase) is drawn on the host, from the keys as the loader gives them: on
+# the CPU. So a clip pays only for what was drawn for it, and gets the same bits in any micro-batch.
+# In VideoMAE's fine-tuning the order is rand_augment, crop, flip, erase, mix. DECISION
+# (crop first): here the decoder crops, which is what makes it fast; so rand_augment counts the
+# crop's pixels, and grey comes in at the crop's edges.
 
 
 def to_device(values, device):
-    """A small tensor or list on the device, without the host's waiting: from pinned memory, unless it is there."""
+    """A small tensor or list on the device, without the host's waiting: from pinned
+    memory, unless it is there."""
     values = torch.as_tensor(values)
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
@@ -2298,26 +2390,29 @@ def to_device(values, device):
 
 
 def _each(values, x):
-    """One number a clip, [n] or [n, 1], in the shape and type in which it broadcasts over float pixels of x."""
+    """One number a clip, [n] or [n, 1], in the shape and type in which it
+    broadcasts over float pixels of x."""
     return values.float().view(-1, *[1] * (x.dim() - 1))  # [n, 1, 1, 1, 1]
 
 
 def flip(clips, keys, p=0.5):
-    """Mirror a clip left-right with probability p: [B, T, C, H, W] -> the same. keys: int64 [B], anywhere."""
+    """Mirror a clip left-right with probability p: [B, T, C, H, W] -> the same.
+    keys: int64 [B], anywhere."""
     chosen = to_device(uniform(keys, "flip") < p, clips.device)  # [B]
     return torch.where(chosen[:, None, None, None, None], clips.flip(-1), clips)
 
 
-# PIL's operations, because the recipes' accuracies were reached with them: they round down after every one, and their
-# frame statistics are each frame's own. x: uint8 [n, T, C, H, W] -> the same, equal to PIL's result in every bit
-# (`_affine`: but for one level in a few pixels of a thousand). values: what a clip's magnitude says, a row a clip.
+# PIL's operations, because the recipes' accuracies were reached with them: they round down after
+# every one, and their frame statistics are each frame's own. x: uint8 [n, T, C, H, W] -> the same,
+# equal to PIL's result in every bit (`_affine`: but for one level in a few pixels of a thousand).
+# values: what a clip's magnitude says, a row a clip.
 
 
 def _blend(base, x, factor):
-    """x made more (factor > 1) or less (< 1) different from base; a number, or float32 [n, 1, 1, 1, 1]."""
-    return (
-        x.float().sub_(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
-    )  # in place: one copy in float
+    """x made more (factor > 1) or less (< 1) different from base; a number,
+    or float32 [n, 1, 1, 1, 1]."""
+    # in place: one copy in float
+    return x.float().sub_(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
 
 
 def _grey(x):
@@ -2335,8 +2430,8 @@ def _mean_grey(x):
 
 
 def _smooth(x):
-    """3x3 mean with a weight of 5 in the middle, of 13, in float32, which holds these sums exactly; the frame's border
-    stays."""
+    """3x3 mean with a weight of 5 in the middle, of 13, in float32, which holds these sums exactly;
+    the frame's border stays."""
     x = x.float()
     out = x.clone()
     inner = out[..., 1:-1, 1:-1]  # [n, T, C, H - 2, W - 2], a view
@@ -2361,9 +2456,8 @@ def _autocontrast(x, values=None):
     """Stretch each colour of each frame to 0 .. 255."""
     low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)  # [n, T, C, 1]
     low, high = low[..., None].double(), high[..., None].double()  # [n, T, C, 1, 1]
-    scale = torch.full_like(low, 255) / (high - low).clamp(
-        min=1
-    )  # 255 / tensor would multiply by the inverse
+    # 255 / tensor would multiply by the inverse
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
     return torch.where(high > low, (x * scale).sub_(low * scale).clamp_(0, 255).to(torch.uint8), x)
 
 
@@ -2391,11 +2485,13 @@ def _look_up(x, table):
 
 
 def _bicubic(matrix, H, W):
-    """For each pixel (x, y) of n frames the 16 around (a x + b y + c, d x + e y + f), and what each of them weighs.
+    """For each pixel (x, y) of n frames the 16 around (a x + b y + c, d x + e y + f),
+    and what each of them weighs.
 
-    matrix: a to f, float64 [n, 6]. Returns: index, int32 [n H W, 16], into the n frames' pixels; weight, float32 [n H W,
-    16]; inside, bool [n, H, W], whether the place is in the frame. The weights are PIL's when it transforms, Keys' with
-    a = -1; when it resizes, a is -0.5. grid_sample has -0.75, which is up to 8 levels off on the tests' pictures.
+    matrix: a to f, float64 [n, 6]. Returns: index, int32 [n H W, 16], into the n frames' pixels;
+    weight, float32 [n H W, 16]; inside, bool [n, H, W], whether the place is in the frame. The
+    weights are PIL's when it transforms, Keys' with a = -1; when it resizes, a is -0.5. grid_sample
+    has -0.75, which is up to 8 levels off on the tests' pictures.
     """
     device, n = matrix.device, len(matrix)
     arange = partial(torch.arange, device=device, dtype=torch.float64)
@@ -2426,11 +2522,11 @@ def _bicubic(matrix, H, W):
 
 
 def _affine(x, matrix):
-    """Each pixel (x, y) from (a x + b y + c, d x + e y + f), bicubically; grey from outside the frame. matrix: a to f,
-    float64 [n, 6].
+    """Each pixel (x, y) from (a x + b y + c, d x + e y + f), bicubically; grey from outside the
+    frame. matrix: a to f, float64 [n, 6].
 
-    An output pixel is a weighted sum of 16 input pixels, with the same weights for all its T C values: embedding_bag,
-    which takes half of grid_sample's time on a CPU.
+    An output pixel is a weighted sum of 16 input pixels, with the same weights for all its T C
+    values: embedding_bag, which takes half of grid_sample's time on a CPU.
     """
     n, T, C, H, W = x.shape
     index, weight, inside = _bicubic(matrix, H, W)
@@ -2439,7 +2535,8 @@ def _affine(x, matrix):
         0, 1
     )  # [n H W, T C]
     out = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)  # [n H W, T C]
-    # 1e-3 makes good for what float32 lost, where the exact sum is a whole number and would be rounded down.
+    # 1e-3 makes good for what float32 lost, where the exact sum is a whole
+    # number and would be rounded down.
     out = (
         out.add_(1e-3).clamp_(0, 255).to(torch.uint8).view(n, H, W, T, C).permute(0, 3, 4, 1, 2)
     )  # [n, T, C, H, W]
@@ -2453,8 +2550,8 @@ def _rotation(degrees, W, H):
 
 
 def _black_out(x, box):
-    """Black from row `top` to `bottom` and column `left` to `right` of each of the frames, of `height` rows, of which
-    x has one below the other; box: these five, [n, 5]."""
+    """Black from row `top` to `bottom` and column `left` to `right` of each of the frames, of
+    `height` rows, of which x has one below the other; box: these five, [n, 5]."""
     top, bottom, left, right, height = box.T[..., None, None]  # [n, 1, 1] each
     row = torch.arange(x.shape[-2], device=x.device)[:, None] % height  # [n, T H, 1]
     column = torch.arange(x.shape[-1], device=x.device)  # [W]
@@ -2463,11 +2560,12 @@ def _black_out(x, box):
 
 
 def _by_operation(clips, plans):
-    """Apply to clip i the operations of plans[i], one after the other: (function, its values for this clip) each.
+    """Apply to clip i the operations of plans[i], one after the other: (function,
+    its values for this clip) each.
 
-    An operation is called once for many clips, because a GPU takes as long to begin one as to do it: for all that have
-    come to it in their plans, the one first to which most have come. `_affine` has more kernels than others, and waits
-    until four times as many have.
+    An operation is called once for many clips, because a GPU takes as long to begin one as to do
+    it: for all that have come to it in their plans, the one first to which most have come.
+    `_affine` has more kernels than others, and waits until four times as many have.
     """
     plans, calls = [list(plan) for plan in plans], []
     while any(plans):
@@ -2491,9 +2589,10 @@ def _by_operation(clips, plans):
     return out
 
 
-# timm's operations that grow with the magnitude ("inc1"): the function, and its values for v, magnitude / 10, in 0 .. 1,
-# with a random sign, and frames of w x h pixels. Many are the same for every pixel: a table, made of all the levels.
-# 0 bits left of a colour, at magnitude 10, are black, as with the PIL of VideoMAE's time; newer ones raise an error.
+# timm's operations that grow with the magnitude ("inc1"): the function, and its values for v,
+# magnitude / 10, in 0 .. 1, with a random sign, and frames of w x h pixels. Many are the same for
+# every pixel: a table, made of all the levels. 0 bits left of a colour, at magnitude 10, are black,
+# as with the PIL of VideoMAE's time; newer ones raise an error.
 LEVELS = torch.arange(256)
 RAND_AUGMENT = {
     "AutoContrast": (_autocontrast, lambda v, w, h: ()),
@@ -2521,16 +2620,19 @@ RAND_AUGMENT = {
 
 
 def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
-    """RandAugment (Cubuk et al. 2020) as timm's string rand-m7-n4-mstd0.5-inc1 has it, VideoMAE's fine-tuning.
+    """RandAugment (Cubuk et al. 2020) as timm's string
+    rand-m7-n4-mstd0.5-inc1 has it, VideoMAE's fine-tuning.
 
-    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU (a GPU's would have to be waited for).
+    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU (a GPU's
+    would have to be waited for).
     Returns: uint8 [B, T, 3, H, W].
 
-    `layers` times: one of RAND_AUGMENT, any as likely, is applied with probability 0.5, at a magnitude drawn from
-    N(magnitude, deviation) and kept in 0 .. 10.
-    DECISION (fill): grey, 128. timm fills with the mean colour where it is told it; VideoMAE's fine-tuning doesn't.
-    DECISION (Turbo): "RandAug (9, 0.5)" in its Table 6 is read as rand-m9-mstd0.5-inc1, MAE's and DeiT's string of that
-    short form, in which timm's default is 2 layers.
+    `layers` times: one of RAND_AUGMENT, any as likely, is applied with probability 0.5, at a
+    magnitude drawn from N(magnitude, deviation) and kept in 0 .. 10.
+    DECISION (fill): grey, 128. timm fills with the mean colour where it is told it;
+    VideoMAE's fine-tuning doesn't.
+    DECISION (Turbo): "RandAug (9, 0.5)" in its Table 6 is read as rand-m9-mstd0.5-inc1, MAE's and
+    DeiT's string of that short form, in which timm's default is 2 layers.
     """
     draws = uniform(keys, "rand_augment", 4 * layers).unflatten(-1, (layers, 4))  # [B, layers, 4]
     levels = (magnitude + deviation * torch.special.ndtri(draws[..., 2])).clamp(
@@ -2548,11 +2650,12 @@ def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
     return _by_operation(clips, plans)
 
 
-# scenic's operations, in its order; v: magnitude / 10, here above 1 too, with no random sign. They are of TensorFlow's
-# official models, slips included, which ViViT was trained with: the threshold of Solarize is a byte and wraps around
-# (at magnitude 20 all is inverted); Posterize keeps int(4 v) bits (at 20 all 8); Contrast moves away from a grey of
-# pixels / 256, on any real clip white. A clip's T frames, one below the other, are one of w x h pixels here: what they
-# count over a frame they count over the clip, and Sharpness mixes the rows where two frames meet.
+# scenic's operations, in its order; v: magnitude / 10, here above 1 too, with no random sign. They
+# are of TensorFlow's official models, slips included, which ViViT was trained with: the threshold
+# of Solarize is a byte and wraps around (at magnitude 20 all is inverted); Posterize keeps int(4 v)
+# bits (at 20 all 8); Contrast moves away from a grey of pixels / 256, on any real clip white. A
+# clip's T frames, one below the other, are one of w x h pixels here: what they count over a frame
+# they count over the clip, and Sharpness mixes the rows where two frames meet.
 SCENIC_AUGMENT = {
     "AutoContrast": (_autocontrast, lambda v, w, h: ()),
     "Equalize": (_equalize, lambda v, w, h: ()),
@@ -2575,13 +2678,16 @@ SCENIC_AUGMENT = {
 
 
 def scenic_rand_augment(clips, keys, magnitude, layers=2):
-    """RandAugment as scenic has it for video (github.com/google-research/scenic, video_ops.py; ViViT): colour and
-    cutout only, `layers` times one of SCENIC_AUGMENT or, as likely as each of them, none.
+    """RandAugment as scenic has it for video (github.com/google-research/scenic,
+    video_ops.py; ViViT): colour and cutout only, `layers` times one of SCENIC_AUGMENT or, as
+    likely as each of them, none.
 
-    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU; magnitude, 0 to 20. Returns: uint8 as clips.
+    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU; magnitude, 0 to
+    20. Returns: uint8 as clips.
 
-    All frames get the same. Cutout blackens a square of 8 * magnitude pixels, whatever the clip's size, around a point
-    anywhere in the frame; what falls outside is lost. Within 3 levels of scenic's, which counts in float32.
+    All frames get the same. Cutout blackens a square of 8 * magnitude pixels, whatever the clip's
+    size, around a point anywhere in the frame; what falls outside is lost. Within 3 levels of
+    scenic's, which counts in float32.
     """
     draws = uniform(keys, "rand_augment", 3 * layers).unflatten(-1, (layers, 3))  # [B, layers, 3]
     names, plans = [*SCENIC_AUGMENT, "nothing"], []
@@ -2620,11 +2726,13 @@ def _turn_hue(x, turns):
 
 
 def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0):
-    """torchvision's ColorJitter: factors uniform in [1 - x, 1 + x] (not below 0), turns of the hue in [-hue, hue].
+    """torchvision's ColorJitter: factors uniform in [1 - x, 1 + x] (not below 0),
+    turns of the hue in [-hue, hue].
 
-    uint8 [B, T, 3, H, W] -> the same; keys: int64 [B], anywhere. DECISION (order): always that of the arguments;
-    torchvision draws it. Every clip has every operation, so that they are done for the whole batch at once: in quarters
-    of its frames, because the hue of a frame takes 15 times the frame's bytes.
+    uint8 [B, T, 3, H, W] -> the same; keys: int64 [B], anywhere. DECISION (order): always that
+    of the arguments; torchvision draws it. Every clip has every operation, so that they are
+    done for the whole batch at once: in quarters of its frames, because the hue of a frame
+    takes 15 times the frame's bytes.
     """
     u = to_device(uniform(keys, "colour_jitter", 4), clips.device)  # [B, 4]
     u = u.repeat_interleave(clips.shape[1], 0)[..., None, None, None]  # [B T, 4, 1, 1, 1]
@@ -2646,14 +2754,16 @@ def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue
 
 
 def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Random erasing (Zhong et al. 2020), pixel mode, "cube": with probability p, noise in one box of all frames.
+    """Random erasing (Zhong et al. 2020), pixel mode, "cube": with probability p,
+    noise in one box of all frames.
 
     Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU. Returns: uint8 [B, T, 3, H, W].
 
-    The box has 2 to 33 % of the frame's area and a height of 0.3 to 3.3 widths, log-uniform; ten tries to fit it in, as
-    in timm's RandomErasing (VideoMAE's `_erase_cube`, whose box it is, has 100: a miss is rarer than 1 in 10^20). Both
-    fill normalised pixels with N(0, 1). Ours are normalised later, so the noise is mapped back to pixels, mean + std
-    N(0, 1), and what falls outside 0 .. 255, 3 %, is cut off.
+    The box has 2 to 33 % of the frame's area and a height of 0.3 to 3.3 widths, log-uniform; ten
+    tries to fit it in, as in timm's RandomErasing (VideoMAE's `_erase_cube`, whose box it is, has
+    100: a miss is rarer than 1 in 10^20). Both fill normalised pixels with N(0, 1). Ours are
+    normalised later, so the noise is mapped back to pixels, mean + std N(0, 1), and what falls
+    outside 0 .. 255, 3 %, is cut off.
     """
     chosen = (uniform(keys, "erase") < p).tolist()
     draws = uniform(keys, "erase.box", 40).unflatten(-1, (10, 4)).tolist()
@@ -2691,23 +2801,25 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 
 def soft_labels(labels, classes, smoothing):
-    """One-hot labels with `smoothing` of each spread evenly over all classes: int64 [B] -> float32 [B, classes]."""
+    """One-hot labels with `smoothing` of each spread evenly over all classes:
+    int64 [B] -> float32 [B, classes]."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
 def mix(clips, targets, step_key, mixup, cutmix):
-    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), one of them and one lambda a step, half the time each.
+    """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019), one of them and one
+    lambda a step, half the time each.
 
-    clips [B, T, C, H, W] (any dtype) and soft targets float [B, classes] -> mixed clips (float32 in mixup), targets.
-    Clip 2i is mixed with 2i + 1 and the other way round, so that B must be even; step_key, (seed, step), is common to
-    all micro-batches and ranks. mixup and cutmix are the Beta distribution's parameters; 0 turns one off.
+    clips [B, T, C, H, W] (any dtype) and soft targets float [B, classes] -> mixed clips
+    (float32 in mixup), targets. Clip 2i is mixed with 2i + 1 and the other way round, so that B
+    must be even; step_key, (seed, step), is common to all micro-batches and ranks. mixup and cutmix
+    are the Beta distribution's parameters; 0 turns one off.
     """
     if not (mixup or cutmix):
         return clips, targets
     key = make_key(*step_key, "mix").item() & 2**64 - 1
-    rng = np.random.Generator(
-        np.random.Philox(key=key)
-    )  # made anew from the step's key: no state is kept
+    # made anew from the step's key: no state is kept
+    rng = np.random.Generator(np.random.Philox(key=key))
     use_cutmix = rng.random() < (0.5 if mixup and cutmix else float(cutmix > 0))
     lam, cx, cy = rng.beta(*[cutmix if use_cutmix else mixup] * 2), rng.random(), rng.random()
     swap = lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # clip 2i <-> clip 2i + 1
@@ -2733,7 +2845,8 @@ def mix(clips, targets, step_key, mixup, cutmix):
 
 
 def normalize(patches, mean, std):
-    """0-255 pixels, colours last and fastest, to (x / 255 - mean) / std in float32: [..., P] -> [..., P]."""
+    """0-255 pixels, colours last and fastest, to (x / 255 - mean) / std in
+    float32: [..., P] -> [..., P]."""
     filled = lambda v: torch.stack(
         [torch.full((), x, device=patches.device) for x in v]
     )  # [3]; nothing is copied
@@ -2744,12 +2857,14 @@ def normalize(patches, mean, std):
 def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """What the decoder predicts of 0-255 patches [B, R, P], in float32 [B, R, P].
 
-    "normalized": each patch, each colour by its own mean and (unbiased) deviation over the patch's pixels, as VideoMAE:
-    it rewards texture and motion edges over brightness. "pixels": as the encoder sees them.
+    "normalized": each patch, each colour by its own mean and (unbiased) deviation over the
+    patch's pixels, as VideoMAE: it rewards texture and motion edges over brightness.
+    "pixels": as the encoder sees them.
     """
     if kind == "pixels":
         return normalize(patches, mean, std)
-    # On 0-255 pixels, whose sums are exact, and in place: of a whole batch's masked patches each copy takes time.
+    # On 0-255 pixels, whose sums are exact, and in place: of a whole batch's masked
+    # patches each copy takes time.
     x = patches.to(torch.float32, copy=True).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
     x -= x.mean(2, keepdim=True)
     deviation = torch.linalg.vector_norm(x, dim=2, keepdim=True) / math.sqrt(
@@ -2758,19 +2873,22 @@ def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return x.div_(deviation + 255e-6).flatten(2)  # [B, R, P]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_reconstruction(path, patches, visible, masked, prediction, target, patch, grid, fps):
-    """Write a masked autoencoder's pictures (write_panels): a clip below the other, panels in this order:
+    """Write a masked autoencoder's pictures (write_panels): a clip below the
+    other, panels in this order:
 
-    original; what the encoder saw (masked patches grey); the model's reconstruction. A normalised-target model can't
-    know a masked patch's mean and deviation: its own panel uses those of the clip's visible pixels, and a fourth panel,
-    framed red, borrows the true ones of each patch from the original.
+    original; what the encoder saw (masked patches grey); the model's reconstruction. A
+    normalised-target model can't know a masked patch's mean and deviation: its own panel uses
+    those of the clip's visible pixels, and a fourth panel, framed red, borrows the true ones of
+    each patch from the original.
 
-    patches: 0-255 [B, N, P]; visible, masked: int64 [B, K], [B, R]; prediction [B, R, P] of `target` (pixel_target).
+    patches: 0-255 [B, N, P]; visible, masked: int64 [B, K], [B, R]; prediction
+    [B, R, P] of `target` (pixel_target).
     """
     patches, prediction = (
         patches.float(),
@@ -2797,10 +2915,12 @@ def write_reconstruction(path, patches, visible, masked, prediction, target, pat
 
 
 def write_panels(path, panels, fps, marked=None, columns=8):
-    """Write a strip picture, path (.png), and beside it <name>_animated.png (APNG: any browser plays it).
+    """Write a strip picture, path (.png), and beside it <name>_animated.png
+    (APNG: any browser plays it).
 
-    panels: uint8 [B, T, C, H, W] each. The strip has a row for each clip and panel, clip by clip, and a column for each
-    of up to `columns` frames; the animation has the panels of a clip side by side. Panel `marked` gets a red frame.
+    panels: uint8 [B, T, C, H, W] each. The strip has a row for each clip and panel, clip by clip,
+    and a column for each of up to `columns` frames; the animation has the panels of a clip side by
+    side. Panel `marked` gets a red frame.
     """
     path, T = Path(path), panels[0].shape[1]
     framed = [F.pad(panel, [2] * 4, value=255) for panel in panels]  # [B, T, C, H + 4, W + 4]
@@ -2835,29 +2955,32 @@ def _write_images(path, images, codec, fps):
         file.mux(stream.encode())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Toy videos: small H.264 files in which appearance never tells the label, only motion does
 #
-# The state of an object is a point on a 4-torus, (x, y, angle, log size), each coordinate in loops, [0, 1): what leaves
-# the picture on the right comes back on the left, what has grown to its largest starts again as its smallest. A motion
-# is a constant velocity along one axis, and the start is uniform. A uniform point that moves is uniform again, so every
-# frame, the first and the last included, has the same distribution whatever the motion; shape, colour and background
-# are drawn without looking at it.
-# ----------------------------------------------------------------------------------------------------------------------
+# The state of an object is a point on a 4-torus, (x, y, angle, log size), each coordinate in
+# loops, [0, 1): what leaves the picture on the right comes back on the left, what has grown to its
+# largest starts again as its smallest. A motion is a constant velocity along one axis, and the
+# start is uniform. A uniform point that moves is uniform again, so every frame, the first and the
+# last included, has the same distribution whatever the motion; shape, colour and background are
+# drawn without looking at it.
+# --------------------------------------------------------------------------------------------------
 
 TOY_VERSION = 6  # a new number remakes every set
 TOY_SIDE = 64  # pixels
-# Speeds are loops a second. Per sampled frame an object moves 3 to 5 pixels or turns 16 to 24 degrees in `actions` (16
-# frames at 5 a second), about as much in `narrated` (8 frames a caption) and 1.5 times that in `long` (32 frames a
-# video). At half of this a small model needs more than 1,000 steps before it sees any motion. `pairs`: as `actions`, of
-# 16 frames over 6 s; at 5 frames a second, so that decoding costs less than training on them.
+# Speeds are loops a second. Per sampled frame an object moves 3 to 5 pixels or turns 16 to
+# 24 degrees in `actions` (16 frames at 5 a second), about as much in `narrated` (8 frames a
+# caption) and 1.5 times that in `long` (32 frames a video). At half of this a small model needs
+# more than 1,000 steps before it sees any motion. `pairs`: as `actions`, of 16 frames over 6 s; at
+# 5 frames a second, so that decoding costs less than training on them.
 TOY_SETS = {
     "actions": {"fps": 10, "speed": (0.22, 0.34), "counts": {"train": 1600, "val": 320}},
     "pairs": {"fps": 5, "speed": (0.11, 0.17), "counts": {"train": 1600, "val": 320}},
     "long": {"fps": 8, "speed": (0.08, 0.12), "counts": {"train": 480, "val": 120}},
     "narrated": {"fps": 8, "speed": (0.16, 0.26), "counts": {"train": 240, "val": 48}},
 }
-TOY_MOTIONS = {  # name: (how a caption puts it, direction along (x, y, angle, log size)); y points down
+# name: (how a caption puts it, direction along (x, y, angle, log size)); y points down
+TOY_MOTIONS = {
     "left": ("moves left", (-1, 0, 0, 0)),
     "right": ("moves right", (1, 0, 0, 0)),
     "up": ("moves up", (0, -1, 0, 0)),
@@ -2868,7 +2991,8 @@ TOY_MOTIONS = {  # name: (how a caption puts it, direction along (x, y, angle, l
     "shrink": ("shrinks", (0, 0, 0, -1)),
 }
 TOY_SHAPES = {"triangle": 3, "square": 4, "pentagon": 5}  # corners
-TOY_COLOURS = {  # bright, so that every one stands out from the dim sky; none near white, the marked corner's colour
+# bright, so that every one stands out from the dim sky; none near white, the marked corner's colour
+TOY_COLOURS = {
     "red": (0.95, 0.2, 0.2),
     "orange": (1.0, 0.6, 0.1),
     "yellow": (0.9, 0.9, 0.2),
@@ -2880,8 +3004,9 @@ TOY_COLOURS = {  # bright, so that every one stands out from the dim sky; none n
 }
 TOY_ACTORS = [(colour, shape) for colour in TOY_COLOURS for shape in TOY_SHAPES]
 TOY_RADIUS = 13.0, 26.0  # pixels from the centre to a corner, smallest and largest
-# An activity of `long` is three motions in order. Each order is there both ways, so that which motions a video shows
-# tells one pair of activities from another, and only their order tells the two of a pair apart.
+# An activity of `long` is three motions in order. Each order is there both ways, so that
+# which motions a video shows tells one pair of activities from another, and only their order
+# tells the two of a pair apart.
 TOY_RECIPES = [
     ("left", "grow", "down"),
     ("right", "clockwise", "up"),
@@ -2889,10 +3014,12 @@ TOY_RECIPES = [
     ("counter-clockwise", "down", "grow"),
 ]
 TOY_RECIPES += [recipe[::-1] for recipe in TOY_RECIPES]
-# A label of `pairs` is a motion and its successor in a ring. Each motion is in two labels: who sees one of the two only
-# is right half of the time, however well. The change is anywhere from 1.9 s to 5.6 s, so that 6 s show both.
+# A label of `pairs` is a motion and its successor in a ring. Each motion is in two labels: who sees
+# one of the two only is right half of the time, however well. The change is anywhere from 1.9 s to
+# 5.6 s, so that 6 s show both.
 TOY_RING = ["left", "grow", "up", "clockwise", "right", "shrink", "down", "counter-clockwise"]
-TOY_CHAT = (  # what narrators say that no picture shows
+# what narrators say that no picture shows
+TOY_CHAT = (
     "welcome back everyone",
     "thank you for watching",
     "this took me all day",
@@ -2903,19 +3030,22 @@ TOY_CHAT = (  # what narrators say that no picture shows
 
 
 def _toy_rng(*key):
-    """A generator of its own for each key, so that no draw depends on what was drawn before, or by which worker."""
+    """A generator of its own for each key, so that no draw depends on what was drawn
+    before, or by which worker."""
     return np.random.default_rng(list(repr(key).encode()))
 
 
 def _toy_deal(cards, number, *key):
-    """Card `number` of endless shuffled decks: each deck holds every card once, and no pattern shows in the number."""
+    """Card `number` of endless shuffled decks: each deck holds every card once, and no
+    pattern shows in the number."""
     return cards[
         _toy_rng("deck", number // len(cards), *key).permutation(len(cards))[number % len(cards)]
     ]
 
 
 def _toy_sky(rng):
-    """A still, dim background [H, W, 3] in [0, 1]: one gradient that all videos share, a tint, weak coarse blobs."""
+    """A still, dim background [H, W, 3] in [0, 1]: one gradient that all videos share,
+    a tint, weak coarse blobs."""
     grid = np.linspace(0, 3, TOY_SIDE)
     up = np.maximum(
         0, 1 - np.abs(grid[:, None] - np.arange(4))
@@ -2929,7 +3059,8 @@ def _toy_sky(rng):
 
 
 def _toy_draw(frames, state, colour, shape):
-    """Paints a regular polygon with one white corner, which shows rotation, over frames [T, H, W, 3], in place.
+    """Paints a regular polygon with one white corner, which shows rotation, over
+    frames [T, H, W, 3], in place.
 
     state: [T, 4], (x, y, angle, log size) in loops. Edges are smooth over one pixel.
     """
@@ -2963,9 +3094,8 @@ def _toy_film(rng, which, scenes):
             rng.uniform(*speed) / fps * np.array(TOY_MOTIONS[motion][1] if motion else (0, 0, 0, 0))
         )
         path = state + np.arange(n)[:, None] * step  # [T, 4]
-        for part in np.split(
-            path, range(16, n, 16)
-        ):  # few enough frames to stay in the processor's cache
+        for part in np.split(path, range(16, n, 16)):
+            # few enough frames to stay in the processor's cache
             frames = np.repeat(sky[None], len(part), 0)
             if actor:
                 _toy_draw(frames, part % 1, *actor)
@@ -2975,11 +3105,13 @@ def _toy_film(rng, which, scenes):
 
 
 def _toy_write(path, frames, fps):
-    """Writes frames, uint8 [T, H, W, 3], as H.264 with x264's default group of pictures and B-frames."""
+    """Writes frames, uint8 [T, H, W, 3], as H.264 with x264's default group
+    of pictures and B-frames."""
     with av.open(str(path), "w") as out:
-        # Without mbtree=0, x264 reads memory that it hasn't written where a frame is 4 macroblocks wide, and the same
-        # frames give other bytes each time: 26 of 64 videos changed with what malloc had left in memory, 0 with it.
-        # It also saves bits; crf 32 takes them back at the same error. One thread, because each file has its own.
+        # Without mbtree=0, x264 reads memory that it hasn't written where a frame is 4 macroblocks
+        # wide, and the same frames give other bytes each time: 26 of 64 videos changed with what
+        # malloc had left in memory, 0 with it. It also saves bits; crf 32 takes them back at the
+        # same error. One thread, because each file has its own.
         stream = out.add_stream(
             "libx264", rate=fps, options={"preset": "faster", "mbtree": "0", "crf": "32"}
         )
@@ -2999,8 +3131,8 @@ def _toy_frames(rng, low, high, fps):
 
 
 def _toy_script(which, seed, split, index):
-    """(class name, scenes) of a video of `actions`, one motion for 4 s; of `pairs`, two in 7.6 s; or of `long`, three
-    with rests between them."""
+    """(class name, scenes) of a video of `actions`, one motion for 4 s; of `pairs`, two in 7.6 s;
+    or of `long`, three with rests between them."""
     rng, fps = _toy_rng(seed, which, split, index, "script"), TOY_SETS[which]["fps"]
     actor = TOY_ACTORS[rng.integers(len(TOY_ACTORS))]
     if which == "actions":
@@ -3028,10 +3160,12 @@ def _toy_caption(motion, colour, shape):
 
 
 def _toy_story(seed, split, index):
-    """(captions, scenes) of a video of `narrated`; a caption is (start second, end second, text, visible).
+    """(captions, scenes) of a video of `narrated`; a caption is (start
+    second, end second, text, visible).
 
-    Two actors show four motions each, so the same thing does different things; 24 videos show every actor with every
-    motion once. Two captions more show nothing: one is chat, one tells of an actor who isn't there.
+    Two actors show four motions each, so the same thing does different things; 24 videos show
+    every actor with every motion once. Two captions more show nothing: one is chat, one tells
+    of an actor who isn't there.
     """
     rng, fps = _toy_rng(seed, split, index, "story"), TOY_SETS["narrated"]["fps"]
     actors = [_toy_deal(TOY_ACTORS, 2 * index + k, seed, split) for k in (0, 1)]
@@ -3051,10 +3185,11 @@ def _toy_story(seed, split, index):
         scenes += [(None, None, gap), (motion, actor, n) if visible else (None, None, n)]
         captions.append(((now + gap) / fps, (now + gap + n) / fps, text, visible))
         now += gap + n
+    # to a whole second: no chunk of a frame or two
     return captions, [
         *scenes,
         (None, None, fps - now % fps),
-    ]  # to a whole second: no chunk of a frame or two
+    ]
 
 
 def _toy_video(folder, which, seed, split, index):
@@ -3088,7 +3223,8 @@ def _toy_video(folder, which, seed, split, index):
 
 @contextmanager
 def _only_maker(path):
-    """Holds a lock file: a second process waits. The kernel frees it when its holder ends, however it ends."""
+    """Holds a lock file: a second process waits. The kernel frees it when its
+    holder ends, however it ends."""
     with open(path, "w") as lock:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -3096,18 +3232,23 @@ def _only_maker(path):
 
 
 def make_toy(root, which, seed=0, counts=None, workers=None):
-    """Makes a set of toy videos in root/which, unless it is there as asked for; returns that folder.
+    """Makes a set of toy videos in root/which, unless it is there as
+    asked for; returns that folder.
 
-    actions   one of 8 motions a video: `train.csv`, `val.csv` of `videos/<split>_<index>.mp4,<motion>`
-    pairs     7.6 s, one of 8 pairs of motions, one after the other; each motion is in two pairs: lists of that form
+    actions   one of 8 motions a video: `train.csv`, `val.csv` of
+              `videos/<split>_<index>.mp4,<motion>`
+    pairs     7.6 s, one of 8 pairs of motions, one after the other; each motion is in two pairs:
+              lists of that form
     long      20 to 40 s, one of 8 ordered recipes of motions with rests: lists of that form
-    narrated  captions with times: `train.jsonl`, `val.jsonl` of {video, start, end, text, visible}, in seconds;
-              `videos/<video>.mp4` whole and `chunks/<video>.mp4/<start second>.mp4` in pieces of 5 s
+    narrated  captions with times: `train.jsonl`, `val.jsonl` of {video, start, end, text,
+              visible}, in seconds; `videos/<video>.mp4` whole and
+              `chunks/<video>.mp4/<start second>.mp4` in pieces of 5 s
 
-    counts: videos of each split. The same seed gives the same pixels for any number of workers, which are threads,
-    because the work is outside Python's lock and threads leave nothing behind when killed. The set is made in a
-    temporary folder and renamed when complete, so a set that is there is whole. A set of another version, seed or
-    counts is replaced; a folder that is no toy set raises FileExistsError. ValueError: unknown set.
+    counts: videos of each split. The same seed gives the same pixels for any number of workers,
+    which are threads, because the work is outside Python's lock and threads leave nothing behind
+    when killed. The set is made in a temporary folder and renamed when complete, so a set that is
+    there is whole. A set of another version, seed or counts is replaced; a folder that is no toy
+    set raises FileExistsError. ValueError: unknown set.
     """
     if which not in TOY_SETS:
         raise ValueError(f"unknown toy set {which!r}; choose from {', '.join(TOY_SETS)}")
@@ -3127,9 +3268,8 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
             raise FileExistsError(
                 f"{target} is there and is no toy set: choose another folder, or remove it"
             )
-        for leftover in root.glob(
-            f".{which}.tmp*"
-        ):  # of a process that was killed: nobody else is at work here
+        for leftover in root.glob(f".{which}.tmp*"):
+            # of a process that was killed: nobody else is at work here
             shutil.rmtree(leftover)
         new, old = root / f".{which}.tmp-new", root / f".{which}.tmp-old"
         _toy_fill(new, which, seed, counts, workers)
@@ -3150,7 +3290,8 @@ def _toy_made(folder):
 
 
 def _toy_fill(folder, which, seed, counts, workers):
-    """Makes all videos of a set and its lists in an empty folder, with a progress bar on a terminal."""
+    """Makes all videos of a set and its lists in an empty folder, with a
+    progress bar on a terminal."""
     (folder / "videos").mkdir(parents=True)
     jobs = [(split, index) for split in counts for index in range(counts[split])]
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
@@ -3170,9 +3311,9 @@ def _toy_fill(folder, which, seed, counts, workers):
         (folder / f"{split}.{suffix}").write_text(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lists from published annotations, checking, chunking
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # Readers: a source, as published, to (place, entry) pairs; the place is for messages.
 
@@ -3193,9 +3334,11 @@ def _entries(source, *_):
 
 
 def _videos(source, _, skipped):
-    """Videos below a folder, by their suffixes. skipped gets, at the end, a note on each kind of what was left out.
+    """Videos below a folder, by their suffixes. skipped gets, at the end, a note on
+    each kind of what was left out.
 
-    Links are followed after all that lies in the folder itself, and each folder is visited once, by whatever names."""
+    Links are followed after all that lies in the folder itself, and each folder is
+    visited once, by whatever names."""
     source = os.fspath(source)
     waiting, visited, videoless, counts, examples = (
         [source],
@@ -3248,8 +3391,9 @@ def _split_files(source, fold, _):
         yield from ((place, (path.name.removesuffix(end), line)) for place, line in _lines(path))
 
 
-# Converters: an entry, and the published numbers of the classes, to (path, label), and where the source holds all
-# splits, whether the video is in the training list; None: in neither. What a bad entry raises, `list_videos` explains.
+# Converters: an entry, and the published numbers of the classes, to (path, label), and where the
+# source holds all splits, whether the video is in the training list; None: in neither. What a bad
+# entry raises, `list_videos` explains.
 
 
 def _ucf101(line, classes, fold):
@@ -3297,9 +3441,8 @@ def _breakfast(path, classes, fold):
     person, activity, camera = re.fullmatch(
         r"P(\d\d)_([a-z]+)(_ch\d)?\.\w+", os.path.basename(path)
     ).groups()
-    held_out = (
-        int(person) - 3
-    ) // 13 + 1  # persons 3-15, 16-28, 29-41 and 42-54 are the four folds
+    # persons 3-15, 16-28, 29-41 and 42-54 are the four folds
+    held_out = (int(person) - 3) // 13 + 1
     # Of a stereo camera the first eye alone is used, which makes 1,712 videos.
     return path, activity, None if camera == "_ch1" else held_out != fold
 
@@ -3313,7 +3456,9 @@ SSV2 = (
     '{"id": "78687", "template": "Holding [something]", ...}',
     "something-something-v2-labels.json",
 )
-FORMATS = {  # name: (SOURCE, an entry of it, index of classes published beside it, splits in it, reader, converter)
+# name: (SOURCE, an entry of it, index of classes published beside it, splits in it, reader,
+# converter)
+FORMATS = {
     "ucf101": (
         "trainlist01.txt",
         "Archery/v_Archery_g01_c01.avi 3",
@@ -3355,7 +3500,8 @@ FORMATS = {  # name: (SOURCE, an entry of it, index of classes published beside 
 
 
 def _class_numbers(path):
-    """{name: number from 0} in classInd.txt (`1 Archery`), moments_categories.txt (`clapping,4`) or SSv2's labels."""
+    """{name: number from 0} in classInd.txt (`1 Archery`), moments_categories.txt
+    (`clapping,4`) or SSv2's labels."""
     if os.fspath(path).endswith(".json"):
         return {
             name: int(number)
@@ -3368,11 +3514,13 @@ def _class_numbers(path):
 
 
 def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
-    """(path, label) of each video in a published source that FORMATS names. UserError: a mistake, with its place.
+    """(path, label) of each video in a published source that FORMATS names.
+    UserError: a mistake, with its place.
 
-    Labels are the published numbers, from 0, where there are any; else names, and `VideoList` sorts the training
-    list's. So every list of a data set has the same classes. split: train, or val or test, which mean the same.
-    skipped, a list, gets notes on the files of a folder that are left out.
+    Labels are the published numbers, from 0, where there are any; else names, and
+    `VideoList` sorts the training list's. So every list of a data set has the same classes.
+    split: train, or val or test, which mean the same. skipped, a list, gets notes on the
+    files of a folder that are left out.
     """
     expected, example, index, splits, read, convert = FORMATS[form]
     if bool(splits) != bool(split) or not 1 <= fold <= max(splits, 1) or (labels and not index):
@@ -3415,17 +3563,19 @@ def _but(skipped):
 
 
 def _in_threads(work, jobs, workers, total, **bar):
-    """Calls work(job, tick) for all jobs, with a bar that tick(amount) moves. Returns their VideoErrors, sorted.
+    """Calls work(job, tick) for all jobs, with a bar that tick(amount) moves.
+    Returns their VideoErrors, sorted.
 
-    Threads suffice, as in `make_toy`: FFmpeg works outside Python's lock. One damaged video is one VideoError; any
-    other error, and Ctrl-C, stops the other threads at their next tick.
+    Threads suffice, as in `make_toy`: FFmpeg works outside Python's lock. One damaged video is one
+    VideoError; any other error, and Ctrl-C, stops the other threads at their next tick.
     """
+    # threads share the iterator
     jobs, workers, failures, stop = (
         iter(jobs),
         workers or os.cpu_count(),
         [],
         [],
-    )  # threads share the iterator
+    )
     with tqdm(total=total, disable=None, **bar) as progress, ThreadPoolExecutor(workers) as pool:
 
         def tick(amount=0):
@@ -3450,7 +3600,8 @@ def _in_threads(work, jobs, workers, total, **bar):
 
 
 def _try_to_write(path):
-    """UserError where a file can't be written, before the work that it is for; one that is there stays as it is."""
+    """UserError where a file can't be written, before the work that it is for; one
+    that is there stays as it is."""
     there = os.path.exists(path)
     try:
         with open(path, "ab"):
@@ -3462,7 +3613,8 @@ def _try_to_write(path):
 
 
 def _check(path, full=False):
-    """Read a few frames, the last among them, or all; returns the Video, closed. VideoError: not fit for training."""
+    """Read a few frames, the last among them, or all; returns the Video, closed.
+    VideoError: not fit for training."""
     with Video(path) as video:
         n = video.info.num_frames
         video.read(range(n) if full else sorted({0, n // 3, 2 * n // 3, n - 1}), 16)
@@ -3470,8 +3622,9 @@ def _check(path, full=False):
 
 
 def check_list(path, root="", full=False, workers=None, out=None, good=None):
-    """Check each video of a list; write those that can't be read, `path: reason`, to out (default: <path>.bad), and the
-    list without them to good. Returns (number of videos, [VideoError]). UserError where these can't be written, first.
+    """Check each video of a list; write those that can't be read, `path: reason`, to out (default:
+    <path>.bad), and the list without them to good. Returns (number of videos, [VideoError]).
+    UserError where these can't be written, first.
     """
     videos, out = VideoList(path, root), out or f"{path}.bad"
     files = [str(file) for file in (path, out, good) if file]
@@ -3497,18 +3650,19 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
             {"encoding": "utf-8", "errors": "surrogateescape"},
         )
         with open(path, newline="", **text) as old, open(good, "w", newline="", **text) as new:
-            lines = (
-                line for line in old if line.lstrip("\ufeff").strip()
-            )  # those that VideoList numbers
+            # those that VideoList numbers
+            lines = (line for line in old if line.lstrip("\ufeff").strip())
             new.writelines(line for i, line in enumerate(lines) if videos.video(i) not in lost)
     return len(names), failures
 
 
-# CPU milliseconds of one core for a clip of 224 x 224, stride 4 (64 frames and more: 2): of the first clip of a decode,
-# of each further one, and of the first from 720p. H.264 films of 10 s, 340 x 256 and 960 x 720, by x264's defaults, of
-# noise that moves; each clip's best of 4 to 8, the mean of 8 clips; two cores of a shared Xeon, both busy. An idle core
-# reads up to twice as many, and a camera's film takes up to twice as long.
-READING_MS = {  # frames: first, further, first of 720p
+# CPU milliseconds of one core for a clip of 224 x 224, stride 4 (64 frames and more: 2): of the
+# first clip of a decode, of each further one, and of the first from 720p. H.264 films of 10 s,
+# 340 x 256 and 960 x 720, by x264's defaults, of noise that moves; each clip's best of 4 to 8, the
+# mean of 8 clips; two cores of a shared Xeon, both busy. An idle core reads up to twice as many,
+# and a camera's film takes up to twice as long.
+# frames: first, further, first of 720p
+READING_MS = {
     2: (17, 4, 90),
     4: (18, 5, 90),
     8: (22, 5, 110),
@@ -3520,7 +3674,8 @@ READING_MS = {  # frames: first, further, first of 720p
 
 
 def core_clips(frames, decoded=1):
-    """Clips a second that one core reads, of videos of a short side of 256 pixels and of 720, estimates by READING_MS.
+    """Clips a second that one core reads, of videos of a short side of 256 pixels and of
+    720, estimates by READING_MS.
 
     decoded: clips of one decode (--repeated)."""
     columns = zip(*READING_MS.values(), strict=True)
@@ -3532,8 +3687,8 @@ def core_clips(frames, decoded=1):
 
 
 def print_cores(phases):
-    """Print how many cores keep an H100 busy, for --plan. phases: (frames, GMACs of a training step on one clip, clips of
-    one decode) of each phase of training."""
+    """Print how many cores keep an H100 busy, for --plan. phases: (frames, GMACs of a training step
+    on one clip, clips of one decode) of each phase of training."""
     cells = []
     for frames, gmacs, decoded in phases:
         rate = gpu_clips(gmacs)
@@ -3548,10 +3703,11 @@ def print_cores(phases):
 
 
 def reading_speed(path, root="", frames=16, size=224, stride=4, count=32):
-    """(clips a second of a core's time, clips a second by the clock, why videos can't be read) of a list's videos.
+    """(clips a second of a core's time, clips a second by the clock, why videos can't
+    be read) of a list's videos.
 
-    At most `count` of them, evenly over the list, a clip each, in this process. By the clock, what the disk takes and
-    what other processes take counts too.
+    At most `count` of them, evenly over the list, a clip each, in this process. By the clock, what
+    the disk takes and what other processes take counts too.
     """
     videos = VideoList(path, root)
 
@@ -3581,20 +3737,23 @@ def reading_speed(path, root="", frames=16, size=224, stride=4, count=32):
     return read / busy, read / passed, failures
 
 
-# What a chunk costs to read, at the luma PSNR of x264's defaults (38.5 to 43.3 dB): CPU time of one thread for a clip
-# of 4 frames in a random second. `python tests/bench_chunk.py` on three videos of 15 s (animation, sports; short side
-# 256 to 288), geometric means, one run on two busy x86-64 cores. decode: of an open video; read: with opening it, and
-# scaling to 224. Encoding takes the same time in all of them.                         bytes  decode faster  read faster
-#   x264     the defaults: keyint=250, 3 B-frames, some of them referred to             1.00            1.0          1.0
-#            keyint=60: less to decode before a clip                                    1.07            1.6          1.5
-#            cabac=0: symbols that are parsed faster                                    1.15            1.5          1.4
-#            no-deblock                                                                 1.07            1.1          1.1
-#            flat: 7 B-frames that nothing refers to, so that `Video` leaves them out   1.13            1.9          1.7
-#            flat, keyint=60                                                            1.22            2.8          2.3
-#   fast     flat, cabac=0, keyint=120                                                  1.33            4.4          3.0
-#            flat, cabac=0, keyint=60                                                   1.38            4.8          3.2
-#   fastest  flat, cabac=0, keyint=60, no-deblock                                       1.46            5.6          3.6
-ENCODINGS = {  # name: libx264's options; crf has the quality of x264's default
+# What a chunk costs to read, at the luma PSNR of x264's defaults (38.5 to 43.3 dB): CPU time of one
+# thread for a clip of 4 frames in a random second. `python tests/bench_chunk.py` on three videos of
+# 15 s (animation, sports; short side 256 to 288), geometric means, one run on two busy
+# x86-64 cores. decode: of an open video; read: with opening it, and scaling to 224. Encoding takes
+# the same time in all of them.                                                    times faster
+#                                                                           bytes  decode    read
+#   x264     the defaults: keyint=250, 3 B-frames, some of them referred to  1.00     1.0     1.0
+#            keyint=60: less to decode before a clip                         1.07     1.6     1.5
+#            cabac=0: symbols that are parsed faster                         1.15     1.5     1.4
+#            no-deblock                                                      1.07     1.1     1.1
+#            flat: 7 B-frames that nothing refers to: `Video` omits them     1.13     1.9     1.7
+#            flat, keyint=60                                                 1.22     2.8     2.3
+#   fast     flat, cabac=0, keyint=120                                       1.33     4.4     3.0
+#            flat, cabac=0, keyint=60                                        1.38     4.8     3.2
+#   fastest  flat, cabac=0, keyint=60, no-deblock                            1.46     5.6     3.6
+# name: libx264's options; crf has the quality of x264's default
+ENCODINGS = {
     "fast": {"crf": "21.5", "x264-params": "bframes=7:b-pyramid=none:b-adapt=0:cabac=0:keyint=120"},
     "fastest": {
         "crf": "21.5",
@@ -3606,8 +3765,9 @@ TAGS = "colorspace", "color_range", "color_primaries", "color_trc"
 
 
 def largest_chunk(batch_size, mbps, disk, step):
-    """Seconds of the longest chunk that a disk delivers in time (AVION, Eq. 3: B rho T <= S_r Delta), where a step of
-    `step` seconds reads batch_size chunks of mbps Mb/s from a disk of `disk` MB/s."""
+    """Seconds of the longest chunk that a disk delivers in time (AVION, Eq. 3: B rho
+    T <= S_r Delta), where a step of `step` seconds reads batch_size chunks of mbps Mb/s
+    from a disk of `disk` MB/s."""
     return disk * 8 * step / (batch_size * mbps)
 
 
@@ -3626,7 +3786,8 @@ def _in_order(video):
 
 
 def _upright(frame, w, h, turn, scaler):
-    """A decoded frame turned, scaled to w x h and in yuv420p; colour matrix and range stay what they are, as tagged."""
+    """A decoded frame turned, scaled to w x h and in yuv420p; colour matrix and range stay
+    what they are, as tagged."""
     transpose, flip_x, flip_y = turn
     w, h = (h, w) if transpose else (w, h)
     small = scaler.reformat(frame, w, h, "yuv420p", interpolation=Interpolation.BICUBIC, threads=1)
@@ -3643,7 +3804,8 @@ def _upright(frame, w, h, turn, scaler):
 def _write_chunk(path, video, frames, pts, times, short_side, options, tick):
     """Encode (index, frame) pairs of a video as one file.
 
-    pts: of all its frames and of its end, in time-base units; times: what `_times_in_whole` shall read.
+    pts: of all its frames and of its end, in time-base units; times: what
+    `_times_in_whole` shall read.
     """
     width, height = video.info[:2]
     short = min(short_side, width, height)
@@ -3668,9 +3830,8 @@ def _write_chunk(path, video, frames, pts, times, short_side, options, tick):
                 first = pts[i]
                 for tag in TAGS:
                     setattr(stream.codec_context, tag, getattr(picture, tag))
-                if (
-                    not picture.colorspace
-                ):  # RGB, which no YUV can be; swscale takes the matrix of BT.601
+                # RGB, which no YUV can be; swscale takes the matrix of BT.601
+                if not picture.colorspace:
                     stream.codec_context.colorspace = 6
             picture.pict_type = 0  # the encoder's choice, not the source's
             picture.pts, picture.duration, picture.time_base = (
@@ -3693,7 +3854,8 @@ def _whole(path, times):
 
 
 def _chunk_video(job, tick, seconds, short_side, options):
-    """Cut one video, job = (path, folder of its chunks, bytes). The folder has another name until all are there."""
+    """Cut one video, job = (path, folder of its chunks, bytes). The folder has another
+    name until all are there."""
     source, folder, size = job
     part = folder.with_name(f".{folder.name}.part")
     if folder.exists():
@@ -3705,14 +3867,12 @@ def _chunk_video(job, tick, seconds, short_side, options):
             pts = np.rint(np.append(video.times, video.info.duration) / float(unit)).astype(
                 np.int64
             ) - range(n + 1)
-            pts = (
-                np.maximum.accumulate(pts) + range(n + 1)
-            ).tolist()  # no two frames at the same time
+            # no two frames at the same time
+            pts = (np.maximum.accumulate(pts) + range(n + 1)).tolist()
             end = video.info.duration
             times = np.append(video.times, end)  # [n + 1]
-            starts = [
-                int((t + 1e-6) // seconds) * seconds for t in video.times
-            ]  # 1e-6: 14.9999999 means 15
+            # 1e-6: 14.9999999 means 15
+            starts = [int((t + 1e-6) // seconds) * seconds for t in video.times]
             for start, frames in groupby(_in_order(video), lambda item: starts[item[0]]):
                 path, count = part / f"{start}.mp4", starts.count(start)
                 temporary = path.with_name(f".{start}.mp4")
@@ -3753,18 +3913,21 @@ def chunk_videos(
     workers=None,
     skipped=None,
 ):
-    """Cut the videos below a folder into chunks: source/a/b.avi -> target/a/b.mp4/<start second>.mp4 (AVION, Sec. 4.3).
+    """Cut the videos below a folder into chunks: source/a/b.avi -> target/a/b.mp4/<start
+    second>.mp4 (AVION, Sec. 4.3).
 
-    A chunk holds the frames at start <= t < start + seconds, t from the first frame: upright, scaled down to
-    short_side, without sound, at their own times. A video's folder is there when all of its chunks are, read back. The
-    same call continues where a killed one was; one with other settings is a UserError. Returns (number of videos,
-    [VideoError]). skipped, a list, gets notes on the files that are left out.
+    A chunk holds the frames at start <= t < start + seconds, t from the first frame: upright,
+    scaled down to short_side, without sound, at their own times. A video's folder is there when all
+    of its chunks are, read back. The same call continues where a killed one was; one with other
+    settings is a UserError. Returns (number of videos, [VideoError]). skipped, a list, gets notes
+    on the files that are left out.
     """
     target, folders, jobs = Path(target), {}, []
     skipped = [] if skipped is None else skipped
     if os.path.commonpath(map(os.path.realpath, (source, target))) == os.path.realpath(source):
         raise UserError(
-            f"{target} is in {source}: give a folder outside it, or the chunks would be cut next time"
+            f"{target} is in {source}: give a folder outside it, "
+            "or the chunks would be cut next time"
         )
     for _, name in _videos(source, None, skipped):
         path, folder = os.path.join(source, name), (target / name).with_suffix(".mp4")
@@ -3791,7 +3954,8 @@ def chunk_videos(
             if made != settings:
                 flags = " ".join(f"--{flag} {value}" for flag, value in made.items())
                 raise UserError(
-                    f"{target} holds chunks made with {flags}: use the same flags, or another folder"
+                    f"{target} holds chunks made with {flags}: "
+                    "use the same flags, or another folder"
                 )
         elif set(os.listdir(target)) - {".lock", ".chunks.json"}:
             raise UserError(f"{target} holds something else: use another folder")
@@ -3806,9 +3970,9 @@ def chunk_videos(
     return len(jobs), failures
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _parser():
@@ -3849,7 +4013,10 @@ def _parser():
         help="index of classes, where it is not beside SOURCE under its published name",
     )
 
-    usage = "Exit status 1 when some are bad. To go on with the others:\n  data.py check LIST --good GOOD, train on GOOD"
+    usage = (
+        "Exit status 1 when some are bad. To go on with the others:\n"
+        "  data.py check LIST --good GOOD, train on GOOD"
+    )
     add = command("check", "open every video of LIST and decode some frames", usage)
     add("list", metavar="LIST")
     add(
@@ -3921,14 +4088,16 @@ def print_speed(args):
     core, clock, failures = reading_speed(args.list, args.data_root, frames, size, stride)
     left_out = f", without {len(failures)} that can't be read ({failures[0]})" if failures else ""
     print(
-        f"a core reads {core:.1f} clips/s of {frames} frames, {stride} apart, {size} x {size}{left_out}"
+        f"a core reads {core:.1f} clips/s of {frames} frames, {stride} apart, "
+        f"{size} x {size}{left_out}"
     )
     print(f"by the clock {clock:.1f}, with what the disk takes, and other processes")
     # GMACs of a clip's forward pass: AVION's ViT-B on 4 frames, VideoMAE-B on 16 with 90 % masked.
     low, high = (gpu_clips(3 * gmacs) for gmacs in (78.5, 33.8))
     print(
-        f"an H100 trains {low:.0f} (AVION's ViT-B) to {high:.0f} clips/s (VideoMAE-B), an estimate: it needs "
-        f"{math.ceil(low / core)} to {math.ceil(high / core)} such cores; --plan of a script counts it for a recipe"
+        f"an H100 trains {low:.0f} (AVION's ViT-B) to {high:.0f} clips/s (VideoMAE-B), "
+        f"an estimate: it needs {math.ceil(low / core)} to {math.ceil(high / core)} such cores; "
+        "--plan of a script counts it for a recipe"
     )
     print(f"with fewer: {LOADER_ADVICE}")
 

@@ -27,6 +27,7 @@ little. CPU: the random crop moves into the decoder.
     Table 1, LLM-augmented        --recipe ego4d_llm --init clip-vit-base-patch16/
     Table 2, zero-shot, ViT-B     --recipe ego4d_llm --task eval --eval-frames 16
     Table 2, ViT-L's pretraining  --recipe ego4d_llm_l14 --init clip-vit-large-patch14/
+    Table 2, zero-shot, ViT-L     --recipe ego4d_llm_l14 --task eval --eval-frames 16
     Table 2, finetuned, ViT-B     --recipe ek100_mir --init runs/avion-ego4d_llm/best.pt
     Table 2, finetuned, ViT-L     --recipe ek100_mir_l14 --init runs/avion-ego4d_llm_l14/best.pt
     Table 3, ViT-B                --recipe ek100_cls --init runs/avion-ego4d_llm/best.pt
@@ -35,19 +36,22 @@ little. CPU: the random crop moves into the decoder.
                                   --attention plain --loader decode_then_crop
     Fig. 6b, batch 512            --recipe ego4d_llm --init clip-vit-base-patch16/ --batch-size 512
 
+Table 4's first row also reads chunks of 300 s (data.py chunk --seconds 300).
 Faithful: model, losses, optimisers, schedules, sampling, metrics, as the paper states them.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     style       CLIP has QuickGELU, eps 1e-5 and a red mean of 122.77. The released code meant that
                 but ran GELU, eps 1e-6 in its ViT, and 108.33. Here what --init holds decides:
                 CLIP's weights get CLIP's, AVION's get the released code's, and a checkpoint of ours
                 keeps what it began with; from scratch, CLIP's.
-    temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D, zeros upon
-                CLIP's weights, to which all frames are first; from scratch sines, because a small
-                model finds order slowly.
+    temporal    paper: T x N x D, "randomly initialised"; code: T x D, zeros. Here T x D: upon
+                CLIP's weights, which know single images only, zeros; from scratch sines, because a
+                small model finds order slowly.
+    checkpoint  Sec. 4.1's O(sqrt(L) N D) would keep the input of every sqrt(L)-th block. Here each
+                block's, as the released code: O(L N D), with a small factor.
     temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns
                 it, at most 100.
-    crop        App. B asks for "short side 256, take 224" and for RRC (0.5, 1). Only the second is
-                fused, and run.
+    crop        App. B.2 and B.3 ask for "short side 256, take 224" and for RRC (0.5, 1), B.1 for
+                RRC alone. Only RRC is fused, and run.
     aspect      Eq. 1 draws the aspect ratio uniformly. Here log-uniformly, as torchvision and the
                 released decoder, so that tall and wide crops are as likely.
     frames      "randomly sample 4 frames": one in each of 4 equal parts of the narration's time, as
@@ -81,8 +85,9 @@ of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/
         --merges bpe_vocab.txt.gz --train-list ego4d.pkl --data-root ego4d_chunks \\
         --val-list EPIC_100_retrieval_test.csv --val-root ek100_chunks
 
-Shapes: B clips, T frames, C colours, N tokens, K kept ones, D width, P pixel values, L words, E
-embedding, A classes, V clips and S sentences of a retrieval task.
+Shapes: B clips, T frames, C colours, N tokens (steps x places), K kept ones, D width, P pixel
+values, L words, E embedding, A classes, V clips and S sentences of a retrieval task; b clips, or
+other rows, of a part.
 """
 
 import gzip
@@ -113,16 +118,15 @@ import data
 from common import Block, UserError, gather_tokens, opt, parse, patchify, uniform
 
 # Width, depth and heads of the video encoder, its patches' side; width, depth and heads of the text
-# encoder.
+# encoder. Only in toys: `tubelet`, frames that a token spans; `position_scale`, a factor.
 MODELS = {
-    "clip_toy": {"width": 128, "depth": 4, "heads": 2, "patch": 16, "text": (64, 2, 1)},
+    "clip_toy": {
+        "width": 128, "depth": 4, "heads": 2, "patch": 16, "text": (64, 2, 1),
+        "tubelet": 2, "position_scale": 3.0,  # DECISION (toy)
+    },
     "clip_b16": {"width": 768, "depth": 12, "heads": 12, "patch": 16, "text": (512, 12, 8)},
     "clip_l14": {"width": 1024, "depth": 24, "heads": 16, "patch": 14, "text": (768, 12, 12)},
-}
-MODELS["clip_toy"] |= {
-    "tubelet": 2,
-    "position_scale": 3.0,
-}  # DECISION (toy): frames a token; factor of positions
+}  # fmt: skip
 
 
 class Style(NamedTuple):
@@ -142,43 +146,45 @@ STYLES = {  # DECISION (style)
 }
 
 # A recipe replaces defaults of Config, which are App. B.1's.
-_TOY = {
+TOY = {
     "train_list": ("toy/narrated/train.jsonl",), "val_list": "toy/narrated/val.jsonl",
     "data_root": "toy/narrated/chunks", "train_clips": 1920, "model": "clip_toy", "frames": 8,
     "size": 64, "embed_dim": 64, "patch_dropout": 0.25, "crop": False, "batch_size": 64, "lr": 1e-3,
     "min_lr": 1e-6, "warmup_epochs": 1.0, "clip_grad": 1.0, "workers": 2, "log_every": 30,
     "eval_every": 5,
 }  # fmt: skip
-_TOY_TUNED = _TOY | {"init": "runs/avion-toy/best.pt", "epochs": 5}
-_PRETRAINED = {"grad_checkpoint": True}  # Sec. 5.2: what fits 256 clips into 24 GB
-_TUNED = {
+TOY_TUNED = TOY | {"init": "runs/avion-toy/best.pt", "epochs": 5}
+PRETRAINED = {"grad_checkpoint": True}  # DECISION (checkpoint); Sec. 5.2: 256 clips in 24 GB
+TUNED = {  # App. B.2, B.3
     "train_clips": 67217, "frames": 16, "epochs": 100, "batch_size": 512, "start_lr": 1e-6,
     "min_lr": 1e-5, "warmup_epochs": 1.0, "drop_path": 0.1, "eval_every": 5,
     "grad_checkpoint": True,
 }  # fmt: skip
-RECIPES = {
-    "toy": _TOY
-    | {"epochs": 20, "freeze_temperature": False, "skip_duplicates": True, "text_lr": 0.05},
-    "toy_mir": _TOY_TUNED
-    | {"loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True},
-    "toy_cls": _TOY_TUNED | {"loss": "cross_entropy", "lr": 3e-4},
-    "ego4d": _PRETRAINED | {"train_clips": 4_000_000},
-    # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
-    "ego4d_llm": _PRETRAINED | {"train_clips": 8_000_000},
-    "ek100_mir": _TUNED | {"loss": "max_margin"},  # DECISION (epochs)
-    "ek100_cls": _TUNED
-    | {
-        "loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "lr": 0.012, "flip": True,
-        "weight_decay": 5e-4, "dropout": 0.5, "label_smoothing": 0.1, "mixup": 0.8,
-    },  # DECISION (classify)
+CLASSIFIED = TUNED | {  # App. B.3  # DECISION (classify)
+    "loss": "cross_entropy", "num_classes": 3806, "optimizer": "sgd", "weight_decay": 5e-4,
+    "flip": True, "dropout": 0.5, "label_smoothing": 0.1, "mixup": 0.8,
 }  # fmt: skip
-_LARGE = {"model": "clip_l14", "batch_size": 192}  # App. B.2, B.3: 24 clips on each of 8 GPUs
-RECIPES |= {
+RECIPES = {
+    "toy": TOY | {
+        "epochs": 20, "freeze_temperature": False, "skip_duplicates": True, "text_lr": 0.05,
+    },
+    "toy_mir": TOY_TUNED | {
+        "loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True,
+    },
+    "toy_cls": TOY_TUNED | {"loss": "cross_entropy", "lr": 3e-4},
+    "ego4d": PRETRAINED | {"train_clips": 4_000_000},
+    # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
+    "ego4d_llm": PRETRAINED | {"train_clips": 8_000_000},
+    "ego4d_llm_l14": PRETRAINED | {  # App. B.1: 112 clips on each of 8 GPUs
+        "train_clips": 8_000_000, "model": "clip_l14", "batch_size": 896, "micro_batch": 56,
+    },
+    "ek100_mir": TUNED | {"loss": "max_margin"},  # DECISION (epochs)
+    # App. B.2, B.3: 24 clips on each of 8 GPUs
+    "ek100_mir_l14": TUNED | {"loss": "max_margin", "model": "clip_l14", "batch_size": 192},
+    "ek100_cls": CLASSIFIED | {"lr": 0.012},
     # DECISION (batch)
-    "ego4d_llm_l14": RECIPES["ego4d_llm"] | _LARGE | {"batch_size": 896, "micro_batch": 56},
-    "ek100_mir_l14": RECIPES["ek100_mir"] | _LARGE,
-    "ek100_cls_l14": RECIPES["ek100_cls"] | _LARGE | {"lr": 0.0045},
-}
+    "ek100_cls_l14": CLASSIFIED | {"lr": 0.0045, "model": "clip_l14", "batch_size": 192},
+}  # fmt: skip
 
 
 @dataclass
@@ -249,9 +255,10 @@ def sample_clip(video, index, view, key, videos, frames, train, crop=False, crop
     """(frames, box) to read of an open `video` for entry `index` of `videos`; data.ClipDataset's
     `plan` (App. B).
 
-    A frame in each of so many equal parts of the narration's time. In training a random one in each
-    part and, with `crop`, RRC (crop_min, 1), drawn before anything is decoded; else the middle
-    ones, and the centre square.
+    The narration's time in `frames` equal parts, one frame in each. In training a random one and,
+    with `crop`, RRC (crop_min, 1): its box needs the video's width and height only, so that it is
+    drawn before anything is decoded, and nothing outside of it is converted (Sec. 4.2). Else the
+    middle ones, and the centre square.
     """
     u = 0.5  # the middle of each part
     if train:
@@ -268,8 +275,8 @@ def max_margin_loss(video, text, margin=0.2, same=None):
     and the same for s_ji.
 
     video, text: features [B, E] of length 1, row i of one belongs to row i of the other; same: bool
-    [B, B], pairs that are no negatives. -> [B], whose mean is the mean over all 2 B (B - 1) terms
-    (App. B.2; Wray et al. 2019).
+    [B, B], pairs that are no negatives; None: a clip and its own text only. -> [B], whose mean is
+    the mean over all 2 B (B - 1) terms (App. B.2; Wray et al. 2019).
     """
     similarity = video.float() @ text.float().T  # [B, B]
     own = similarity.diagonal()[:, None]  # [B, 1]
@@ -284,21 +291,15 @@ def cross_entropy(logits, labels):
     return -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
 
 
-def batch_loss(video, text, ids, scale, kind="infonce", margin=0.2, skip_duplicates=False):
-    """The loss of the global batch, a pair at a time, [B]: features [B, E], int64 ids [B], equal
-    where texts are; scale: 1 / temperature, []."""
+def batch_loss(cfg, video, text, ids, scale):
+    """The loss of the global batch, a pair at a time, [B], as a Config has it: features [B, E],
+    int64 ids [B], equal where texts are; scale: 1 / temperature, []."""
     same = None  # whether pairs have one text, bool [B, B]
-    if skip_duplicates:
+    if cfg.skip_duplicates:
         same = ids[:, None] == ids
-    if kind == "max_margin":
-        return max_margin_loss(video, text, margin, same)
+    if cfg.loss == "max_margin":
+        return max_margin_loss(video, text, cfg.margin, same)
     return common.contrastive_loss(video, text, scale, same)  # DECISION (duplicates)
-
-
-def loss_of(cfg):
-    """The loss that a Config describes, as `global_backward` takes it."""
-    duplicates = cfg.skip_duplicates
-    return partial(batch_loss, kind=cfg.loss, margin=cfg.margin, skip_duplicates=duplicates)
 
 
 # ---- The step over the global batch --------------------------------------------------------------
@@ -330,10 +331,10 @@ def loss_of(cfg):
 
 
 def global_backward(run, batches, loss_fn):
-    """Add to the gradients those of the mean loss of the global batch, by common.cached_step.
+    """Add to the gradients those of the mean loss of the global batch.
 
-    batches: this rank's (clips [b, T, C, H, W], keys [b], tokens [b, L], ids [b]), as VideoCLIP and
-    loss_fn take them.
+    batches: this rank's (clips [b, T, C, H, W], keys [b], tokens [b, L], ids [b]). The two passes
+    are common.cached_step's: it calls `encode` in both, and loss_fn with all ranks' features.
     """
 
     def encode(batch):
@@ -348,13 +349,13 @@ def global_backward(run, batches, loss_fn):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-def stretch_time(embedding, frames):
-    """PE_t of T frames for another number, linearly (Sec. 5.2): [T, D] -> [frames, D]."""
-    if len(embedding) == frames:
+def stretch_time(embedding, steps):
+    """PE_t for another number of steps, linearly (Sec. 5.2): [before, D] -> [steps, D]."""
+    if len(embedding) == steps:
         return embedding
-    x = embedding.T[None].float()  # [1, D, T]
-    x = F.interpolate(x, frames, mode="linear", align_corners=False)  # [1, D, frames]
-    return x[0].T.to(embedding.dtype)  # [frames, D]
+    x = embedding.T[None].float()  # [1, D, before]
+    x = F.interpolate(x, steps, mode="linear", align_corners=False)  # [1, D, steps]
+    return x[0].T.to(embedding.dtype)  # [steps, D]
 
 
 def num_kept(tokens, patch_dropout):
@@ -391,23 +392,15 @@ class VideoEncoder(nn.Module):
         places = (size // spec["patch"]) ** 2
         steps = frames // self.patch[0]
         scale = spec.get("position_scale", 1.0)
-        positions = scale * common.sinusoid_table(1 + places, self.width)  # [1 + N / T, D]
+        positions = scale * common.sinusoid_table(1 + places, self.width)  # [1 + places, D]
         self.positional_embedding = nn.Parameter(positions)  # row 0: CLS
         # DECISION (temporal): flipped, so that channels where places vary fast vary slowly in time
-        time = scale * common.sinusoid_table(steps, self.width).flip(1)  # [T, D]
+        time = scale * common.sinusoid_table(steps, self.width).flip(1)  # [steps, D]
         self.temporal_embedding = nn.Parameter(time)
         self.ln_pre = nn.LayerNorm(self.width, eps=eps)
+        options = {"drop_path": drop_path, "eps": eps, "act": act, "kind": attention}
         self.blocks = nn.ModuleList(  # DECISION (rate)
-            Block(
-                self.width,
-                spec["heads"],
-                drop_path=drop_path,
-                eps=eps,
-                act=act,
-                kind=attention,
-                index=i,
-            )
-            for i in range(spec["depth"])
+            Block(self.width, spec["heads"], index=i, **options) for i in range(spec["depth"])
         )
         self.ln_post = nn.LayerNorm(self.width, eps=eps)
         self.apply(common.init_linear)
@@ -424,8 +417,9 @@ class VideoEncoder(nn.Module):
     def embed(self, clips, keys=None):
         """CLS and the patches that are not left out as tokens [B, 1 + K, D]."""
         patches = patchify(clips, self.patch)  # [B, N, P]
-        time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])  # [T, D]
-        positions = (time[:, None] + self.positional_embedding[1:]).flatten(0, 1)[None]  # [1, N, D]
+        time = stretch_time(self.temporal_embedding, clips.shape[1] // self.patch[0])  # [steps, D]
+        positions = time[:, None] + self.positional_embedding[1:]  # [steps, places, D]
+        positions = positions.flatten(0, 1)[None]  # [1, N, D]
         if keys is not None and self.patch_dropout:
             n = patches.shape[1]
             (kept,) = common.random_split(keys, n, num_kept(n, self.patch_dropout))  # [B, K]
@@ -625,17 +619,15 @@ class BPETokenizer:
 
     def __init__(self, merges=(), context=77):
         self.merges = read_merges(merges) if isinstance(merges, (str, Path)) else list(merges)
-        self.context, self.ranks = (
-            context,
-            {tuple(pair.split(" ")): n for n, pair in enumerate(self.merges)},
-        )
-        vocabulary = [symbol + end for end in ("", "</w>") for symbol in _BYTES.values()]
-        vocabulary += [pair.replace(" ", "") for pair in self.merges] + [
-            "<|startoftext|>",
-            "<|endoftext|>",
-        ]
+        self.context = context
+        self.ranks = {tuple(pair.split(" ")): n for n, pair in enumerate(self.merges)}
+        vocabulary = [*_BYTES.values(), *(symbol + "</w>" for symbol in _BYTES.values())]
+        vocabulary += [pair.replace(" ", "") for pair in self.merges]
+        vocabulary += ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {symbol: n for n, symbol in enumerate(vocabulary)}
-        self.size, self.start, self.end = len(vocabulary), len(vocabulary) - 2, len(vocabulary) - 1
+        self.size = len(vocabulary)
+        self.start = self.ids["<|startoftext|>"]
+        self.end = self.ids["<|endoftext|>"]
         self.words, self.ascii_words = word_patterns()
         self.word_ids = lru_cache(1 << 18)(self._word_ids)
 
@@ -649,11 +641,12 @@ class BPETokenizer:
             best = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, math.inf))
             if best not in self.ranks:
                 break
-            merged, i = [], 0
-            while i < len(parts):
-                both = tuple(parts[i : i + 2]) == best
-                merged.append("".join(best) if both else parts[i])
-                i += 2 if both else 1
+            merged = parts[:1]
+            for part in parts[1:]:
+                if (merged[-1], part) == best:
+                    merged[-1] += part
+                else:
+                    merged.append(part)
             parts = merged
         return tuple(self.ids[part] for part in parts)
 
@@ -702,7 +695,7 @@ def relevancy(verbs, nouns, other_verbs, other_nouns):
     return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * overlap  # [B, S]
 
 
-def number(items):
+def numbered(items):
     """int64 [items]: 0, 1, ... in the order of appearance, equal for equal items."""
     seen = {}
     return torch.tensor([seen.setdefault(item, len(seen)) for item in items])
@@ -715,19 +708,14 @@ class Narrations(data.Captions):
     @cached_property
     def verb(self):
         """A number for the verb of each of the `actions`, int64 [actions]."""
-        return number(str(name).partition(":")[0] for name in self.actions)
+        return numbered(str(name).partition(":")[0] for name in self.actions)
 
     @cached_property
     def nouns(self):
         """The noun sets as 0 and 1, float32 [sets, n]."""
-        column = {}
-        for noun_set in self.noun_sets:
-            for noun in noun_set:
-                column.setdefault(noun, len(column))
-        nouns = torch.zeros(len(self.noun_sets), len(column))  # [sets, n]
-        for row, noun_set in zip(nouns, self.noun_sets, strict=True):
-            row[[column[noun] for noun in noun_set]] = 1
-        return nouns
+        columns = dict.fromkeys(chain(*self.noun_sets))  # each noun once, as they first come
+        rows = [[noun in noun_set for noun in columns] for noun_set in self.noun_sets]
+        return torch.tensor(rows, dtype=torch.float32)  # [sets, n]
 
     def digest(self):
         """Captions.digest(), and of the actions and all nouns."""
@@ -780,7 +768,7 @@ class Narrations(data.Captions):
         1 where they have the same text, else 0."""
         if not self.classified:
             texts = [self.text(int(i)) for i in (*rows, *columns)]
-            ids = number(texts)  # [B + S]
+            ids = numbered(texts)  # [B + S]
             return (ids[: len(rows), None] == ids[len(rows) :]).double()  # [B, S]
         return relevancy(*self._verbs_and_nouns(rows), *self._verbs_and_nouns(columns))  # [B, S]
 
@@ -803,8 +791,8 @@ class Actions:
                 texts.setdefault(entries.actions[action], {})[entries.text(i)] = None
         self.names = list(names) or sorted(texts)
         self.texts = [list(texts[name]) for name in self.names]
-        self.verb = number(name.partition(":")[0] for name in self.names)
-        self.noun = number(name.partition(":")[2] for name in self.names)
+        self.verb = numbered(name.partition(":")[0] for name in self.names)
+        self.noun = numbered(name.partition(":")[2] for name in self.names)
 
     def labels(self, entries):
         """The class of each entry of a Narrations, int64 [entries]; UserError where its action is
@@ -851,13 +839,12 @@ def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
-def encode_clips(model, batches, failures, count, ctx):
-    """Features of a list of `count` clips, float32 [V, E] on the CPU ([V, D] of a classifier);
-    which could be read, bool [V]; lines of those that could not.
-
-    batches: this rank's part of the list, see data.test_batches. failures: what they fill.
-    """
-    out = torch.zeros(count, 1 + model.embed_dim, device=ctx.device)  # [V, E + 1]
+def encode_clips(cfg, ctx, model, videos):
+    """Features of the centre clips of a list, float32 [V, E] on the CPU ([V, D] of a classifier);
+    which could be read, bool [V]; lines of those that could not. Ranks share the work."""
+    failures = data.Failures(len(videos), cfg.max_bad)
+    batches = test_batches(cfg, ctx, videos, failures)
+    out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)  # [V, E + 1]
     for index, x in common.run_model(model.encode_video, batches, ctx):
         rows = index.to(ctx.device)  # [B]
         out[rows] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
@@ -899,7 +886,7 @@ def class_logits(model, features, classes):
     return F.linear(features, classes, model.head.bias.cpu())  # [V, A]
 
 
-def _blocks(similarity, relevancy, rows=256):
+def _batches_of_queries(similarity, relevancy, rows=256):
     """Yields (similarities, relevancies in float64, [b, S] each, their first row): queries in
     blocks, so that a matrix as large as EK-100's costs little memory beside itself."""
     similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
@@ -922,8 +909,9 @@ def mean_average_precision(similarity, relevancy):
     k, fractions too, over k: AP = sum over hits of that, over the number of hits. Ties fall as
     there. ValueError: a query without a hit.
     """
-    total, rank = 0.0, np.arange(1, similarity.shape[1] + 1)  # [S]
-    for s, r, first in _blocks(similarity, relevancy):
+    total = 0.0
+    rank = np.arange(1, similarity.shape[1] + 1)  # [S]
+    for s, r, first in _batches_of_queries(similarity, relevancy):
         ranked = np.take_along_axis(r, (-s).argsort(1), 1)  # [b, S]
         hits = ranked == 1  # [b, S]
         if not hits.any(1).all():
@@ -940,31 +928,16 @@ def ndcg(similarity, relevancy):
     Sum of relevancy / log2(1 + rank) over as many ranks as the query has items of relevancy > 0,
     over the same in the best order. Ties fall as there. ValueError: a query without such an item.
     """
-    total, discount = 0.0, np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
-    for s, r, first in _blocks(similarity, relevancy):
-        ranked, best = (
-            np.take_along_axis(r, s.argsort(1)[:, ::-1], 1),
-            np.sort(r, axis=1)[:, ::-1],
-        )  # [b, S] each
+    total = 0.0
+    discount = np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
+    for s, r, first in _batches_of_queries(similarity, relevancy):
+        ranked = np.take_along_axis(r, s.argsort(1)[:, ::-1], 1)  # [b, S]
+        best = np.sort(r, axis=1)[:, ::-1]  # [b, S]
         if not (best[:, 0] > 0).all():
             query = first + (best[:, 0] > 0).argmin()
             raise ValueError(f"query {query} has no relevant item: its nDCG is not defined")
         total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
     return float(total / len(similarity))
-
-
-# What the last line of a run shows of an evaluation.
-SHOWN = (
-    "val_map",
-    "shuffled_map",
-    "val_ndcg",
-    "shuffled_ndcg",
-    "val_r1_v2t",
-    "val_r1_t2v",
-    "val_action",
-    "val_verb",
-    "val_noun",
-)
 
 
 def retrieval_metrics(similarity, relevancy, fractions=True):
@@ -998,22 +971,22 @@ def retrieval(model, features, rows, videos, tokenizer, ctx):
     texts = [videos.text(i) for i in columns.tolist()]
     similarity = features @ encode_texts(model, texts, tokenizer, ctx).T  # [V, S]
     shuffled = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
-    fractions = bool(videos.narration_ids)
+    fractions = bool(videos.narration_ids)  # EK-100's lists have them
     result = retrieval_metrics(similarity, relevant, fractions)
     chance = retrieval_metrics(shuffled, relevant, fractions)
     return result | {"shuffled_map": chance["val_map"], "shuffled_ndcg": chance["val_ndcg"]}
 
 
-def evaluate(model, batches, failures, videos, actions, tokenizer, ctx):
+def evaluate(cfg, ctx, model, videos, actions, tokenizer):
     """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a
     VideoClassifier.
 
-    All in %. batches: of the centre clips of `videos`; failures: what they fill. Texts are the
-    list's distinct ones; `val_unread` clips could not be read and don't count. `shuffled_` is what
-    the metrics give when clips are mixed up.
+    All in %, of the centre clips of `videos`. Texts are the list's distinct ones; `val_unread`
+    clips could not be read and don't count. `shuffled_` is what the metrics give when clips are
+    mixed up.
     """
     model.eval()
-    features, read, unread = encode_clips(model, batches, failures, len(videos), ctx)  # [V, E], [V]
+    features, read, unread = encode_clips(cfg, ctx, model, videos)  # [V, E], [V]
     rows = read.nonzero()[:, 0]  # [V]: of those that could be read
     features = features[rows]  # [V, E]
     result = {}
@@ -1044,8 +1017,8 @@ def read_init(path):
         state = common.torchscript_weights(path)
     elif names:
         # AVION's files keep their best score as a numpy float, which is data too.
-        number = np.float64().__reduce__()[0]
-        allowed = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+        scalar = np.float64().__reduce__()[0]
+        allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
         with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype(np.float64))]):
             state = common.load_checkpoint(path)
         if isinstance(state, dict) and {"model", "config"} <= state.keys():
@@ -1113,48 +1086,43 @@ def saved_megabytes(model, tokens, kind):
     width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
     block = Block(width, heads, kind="plain" if kind == "plain" else "sdpa")
 
-    def measured(*modules):
-        def megabytes(n):
-            x = torch.randn(1, n, width)
-            return sum(common.saved_bytes(module, x) for module in modules) / 1e6
+    def megabytes(module):
+        def measure(n):
+            return common.saved_bytes(module, torch.randn(1, n, width)) / 1e6
 
-        return at_length(megabytes, tokens)
+        return at_length(measure, tokens)
 
-    sizes = [measured(block.norm1, block.norm2), measured(block.attn), measured(block.mlp)]
+    norms = megabytes(block.norm1) + megabytes(block.norm2)
+    sizes = [norms, megabytes(block.attn), megabytes(block.mlp)]
     if kind == "checkpoint":
-        return [sizes[0] + depth * tokens * width * 4 / 1e6, *sizes[1:]]
+        return [norms + depth * tokens * width * 4 / 1e6, *sizes[1:]]
     return [depth * size for size in sizes]
+
+
+def encoder_bytes(cfg, tokens, width, depth, heads, causal=False):
+    """Bytes that an encoder's blocks hold of one clip, or text, of so many tokens in training."""
+    kind = "plain" if cfg.attention == "plain" else "sdpa"
+    block = Block(width, heads, act=STYLES["clip"].act, kind=kind, causal=causal)
+    options = {"half": cfg.precision != "fp32", "grad_checkpoint": cfg.grad_checkpoint}
+
+    def measure(n):
+        return common.block_bytes(block, depth, (n, width), **options)
+
+    return at_length(measure, tokens)
 
 
 def memory(cfg, net, tokens):
     """Training as common.print_memory takes it: of both encoders. tokens: how many of a clip's are
     kept."""
-    half = cfg.precision != "fp32"
-    kind = "plain" if cfg.attention == "plain" else "sdpa"
-    pixels = 3 * cfg.frames * cfg.size**2
-
-    def kept(tokens, width, depth, heads, causal):
-        block = Block(width, heads, act=STYLES["clip"].act, kind=kind, causal=causal)
-
-        def measure(n):
-            shape = (n, width)
-            return common.block_bytes(
-                block,
-                depth,
-                shape,
-                half=half,
-                grad_checkpoint=cfg.grad_checkpoint,
-            )
-
-        return at_length(measure, tokens)
-
     spec = MODELS[cfg.model]
+    pixels = 3 * cfg.frames * cfg.size**2
     clip = common.PIXEL_BYTES * pixels
-    clip += kept(tokens, spec["width"], spec["depth"], spec["heads"], False)
+    clip += encoder_bytes(cfg, tokens, spec["width"], spec["depth"], spec["heads"])
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    half = cfg.precision != "fp32"
     state = common.state_bytes(trained, optimizer=cfg.optimizer, half=half)
     if isinstance(net, VideoCLIP):
-        clip += kept(77, *spec["text"], True)
+        clip += encoder_bytes(cfg, 77, *spec["text"], causal=True)
         # All clips of a step wait for their turn, as bytes.
         state += cfg.batch_size / cfg.gpus * pixels
     group = 2 if cfg.mixup or cfg.cutmix else 1  # whole pairs
@@ -1162,17 +1130,12 @@ def memory(cfg, net, tokens):
 
 
 def print_figure_3(model, tokens):
-    print(
-        "MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; fp16: half)"
-    )
+    what = "MB that the video encoder's blocks save a clip for backward"
+    print(f"{what}, in fp32 (Fig. 3; fp16: half)")
     columns = " ".join(f"{column:>10}" for column in ("LayerNorm", "attention", "MLP", "all"))
     print(f"{'':<24} {columns} {'attention %':>12}")
-    names = {
-        "plain": "plain",
-        "sdpa": "memory-efficient",
-        "checkpoint": "efficient, recomputed",
-    }
-    for kind, name in names.items():
+    kinds = {"plain": "plain", "sdpa": "memory-efficient", "checkpoint": "efficient, recomputed"}
+    for kind, name in kinds.items():
         sizes = saved_megabytes(model, tokens, kind)
         cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
         print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
@@ -1181,11 +1144,8 @@ def print_figure_3(model, tokens):
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     with torch.device("meta"):
-        net = build(
-            replace(cfg, attention="sdpa", grad_checkpoint=False),
-            "clip",
-            classes=cfg.num_classes or 2,
-        )
+        counted = replace(cfg, attention="sdpa", grad_checkpoint=False)
+        net = build(counted, "clip", classes=cfg.num_classes or 2)
         clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
         forward = common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64))
         macs = f"{forward:.2f} of a clip, forward"
@@ -1201,8 +1161,9 @@ def print_plan(cfg):
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
     chunk = data.largest_chunk(cfg.batch_size, 1, 500, 4)
     print(
-        f"model     {cfg.model}: {whole:.1f} M parameters, {visual:.1f} M of them the video "
-        f"encoder's\ntokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches\n"
+        f"model     {cfg.model}: {whole:.1f} M parameters, "
+        f"{visual:.1f} M of them the video encoder's\n"
+        f"tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches\n"
         f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch "
         f"{cfg.batch_size}: {steps} steps, {cfg.optimizer}, peak lr {cfg.lr:g}\n"
         f"GMACs     {macs}\n"
@@ -1300,12 +1261,9 @@ def open_actions(cfg, lists):
 
 def clips_of(cfg, videos, train):
     """The clips of a list: random ones to train on, or the centre of each narration."""
-    frames = cfg.frames
-    if not train and cfg.eval_frames:
-        frames = cfg.eval_frames
-    crop = train and cfg.crop
-    options = {"frames": frames, "train": train, "crop": crop, "crop_min": cfg.crop_min}
-    plan = partial(sample_clip, videos=videos, **options)
+    frames = cfg.frames if train else cfg.eval_frames or cfg.frames
+    crop = {"crop": train and cfg.crop, "crop_min": cfg.crop_min}
+    plan = partial(sample_clip, videos=videos, frames=frames, train=train, **crop)
     reader = data.WholeFrames if cfg.loader == "decode_then_crop" else data.Video
     return data.ClipDataset(
         videos, plan, cfg.size, cfg.seed, replace=train, frames=frames, reader=reader
@@ -1318,32 +1276,21 @@ def test_batches(cfg, ctx, videos, failures):
     return data.test_batches(clips_of(cfg, videos, train=False), clips, cfg.workers, ctx, failures)
 
 
-def validate(cfg, ctx, net, videos, actions, tokenizer):
-    """`evaluate` a list."""
-    failures = data.Failures(len(videos), cfg.max_bad)
-    batches = test_batches(cfg, ctx, videos, failures)
-    return evaluate(net, batches, failures, videos, actions, tokenizer, ctx)
+def trained_model(cfg, state):
+    """(cfg, model) of a checkpoint of ours, whose shape is its own."""
+    keys = ("model", "frames", "size", "embed_dim", "loss", "seed")
+    cfg = replace(cfg, **{key: state["config"][key] for key in keys})
+    tokenizer = BPETokenizer(state["merges"])
+    if cfg.merges and read_merges(cfg.merges) != tokenizer.merges:
+        flag = f"--merges {cfg.merges}"
+        raise UserError(f"it was trained with other merges than {flag}; leave that flag out")
+    return cfg, build(cfg, state["style"], tokenizer.size, len(state["classes"]))
 
 
-def open_model(source, cfg, ctx):
-    """(cfg, model, tokenizer, classes) of a trained or published model; of ours, the shape is its
-    checkpoint's."""
-    start = read_init(source)
+def published_model(cfg, source, start):
+    """(cfg, model) of published weights, as read_init has them; what they tell of its shape goes
+    before the flags."""
     weights = start["model"]
-
-    def from_ours(state):
-        keys = ("model", "frames", "size", "embed_dim", "loss", "seed")
-        its_cfg = replace(cfg, **{key: state["config"][key] for key in keys})
-        tokenizer = BPETokenizer(state["merges"])
-        if cfg.merges and read_merges(cfg.merges) != tokenizer.merges:
-            flag = f"--merges {cfg.merges}"
-            raise UserError(f"it was trained with other merges than {flag}; leave that flag out")
-        return its_cfg, build(its_cfg, state["style"], tokenizer.size, len(state["classes"]))
-
-    if "config" in start:
-        keys = ("style", "merges", "classes")
-        cfg, net, _ = common.open_trained(source, "avion.py", keys, from_ours, start)
-        return cfg, net.to(ctx.device), BPETokenizer(start["merges"]), start["classes"]
     if "head.weight" in weights:
         cfg = replace(cfg, loss="cross_entropy", num_classes=len(weights["head.weight"]))
     elif "visual_projection.weight" in weights:
@@ -1356,7 +1303,20 @@ def open_model(source, cfg, ctx):
     if missing:
         why = f"has no {missing[0]} that fits; its --embed-dim and --loss must be the file's"
         raise UserError(f"{source}: {why}")
-    return cfg, net.to(ctx.device).eval(), tokenizer, ()
+    return cfg, net.eval()
+
+
+def open_model(source, cfg, ctx):
+    """(cfg, model, tokenizer, names of its classes) of a trained or a published model."""
+    start = read_init(source)
+    if "config" in start:
+        keys = ("style", "merges", "classes")
+        opened = partial(trained_model, cfg)
+        cfg, net, _ = common.open_trained(source, "avion.py", keys, opened, start)
+    else:
+        cfg, net = published_model(cfg, source, start)
+    tokenizer = BPETokenizer(start.get("merges", cfg.merges or ()))
+    return cfg, net.to(ctx.device), tokenizer, start.get("classes", ())
 
 
 def use(cfg, ctx):
@@ -1374,7 +1334,7 @@ def use(cfg, ctx):
         parts = common.run_model(net.encode_video, test_batches(cfg, ctx, videos, failures), ctx)
         return common.write_features(folder, (len(videos), net.embed_dim), parts, failures, ctx)
     actions = Actions(names) if names else open_actions(cfg, [videos])
-    result = validate(cfg, ctx, net, videos, actions, tokenizer)
+    result = evaluate(cfg, ctx, net, videos, actions, tokenizer)
     common.print_result(source, cfg.val_list, result, ctx)
 
 
@@ -1391,8 +1351,8 @@ def predict(cfg, ctx, net, tokenizer, names):
     failures = data.Failures(len(videos), 1.0)
     classes = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
     features = common.run_model(net.encode_video, test_batches(cfg, ctx, videos, failures), ctx)
-    logits = ((index, class_logits(net, x, classes)) for index, x in features)  # [B, A] each
-    shares = ((index, x.softmax(-1)) for index, x in logits)
+    # [B, A] each
+    shares = ((index, class_logits(net, x, classes).softmax(-1)) for index, x in features)
     common.print_predictions(videos, shares, names, failures)
 
 
@@ -1410,21 +1370,20 @@ def search(cfg, ctx, net, tokenizer):
     windows = []
     for path in paths:
         windows += windows_of(path, cfg.window)
-    videos = data.Captions(windows)
-    failures = data.Failures(len(videos), cfg.max_bad)
-    batches = test_batches(cfg, ctx, videos, failures)
     # [windows, E], [windows]
-    features, read, _ = encode_clips(net, batches, failures, len(videos), ctx)
+    features, read, _ = encode_clips(cfg, ctx, net, data.Captions(windows))
     scores = features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]  # [windows]
+    scores = scores.masked_fill(~read, -math.inf)
     shown = []
-    for i in scores.masked_fill(~read, -math.inf).argsort(descending=True).tolist():
+    for i in scores.argsort(descending=True)[: int(read.sum())].tolist():
         path, start, end, _ = windows[i]
-        overlaps = any(path == p and start < e and s < end for p, s, e in shown)
-        if not read[i] or overlaps or len(shown) == 10:
+        if any(path == p and start < e and s < end for p, s, e in shown):
             continue
         shown.append((path, start, end))
         if ctx.rank == 0:
             print(f"{scores[i]:.3f}  {start:7.1f} - {end:.1f} s  {path}")
+        if len(shown) == 10:
+            break
 
 
 def windows_of(path, seconds):
@@ -1462,7 +1421,7 @@ def open_start(cfg, run, classes):
 def parameter_groups(net, weight_decay, text_lr):
     """Optimizer groups; the text encoder's have the factor `text_lr` to the learning rate."""
 
-    def layer_of(name):  # the text encoder is a layer below the rest, slowed by layer decay
+    def layer_of(name):  # of layer decay to `text_lr`: the text encoder is below all else
         return 0 if name.startswith("textual.") else 1
 
     return common.param_groups(net, weight_decay, text_lr, layer_of)  # DECISION (decay)
@@ -1475,6 +1434,13 @@ def learning_rate(step, total, warmup, start, peak, end):
     if step < warmup:
         rate += start * (1 - step / warmup)
     return rate
+
+
+# What the last line of a run shows of an evaluation.
+SHOWN = (
+    "val_map", "shuffled_map", "val_ndcg", "shuffled_ndcg", "val_r1_v2t", "val_r1_t2v",
+    "val_action", "val_verb", "val_noun",
+)  # fmt: skip
 
 
 def say_result(run, metric):
@@ -1525,23 +1491,24 @@ def main(cfg):
         dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augment
     )
     failures = data.Failures(len(videos), cfg.max_bad)
-    every = cfg.eval_every
-    run.begin(batches, failures, cfg.batch_size, micro, epoch_steps, total, total, eval_every=every)
+    run.begin(
+        batches, failures, cfg.batch_size, micro, epoch_steps,
+        stop=total, total=total, eval_every=cfg.eval_every,
+    )  # fmt: skip
     metric = "val_map" if cfg.contrastive else "val_action"
     related = cfg.loss == "max_margin" and videos.classified
-    loss_fn = loss_of(cfg)
+    loss_fn = partial(batch_loss, cfg)
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
-        run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
+        run.evaluated(evaluate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
     while run.step < total:
         lr = learning_rate(run.step, total, warmup, cfg.start_lr, cfg.lr, cfg.min_lr)
-        if cfg.contrastive:  # of the whole batch: first all its clips, which as uint8 are small
+        if cfg.contrastive:  # a loss of the whole batch: all its clips wait, as uint8, for its step
             pairs = []
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
                 tokens = tokenizer(texts)  # [B, L]
-                ids = text_ids(tokens) if cfg.skip_duplicates else batch.keys  # [B]
-                inputs = batch.keys, tokens, ids
+                inputs = batch.keys, tokens, text_ids(tokens)  # [B], [B, L], [B]
                 pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
             global_backward(run, pairs, loss_fn)
         else:  # a sum over clips: gradients of micro-batches add up
@@ -1559,7 +1526,7 @@ def main(cfg):
         else:
             run.end_step()
         if run.evaluation_due():
-            run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
+            run.evaluated(evaluate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
 
     say_result(run, metric)
 

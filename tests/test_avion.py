@@ -93,12 +93,6 @@ def narrations(paths, root=""):
     return data.read_captions(paths, root, kind=avion.Narrations)
 
 
-def encode_clips(net, videos, cfg, ctx):
-    failures = data.Failures(len(videos), cfg.max_bad)
-    batches = avion.test_batches(cfg, ctx, videos, failures)
-    return avion.encode_clips(net, batches, failures, len(videos), ctx)
-
-
 def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][1:]
 
@@ -831,7 +825,7 @@ def test_avions_classifier_is_evaluated_as_it_is(tiny, told, tmp_path, capsys):
     clips = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
     expected = net.visual(clips) @ state["module.fc_cls.weight"].T + state["module.fc_cls.bias"]
     torch.testing.assert_close(net(clips), expected)
-    features, _, _ = encode_clips(net, videos, cfg, ctx)
+    features, _, _ = avion.encode_clips(cfg, ctx, net, videos)
     right = (
         net.head(features).argmax(1).numpy() == avion.Actions(lists=[videos]).labels(videos)
     ).mean()
@@ -1999,9 +1993,9 @@ def test_zero_shot_by_hand(told, trained):
     net = avion.build(cfg, "clip", tokenizer.size)
     net.load_state_dict(state["model"])
     actions = avion.Actions(lists=[videos])
-    result = avion.validate(cfg, ctx, net, videos, actions, tokenizer)
+    result = avion.evaluate(cfg, ctx, net, videos, actions, tokenizer)
     net.eval()
-    features, read, _ = encode_clips(net, videos, cfg, ctx)
+    features, read, _ = avion.encode_clips(cfg, ctx, net, videos)
     names = sorted({videos.text(i) for i in range(24)})
     texts = net.encode_text(tokenizer(names)).detach()
     parts = {

@@ -90,7 +90,8 @@ class Strings:
     """
 
     def __init__(self, items=()):
-        self._bytes, self._ends = bytearray(), array("q", [0])
+        self._bytes = bytearray()
+        self._ends = array("q", [0])
         for item in items:
             self.append(item)
 
@@ -105,9 +106,10 @@ class Strings:
     def ids(self):
         """int64 [strings], equal for equal strings."""
         numbers = {}
-        return np.array(
-            [numbers.setdefault(self[i], len(numbers)) for i in range(len(self))], np.int64
-        )
+        ids = []
+        for i in range(len(self)):
+            ids.append(numbers.setdefault(self[i], len(numbers)))
+        return np.array(ids, np.int64)
 
     def digest(self):
         """What tells this list from any other: a SHA-256, in hexadecimal."""
@@ -153,14 +155,17 @@ def _fields(line, separator):
 def _separators(line):
     """Those of SEPARATORS that may split a line in two: a tab where there is one; of the others the
     one that doesn't cut through a video's name, where one does."""
-    found, uncut = set(), set()
-    for separator in "\t" if "\t" in line else ", ":
+    candidates = "\t" if "\t" in line else ", "
+    found = set()
+    uncut = set()
+    for separator in candidates:
         fields = _fields(line, separator)
-        if fields:
-            found.add(separator)
-            path, label = map(_WORDS.split, fields)
-            if not any(map(_named_video, path[:-1] + label)):
-                uncut.add(separator)
+        if not fields:
+            continue
+        found.add(separator)
+        path, label = fields
+        if not any(map(_named_video, _WORDS.split(path)[:-1] + _WORDS.split(label))):
+            uncut.add(separator)
     return uncut or found
 
 
@@ -168,12 +173,11 @@ def digest(*parts):
     """Of Strings and numbers: a SHA-256, in hexadecimal."""
     whole = hashlib.sha256()
     for part in parts:
-        is_text = isinstance(part, Strings)
-        whole.update(
-            hashlib.sha256(
-                part.digest().encode() if is_text else np.ascontiguousarray(part)
-            ).digest()
-        )
+        if isinstance(part, Strings):
+            content = part.digest().encode()
+        else:
+            content = np.ascontiguousarray(part)
+        whole.update(hashlib.sha256(content).digest())
     return whole.hexdigest()
 
 
@@ -194,72 +198,81 @@ class VideoList:
     """
 
     def __init__(self, path, root="", num_classes=0, classes=None):
-        self.path, self.root, self._paths = str(path), str(root), Strings()
-        numbers, seen = array("i"), {}  # seen: {label: (its number, the line that has it first)}
-        try:
-            with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                head, separator = self._separator(file)
-                for line_number, line in enumerate(chain(head, file), 1):
-                    line = line.strip()
-                    if line:
-                        fields = _fields(line, separator)
-                        if not fields:
-                            self._refuse(
-                                line, line_number, f"; its separator is a {SEPARATORS[separator]}"
-                            )
-                        video, label = fields
-                        self._paths.append(video)
-                        numbers.append(seen.setdefault(label, (len(seen), line_number))[0])
-        except OSError as error:
-            raise UserError(f"{path}: can't read the list ({error.strerror})") from None
-        if not seen:
-            raise UserError(
-                f"{path}: the list is empty; "
-                "it should hold a line a video, `path label` or `path,label`"
-            )
+        self.path = str(path)
+        self.root = str(root)
+        self._paths = Strings()
+        numbers, seen = self._read()
         self._refuse_other_tables(seen, once=numbers.count(0) == 1)
         if classes is None and all(map(_INTEGER.fullmatch, seen)):
-            largest = max(
-                (int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)), default=0
-            )
-            classes = [str(i) for i in range(num_classes or largest + 1)]
-        self.classes = classes = classes or sorted(seen)
-        if num_classes not in (0, len(classes)):
+            small = [int(label) for label in seen if re.fullmatch("[0-9]{1,7}", label)]
+            count = num_classes or max(small, default=0) + 1
+            classes = [str(i) for i in range(count)]
+        self.classes = classes or sorted(seen)
+        if num_classes not in (0, len(self.classes)):
             raise UserError(
-                f"{path}: its labels are {len(classes)} names ({classes[0]} ...), "
+                f"{path}: its labels are {len(self.classes)} names ({self.classes[0]} ...), "
                 f"not --num-classes {num_classes}"
             )
-        known = {name: i for i, name in enumerate(classes)}
-        for label, (_, line_number) in seen.items():
-            if label not in known:
-                names = f"0 ... {len(classes) - 1}" if classes[0] == "0" else ", ".join(classes[:8])
-                raise UserError(
-                    f"{path}:{line_number}: label {label!r} is not one of "
-                    f"the {len(classes)} classes ({names})"
-                )
-        self.labels = np.array([known[label] for label in seen], np.int32)[numbers]  # [entries]
+        place = {name: i for i, name in enumerate(self.classes)}
+        self._refuse_unknown_labels(seen, place)
+        self.labels = np.array([place[label] for label in seen], np.int32)[numbers]  # [entries]
 
     @classmethod
     def of(cls, paths):
         """A list of given paths, all labelled 0."""
         videos = cls.__new__(cls)
-        videos.root, videos.classes, videos.labels = "", ["0"], np.zeros(len(paths), np.int32)
+        videos.root = ""
+        videos.classes = ["0"]
+        videos.labels = np.zeros(len(paths), np.int32)
         videos._paths = Strings(map(os.fsdecode, paths))
         return videos
 
+    def _read(self):
+        """Fills `_paths`. Returns the number of each entry's label, array of int [entries]; and
+        {label: (its number, the line that has it first)}."""
+        numbers = array("i")
+        seen = {}
+        how = {"newline": "", "encoding": "utf-8-sig", "errors": "surrogateescape"}
+        try:
+            with open(self.path, **how) as file:
+                head, separator = self._separator(file)
+                own = f"; its separator is a {SEPARATORS[separator]}"
+                for line_number, line in enumerate(chain(head, file), 1):
+                    line = line.strip()
+                    if not line:
+                        continue
+                    fields = _fields(line, separator)
+                    if not fields:
+                        self._refuse(line, line_number, own)
+                    video, label = fields
+                    self._paths.append(video)
+                    number, _ = seen.setdefault(label, (len(seen), line_number))
+                    numbers.append(number)
+        except OSError as error:
+            raise UserError(f"{self.path}: can't read the list ({error.strerror})") from None
+        if not seen:
+            raise UserError(
+                f"{self.path}: the list is empty; "
+                "it should hold a line a video, `path label` or `path,label`"
+            )
+        return numbers, seen
+
     def _separator(self, file):
         """(the lines that were read to find it, the file's separator)."""
-        head, left, first = [], set(SEPARATORS), ""
+        head = []
+        left = set(SEPARATORS)
+        first = ""
         for line in file:
             head.append(line)
             line = line.strip()
-            if line:
-                left &= _separators(line)
-                if not left:
-                    self._refuse(line, len(head))
-                if len(left) == 1:
-                    return head, left.pop()
-                first = first or f"{self.path}:{len(head)}: {line[:80]!r}"
+            if not line:
+                continue
+            left &= _separators(line)
+            if not left:
+                self._refuse(line, len(head))
+            if len(left) == 1:
+                return head, left.pop()
+            first = first or f"{self.path}:{len(head)}: {line[:80]!r}"
         if first:
             raise UserError(
                 f"{first} can be split at its comma and at its space, and no other line tells "
@@ -276,7 +289,8 @@ class VideoList:
     def _refuse_other_tables(self, seen, once):
         """UserError for a header, and for labels that are paths: they would be taken for a class
         without a word. once: whether the first label is no other line's."""
-        first, second = self._paths[0], self._paths[min(1, len(self._paths) - 1)]
+        first = self._paths[0]
+        second = self._paths[min(1, len(self._paths) - 1)]
         label, *others = seen
         _, line_number = seen[label]
         named = label.lower() in ("label", "class") or _named_video(second)
@@ -292,6 +306,18 @@ class VideoList:
                 raise UserError(
                     f"{self.path}:{line_number}: the label {label!r} names a video: a line is "
                     '`path,label`, and a path that holds the separator is quoted, "a,b.mp4",label'
+                )
+
+    def _refuse_unknown_labels(self, seen, known):
+        for label, (_, line_number) in seen.items():
+            if label not in known:
+                count = len(self.classes)
+                names = ", ".join(self.classes[:8])
+                if self.classes[0] == "0":
+                    names = f"0 ... {count - 1}"
+                raise UserError(
+                    f"{self.path}:{line_number}: label {label!r} is not one of "
+                    f"the {count} classes ({names})"
                 )
 
     def __len__(self):
@@ -326,7 +352,8 @@ def read_lines(path):
 def read_table(path):
     """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a
     header. UserError names the line where a row that is not csv begins."""
-    rows, before = csv.DictReader((line for _, line in read_lines(path)), strict=True), 0
+    rows = csv.DictReader((line for _, line in read_lines(path)), strict=True)
+    before = 0
     try:
         for row in rows:
             before = rows.line_num
@@ -369,24 +396,28 @@ class Captions:
         self.names = Strings()
         self.texts = Strings()
         self.narration_ids = []
-        numbers, actions, noun_sets = {}, {}, {}
-        video_of, action, noun_set = array("i"), array("i"), array("i")
+        numbers = {}
+        actions = {}
+        noun_sets = {}
+        video_of = array("i")
         times = array("d")
         ends = array("q", [0])
+        action_of = array("i")
+        noun_set_of = array("i")
         for row in rows:
-            if not isinstance(row, Caption):
-                row = Caption(*row)
-            video, start, end, text, classes, nouns, narration_id = row
+            video, start, end, text, *classes = row
+            action, nouns, narration_id = classes or (None, (), "")
             if video not in numbers:
                 numbers[video] = len(numbers)
                 self.names.append(video)
             video_of.append(numbers[video])
-            times.extend((start, end))
+            times.append(start)
+            times.append(end)
             for phrasing in (text,) if isinstance(text, str) else text:
                 self.texts.append(phrasing)
             ends.append(len(self.texts))
-            action.append(actions.setdefault(classes, len(actions)))
-            noun_set.append(noun_sets.setdefault(nouns, len(noun_sets)))
+            action_of.append(actions.setdefault(action, len(actions)))
+            noun_set_of.append(noun_sets.setdefault(nouns, len(noun_sets)))
             if narration_id:
                 self.narration_ids.append(narration_id)
         self._ends = ends
@@ -394,8 +425,8 @@ class Captions:
         self.start, self.end = np.frombuffer(times).reshape(-1, 2).T  # [entries] each
         self.actions = list(actions)
         self.noun_sets = list(noun_sets)
-        self.action = np.frombuffer(action, np.int32)  # [entries]
-        self.noun_set = np.frombuffer(noun_set, np.int32)  # [entries]
+        self.action = np.frombuffer(action_of, np.int32)  # [entries]
+        self.noun_set = np.frombuffer(noun_set_of, np.int32)  # [entries]
         self.labels = np.broadcast_to(np.int32(0), len(video_of))  # none: the caption is the label
 
     def __len__(self):
@@ -448,29 +479,32 @@ def read_captions(paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=N
     """
     paths = [str(path) for path in paths]
     left_out = []
-    rows = (row for path in paths for row in _captions_of(path, reach, texts, classes, left_out))
-    captions = kind(rows, root, paths)
+    rows = [_captions_of(path, reach, texts, classes, left_out) for path in paths]
+    captions = kind(chain.from_iterable(rows), root, paths)
     captions.left_out = left_out
     captions.check_left_out(max_bad)
     return captions
 
 
 def _captions_of(path, reach, texts, classes, left_out):
-    """Yields the Caption of each row of a list that can be used; of the others their place and why
-    go to `left_out`."""
+    """Yields what a Caption holds, a plain tuple (which is made faster), of each row of a list that
+    can be used; of the others their place and why go to `left_out`."""
     read, parse = _CAPTION_FORMATS.get(Path(path).suffix, _CAPTION_FORMATS[".csv"])
     place = path
     found = len(left_out)
+    named = {}  # {video in the list: with its ending}: many rows are of the same video
     try:
         for place, row in read(path):
             caption = parse(row, reach)
             if caption is None:
                 continue
             found += 1
+            video, start, end, text, action, nouns, narration_id = caption
             if classes:
-                _check_classes(place, caption.action, classes)
-            start, end = float(caption.start), float(caption.end)
-            phrasings = _phrasings(caption.text)
+                _check_classes(place, action, classes)
+            start = float(start)
+            end = float(end)
+            phrasings = _phrasings(text)
             spoken = [text for text in phrasings if _WORD.search(text)]
             if not 0 <= start <= end < math.inf:
                 time = f"its time is {start:g} to {end:g} s"
@@ -479,10 +513,9 @@ def _captions_of(path, reach, texts, classes, left_out):
                 shown = " ".join(" ".join(phrasings).split())
                 left_out.append(f"{place}: its sentence has no word: {shown or 'it is empty'}")
             else:
-                video = caption.video if _named_video(caption.video) else f"{caption.video}.mp4"
-                nouns = tuple(sorted(set(caption.nouns)))
-                classes_and_name = caption.action, nouns, caption.narration_id
-                yield Caption(video, start, end, spoken or phrasings, *classes_and_name)
+                if video not in named:
+                    named[video] = video if _named_video(video) else f"{video}.mp4"
+                yield named[video], start, end, spoken or phrasings, action, nouns, narration_id
     except OSError as error:
         raise UserError(f"{path}: can't read the list ({error.strerror})") from None
     except (LookupError, ValueError, TypeError, AttributeError) as error:
@@ -502,9 +535,12 @@ def _phrasings(text):
     """A caption's phrasings, a list; TypeError where it isn't text. Half of an emoji, cut off,
     becomes a `?`."""
     phrasings = [text] if isinstance(text, str) else text
-    if not isinstance(phrasings, (list, tuple)) or not all(isinstance(x, str) for x in phrasings):
-        raise TypeError(f"the narration is not text: {text!r}")
-    return [x.encode("utf-8", "replace").decode() for x in phrasings]
+    clean = []
+    for phrasing in phrasings if isinstance(phrasings, (list, tuple)) else [None]:
+        if not isinstance(phrasing, str):
+            raise TypeError(f"the narration is not text: {text!r}")
+        clean.append(phrasing.encode("utf-8", "replace").decode())
+    return clean
 
 
 def _check_classes(place, action, classes):
@@ -557,11 +593,9 @@ def _of_sentence(row, reach):
     return Caption(video, start, end, text) if alignable else None
 
 
-def _filled_lines(path):
-    return ((place, line) for place, line in read_lines(path) if line.strip())
-
-
 def _of_json(line, reach):
+    if not line.strip():
+        return None
     row = json.loads(line)
     if not row.get("visible", True):
         return None
@@ -580,7 +614,8 @@ def _of_cells(row, reach):
         return Caption(row["vid"], max(0.0, at - reach), at + reach, row["text"])
     if "verb_class" not in row:
         return Caption(row["video"], float(row["start"]), float(row["end"]), row["text"])
-    verb, noun = int(row["verb_class"]), int(row["noun_class"])
+    verb = int(row["verb_class"])
+    noun = int(row["noun_class"])
     nouns = json.loads(row["all_noun_classes"]) if "all_noun_classes" in row else [noun]
     return Caption(
         f"{row['participant_id']}/{row['video_id']}.MP4",
@@ -588,21 +623,24 @@ def _of_cells(row, reach):
         _clock(row["stop_timestamp"]),
         row.get("narration") or "",
         f"{verb}:{noun}",
-        tuple(nouns),
+        tuple(sorted(set(nouns))),
         row.get("narration_id") or "",
     )
 
 
 def _clock(text):
     """Seconds of hours:minutes:seconds."""
-    return sum(float(part) * 60**n for n, part in enumerate(reversed(text.split(":"))))
+    seconds = 0.0
+    for n, part in enumerate(reversed(text.split(":"))):
+        seconds += float(part) * 60**n
+    return seconds
 
 
 _CAPTION_FORMATS = {
     ".pkl": (_tuples, _of_tuple),
     ".pickle": (_tuples, _of_tuple),
     ".json": (_sentences, _of_sentence),
-    ".jsonl": (_filled_lines, _of_json),
+    ".jsonl": (read_lines, _of_json),
     ".csv": (read_table, _of_cells),
 }
 
@@ -665,10 +703,12 @@ def _language_model(name, device):
         net = AutoModel.from_pretrained(name)
     except Exception as error:
         # no such folder or name, no network, a missing package: anything is raised
-        raise UserError(
-            f"--text-model {name}: {(str(error) or repr(error)).splitlines()[0]}"
-        ) from error
-    net = net.get_encoder() if net.config.is_encoder_decoder else getattr(net, "text_model", net)
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"--text-model {name}: {why}") from error
+    if net.config.is_encoder_decoder:
+        net = net.get_encoder()
+    else:
+        net = getattr(net, "text_model", net)
     tokenizer.padding_side = "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer, net.to(device).eval()
@@ -678,18 +718,20 @@ def _language_model(name, device):
 def encode_sentences(texts, model, device):
     """Yields float16 [b, width] of consecutive sentences: the first token's output of a language
     model, a hub name or folder; or hash_words, model "hashing"."""
-    batches = (
-        [texts[i] for i in range(k, min(k + 256, len(texts)))] for k in range(0, len(texts), 256)
-    )
+
+    def batches():
+        for first in range(0, len(texts), 256):
+            yield [texts[i] for i in range(first, min(first + 256, len(texts)))]
+
     if model == "hashing":
-        for batch in batches:
+        for batch in batches():
             yield np.stack([hash_words(text) for text in batch]).astype(np.float16)
         return
     tokenizer, net = _language_model(model, device)
     # MPNet's, RoBERTa's begin at 2
     places = (getattr(net.config, "max_position_embeddings", 0) or 512) - 2
     length = min(128, places, tokenizer.model_max_length)
-    for batch in batches:
+    for batch in batches():
         tokens = tokenizer(
             batch, padding=True, truncation=True, max_length=length, return_tensors="pt"
         )
@@ -715,7 +757,8 @@ def write_text(captions, model, folder, device):
     out = text_file(captions, model, folder)
     temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
     batches = -(-len(captions) // 256)
-    rows, done = None, 0
+    rows = None
+    done = 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(b"")  # an error is raised here, before the language model is loaded

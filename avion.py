@@ -86,8 +86,8 @@ of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/
         --val-list EPIC_100_retrieval_test.csv --val-root ek100_chunks
 
 Shapes: B clips, T frames, C colours, N tokens (steps x places), K kept ones, D width, P pixel
-values, L words, E embedding, A classes, V clips and S sentences of a retrieval task; b clips, or
-other rows, of a part.
+values, L words, E embedding, A classes, V clips and S sentences of a retrieval task, Q queries of
+either; b clips, or other rows, of a part.
 """
 
 import gzip
@@ -175,7 +175,7 @@ RECIPES = {
     "ego4d": PRETRAINED | {"train_clips": 4_000_000},
     # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
     "ego4d_llm": PRETRAINED | {"train_clips": 8_000_000},
-    "ego4d_llm_l14": PRETRAINED | {  # App. B.1: 112 clips on each of 8 GPUs
+    "ego4d_llm_l14": PRETRAINED | {  # App. B.1: 112 clips on each of 8 GPUs, here 2 x 56
         "train_clips": 8_000_000, "model": "clip_l14", "batch_size": 896, "micro_batch": 56,
     },
     "ek100_mir": TUNED | {"loss": "max_margin"},  # DECISION (epochs)
@@ -190,10 +190,7 @@ RECIPES = {
 @dataclass
 class Config(common.RunConfig):
     task: str = opt(
-        "train",
-        "what to do with it",
-        ["train", "eval", "predict", "features", "search"],
-        free=True,
+        "train", "what to do with it", ["train", "eval", "predict", "features", "search"], free=True
     )
     train_list: tuple = opt((), "lists of narrated clips (.pkl, .csv, .jsonl), as one", free=True)
     val_root: str = opt("", "as --data-root, of --val-list; empty: --data-root", free=True)
@@ -527,15 +524,9 @@ class VideoClassifier(nn.Module):
 def build(cfg, style, vocabulary=49408, classes=0):
     """The model that a Config describes: VideoClassifier for cross-entropy, else VideoCLIP."""
     visual = VideoEncoder(
-        cfg.model,
-        cfg.frames,
-        cfg.size,
-        style,
-        cfg.drop_path,
-        cfg.patch_dropout,
-        cfg.attention,
-        cfg.grad_checkpoint,
-    )
+        cfg.model, cfg.frames, cfg.size, style, cfg.drop_path, cfg.patch_dropout,
+        cfg.attention, cfg.grad_checkpoint,
+    )  # fmt: skip
     if cfg.loss == "cross_entropy":
         return VideoClassifier(visual, classes, cfg.dropout)
     textual = TextEncoder(cfg.model, vocabulary, 77, style, cfg.attention, cfg.grad_checkpoint)
@@ -823,12 +814,13 @@ def marginalise(probabilities, groups):
 def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
     """A text for each clip, entries `index` [B] of a list, drawn by `keys` [B]: one of its own
     phrasings; if `related`, any sentence of the list above this relevancy to it."""
-    draws = uniform(keys, "text").tolist()
-    if related:
-        fits = videos.relevancy(index, videos.sentences) > min_relevancy  # [B, S]
+    draws = list(zip(index.tolist(), uniform(keys, "text").tolist(), strict=True))
+    if not related:
+        return [videos.text(i, u) for i, u in draws]
+    fits = videos.relevancy(index, videos.sentences) > min_relevancy  # [B, S]  # DECISION (text)
     texts = []
-    for row, (i, u) in enumerate(zip(index.tolist(), draws, strict=True)):
-        chosen = videos.sentences[fits[row]].tolist() if related else []  # DECISION (text)
+    for (i, u), fitting in zip(draws, fits, strict=True):
+        chosen = videos.sentences[fitting].tolist()
         if chosen:
             texts.append(videos.text(chosen[int(u * len(chosen))]))
         else:
@@ -917,7 +909,8 @@ def mean_average_precision(similarity, relevancy):
         if not hits.any(1).all():
             query = first + hits.any(1).argmin()
             raise ValueError(f"query {query} has no item of relevancy 1: its AP is not defined")
-        total += ((ranked.cumsum(1) / rank * hits).sum(1) / hits.sum(1)).sum()
+        precision = ranked.cumsum(1) / rank  # [b, S]
+        total += ((precision * hits).sum(1) / hits.sum(1)).sum()
     return float(total / len(similarity))
 
 
@@ -936,7 +929,9 @@ def ndcg(similarity, relevancy):
         if not (best[:, 0] > 0).all():
             query = first + (best[:, 0] > 0).argmin()
             raise ValueError(f"query {query} has no relevant item: its nDCG is not defined")
-        total += ((ranked * (best > 0) / discount).sum(1) / (best / discount).sum(1)).sum()
+        gain = (ranked * (best > 0) / discount).sum(1)  # [b]
+        ideal = (best / discount).sum(1)  # [b]
+        total += (gain / ideal).sum()
     return float(total / len(similarity))
 
 
@@ -1009,7 +1004,8 @@ def read_init(path):
     """What --init holds, told apart by content: {"model": weights by our names, "style": a key of
     STYLES} and, of a checkpoint of ours, the rest of it. No code of it is run; UserError where
     it is none of the known forms."""
-    names, state = (), {}
+    names = ()
+    state = {}
     if Path(path).is_file() and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
@@ -1027,28 +1023,37 @@ def read_init(path):
             return state
         state = state.get("state_dict") if isinstance(state, dict) else None  # AVION's
     state = state or common.read_weights(path)
+    return {"model": common.clip_weights(state), "style": style_of(state, path)}
+
+
+def style_of(state, path):
+    """The style of published weights: by their names; of CLIP's by the config.json beside them."""
     marks = ("temporal_embedding", "image_projection", "fc_cls.weight")
-    style = "avion" if any(name.endswith(marks) for name in state) else "clip"  # DECISION (style)
-    config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-    if style == "clip" and config.is_file():
-        try:
-            text = json.loads(config.read_text())
-            style = "gelu" if text.get("vision_config", text).get("hidden_act") == "gelu" else style
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{config}: not the settings of a CLIP model ({error})") from None
-    return {"model": common.clip_weights(state), "style": style}
+    if any(name.endswith(marks) for name in state):
+        return "avion"  # DECISION (style)
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    config = folder / "config.json"
+    if not config.is_file():
+        return "clip"
+    try:
+        settings = json.loads(config.read_text())
+        act = settings.get("vision_config", settings).get("hidden_act")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{config}: not the settings of a CLIP model ({error})") from None
+    return "gelu" if act == "gelu" else "clip"
 
 
 def fit_weights(start, net, cfg):
     """The weights of read_init as `net` takes them: PE_t for its frames; of CLIP, which has none,
     zeros, and its projection and temperature only where --embed-dim is CLIP's own; for a
     classifier the video encoder, and a head of as many classes."""
-    weights, own = dict(start["model"]), net.state_dict()
+    weights = dict(start["model"])
+    own = net.state_dict()
     if "visual.patch_embed.weight" in weights:
         width = len(weights["visual.patch_embed.weight"])
-        time = weights.get("visual.temporal_embedding", torch.zeros(1, width))  # [T, D]
+        time = weights.get("visual.temporal_embedding", torch.zeros(1, width))  # [steps, D]
         steps = cfg.frames // net.visual.patch[0]
-        weights["visual.temporal_embedding"] = stretch_time(time, steps)  # [T, D]
+        weights["visual.temporal_embedding"] = stretch_time(time, steps)  # [steps, D]
     projection = weights.get("visual_projection.weight", ())
     if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
         for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
@@ -1366,7 +1371,7 @@ def search(cfg, ctx, net, tokenizer):
     paths = cfg.input
     if not paths:
         listed = open_list(cfg, "--val-list", ctx)
-        paths = dict.fromkeys(listed.video(i) for i in range(len(listed)))
+        paths = dict.fromkeys(map(listed.video, range(len(listed))))
     windows = []
     for path in paths:
         windows += windows_of(path, cfg.window)

@@ -2,16 +2,17 @@
 pretraining, in one file.
 
 VideoMAE hides 90 % of a clip's places in all of its frames and learns to paint them. Most of what
-it learns is spatial, and 2 frames teach that for a tenth of the price of 16: so TPT spends its
-budget of frames in stages, on clips of 2, then 4, 8 and 16 frames, each from the weights of the one
-before. Then the encoder is fine-tuned to classify.
+it learns is spatial, and 2 frames teach that for a tenth of the multiply-adds of 16 (ViT-B): so TPT
+spends its budget of frames in stages, on clips of 2, then 4, 8 and 16 frames, each from the weights
+of the one before. Then the encoder is fine-tuned to classify.
 
     paper                                here
-    Sec. 3.1, the tube mask              VideoMAE.forward, common.tube_split
+    Sec. 3.1, the tube mask              VideoMAE.split, common.tube_split
     Sec. 3.1, encoder, decoder, MSE      Encoder, VideoMAE, pixel_target, mae_loss
-    Sec. 3.2, C = {f_i, p_i, R_i}        plan_stages, Stage, schedule (--stages, --stage-batch, --stage-lr)
-    Sec. 3.2.1, long and short cycle     Segment, lay_out (--cycle, --order; Table 5)
-    Sec. 3.2.2, the search               search_space, search_schedule (--task search_schedule)
+    Sec. 3.2, C = {f_i, p_i, R_i}        plan_stages, Stage, schedule (--stages, --stage-batch)
+    Sec. 3.2.1, budget, number, order    plan_stages, lay_out (--budget, --order)
+    Sec. 3.2.1, 3.2.2, the search        search_space, search_schedule (--task search_schedule)
+    Sec. 5.3, long and short cycle       Segment, lay_out (--cycle; Table 5)
     Sec. 4, sampling and views           sample_clip, count_hits (--test-views)
     Table 3, backbones                   DividedBlock, TrajectoryBlock (--backbone)
     Table 6, learning rate cycles        learning_rate (--lr-cycles, --decay)
@@ -21,13 +22,16 @@ before. Then the encoder is fine-tuned to classify.
 
     row of the paper                     flags
     Table 1, TPT-MAE, ViT-L, K400        --recipe k400 --model vit_l --then k400_ft
-    Table 1, TPT-MAE, ViT-L, SSv2        --recipe ssv2_ft --model vit_l --init runs/tpt_mae-k400/last.pt
-    Table 1, VideoMAE, ViT-L, K400       --recipe videomae_k400 --model vit_l --budget 1600 --then k400_ft
+    Table 1, TPT-MAE, ViT-L, SSv2        --recipe ssv2_ft --model vit_l
+                                         --init runs/tpt_mae-k400/last.pt
+    Table 1, VideoMAE, ViT-L, K400       --recipe videomae_k400 --model vit_l --budget 1600
+                                         --then k400_ft
     Table 2, TPT-MAE                     --recipe ssv2 --then ssv2_ft
     Table 2, VideoMAE                    --recipe ssv2 --then ssv2_ft --stages 16:100
-    Table 3, TimeSformer, TPT-MAE        --recipe ssv2 --then ssv2_ft --stages 2,4,8 --budget-frames 8
-                                         --backbone divided
-    Table 3, MotionFormer, ImageNet-21k  --recipe ssv2_sup --frames 8 --backbone trajectory --init B_16.npz
+    Table 3, TimeSformer, TPT-MAE        --recipe ssv2 --then ssv2_ft --backbone divided
+                                         --stages 2,4,8 --budget-frames 8
+    Table 3, MotionFormer, ImageNet-21k  --recipe ssv2_sup --backbone trajectory --frames 8
+                                         --init B_16.npz
     Table 4, 3 sub-tasks, (2, 8, 16)     --recipe ssv2 --then ssv2_ft --stages 2,8,16
     Table 5, short-cycle, random         --recipe ssv2 --then ssv2_ft --cycle short --order random
     Table 6, 1 cycle, cosine             --recipe ssv2 --then ssv2_ft --lr-cycles 1
@@ -42,8 +46,9 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 ones in about 20 steps, of warm-up.
     warmup      40 epochs are 10 % of Sec. 4's budget of 400: a stage (a learning-rate cycle) warms
                 up for that share of itself, not for 40 epochs of its own.
-    lr          Sec. 4 says 1.5e-4, Sec. 3.2's example 0.01. Here 1.5e-4 x batch / 256, VideoMAE's
-                rule, at each stage; --min-lr, the cosine's end, stays the same share of the peak.
+    lr          Sec. 4 says 1.5e-4, Sec. 3.2's example 0.01. The recipes have 1.5e-4 x batch / 256,
+                VideoMAE's rule; another --batch-size needs its own --lr and --min-lr, --stage-batch
+                follows the rule. --min-lr, the cosine's end, stays the same share of the peak.
     step        Table 6's "step": a tenth after each third of a cycle.
     rounds      a short cycle's round holds one epoch of the stage that has the fewest, and its like
                 of the others.
@@ -68,8 +73,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 --model (--plan).
     decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out
                 with 4 x 512 for L.
-    target      normalised per patch and channel, as VideoMAE; the toy recipe predicts raw pixels
-                (--target).
+    target      of masked patches alone, normalised per patch and channel, as VideoMAE: Sec. 3.1's
+                decoder gives all patches. The toy recipe predicts raw pixels (--target).
     toy         so that minutes are enough, positions are 5 times as large, and the classifier's
                 weights 5,000 times.
 Missing: Table 1's SlowFast, MViT, MViTv2, MotionFormer (32 frames), Swin, TimeSformer (64 frames),
@@ -83,8 +88,9 @@ VideoMAE (its Sec. 5.5).
         --val-list k400_val.csv --then ssv2_ft --then-train-list ssv2.csv \
         --then-val-list ssv2_val.csv    # Table 1's SSv2 column
 
-Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R masked ones, S time steps, D
-width, H heads, d = D / H, P pixel values of a patch.
+Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R masked ones, S time steps of
+two frames, with N / S places each, D width, H heads, d = D / H, P pixel values of a patch. keys,
+int64 [B], number the clips: masks and drop path are hashed from them (common.make_key).
 """
 
 import math
@@ -246,7 +252,9 @@ class Config(common.RunConfig):
         within="[1, inf)",
     )
     # DECISION (lr): VideoMAE's rule
-    lr: float = opt(1.5e-4 * 1024 / 256, "peak rate at this batch, as used", within="(0, inf)")
+    lr: float = opt(
+        1.5e-4 * 1024 / 256, "peak rate, as used: not scaled by --batch-size", within="(0, inf)"
+    )
     min_lr: float = opt(1e-5 * 1024 / 256, "where --lr's cosine ends (VideoMAE)", within="[0, inf)")
     warmup_epochs: float = opt(40.0, "epochs of budget or fine-tuning that warm up (Sec. 4)")
     weight_decay: float = opt(0.05, "AdamW's weight decay (Sec. 4)", within="[0, inf)")
@@ -334,7 +342,8 @@ def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
         epochs = math.floor(percent / 100 * budget * full / frames + 0.5)
         if not epochs:
             raise ValueError(
-                f"{percent:g} % of --budget {budget:g} is no epoch of {frames} frames after rounding",
+                f"{percent:g} % of --budget {budget:g} is no epoch of {frames} frames "
+                "after rounding",
             )
         stages.append((frames, percent, epochs))
     return stages
@@ -383,11 +392,13 @@ class Segment(NamedTuple):
     cycle: tuple  # (first, last) step of the learning-rate cycle that it is in
 
 
-def turn_of(stages, rising, seed, number):
-    """The order of `stages` in round `number` of --order random."""
+def turn_of(rising, seed, number):
+    """The stages' order in round `number` of --order random: any but `rising`, the progressive
+    one."""
     for attempt in range(100):
-        turn = common.permutation(common.make_key(seed, number, attempt), "stages", stages).tolist()
-        if turn != rising:  # DECISION (random): any order but the progressive one
+        key = common.make_key(seed, number, attempt)
+        turn = common.permutation(key, "stages", len(rising)).tolist()
+        if turn != rising:  # DECISION (random)
             break
     return turn
 
@@ -411,7 +422,7 @@ def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None)
     start = 0
     for number in range(rounds):
         if order == "random" and len(steps) > 1:
-            turn = turn_of(len(steps), rising, seed, number)
+            turn = turn_of(rising, seed, number)
         for stage in turn:
             offset = steps[stage] * number // rounds
             length = steps[stage] * (number + 1) // rounds - offset
@@ -459,8 +470,8 @@ def search_space(frames=(2, 4, 8, 12, 16), most=4, portions=(6.25, 12.5, 25.0, 5
 
 
 def mae_loss(prediction, target):
-    """Sec. 3.1: the mean squared error over masked tokens, a clip at a time: [B, R, P] twice ->
-    [B]."""
+    """Sec. 3.1: the mean squared error, a clip at a time: [B, R, P] twice -> [B]."""
+    # DECISION (target): R, of the masked tokens alone
     return nn.functional.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))  # [B]
 
 
@@ -544,6 +555,7 @@ class Encoder(nn.Module):
         spec = MODELS[model]
         self.width = spec["width"]
         self.patch = spec["patch"]
+        self.kind = attention
         self.grad_checkpoint = grad_checkpoint
         # Tokens in (t, h, w) of the longest clip. A shorter one's positions are the first of them:
         # the table is one-dimensional, so that no stage has to interpolate it.
@@ -556,7 +568,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(spec["depth"]):
             rate = drop_path * i / (spec["depth"] - 1)
-            block = make(self.width, spec["heads"], drop_path=rate, kind=attention, index=i)
+            block = make(self.width, spec["heads"], drop_path=rate, kind=self.kind, index=i)
             self.blocks.append(block)
         table = common.sinusoid_table(self.num_tokens, self.width)[None]  # [1, N, D]
         table = spec.get("position_scale", 1.0) * table  # [1, N, D]
@@ -609,7 +621,11 @@ class Encoder(nn.Module):
 
 
 class VideoMAE(Encoder):
-    """Masked autoencoder of clips (Sec. 3.1), of any length up to `frames`.
+    """Masked autoencoder of clips (Sec. 3.1), of any length up to `frames`. options: Encoder's.
+
+        net = VideoMAE("vit_b")
+        keys = common.make_key(seed, step, torch.arange(B))  # other masks in each step
+        loss = mae_loss(*net(clips, keys, 0.9)).mean()       # clips uint8 [B, T, 3, 224, 224]
 
     clip -> patches [B, N, P] -> the visible 10 % -> Encoder -> their tokens [B, K, D]
                 |                                                       |
@@ -619,24 +635,9 @@ class VideoMAE(Encoder):
     """
 
     def __init__(
-        self,
-        model="vit_b",
-        decoder="",
-        frames=16,
-        size=224,
-        target="normalized",
-        backbone="joint",
-        attention="auto",
-        grad_checkpoint=False,
+        self, model="vit_b", decoder="", frames=16, size=224, target="normalized", **options
     ):
-        super().__init__(
-            model,
-            frames,
-            size,
-            backbone,
-            attention=attention,
-            grad_checkpoint=grad_checkpoint,
-        )
+        super().__init__(model, frames, size, **options)
         layers, width = map(int, (decoder or MODELS[model]["decoder"]).split("x"))
         self.target = target
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
@@ -644,7 +645,7 @@ class VideoMAE(Encoder):
         token = torch.empty(1, 1, width)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02))
         heads = 8 if width == 640 else max(1, width // 64)
-        self.decoder = Decoder(layers, width, heads, self.patch_embed.in_features, attention)
+        self.decoder = Decoder(layers, width, heads, self.patch_embed.in_features, self.kind)
         table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, D']
         self.register_buffer("decoder_positions", table, persistent=False)
         self.init_parameters()
@@ -677,7 +678,8 @@ class VideoMAE(Encoder):
 
     @common.region
     def split(self, clips, keys, ratio):
-        """-> patches [B, N, P]; which are visible [B, K], and masked [B, R]; their target [B, R, P]."""
+        """-> patches [B, N, P]; which are visible [B, K], and masked [B, R]; their target
+        [B, R, P]."""
         patches = patchify(clips, self.patch)  # [B, N, P]
         steps = patches.shape[1] // self.places
         visible, masked = common.tube_split(keys, steps, self.places, ratio)  # [B, K], [B, R]
@@ -686,31 +688,13 @@ class VideoMAE(Encoder):
 
 
 class Classifier(Encoder):
-    """VideoMAE's fine-tuning: the encoder on all tokens, their mean, norm, one linear layer."""
+    """VideoMAE's fine-tuning: the encoder on all tokens, their mean, norm, one linear layer.
+    options: Encoder's."""
 
     def __init__(
-        self,
-        num_classes,
-        model="vit_b",
-        frames=16,
-        size=224,
-        backbone="joint",
-        drop_path=0.1,
-        head_dropout=0.0,
-        positions="sinusoid",
-        attention="auto",
-        grad_checkpoint=False,
+        self, num_classes, model="vit_b", frames=16, size=224, *, head_dropout=0.0, **options
     ):
-        super().__init__(
-            model,
-            frames,
-            size,
-            backbone,
-            drop_path,
-            positions,
-            attention,
-            grad_checkpoint,
-        )
+        super().__init__(model, frames, size, **options)
         self.head_dropout = head_dropout
         self.fc_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, num_classes)
@@ -744,7 +728,8 @@ class DividedBlock(Block):
     that gave, at all places of its own step: S + K comparisons instead of S K.
         alpha^time_ptt'  = softmax_t'(q_pt . k_pt' / sqrt(d))
         alpha^space_ptp' = softmax_p'(q_pt . k_p't / sqrt(d))
-    The mask keeps the same K places in each step: both are plain attention over a grid [S, K].
+    The mask keeps the same places in each step: both are plain attention over a grid [S, K], where
+    K counts the places kept, and N = S K all tokens that are left.
     """
 
     branches = ("attn", "mlp", "attn.time")  # where drop path draws
@@ -774,11 +759,10 @@ class DividedBlock(Block):
 
 class TrajectoryAttention(Attention):
     """MotionFormer's trajectory attention (Patrick et al. 2021, Sec. 3.2), [B, N, D] -> [B, N, D]
-    in S time steps.
+    in S time steps; N = S K tokens are left by the mask, K in each step.
 
-    1. Along space: where is the point that token (s, t) shows, in each other time step t'?  Softmax
-    runs
-       over the places of one step at a time, so that every step answers:
+    1. Along space: where is the point that token (s, t) shows, in each other time step t'? Softmax
+       runs over the places of one step at a time, so that every step answers:
        y_stt' = sum_s' v_s't' softmax_s'(q_st . k_s't').
     2. Along the trajectory y_st1 ... y_stS, by new projections, queried from its own step:
        z_st = sum_t' W_v y_stt' softmax_t'(W_q y_stt . W_k y_stt').
@@ -919,22 +903,17 @@ def time_steps(frames, model):
 
 def build(cfg, num_classes, frames=0):
     """The model of a Config, for clips of up to `frames`; 0: its longest."""
-    same = {
-        "model": cfg.model,
-        "frames": frames or longest(cfg),
-        "size": cfg.size,
-        "backbone": cfg.backbone,
-        "attention": cfg.attention,
-        "grad_checkpoint": cfg.grad_checkpoint,
-    }
-    if cfg.pretraining:
-        return VideoMAE(decoder=cfg.decoder, target=cfg.target, **same)
-    return Classifier(
-        num_classes,
-        drop_path=cfg.drop_path,
-        head_dropout=cfg.head_dropout,
-        positions=cfg.positions,
-        **same,
+    make = partial(VideoMAE, decoder=cfg.decoder, target=cfg.target)
+    if not cfg.pretraining:
+        tuned = {"drop_path": cfg.drop_path, "positions": cfg.positions}
+        make = partial(Classifier, num_classes, head_dropout=cfg.head_dropout, **tuned)
+    return make(
+        model=cfg.model,
+        frames=frames or longest(cfg),
+        size=cfg.size,
+        backbone=cfg.backbone,
+        attention=cfg.attention,
+        grad_checkpoint=cfg.grad_checkpoint,
     )
 
 
@@ -963,7 +942,8 @@ def one_each(flag, text, count, kind):
         values = []
     if len(values) not in (1, count) or not all(0 < value < math.inf for value in values):
         raise UserError(
-            f"{flag} {text}: not one number above 0, or one for each of {count} stages, with commas",
+            f"{flag} {text}: not one number above 0, "
+            f"or one for each of {count} stages, with commas",
         )
     return values * (count // len(values))
 
@@ -1030,9 +1010,9 @@ def shorten(stages, max_steps):
     return short
 
 
-def split(cfg, stage, ctx):
+def micro_batch_of(cfg, stage, ctx):
     """(clips of a micro-batch, accumulation steps) of a stage on this rank."""
-    micro = min(cfg.micro_batch, stage.batch // ctx.world)
+    micro = min(cfg.micro_batch, stage.batch // ctx.world)  # 0 stays 0: all of the rank's
     of_stage = replace(cfg, batch_size=stage.batch, micro_batch=micro)
     return common.micro_batches(of_stage, ctx, cfg.mixup + cfg.cutmix > 0, stage.repeated)
 
@@ -1068,58 +1048,55 @@ def test_batches(cfg, ctx, videos, failures, views=(1, 1)):
 
 
 @torch.no_grad()
-def sum_errors(model, batches, mask_ratio, ctx, picture=None):
-    """A pretrained model's masked error over all ranks' batches: {"clips": number, "mae": sum}."""
-    model.eval()
+def sum_errors(net, batches, mask_ratio, ctx, picture=None):
+    """A pretrained model's masked error over all ranks' batches: {"clips": number, "mae": sum of
+    mae_loss, a squared error}."""
     sums = common.Sums(ctx, "clips", "mae")
     for batch in batches:
         keys = batch.keys.to(ctx.device)  # [B]
         with ctx.autocast():
-            prediction, target = model(batch.clips, keys, mask_ratio)  # [B, R, P] each
+            prediction, target = net(batch.clips, keys, mask_ratio)  # [B, R, P] each
         sums.add("clips", len(keys))
         sums.add("mae", mae_loss(prediction, target))
         if picture and ctx.rank == 0:
-            write_recon(model, batch.clips[:4], keys[:4], prediction[:4], mask_ratio, picture)
+            write_recon(net, batch.clips[:4], keys[:4], prediction[:4], mask_ratio, picture)
             picture = None
-    model.train()
     return sums.read()
 
 
 @torch.no_grad()
-def count_hits(model, batches, views, ctx):
-    """A classifier's hits over all ranks' batches: {"clips": number of videos, "top1": hits, "top5":
-    hits}; of fewer than 5 classes, top-k of all.
+def count_hits(net, batches, views, ctx):
+    """A classifier's hits over all ranks' batches: {"clips": number of videos, "top1": hits,
+    "top5": hits}; of fewer than 5 classes, top-k of all.
 
     A video's `views` are merged by the mean of their softmax (Sec. 4); they lie in one batch, so no
     name is looked up."""
-    model.eval()
-    k = min(5, model.head.out_features)
+    k = min(5, net.head.out_features)
     sums = common.Sums(ctx, "clips", "top1", f"top{k}")
     for batch in batches:
         with ctx.autocast():
-            logits = model(batch.clips, batch.keys)  # [V B, classes]
+            logits = net(batch.clips, batch.keys)  # [V B, classes]
         shares = logits.float().softmax(-1).unflatten(0, (views, -1)).mean(0)  # [B, classes]
         hits = shares.topk(k).indices == batch.labels[: len(shares), None]  # [B, k]
         sums.add("clips", len(hits))
         sums.add("top1", hits[:, 0])
         sums.add(f"top{k}", hits.any(1))
-    model.train()
     return sums.read()
 
 
-def write_recon(model, clips, keys, prediction, mask_ratio, path):
+def write_recon(net, clips, keys, prediction, mask_ratio, path):
     """Write path.png, path_animated.png: what the encoder saw, and the prediction [B, R, P]."""
-    patches = patchify(clips, model.patch)  # [B, N, P]
-    grid = patches.shape[1] // model.places, *model.grid[1:]  # of this many frames
-    visible, masked = common.tube_split(keys, grid[0], model.places, mask_ratio)  # [B, K], [B, R]
+    patches = patchify(clips, net.patch)  # [B, N, P]
+    grid = patches.shape[1] // net.places, *net.grid[1:]  # of this many frames
+    visible, masked = common.tube_split(keys, grid[0], net.places, mask_ratio)  # [B, K], [B, R]
     data.write_reconstruction(
         path,
         patches,
         visible,
         masked,
         prediction,
-        model.target,
-        model.patch,
+        net.target,
+        net.patch,
         grid,
         fps=5,
     )
@@ -1130,12 +1107,14 @@ def validate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
     once, at any number of ranks; `unread` of them could not be, in one view or more."""
     failures = data.Failures(len(videos), cfg.max_bad)
     batches = test_batches(cfg, ctx, videos, failures, views)
+    net.eval()
     if cfg.pretraining:
         scale = 1
         found = sum_errors(net, batches, cfg.mask_ratio, ctx, picture)
     else:
         scale = 100  # %
         found = count_hits(net, batches, math.prod(views), ctx)
+    net.train()
     clips = found.pop("clips")
     unread = failures.collect(ctx, 0)
     if unread and ctx.rank == 0:
@@ -1149,28 +1128,26 @@ def validate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
 # ---- The plan ------------------------------------------------------------------------------------
 
 
-def visible_places(cfg, model):
+def visible_places(cfg, net):
     """Places of a time step that the encoder sees."""
     if not cfg.pretraining:
-        return model.places
-    return model.places - int(cfg.mask_ratio * model.places)
+        return net.places
+    return net.places - int(cfg.mask_ratio * net.places)
 
 
 def count_gmacs(cfg, classes, frames):
-    """GMACs of a clip's forward pass: (counted here, with all patches embedded as VideoMAE does).
-
-    The difference is added: masked tokens x pixels x width.
-    """
+    """GMACs of a clip's forward pass, of this model, and as VideoMAE has it, which embeds all
+    patches: a pair. The difference is added: masked tokens x pixels x width."""
     with torch.device("meta"):
-        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes, frames)
-        steps = model.grid[0]
-        shape = 1, steps * model.patch[0], 3, cfg.size, cfg.size
+        net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes, frames)
+        steps = net.grid[0]
+        shape = 1, steps * net.patch[0], 3, cfg.size, cfg.size
         inputs = [torch.empty(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)]
         if cfg.pretraining:
             inputs.append(cfg.mask_ratio)
-        gmacs = common.count_macs(model, *inputs)
-    masked = steps * (model.places - visible_places(cfg, model))
-    return gmacs, gmacs + masked * model.patch_embed.weight.numel() / 1e9
+        gmacs = common.count_macs(net, *inputs)
+    masked = steps * (net.places - visible_places(cfg, net))
+    return gmacs, gmacs + masked * net.patch_embed.weight.numel() / 1e9
 
 
 def memory(cfg):
@@ -1181,31 +1158,31 @@ def memory(cfg):
     measure = partial(common.block_bytes, half=half, grad_checkpoint=cfg.grad_checkpoint)
     spec = MODELS[cfg.model]
     with torch.device("meta"):
-        model = build(cfg, cfg.num_classes or 2)
-    parameters = sum(p.numel() for p in model.parameters())
-    state = common.state_bytes(parameters, half=half)
+        net = build(cfg, cfg.num_classes or 2)
+    state = common.state_bytes(sum(p.numel() for p in net.parameters()), half=half)
     encoder = BLOCKS[cfg.backbone](spec["width"], spec["heads"], kind=kind)
+    word = "fine-tuning"
+    if cfg.pretraining:
+        word = "pretraining"
+        width = net.encoder_to_decoder.out_features
+        layers = net.decoder.blocks
+        decoder = Block(width, layers[0].attn.heads, kind=kind)
+    flag = "--then-micro-batch" if cfg.then_of else "--micro-batch"
     phases = []
     for stage in schedule(cfg, cfg.train_clips)[0]:
         steps = time_steps(stage.frames, cfg.model)
-        extra = [] if model.joint else [None, steps]
-        shape = steps * visible_places(cfg, model), model.width
-        tokens = steps * model.places
-        clip = common.PIXEL_BYTES * tokens * model.patch_embed.in_features
-        word = "fine-tuning"
+        tokens = steps * net.places
+        clip = common.PIXEL_BYTES * tokens * net.patch_embed.in_features
         if cfg.pretraining:
-            word = "pretraining"
             clip *= 2  # the prediction, in half precision and float32, and its gradient
-            width = model.encoder_to_decoder.out_features
-            blocks = model.decoder.blocks
-            decoder = Block(width, blocks[0].attn.heads, kind=kind)
-            clip += measure(decoder, len(blocks), (tokens, width))
-        clip += measure(encoder, spec["depth"], shape, *extra)
+            clip += measure(decoder, len(layers), (tokens, width))
+        extra = [] if net.joint else [None, steps]
+        visible = steps * visible_places(cfg, net)
+        clip += measure(encoder, spec["depth"], (visible, net.width), *extra)
         micro = min(cfg.micro_batch, stage.batch // cfg.gpus)
         group = stage.repeated  # clips that stay together, as common.micro_batches has it
         if cfg.mixup or cfg.cutmix:
             group *= 2
-        flag = "--then-micro-batch" if cfg.then_of else "--micro-batch"
         name = f"{word} on {stage.frames} frames"
         phases.append(common.Phase(name, stage.batch, micro, state, clip, group, flag))
     return phases
@@ -1217,8 +1194,8 @@ def print_plan(cfg):
     classes = cfg.num_classes or 2
     full = cfg.budget_frames if cfg.pretraining else cfg.frames
     with torch.device("meta"):
-        model = build(cfg, classes)
-    print_model(cfg, model, segments)
+        net = build(cfg, classes)
+    print_model(cfg, net, segments)
     common.print_memory(cfg, memory(cfg))
     print(
         "\nframes percent  epochs    steps  batch       lr repeated visible tokens    GMACs",
@@ -1243,9 +1220,10 @@ def print_plan(cfg):
         loads.append((stage.frames, (4 if cfg.grad_checkpoint else 3) * gmacs, stage.repeated))
         steps = time_steps(stage.frames, cfg.model)
         print(
-            f"{stage.frames:6} {stage.percent:7.2f} {stage.epochs:7} {stage.steps:8} {stage.batch:6} "
-            f"{stage.lr:8.3g} {stage.repeated:8} {steps * visible_places(cfg, model):7} "
-            f"{steps * model.places:6} {gmacs:8.3f} {embedded:8.3f} {cost:8.3f} {hours(cost):>7}"
+            f"{stage.frames:6} {stage.percent:7.2f} {stage.epochs:7} {stage.steps:8} "
+            f"{stage.batch:6} {stage.lr:8.3g} {stage.repeated:8} "
+            f"{steps * visible_places(cfg, net):7} {steps * net.places:6} "
+            f"{gmacs:8.3f} {embedded:8.3f} {cost:8.3f} {hours(cost):>7}"
         )
     print(
         f"total     {segments[-1].stop} steps, {total:.3f} PMACs, {hours(total)} hours by "
@@ -1257,17 +1235,17 @@ def print_plan(cfg):
         print_saving(full, frames, (total, total_embedded), macs[full])
 
 
-def print_model(cfg, model, segments):
+def print_model(cfg, net, segments):
     """Parameters, and how the stages are laid out."""
-    parameters = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
+    parameters = {name: p.numel() / 1e6 for name, p in net.named_parameters()}
     above = ("decoder", "encoder_to", "mask")
     decoder = sum(number for name, number in parameters.items() if name.startswith(above))
     cycles = len({segment.cycle for segment in segments})
     print(
-        f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M parameters, "
-        f"{decoder:.1f} M of them the decoder's\n"
-        f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} learning-rate "
-        f"cycles ({cfg.decay}); {cfg.train_clips} videos"
+        f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M "
+        f"parameters, {decoder:.1f} M of them the decoder's\n"
+        f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} "
+        f"learning-rate cycles ({cfg.decay}); {cfg.train_clips} videos"
     )
 
 
@@ -1278,7 +1256,8 @@ def print_saving(full, frames, totals, gmacs):
         clips = times * frames / full
         less, embedded = (100 - 1e8 * a / (clips * b) for a, b in zip(totals, gmacs, strict=True))
         print(
-            f"against   {full} frames only at {words}: {less:.1f} % fewer multiply-adds, embedded {embedded:.1f} %",
+            f"against   {full} frames only at {words}: {less:.1f} % fewer multiply-adds, "
+            f"embedded {embedded:.1f} %",
         )
 
 
@@ -1306,7 +1285,8 @@ def two_numbers(flag, text):
     """(4, 512) of "4x512"; UserError where a flag's text has another form."""
     if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
         raise UserError(
-            f"{flag} {text} is not two numbers above 0 with an x between them, such as 4x512 or 5x3",
+            f"{flag} {text} is not two numbers above 0 with an x between them, "
+            "such as 4x512 or 5x3",
         )
     return tuple(map(int, text.split("x")))
 
@@ -1327,11 +1307,13 @@ def check(cfg):
         whole, flag = cfg.budget, "--budget"
         if cfg.epochs or cfg.frames:
             raise UserError(
-                "--stages decide frames and epochs: leave out --frames and --epochs, or --stages ''",
+                "--stages decide frames and epochs: leave out --frames and --epochs, "
+                "or --stages ''",
             )
         if cfg.positions == "learned":
             raise UserError(
-                "--positions learned is for fine-tuning from an image model; pretraining has fixed ones",
+                "--positions learned is for fine-tuning from an image model; "
+                "pretraining has fixed ones",
             )
         if not int(cfg.mask_ratio * places):
             raise UserError(
@@ -1339,12 +1321,13 @@ def check(cfg):
             )
     elif cfg.epochs <= 0 or cfg.frames < t or cfg.frames % t:
         raise UserError(
-            f"without --stages, --epochs {cfg.epochs} must be above 0 and --frames {cfg.frames} a multiple "
-            f"of the token's {t} frames"
+            f"without --stages, --epochs {cfg.epochs} must be above 0 and --frames {cfg.frames} "
+            f"a multiple of the token's {t} frames"
         )
     if not 0 <= cfg.warmup_epochs < whole:
         raise UserError(
-            f"--warmup-epochs {cfg.warmup_epochs:g} must be at least 0 and less than {flag} {whole:g}",
+            f"--warmup-epochs {cfg.warmup_epochs:g} must be at least 0 and less than "
+            f"{flag} {whole:g}",
         )
     _, width = two_numbers("--decoder", cfg.decoder or MODELS[cfg.model]["decoder"])
     if width > 64 and width % 64:
@@ -1360,7 +1343,7 @@ def check(cfg):
         check(following(cfg))
 
 
-def prepare(cfg, ctx):
+def open_lists(cfg, ctx):
     """(training list, validation list, Stages, Segments) of a training; refuses what can't work
     before a folder is made."""
     data.need_list("--train-list", cfg.train_list, ctx)
@@ -1373,7 +1356,7 @@ def prepare(cfg, ctx):
     data.need_videos(val_videos, cfg.max_bad, root)
     stages, segments = schedule(cfg, len(videos))
     for stage in stages:
-        split(cfg, stage, ctx)
+        micro_batch_of(cfg, stage, ctx)  # for what it refuses
     return videos, val_videos, stages, segments
 
 
@@ -1468,7 +1451,8 @@ def search_trials(cfg):
     alone."""
     if not cfg.then:
         raise UserError(
-            "--task search_schedule ranks by fine-tuned accuracy: --then says which recipe fine-tunes",
+            "--task search_schedule ranks by fine-tuned accuracy: "
+            "--then says which recipe fine-tunes",
         )
     try:
         lengths = [int(part) for part in cfg.search_frames.split(",")]
@@ -1507,14 +1491,14 @@ def train_then(cfg, ctx):
     """Train; then go on with --then's recipe from these weights. Returns the last evaluation."""
     if not cfg.then:
         return train(cfg, ctx)
-    prepare(following(cfg), ctx)  # what it would refuse, now
+    open_lists(following(cfg), ctx)  # what it would refuse, now
     train(replace(cfg, then=""), ctx)  # its model and optimizer are freed as it ends
     return train(following(cfg), ctx)
 
 
 def train(cfg, ctx):
     """One training: pretraining in its stages, or fine-tuning. Returns its last evaluation."""
-    videos, val_videos, stages, segments = prepare(cfg, ctx)
+    videos, val_videos, stages, segments = open_lists(cfg, ctx)
     classes = len(videos.classes)
     total = segments[-1].stop
     counts = {"clips": 0, "frames": 0}
@@ -1543,8 +1527,8 @@ def train(cfg, ctx):
     warmup = cfg.warmup_epochs / whole  # DECISION (warmup)
 
     for segment in segments:
-        if segment.stop < run.step:
-            continue  # done before this process started
+        if segment.stop < run.step:  # done before this process started, its evaluation too
+            continue
         stage = stages[segment.stage]
         begin_segment(cfg, ctx, run, videos, stage, segment, total)
         floor = cfg.min_lr * stage.lr / cfg.lr  # DECISION (lr)
@@ -1556,7 +1540,8 @@ def train(cfg, ctx):
             step_key = cfg.seed, run.step
             lr = learning_rate(run.step, segment.cycle, stage.lr, floor, warmup, cfg.decay)
             for batch in run.micro_batches():
-                # clips [B, T, C, H, W], augmented (begin_segment); labels [B, classes], soft
+                # clips [B, T, C, H, W], augmented (begin_segment); labels [B, classes], soft.
+                # These two lines are for fine-tuning: no recipe mixes clips in pretraining.
                 labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)
                 clips, labels = data.mix(batch.clips, labels, step_key, cfg.mixup, cfg.cutmix)
                 keys = data.to_device(batch.keys, ctx.device)  # [B], for the mask and drop path
@@ -1592,11 +1577,19 @@ def begin_segment(cfg, ctx, run, videos, stage, segment, total):
     epochs."""
     start = max(segment.start, run.step)
     zero = segment.start - segment.offset  # counted from here, steps are the stage's own
-    micro, accumulation = split(cfg, stage, ctx)
+    micro, accumulation = micro_batch_of(cfg, stage, ctx)
     clips = clips_of(cfg, videos, stage.frames, repeated=stage.repeated, number=segment.stage)
-    own = start - zero, segment.stop - zero
     change = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip, erase=cfg.erase)
-    batches = data.training_batches(clips, stage.batch, micro, *own, cfg.workers, ctx, change)
+    batches = data.training_batches(
+        clips,
+        stage.batch,
+        micro,
+        start - zero,
+        segment.stop - zero,
+        cfg.workers,
+        ctx,
+        change,
+    )
     run.begin(
         batches,
         data.Failures(len(videos), cfg.max_bad),
@@ -1624,8 +1617,9 @@ def evaluate_step(cfg, ctx, run, videos):
         views = two_numbers("--test-views", cfg.test_views)  # DECISION (views)
         result |= validate(cfg, ctx, run.net, videos, views, "test")
     metric = "val_mae" if cfg.pretraining else "val_top1"
-    seen = {"clips": run.at["clips"], "frames": run.at["frames"]}
-    run.evaluated(result, metric, lower_is_better=cfg.pretraining, **seen)
+    clips = run.at["clips"]
+    frames = run.at["frames"]
+    run.evaluated(result, metric, lower_is_better=cfg.pretraining, clips=clips, frames=frames)
 
 
 @common.in_one_line

@@ -98,13 +98,13 @@ def turbo_of(grad_checkpoint, kind=turbo.Turbo, outputs=CLASSES, recon=True):
 
 
 def mae_of(backbone, grad_checkpoint):
-    return tpt_mae.VideoMAE("two", "", 4, 32, "normalized", backbone, "auto", grad_checkpoint)
+    options = {"backbone": backbone, "grad_checkpoint": grad_checkpoint}
+    return tpt_mae.VideoMAE("two", frames=4, size=32, **options)
 
 
 def classifier_of(backbone, grad_checkpoint):
-    return tpt_mae.Classifier(
-        CLASSES, "two", 4, 32, backbone, 0.2, 0.1, "sinusoid", "auto", grad_checkpoint
-    )
+    options = {"backbone": backbone, "grad_checkpoint": grad_checkpoint}
+    return tpt_mae.Classifier(CLASSES, "two", 4, 32, drop_path=0.2, head_dropout=0.1, **options)
 
 
 SMALL = {

@@ -532,7 +532,8 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
         with pytest.raises(
             UserError, match=f"^error: {path}: weights of another backbone than this --backbone"
         ):
-            tpt_mae.init_weights(path, tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, b))
+            net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, backbone=b)
+            tpt_mae.init_weights(path, net)
 
 
 def test_the_layer_between_encoder_and_decoder_starts_as_videomaes():
@@ -725,7 +726,7 @@ def test_image_weights_start_all_backbones(tmp_path):
         expected = expected[0] if isinstance(expected, tuple) else expected
     for backbone in tpt_mae.BLOCKS:
         net = tpt_mae.Classifier(
-            5, "vit_16", FRAMES, SIZE, backbone, positions="learned", drop_path=0.0
+            5, "vit_16", FRAMES, SIZE, backbone=backbone, positions="learned"
         ).eval()
         message = common.load_weights(net, tpt_mae.init_weights(tmp_path / "vit.npz", net), "vit")
         assert "left at init 4 " in message if backbone == "joint" else "loaded" in message

@@ -618,11 +618,23 @@ class Context:
         new = "forward_sync_buffers" in inspect.signature(kind).parameters
         options = {"forward_sync_buffers" if new else "broadcast_buffers": False}
         options["gradient_as_bucket_view"] = True  # else each gradient is held twice
+        for parameter in model.parameters():
+            if parameter.requires_grad and 1 in parameter.shape:
+                parameter.register_hook(plain_strides)
         return kind(model, device_ids=ids, **options)
 
     def sync(self, model, last):
         """Context of one micro-batch's backward pass: gradients are exchanged in the last one only."""
         return contextlib.nullcontext() if self.world == 1 or last else model.no_sync()
+
+
+def plain_strides(gradient):
+    """Hook of a parameter such as a class token, [1, 1, D]: its gradient with the strides that it has itself.
+
+    In a micro-batch of one clip the gradient is a piece of the tokens' gradient, and where a size is 1 strides are
+    whatever they were in the whole. DistributedDataParallel, whose buckets have the parameters', warns of that.
+    """
+    return gradient.reshape(-1).view(gradient.shape)
 
 
 def launch(precision="auto"):

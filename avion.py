@@ -1121,7 +1121,7 @@ def memory(cfg, net, tokens):
     kept."""
     spec = MODELS[cfg.model]
     pixels = 3 * cfg.frames * cfg.size**2
-    clip = common.PIXEL_BYTES * pixels
+    clip = common.pixel_bytes(mixup=cfg.mixup) * pixels
     clip += encoder_bytes(cfg, tokens, spec["width"], spec["depth"], spec["heads"])
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     half = cfg.precision != "fp32"

@@ -2045,10 +2045,20 @@ def gpu_clips(gmacs):
     return 0.35 * 989e12 / (2e9 * gmacs)
 
 
-# What a step holds beside weights and activations, roughly: CUDA's own memory; and of each pixel of a clip its byte in
-# this batch, in the next one and in two copies of augmentation, its float as a normalised patch, and that patch in half.
+# What a step holds beside weights and activations, roughly: CUDA's own memory, and bytes of each
+# pixel of a clip: see pixel_bytes.
 CUDA_BYTES = 2**30
 PIXEL_BYTES = 10
+
+
+def pixel_bytes(augmented=False, mixup=False):
+    """Bytes that a step holds of a pixel of a clip: one in this batch and one in the next; two more of
+    the next while it is flipped; four as a normalised patch, and two as that patch in half precision.
+
+    augmented: by RandAugment, erasing or colour jitter, which take up to 9 where flipping takes 2 (of 16
+    frames; of 2, RandAugment takes 29), on a stream whose memory no other gets. mixup: pixels in float.
+    """
+    return PIXEL_BYTES + (7 if augmented else 0) + (4 if mixup else 0)
 
 
 class Phase(NamedTuple):

@@ -854,7 +854,8 @@ def memory_model(cfg, net, stage, blocks):
     if half and frozen:
         fixed -= 4 * kept  # spatial is kept in half alone
 
-    step = common.PIXEL_BYTES * net.patch[0] * 3 * cfg.size**2
+    augmented = cfg.rand_augment or cfg.colour_jitter
+    step = common.pixel_bytes(augmented, cfg.mixup) * net.patch[0] * 3 * cfg.size**2
     step += blocks(len(net.temporal.blocks), 64) / 64
     if net.adapter:
         step += 3 * 4 * net.width  # its input, its hidden layer before and after the GELU

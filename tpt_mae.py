@@ -1172,7 +1172,8 @@ def memory(cfg):
     for stage in schedule(cfg, cfg.train_clips)[0]:
         steps = time_steps(stage.frames, cfg.model)
         tokens = steps * net.places
-        clip = common.PIXEL_BYTES * tokens * net.patch_embed.in_features
+        pixel = common.pixel_bytes(cfg.rand_augment or cfg.erase, cfg.mixup)
+        clip = pixel * tokens * net.patch_embed.in_features
         if cfg.pretraining:
             clip *= 2  # the prediction, in half precision and float32, and its gradient
             clip += measure(decoder, len(layers), (tokens, width))

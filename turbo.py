@@ -962,7 +962,7 @@ def print_plan(cfg):
     )
 
     half = cfg.precision != "fp32"
-    clip = common.PIXEL_BYTES * cfg.frames * 3 * cfg.size**2
+    clip = common.pixel_bytes(cfg.rand_augment, cfg.mixup) * cfg.frames * 3 * cfg.size**2
     for block, depth, shape in training_blocks(model, model.num_tokens, m, r):
         clip += common.block_bytes(
             block, depth, shape, half=half, grad_checkpoint=cfg.grad_checkpoint

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -229,6 +230,61 @@ def test_colour_jitter_takes_little_memory():
     with Kernels() as kernels:
         data.colour_jitter(CLIPS, KEYS, hue=0.2)
     assert kernels.largest <= CLIPS.numel()
+
+
+class Memory(TorchDispatchMode):
+    """Bytes on the meta device of tensors that are made in here: `now`, and at their `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                storage = x.untyped_storage()
+                if id(storage) not in given and id(storage) not in self.held:
+                    self.hold(id(storage), storage)
+        return out
+
+    def hold(self, name, storage):
+        size = self.held[name] = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.drop, name)
+
+    def drop(self, name):
+        self.now -= self.held.pop(name)
+
+
+SIXTEEN = torch.empty(64, 16, 3, 32, 32, dtype=torch.uint8, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("augment", "least", "most"),
+    [
+        (lambda: data.flip(SIXTEEN, KEYS), 1.9, 2.1),
+        (lambda: tpt_mae.augment(SIXTEEN, KEYS, 7, True, 0.25), 6, 9),
+        (lambda: turbo.augment(SIXTEEN, KEYS, 9, True), 4, 9),
+        (lambda: sfa_vivit.augment(SIXTEEN, KEYS, 0.8, 20, True), 7, 9),
+    ],
+    ids=["flip", "tpt_mae", "turbo", "sfa_vivit"],
+)
+def test_plan_counts_what_augmentation_holds(augment, least, most):
+    """Bytes a pixel beside the batch: flipping's are in common.PIXEL_BYTES, 7 more in common.pixel_bytes."""
+    with Memory() as memory:
+        augment()
+    assert least <= memory.peak / SIXTEEN.numel() <= most
+    assert common.pixel_bytes(augmented=True) - common.pixel_bytes() == 9 - 2
+
+
+def test_plan_counts_what_mixup_holds():
+    with Memory() as memory:
+        mixed = data.mix(SIXTEEN, LABELS, (0, 0), 0.8, 0.0)
+    assert mixed[0].numel() * 4 <= memory.now <= 1.01 * mixed[0].numel() * 4
+    assert common.pixel_bytes(mixup=True) - common.pixel_bytes() == 4
 
 
 def test_kernels_would_be_seen():

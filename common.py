@@ -148,8 +148,13 @@ def _compile(function, backend):
 
 
 def compile_model(net, ctx, wanted=None, backend="inductor"):
-    """Have the regions of `net` compiled, in place: its modules and state dict stay as they are. wanted: as --compile
-    says; None: on CUDA."""
+    """Have the regions of `net` compiled, in place: its modules and state dict stay as they are.
+
+    wanted: as --compile says; None: on CUDA. Not with mode="reduce-overhead", whose CUDA graphs would
+    spare a small batch the host's time a kernel: they record one step's addresses. Here gradients are
+    let go after each update, batches come in other memory and stages have other sizes, and what a graph
+    gives is overwritten by its next run, when the cached step still needs it. tests/cuda.py measures it.
+    """
     if not _compiles(ctx, wanted):
         return
     # DistributedDataParallel would have each graph cut at its buckets. Graphs of one block need no cuts: their gradients

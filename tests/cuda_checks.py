@@ -13,13 +13,17 @@ none is "not measured". At the end stands one Markdown block to paste into an is
     augmentation   on the GPU as on the CPU
     memory         each script's full-size step: its peak against what --plan says
     steps          tests/bench_train.py at full size: clips a second, memory, and FLOP/s against the card's (MFU); each
-                   method against its baseline, of VideoMAE plain attention with all patches embedded, as its code has it
+                   method against its baseline, of VideoMAE plain attention with all patches embedded, as its code has it;
+                   and a small batch as CUDA graphs (torch.compile's mode="reduce-overhead"), which no script uses
 """
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import os
@@ -28,12 +32,14 @@ import re
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import bench_train as bench
 import torch
@@ -482,6 +488,36 @@ def steps_rows(setting, title, rows):
     ]
 
 
+def cuda_graphs(setting):
+    """Turbo's step of the two clips that ucf101's batch leaves to each of 8 GPUs, where the host is slower than the
+    card: as it is, and with each region as CUDA graphs. Without other ranks."""
+    alone = dataclasses.replace(setting.ctx, rank=0, world=1)
+    groups = bench.groups("tiny" if setting.small else "cuda")
+    rows = next(group for method, what, group in groups if (method, what) == ("turbo", "classes"))
+    build = next(build for name, build in rows if name.startswith("m 0.75, r 0.25"))
+    as_graphs = partial(torch.compile, mode="reduce-overhead", dynamic=False)
+    compilers = [common._compile, functools.cache(lambda function, backend: as_graphs(function))]
+    times = []
+    for compiler in compilers:
+        with mock.patch.object(common, "_compile", compiler):
+            variant = build(alone, None)
+            common.compile_model(variant.net, alone)
+            inputs = variant.inputs(2)
+            laps = [bench.clock(alone)]
+            for _ in range(3 if setting.small else 30):
+                torch.compiler.cudagraph_mark_step_begin()
+                try:
+                    variant.step(inputs)
+                except RuntimeError as error:
+                    reason = str(error).strip().splitlines()[0]
+                    raise NotMeasured(f"CUDA graphs don't take it: {reason}") from None
+                laps.append(bench.clock(alone))
+        steps = [after - before for before, after in itertools.pairwise(laps)]
+        times.append(1000 * statistics.median(steps[len(steps) // 2 :]))
+    setting.need_gpu()
+    return f"2 clips: {times[0]:.1f} ms a step, by mode=reduce-overhead {times[1]:.1f} ms"
+
+
 def steps_table(rows):
     """The lines of a Markdown table of measure_steps' rows."""
     columns = ["method", "variant", "clips a GPU", *bench.COLUMNS, "MFU %"]
@@ -537,6 +573,8 @@ def check_all(setting, parts, report):
     if "memory" in parts:
         for script in SCRIPTS:
             report.check(f"memory, {script}", planned_memory, setting, script)
+    if "steps" in parts:
+        report.check("steps, reduce-overhead", cuda_graphs, setting)
 
 
 def measure_all(setting, report, rows):

@@ -25,7 +25,7 @@ def test_all_of_it_runs_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
         done.stdout.startswith("no GPU: no figure here is a GPU's")
-        and "0 of 27 checks FAILED" in done.stdout
+        and "0 of 28 checks FAILED" in done.stdout
     )
     found = json.loads(values.read_text())
     assert found["gpu"] is False and found["markdown"] in done.stdout

@@ -899,13 +899,15 @@ def span_frames(video, n, u):
     last 20 % (Turbo, long video); u: two draws, of the first and of the last. A frame
     repeats where the video pauses."""
     _check_length(video.info, n)
-    times, end = video.times, video.times[-1]
+    times = video.times
+    end = times[-1]
     early = int(np.searchsorted(times, 0.2 * end + 1e-3, "right"))  # frames in the first 20 %
     late = len(times) - int(np.searchsorted(times, 0.8 * end - 1e-3))  # frames in the last 20 %
     first = min(int(u[0] * early), early - 1)
     last = len(times) - 1 - min(int(u[1] * late), late - 1)
     if last - first < n - 1:
-        first, last = 0, len(times) - 1
+        first = 0
+        last = len(times) - 1
     return video.at(np.linspace(times[first], times[last], n))
 
 
@@ -914,8 +916,8 @@ def view_frames(info, n, stride, k, views):
     (VideoMAE; with `crop_box`)."""
     _check_length(info, n)
     room = max(0, info.num_frames - n * stride)
-    start = stride_frames(info, n, stride, 0.0)
-    return [room * k // (views - 1) + i if views > 1 else room // 2 + i for i in start]
+    first = room * k // (views - 1) if views > 1 else room // 2
+    return [first + i for i in stride_frames(info, n, stride, 0.0)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -933,9 +935,11 @@ def crop_box(info, k=1, crops=3, share=1.0):
     short, long = sorted(info[:2])
     side = short if share == 1 else max(2, round(share * short / 2) * 2)
     along = (long - side) * k // (crops - 1) if crops > 1 else (long - side) // 2
-    place = along & ~1, (short - side) // 2 & ~1
-    x, y = place if info.width >= info.height else place[::-1]
-    return x, y, side, side
+    along &= ~1
+    across = (short - side) // 2 & ~1
+    if info.width >= info.height:
+        return along, across, side, side
+    return across, along, side, side
 
 
 def centre_box(info):
@@ -949,13 +953,11 @@ def random_box(info, key, share=1.0):
 
     Scaling the short side to 256 and cutting 224 (AVION, App. B) is share = 224 / 256.
     """
-    side = min(
-        max(2, round(share * min(info.width, info.height) / 2) * 2), min(info.width, info.height)
-    )
-    x, y = (
-        2 * int(u * ((room - side) // 2 + 1))
-        for u, room in zip(uniform(key, "crop", 2).tolist(), info[:2])
-    )
+    short = min(info.width, info.height)
+    side = min(max(2, round(share * short / 2) * 2), short)
+    left, top = uniform(key, "crop", 2).tolist()
+    x = 2 * int(left * ((info.width - side) // 2 + 1))
+    y = 2 * int(top * ((info.height - side) // 2 + 1))
     return x, y, side, side
 
 
@@ -966,15 +968,14 @@ def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries
     After `tries` misses: the centre box.
     """
     draws = uniform(key, "crop", 4 * tries).reshape(tries, 4).tolist()
-    for area, shape, left, top in draws:
-        area = info.width * info.height * (scale[0] + area * (scale[1] - scale[0]))
-        shape = ratio[0] * (ratio[1] / ratio[0]) ** shape
-        w, h = (2 * max(1, round(math.sqrt(side) / 2)) for side in (area * shape, area / shape))
+    for size, shape, left, top in draws:
+        area = info.width * info.height * (scale[0] + size * (scale[1] - scale[0]))
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** shape
+        w = 2 * max(1, round(math.sqrt(area * aspect) / 2))
+        h = 2 * max(1, round(math.sqrt(area / aspect) / 2))
         if w <= info.width and h <= info.height:
-            x, y = (
-                2 * int(u * (room // 2 + 1))
-                for u, room in ((left, info.width - w), (top, info.height - h))
-            )
+            x = 2 * int(left * ((info.width - w) // 2 + 1))
+            y = 2 * int(top * ((info.height - h) // 2 + 1))
             return x, y, w, h
     return centre_box(info)
 
@@ -983,13 +984,21 @@ def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
     """TSN's multi-scale crop (VideoMAE pretraining; Turbo, Table 6): sides of the short side times
     two scales that are at most one step apart, at one of 13 places: a 5 x 5 grid's corners, edge
     middles, centre and inner quarters."""
-    short, pick = min(info.width, info.height), uniform(key, "crop", 2).tolist()
-    pairs = [(a, b) for i, a in enumerate(scales) for j, b in enumerate(scales) if abs(i - j) <= 1]
-    w, h = (int(short * scale) & ~1 for scale in pairs[int(pick[0] * len(pairs))])
-    # quarters of the room, 9 + 4 of them
-    places = [(i, j) for i in range(5) for j in range(5) if i % 2 == j % 2]
-    i, j = places[int(pick[1] * len(places))]
-    return (info.width - w) * i // 4 & ~1, (info.height - h) * j // 4 & ~1, w, h
+    short = min(info.width, info.height)
+    which, where = uniform(key, "crop", 2).tolist()
+    pairs = []
+    for i, a in enumerate(scales):
+        pairs += [(a, b) for b in scales[max(0, i - 1) : i + 2]]
+    a, b = pairs[int(which * len(pairs))]
+    w = int(short * a) & ~1
+    h = int(short * b) & ~1
+    places = []  # quarters of the room, 9 + 4 of them
+    for i in range(5):
+        places += [(i, j) for j in range(i % 2, 5, 2)]
+    i, j = places[int(where * len(places))]
+    x = (info.width - w) * i // 4 & ~1
+    y = (info.height - h) * j // 4 & ~1
+    return x, y, w, h
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1066,7 +1075,8 @@ class VideoError(Exception):
     def __init__(self, path, reason):
         # kept as arguments, so that workers can hand the error to the trainer (pickle)
         super().__init__(path, reason)
-        self.path, self.reason = path, reason
+        self.path = path
+        self.reason = reason
 
     def __str__(self):
         name = os.fsencode(self.path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
@@ -1088,26 +1098,20 @@ class VideoInfo(NamedTuple):
 @contextmanager
 def _errors(path, doing):
     """Whatever FFmpeg and PyAV raise on a bad file becomes one VideoError."""
+    kinds = av.FFmpegError, ValueError, LookupError, RuntimeError, MemoryError, OverflowError
     try:
         yield
-    except (
-        av.FFmpegError,
-        ValueError,
-        LookupError,
-        RuntimeError,
-        MemoryError,
-        OverflowError,
-    ) as error:
-        reason = (
-            f"{doing}: {getattr(error, 'strerror', None) or error}; it is damaged, or not a video"
-        )
+    except kinds as error:
+        why = getattr(error, "strerror", None) or error
+        reason = f"{doing}: {why}; it is damaged, or not a video"
         raise VideoError(path, reason) from error
 
 
 def _nals(packet, prefix):
     """The NAL units of an H.264 or HEVC packet, each behind its length of `prefix` bytes,
     as views."""
-    data, at = memoryview(packet), 0
+    data = memoryview(packet)
+    at = 0
     while at + prefix < len(data):
         start = at + prefix
         at = start + int.from_bytes(data[at:start], "big")
@@ -1183,7 +1187,9 @@ def _only_frames(sps):
         chroma = number()
         if chroma == 3:
             flag()
-        number(), number(), flag()  # bit depths, lossless
+        number()  # bit depths
+        number()
+        flag()  # lossless
         # scaling lists: a list's differences go on until they are all there, or an entry is 0
         if flag():
             for i in range(12 if chroma == 3 else 8):
@@ -1197,10 +1203,15 @@ def _only_frames(sps):
     if order == 0:
         number()
     if order == 1:
-        flag(), number(), number()
+        flag()
+        number()
+        number()
         for _ in range(number()):
             number()
-    number(), flag(), number(), number()  # references, gaps, width, height
+    number()  # references
+    flag()  # gaps
+    number()  # width
+    number()  # height
     return flag()
 
 
@@ -1309,13 +1320,12 @@ def _view(frame, box):
     if (x | w) & ((1 << sx) - 1) or (y | h) & ((1 << sy) - 1):
         return None
     luma, *chroma = _planes(frame)
-    chroma = [
-        plane[y >> sy : (y + h) >> sy, x >> sx : (x + w) >> sx] for plane in chroma
-    ]  # [h >> sy, w >> sx]
-    view = av.VideoFrame.from_dlpack(
-        [luma[y : y + h, x : x + w], *chroma], format=frame.format.name
-    )
-    view.colorspace, view.color_range = frame.colorspace, frame.color_range
+    planes = [luma[y : y + h, x : x + w]]  # [h, w], of chroma [h >> sy, w >> sx]
+    for plane in chroma:
+        planes.append(plane[y >> sy : (y + h) >> sy, x >> sx : (x + w) >> sx])
+    view = av.VideoFrame.from_dlpack(planes, format=frame.format.name)
+    view.colorspace = frame.colorspace
+    view.color_range = frame.color_range
     return view
 
 
@@ -1328,17 +1338,17 @@ def _convert(out, frame, box, scaler):
     2020) and range are the frame's own.
     """
     h, w = out.shape[1:]
-    whole, view = box == (0, 0, frame.width, frame.height), _view(frame, box)
+    whole = box == (0, 0, frame.width, frame.height)
+    view = _view(frame, box)
     if whole and not (view and frame.interlaced_frame):
         # it knows where its chroma samples sit, which a view can't be told: half a pixel
         view = frame
     elif view is None:
-        # the box cuts chroma samples in half: colours first, at full size; takes 3 to 10 times as
-        # long
+        # The box cuts chroma samples in half: colours first, at full size, takes 3 to 10 times as
+        # long.
         exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
-        view = _view(
-            VideoReformatter().reformat(frame, format="gbrp", interpolation=exact, threads=1), box
-        )
+        rgb = VideoReformatter().reformat(frame, format="gbrp", interpolation=exact, threads=1)
+        view = _view(rgb, box)
     flags = Interpolation.BILINEAR
     if (view.width, view.height) == (w, h):
         # Without a change of size swscale takes a shortcut that repeats chroma samples, and
@@ -1369,7 +1379,8 @@ class Video:
     """
 
     def __init__(self, path, fast=True):
-        self.path, self._container = os.fsdecode(path), None
+        self.path = os.fsdecode(path)
+        self._container = None
         try:
             status = os.stat(self.path)
         except (OSError, ValueError) as error:
@@ -1415,7 +1426,8 @@ class Video:
             if other.index != stream.index:
                 other.discard = av.stream.Discard.all  # packets of sound are not even read
         decoder = stream.codec_context
-        decoder.thread_count, decoder.thread_type = 1, "NONE"
+        decoder.thread_count = 1
+        decoder.thread_type = "NONE"
         # strict: where a stream doesn't say how far its frames are reordered, the decoder guesses,
         # and loses a frame if the guess is low; with strict it assumes the largest depth.
         decoder.options = {"strict": "1", "max_pixels": str(MAX_PIXELS)}
@@ -1435,60 +1447,24 @@ class Video:
         """
         self.close()
         self._options = options
-        self._container, self._stream = container, stream = self._open(options)
-        self._decoder = decoder = stream.codec_context
-        self._codec = codec = decoder.codec.canonical_name
-        safe = (
-            options is OPEN_FAST
-            and container.format.name in FAST_CONTAINERS
-            and codec in FAST_CODECS
-        )
-        extra, self._prefix, self._drop = decoder.extradata or b"", 0, False
-        if safe and codec in ("h264", "hevc"):
-            at = 4 if codec == "h264" else 21
-            safe = len(extra) > at and extra[0] == 1  # else its NAL units are not behind lengths
-            self._prefix = (extra[at] & 3) + 1 if safe else 0
-            # with one temporal layer
-            self._drop = safe and (codec == "h264" or extra[21] >> 3 & 7 == 1)
-        sets = _parameter_sets(extra) if safe and codec == "h264" else set()
+        self._container, self._stream = self._open(options)
+        self._decoder = self._stream.codec_context
+        self._codec = self._decoder.codec.canonical_name
+        safe, sets = self._read_header()
         if options is OPEN_FAST and not safe:
             return False
-        self._packets, self._rows, self._starts, size, gaps = [], [], [], 0, -1
-        for packet in container.demux(stream):
-            if not packet.size:  # PyAV ends with an empty one
-                gaps += 1
-                continue
-            if packet.is_keyframe and safe:
-                if _clean_start(packet, codec, self._prefix, first=not self._rows):
-                    self._starts.append(len(self._rows))
-                else:
-                    # BLA and no_output_of_prior_pics hide frames around them
-                    safe = codec != "hevc"
-                safe = safe and not packet.has_sidedata("new_extradata")
-                if codec == "h264":
-                    sets.update(
-                        bytes(nal) for nal in _nals(packet, self._prefix) if nal[0] & 31 == 7
-                    )
-            self._rows.append((packet.pts, packet.dts, packet.is_discard))
-            size += packet.size
-            if size > KEEP_BYTES:
-                self._packets = None
-            if self._packets is not None:
-                self._packets.append(packet)
-        missing = len(stream.index_entries) - len(self._rows) - gaps
-        if missing > 0 and container.format.name == FAST_CONTAINERS[0]:
+        safe, gaps = self._list_packets(safe, sets)
+        missing = len(self._stream.index_entries) - len(self._rows) - gaps
+        if missing > 0 and self._container.format.name == FAST_CONTAINERS[0]:
             raise VideoError(
                 self.path,
                 f"truncated, {missing} of its {missing + len(self._rows)} frames are missing",
             )
         if not self._rows:
             raise VideoError(self.path, "no frame in its video stream")
-        if (
-            not safe
-            or gaps
-            or self._starts[:1] != [0]
-            or any(pts is None for pts, _, _ in self._rows)
-        ):
+        if not safe or gaps or self._starts[:1] != [0]:
+            return False
+        if any(pts is None for pts, _, _ in self._rows):
             return False
         try:
             if not all(map(_only_frames, sets)):
@@ -1496,8 +1472,66 @@ class Video:
         except (ValueError, LookupError):  # cut short, which decoders forgive
             return False
         shown = sorted((pts, n) for n, (pts, _, hidden) in enumerate(self._rows) if not hidden)
-        self._pts, self._order = [pts for pts, _ in shown], [n for _, n in shown]
+        self._pts = [pts for pts, _ in shown]
+        self._order = [n for _, n in shown]
         return 0 < len(shown) == len(set(self._pts))
+
+    def _read_header(self):
+        """(whether packets of this container and codec can tell the frames, H.264's sequence
+        parameter sets). Fills `_prefix`, bytes of a NAL unit's length, and `_drop`, whether
+        `_droppable` knows frames that may be left out."""
+        self._prefix = 0
+        self._drop = False
+        fast_container = self._container.format.name in FAST_CONTAINERS
+        if self._options is not OPEN_FAST or not fast_container or self._codec not in FAST_CODECS:
+            return False, set()
+        if self._codec not in ("h264", "hevc"):
+            return True, set()
+        extra = self._decoder.extradata or b""
+        at = 4 if self._codec == "h264" else 21
+        if len(extra) <= at or extra[0] != 1:  # its NAL units are not behind lengths
+            return False, set()
+        self._prefix = (extra[at] & 3) + 1
+        if self._codec == "h264":
+            self._drop = True
+            return True, _parameter_sets(extra)
+        self._drop = extra[21] >> 3 & 7 == 1  # with one temporal layer
+        return True, set()
+
+    def _list_packets(self, safe, sets):
+        """(whether they still can tell the frames, how many are empty). Fills `_rows`, (pts, dts,
+        hidden) of each packet; `_starts`, those at which decoding may begin; and `_packets`, None
+        where they take more than KEEP_BYTES."""
+        self._packets = []
+        self._rows = []
+        self._starts = []
+        size = 0
+        gaps = -1  # PyAV ends with an empty one
+        for packet in self._container.demux(self._stream):
+            if not packet.size:
+                gaps += 1
+                continue
+            if packet.is_keyframe and safe:
+                safe = self._note_keyframe(packet, sets)
+            self._rows.append((packet.pts, packet.dts, packet.is_discard))
+            size += packet.size
+            if size > KEEP_BYTES:
+                self._packets = None
+            if self._packets is not None:
+                self._packets.append(packet)
+        return safe, gaps
+
+    def _note_keyframe(self, packet, sets):
+        """Adds to `_starts` and sets; False where packets from here on don't tell the frames."""
+        if self._codec == "h264":
+            for nal in _nals(packet, self._prefix):
+                if nal[0] & 31 == 7:
+                    sets.add(bytes(nal))
+        if _clean_start(packet, self._codec, self._prefix, first=not self._rows):
+            self._starts.append(len(self._rows))
+        elif self._codec == "hevc":  # BLA and no_output_of_prior_pics hide frames around them
+            return False
+        return not packet.has_sidedata("new_extradata")
 
     def _count(self):
         """Decode the whole video, for the number of its frames and their
@@ -1506,38 +1540,45 @@ class Video:
         While they take less than KEEP_BYTES / 4, frames are kept for the reads: a
         short video is decoded once.
         """
-        pts, bad, kept, room = [], [], [], KEEP_BYTES // 4
+        self._pts = []
+        self._bad = []
+        kept = []
+        room = KEEP_BYTES // 4
+        spoilt = False
         for frame in self._decode_all():
             room -= 3 * frame.width * frame.height
             if room >= 0 or not kept:
                 kept.append(frame)
-            pts.append(frame.pts)
-            bad.append(frame.is_corrupt or (bool(bad) and bad[-1] and not frame.key_frame))
+            spoilt = frame.is_corrupt or (spoilt and not frame.key_frame)
+            self._pts.append(frame.pts)
+            self._bad.append(spoilt)
         if not kept:
             raise VideoError(self.path, "no frame can be decoded")
-        self._pts, self._bad, self._kept = pts, bad, kept
+        self._kept = kept
         return kept[0]
 
     def _describe(self):
         """Fill `info` and `times`."""
-        self._size, self._turn, rotation = (
-            (self._decoder.width, self._decoder.height),
-            (False, False, False),
-            0,
-        )
-        first = None if self._fast else self._count()
-        if self._fast and _may_be_turned(self.path):
+        first = None
+        if not self._fast:
+            first = self._count()
+        elif _may_be_turned(self.path):
             # of the first frame shown: an edit list may hide those before it
             (run,) = self._plan([0])
             _, first = next(self._run(*run))
+        self._size = self._decoder.width, self._decoder.height
+        self._turn = False, False, False
+        rotation = 0
         if first is not None:
-            self._size, self._turn, rotation = (
-                (first.width, first.height),
-                _turn(first),
-                first.rotation,
-            )
-        width, height = self._size[:: -1 if self._turn[0] else 1]
-        n, tick = len(self._pts), float(self._stream.time_base)
+            self._size = first.width, first.height
+            self._turn = _turn(first)
+            if any(self._turn):
+                rotation = -first.rotation % 360
+        width, height = self._size
+        if self._turn[0]:
+            width, height = height, width
+        n = len(self._pts)
+        tick = float(self._stream.time_base)
         # as the header says
         fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         pts = np.array([np.nan if pts is None else pts for pts in self._pts])  # [num_frames]
@@ -1547,9 +1588,7 @@ class Video:
         if known and abs((n - 1) / fps - self.times[-1]) > 2 * tick:
             fps = float((n - 1) / self.times[-1])
         duration = float(self.times[-1] + 1 / fps)
-        self.info = VideoInfo(
-            width, height, fps, n, duration, -rotation % 360 if any(self._turn) else 0, self._codec
-        )
+        self.info = VideoInfo(width, height, fps, n, duration, rotation, self._codec)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -1568,9 +1607,8 @@ class Video:
             )
         # A thousandth of a second on: a time that means a frame's own must not fall
         # before it by a rounding error.
-        return np.maximum(
-            np.searchsorted(self.times, np.add(seconds, 1e-3), "right") - 1, 0
-        ).tolist()
+        shown = np.searchsorted(self.times, np.add(seconds, 1e-3), "right")
+        return np.maximum(shown - 1, 0).tolist()
 
     def clamp(self, second):
         """`second`, or the end of the video if that is earlier."""
@@ -1600,11 +1638,8 @@ class Video:
         """
         if self._container is None:
             raise ValueError(f"{self.path} is closed")
-        # {frame: {view: its places in the output}}
-        wanted, jobs = (
-            defaultdict(lambda: defaultdict(list)),
-            [],
-        )
+        wanted = defaultdict(lambda: defaultdict(list))  # {frame: {view: its places in the output}}
+        jobs = []
         for n, (frames, size, box) in enumerate(views):
             h, w = size if isinstance(size, (tuple, list)) else (size, size)
             if min(h, w) < 1:
@@ -1645,12 +1680,14 @@ class Video:
             )
         transpose, flip_x, flip_y = self._turn
         if flip_x:
-            x, out = width - x - w, out[..., ::-1]  # [T, 3, h, w]
+            x = width - x - w
+            out = out[..., ::-1]  # [T, 3, h, w]
         if flip_y:
-            y, out = height - y - h, out[..., ::-1, :]  # [T, 3, h, w]
-        return (
-            (out.swapaxes(2, 3), (y, x, h, w)) if transpose else (out, (x, y, w, h))
-        )  # [T, 3, w, h] or [T, 3, h, w]
+            y = height - y - h
+            out = out[..., ::-1, :]  # [T, 3, h, w]
+        if transpose:
+            return out.swapaxes(2, 3), (y, x, h, w)  # [T, 3, w, h]
+        return out, (x, y, w, h)
 
     def _frames(self, wanted):
         """Yields (index, frame) of each wanted frame."""
@@ -1701,11 +1738,9 @@ class Video:
         undamaged: a frame that is missing or broken spoils those that refer to it.
         """
         self._decoder.flush_buffers()
-        begin, expected, latest = (
-            self._rows[start][0] if start else float("-inf"),
-            set(want),
-            float("-inf"),
-        )
+        begin = self._rows[start][0] if start else float("-inf")
+        expected = set(want)
+        latest = float("-inf")
         for n, packet in enumerate(chain(self._read(start, last + 1), [None]), start):
             if packet is not None:
                 pts, _, hidden = self._rows[n]
@@ -1715,9 +1750,10 @@ class Video:
                     expected.add(pts)
             for frame in self._decode(packet):
                 if frame.pts in expected and frame.pts > latest and not frame.is_corrupt:
-                    expected.remove(latest := frame.pts)
-                    if frame.pts in want:
-                        yield want[frame.pts], frame
+                    latest = frame.pts
+                    expected.remove(latest)
+                    if latest in want:
+                        yield want[latest], frame
                 elif frame.pts is None or frame.pts >= begin:
                     raise VideoError(
                         self.path,
@@ -1732,7 +1768,8 @@ class Video:
         """The slow way: decode from the first frame and count. Yields
         (index, frame) of each wanted frame."""
         last = max(wanted, default=-1)
-        for i, frame in enumerate(self._kept if last < len(self._kept) else self._decode_all()):
+        frames = self._kept if last < len(self._kept) else self._decode_all()
+        for i, frame in enumerate(frames):
             if i in wanted:
                 if self._bad[i]:
                     raise VideoError(
@@ -1775,9 +1812,8 @@ class Video:
             if start:
                 container.seek(pts if dts is None else dts, stream=stream)
             packets = (packet for packet in container.demux(stream) if packet.size)
-            yield from islice(
-                dropwhile(lambda p: (p.pts, p.dts) != (pts, dts), packets), stop - start
-            )
+            found = dropwhile(lambda packet: (packet.pts, packet.dts) != (pts, dts), packets)
+            yield from islice(found, stop - start)
 
 
 def probe(path):
@@ -1804,34 +1840,30 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
     clip = {}
     with av.open("file:" + os.fsdecode(path), metadata_errors="replace") as container:
         stream = container.streams.best("video")
-        stream.codec_context.thread_count, stream.codec_context.thread_type = 1, "NONE"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.thread_type = "NONE"
         stream.codec_context.options = {"strict": "1"}
         for i, frame in enumerate(container.decode(stream)):
             if i in frames:
-                turn, clip[i] = (
-                    frame.rotation // 90,
-                    torch.from_numpy(frame.to_ndarray(format="rgb24")),
-                )  # [H, W, 3]
+                turn = frame.rotation // 90
+                clip[i] = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [H, W, 3]
             if i >= max(frames):
                 break
-    clip = (
-        torch.stack([clip[i] for i in frames]).permute(0, 3, 1, 2).rot90(turn, (2, 3))
-    )  # [T, 3, H, W]
+    clip = torch.stack([clip[i] for i in frames])  # [T, H, W, 3]
+    clip = clip.permute(0, 3, 1, 2).rot90(turn, (2, 3))  # [T, 3, H, W]
     x, y, w, h = box or (0, 0, clip.shape[3], clip.shape[2])
-    return F.interpolate(
-        clip[:, :, y : y + h, x : x + w], size, mode="bilinear", antialias=True
-    )  # [T, 3, h, w]
+    clip = clip[:, :, y : y + h, x : x + w]
+    return F.interpolate(clip, size, mode="bilinear", antialias=True)  # [T, 3, h, w]
 
 
 class WholeFrames(Video):
-    """A Video as the plain loader reads it: whole frames first, then crop and scale (AVION, Fig.
-    8a)."""
+    """A Video as the plain loader reads it: whole frames first, then crop and scale
+    (AVION, Fig. 8a)."""
 
     def read_views(self, views):
         try:
-            return [
-                read_clip_decode_then_crop(self.path, *view) for view in views
-            ]  # uint8 [T, 3, h, w] each
+            # uint8 [T, 3, h, w] each
+            return [read_clip_decode_then_crop(self.path, *view) for view in views]
         except (av.FFmpegError, LookupError, ValueError, RuntimeError) as error:
             raise VideoError(self.path, f"can't be decoded ({error})") from error
 
@@ -1876,12 +1908,11 @@ class Chunks:
         self._reader = reader
         self._chunks = {}
         self._times = {}
+        found = []
         try:
-            found = [
-                (int(name.partition(".")[0]), name)
-                for name in os.listdir(self.path)
-                if name[:1].isdecimal()
-            ]
+            for name in os.listdir(self.path):
+                if name[:1].isdecimal():
+                    found.append((int(name.partition(".")[0]), name))
         except (OSError, ValueError) as error:
             raise VideoError(
                 self.path, f"not a folder of chunks, <start second>.mp4 ({error})"
@@ -1959,15 +1990,12 @@ class Chunks:
         VideoError: numbers of frames, which a folder doesn't have."""
         if any(np.ndim(places) != 2 for places, _, _ in views):
             raise VideoError(self.path, ONLY_TIMES)
-        # parts: {chunk: [(view, its places, frames)]}
-        clips, parts = (
-            [None] * len(views),
-            defaultdict(list),
-        )
+        parts = defaultdict(list)  # {chunk: [(view, its places in the clip, its frames)]}
         for n, (places, _, _) in enumerate(views):
             for k in sorted({k for k, _ in places}):
                 here = [t for t, place in enumerate(places) if place[0] == k]
                 parts[k].append((n, here, [places[t][1] for t in here]))
+        clips = [None] * len(views)
         for k, part in parts.items():
             read = self._chunk(k).read_views([(frames, *views[n][1:]) for n, _, frames in part])
             for (n, here, _), piece in zip(part, read, strict=True):

@@ -1291,9 +1291,14 @@ def test_the_reader_can_be_lifted_out(videos, tmp_path):
         if name in needed
         for node in defined[name]
     ]
-    # Counted as ast writes them, a statement a line: the formatter's length makes no difference.
+    # Counted as ast writes them, a statement a line, without docstrings: the length at which the
+    # formatter breaks lines makes no difference.
     nodes = [node for name in defined if name in needed for node in defined[name]]
     lines = sum(ast.unparse(node).count("\n") + 1 for node in nodes)
+    for top in nodes:
+        for node in ast.walk(top):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                lines -= node.body[0].value.value.count("\n") + 1
     allowed = {
         "os",
         "re",

@@ -3007,23 +3007,34 @@ def write_panels(path, panels, fps, marked=None, columns=8):
     _write_images(path.with_stem(path.stem + "_animated"), list(movie), "apng", fps)
 
 
+@contextmanager
+def _encoder(path, codec, rate, width, height, pixels="yuv420p", coding=None, **opening):
+    """Yields (stream, write) of a new file, of videos or pictures; write(av.VideoFrame) encodes
+    one. With one thread. coding: options of the codec; opening: arguments of av.open."""
+    with av.open(str(path), "w", **opening) as file:
+        stream = file.add_stream(codec, rate=rate, options=coding)
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = pixels
+        stream.codec_context.thread_count = 1
+        yield stream, lambda frame: file.mux(stream.encode(frame))
+        file.mux(stream.encode())  # what waits in the encoder
+
+
 def _write_images(path, images, codec, fps):
     """Write uint8 [H, W, 3] images as one PNG or APNG, whole or not at all."""
-    kind = {"png": "image2", "apng": "apng"}[codec]
-    options = {"update": "1"} if codec == "png" else {"plays": "0"}
+    if codec == "png":
+        opening = {"format": "image2", "options": {"update": "1"}}
+    else:
+        opening = {"format": "apng", "options": {"plays": "0"}}
+    height, width = images[0].shape[:2]
+    rate = Fraction(fps).limit_denominator(1000)
     with (
         replacing(path) as temporary,
-        av.open(str(temporary), "w", format=kind, options=options) as file,
+        _encoder(temporary, codec, rate, width, height, "rgb24", **opening) as (_, write),
     ):
-        stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width, stream.pix_fmt = *images[0].shape[:2], "rgb24"
         for image in images:
-            file.mux(
-                stream.encode(
-                    av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24")
-                )
-            )
-        file.mux(stream.encode())
+            write(av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3109,24 +3120,21 @@ def _toy_rng(*key):
 def _toy_deal(cards, number, *key):
     """Card `number` of endless shuffled decks: each deck holds every card once, and no
     pattern shows in the number."""
-    return cards[
-        _toy_rng("deck", number // len(cards), *key).permutation(len(cards))[number % len(cards)]
-    ]
+    deck, place = divmod(number, len(cards))
+    order = _toy_rng("deck", deck, *key).permutation(len(cards))
+    return cards[order[place]]
 
 
 def _toy_sky(rng):
     """A still, dim background [H, W, 3] in [0, 1]: one gradient that all videos share,
     a tint, weak coarse blobs."""
     grid = np.linspace(0, 3, TOY_SIDE)
-    up = np.maximum(
-        0, 1 - np.abs(grid[:, None] - np.arange(4))
-    )  # [H, 4] bilinear weights of a 4 x 4 grid
-    blobs = np.einsum(
-        "ya,xb,abc->yxc", up, up, rng.uniform(0, 0.12, (4, 4, 3)), optimize=True
-    )  # [H, W, 3]
-    return (0.05 + 0.15 * (1 - grid / 3)[:, None, None] + rng.uniform(0, 0.2, 3) + blobs).astype(
-        np.float32
-    )
+    # [H, 4] bilinear weights of a 4 x 4 grid
+    up = np.maximum(0, 1 - np.abs(grid[:, None] - np.arange(4)))
+    colours = rng.uniform(0, 0.12, (4, 4, 3))
+    blobs = np.einsum("ya,xb,abc->yxc", up, up, colours, optimize=True)  # [H, W, 3]
+    gradient = 0.05 + 0.15 * (1 - grid / 3)[:, None, None]  # [H, 1, 1]
+    return (gradient + rng.uniform(0, 0.2, 3) + blobs).astype(np.float32)
 
 
 def _toy_draw(frames, state, colour, shape):
@@ -3136,15 +3144,16 @@ def _toy_draw(frames, state, colour, shape):
     state: [T, 4], (x, y, angle, log size) in loops. Edges are smooth over one pixel.
     """
     x, y, angle, size = state.T.astype(np.float32)[:, :, None, None]  # [T, 1, 1] each
-    angle, radius = 2 * np.pi * angle, TOY_RADIUS[0] * (TOY_RADIUS[1] / TOY_RADIUS[0]) ** size
-    pixel, half = np.arange(TOY_SIDE, dtype=np.float32), TOY_SIDE / 2
+    angle = 2 * np.pi * angle
+    radius = TOY_RADIUS[0] * (TOY_RADIUS[1] / TOY_RADIUS[0]) ** size
+    pixel = np.arange(TOY_SIDE, dtype=np.float32)
+    half = TOY_SIDE / 2
     dx = (pixel - x * TOY_SIDE + half) % TOY_SIDE - half  # [T, 1, W] the short way around the torus
     dy = ((pixel - y * TOY_SIDE + half) % TOY_SIDE - half).transpose(0, 2, 1)  # [T, H, 1]
     sides = TOY_SHAPES[shape]
     normals = [angle + (k + 0.5) * 2 * np.pi / sides for k in range(sides)]
-    outward = (
-        np.cos(normals[0]) * dx + np.sin(normals[0]) * dy
-    )  # [T, H, W] distance along the nearest side's normal
+    # [T, H, W] distance along the nearest side's normal
+    outward = np.cos(normals[0]) * dx + np.sin(normals[0]) * dy
     for normal in normals[1:]:
         np.maximum(outward, np.cos(normal) * dx + np.sin(normal) * dy, out=outward)
     cover = np.clip(radius * np.float32(np.cos(np.pi / sides)) - outward + 0.5, 0, 1)[..., None]
@@ -3158,12 +3167,14 @@ def _toy_film(rng, which, scenes):
 
     None as motion is rest; None as actor an empty sky, after which the next actor appears anywhere.
     """
-    fps, speed = TOY_SETS[which]["fps"], TOY_SETS[which]["speed"]
-    sky, state, film = _toy_sky(rng), rng.random(4), []
+    fps = TOY_SETS[which]["fps"]
+    slowest, fastest = TOY_SETS[which]["speed"]
+    sky = _toy_sky(rng)
+    state = rng.random(4)
+    film = []
     for motion, actor, n in scenes:
-        step = (
-            rng.uniform(*speed) / fps * np.array(TOY_MOTIONS[motion][1] if motion else (0, 0, 0, 0))
-        )
+        direction = TOY_MOTIONS[motion][1] if motion else (0, 0, 0, 0)
+        step = rng.uniform(slowest, fastest) / fps * np.array(direction)
         path = state + np.arange(n)[:, None] * step  # [T, 4]
         for part in np.split(path, range(16, n, 16)):
             # few enough frames to stay in the processor's cache
@@ -3178,22 +3189,16 @@ def _toy_film(rng, which, scenes):
 def _toy_write(path, frames, fps):
     """Writes frames, uint8 [T, H, W, 3], as H.264 with x264's default group
     of pictures and B-frames."""
-    with av.open(str(path), "w") as out:
-        # Without mbtree=0, x264 reads memory that it hasn't written where a frame is 4 macroblocks
-        # wide, and the same frames give other bytes each time: 26 of 64 videos changed with what
-        # malloc had left in memory, 0 with it. It also saves bits; crf 32 takes them back at the
-        # same error. One thread, because each file has its own.
-        stream = out.add_stream(
-            "libx264", rate=fps, options={"preset": "faster", "mbtree": "0", "crf": "32"}
-        )
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        stream.codec_context.thread_count = 1
+    # Without mbtree=0, x264 reads memory that it hasn't written where a frame is 4 macroblocks
+    # wide, and the same frames give other bytes each time: 26 of 64 videos changed with what
+    # malloc had left in memory, 0 with it. It also saves bits; crf 32 takes them back at the
+    # same error.
+    coding = {"preset": "faster", "mbtree": "0", "crf": "32"}
+    height, width = frames.shape[1:3]
+    with _encoder(path, "libx264", fps, width, height, coding=coding) as (_, write):
         for image in frames:
-            image = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                format="yuv420p", threads=1
-            )
-            out.mux(stream.encode(image))
-        out.mux(stream.encode())
+            rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
+            write(rgb.reformat(format="yuv420p", threads=1))
 
 
 def _toy_frames(rng, low, high, fps):
@@ -3202,32 +3207,34 @@ def _toy_frames(rng, low, high, fps):
 
 
 def _toy_script(which, seed, split, index):
-    """(class name, scenes) of a video of `actions`, one motion for 4 s; of `pairs`, two in 7.6 s;
-    or of `long`, three with rests between them."""
-    rng, fps = _toy_rng(seed, which, split, index, "script"), TOY_SETS[which]["fps"]
+    """(what the set's list says of a video, its scenes), of any set. Of `actions`, one motion for
+    4 s, of `pairs`, two in 7.6 s, and of `long`, three with rests between them, the list has the
+    motions' names; of `narrated` captions (`_toy_story`)."""
+    if which == "narrated":
+        return _toy_story(seed, split, index)
+    rng = _toy_rng(seed, which, split, index, "script")
+    fps = TOY_SETS[which]["fps"]
     actor = TOY_ACTORS[rng.integers(len(TOY_ACTORS))]
     if which == "actions":
         motion = _toy_deal(list(TOY_MOTIONS), index, seed, split)
-        return motion, [(motion, actor, 4 * fps)]
-    if which == "pairs":
-        first, n = _toy_deal(list(range(8)), index, seed, split), _toy_frames(rng, 1.9, 5.6, fps)
-        pair = TOY_RING[first], TOY_RING[(first + 1) % 8]
-        return "+".join(pair), [(pair[0], actor, n), (pair[1], actor, 38 - n)]
-    recipe, scenes = (
-        _toy_deal(TOY_RECIPES, index, seed, split),
-        [(None, actor, _toy_frames(rng, 1.5, 3, fps))],
-    )
-    for motion in recipe:
-        scenes += [
-            (motion, actor, _toy_frames(rng, 5, 9, fps)),
-            (None, actor, _toy_frames(rng, 1.5, 3, fps)),
-        ]
-    return "+".join(recipe), scenes
+        scenes = [(motion, actor, 4 * fps)]
+    elif which == "pairs":
+        first = _toy_deal(list(range(8)), index, seed, split)
+        n = _toy_frames(rng, 1.9, 5.6, fps)
+        following = TOY_RING[(first + 1) % 8]
+        scenes = [(TOY_RING[first], actor, n), (following, actor, 38 - n)]
+    else:
+        scenes = [(None, actor, _toy_frames(rng, 1.5, 3, fps))]
+        for motion in _toy_deal(TOY_RECIPES, index, seed, split):
+            scenes.append((motion, actor, _toy_frames(rng, 5, 9, fps)))
+            scenes.append((None, actor, _toy_frames(rng, 1.5, 3, fps)))
+    return "+".join(motion for motion, *_ in scenes if motion), scenes
 
 
 def _toy_caption(motion, colour, shape):
     """What a narrator says: `a red square moves left`."""
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} {TOY_MOTIONS[motion][0]}"
+    article = "an" if colour[0] in "aeiou" else "a"
+    return f"{article} {colour} {shape} {TOY_MOTIONS[motion][0]}"
 
 
 def _toy_story(seed, split, index):
@@ -3238,58 +3245,55 @@ def _toy_story(seed, split, index):
     every actor with every motion once. Two captions more show nothing: one is chat, one tells
     of an actor who isn't there.
     """
-    rng, fps = _toy_rng(seed, split, index, "story"), TOY_SETS["narrated"]["fps"]
+    rng = _toy_rng(seed, split, index, "story")
+    fps = TOY_SETS["narrated"]["fps"]
+    motions = list(TOY_MOTIONS)
     actors = [_toy_deal(TOY_ACTORS, 2 * index + k, seed, split) for k in (0, 1)]
     turn = 2 * index // len(TOY_ACTORS)  # how often the deck of actors was dealt before
-    lines = [
-        (_toy_deal(list(TOY_MOTIONS), 4 * turn + k, seed, split, a), a)
-        for a in actors
-        for k in range(4)
-    ]
+    shown = []
+    for actor in actors:
+        for k in range(4):
+            shown.append((_toy_deal(motions, 4 * turn + k, seed, split, actor), actor))
     absent = [actor for actor in TOY_ACTORS if actor not in actors]
-    lines += [(str(rng.choice(list(TOY_MOTIONS))), absent[rng.integers(len(absent))]), (None, None)]
-    captions, scenes, now = [], [], 0
+    unseen = str(rng.choice(motions)), absent[rng.integers(len(absent))]
+    chat = None, None
+    lines = [*shown, unseen, chat]
+    captions = []
+    scenes = []
+    now = 0  # in frames
     for i in rng.permutation(len(lines)):
-        (motion, actor), visible = lines[i], bool(i < 8)
+        motion, actor = lines[i]
+        visible = bool(i < len(shown))
         text = _toy_caption(motion, *actor) if actor else str(rng.choice(TOY_CHAT))
-        gap, n = _toy_frames(rng, 0.5, 1.5, fps), _toy_frames(rng, 2.5, 4.5, fps)
-        scenes += [(None, None, gap), (motion, actor, n) if visible else (None, None, n)]
+        gap = _toy_frames(rng, 0.5, 1.5, fps)
+        n = _toy_frames(rng, 2.5, 4.5, fps)
+        scenes.append((None, None, gap))
+        scenes.append((motion, actor, n) if visible else (None, None, n))
         captions.append(((now + gap) / fps, (now + gap + n) / fps, text, visible))
         now += gap + n
     # to a whole second: no chunk of a frame or two
-    return captions, [
-        *scenes,
-        (None, None, fps - now % fps),
-    ]
+    scenes.append((None, None, fps - now % fps))
+    return captions, scenes
 
 
 def _toy_video(folder, which, seed, split, index):
     """Makes one video of a set in folder; returns its lines of the split's list."""
-    name, rng, fps = (
-        f"{split}_{index:05d}",
-        _toy_rng(seed, which, split, index),
-        TOY_SETS[which]["fps"],
-    )
-    label, scenes = (
-        _toy_story(seed, split, index)
-        if which == "narrated"
-        else _toy_script(which, seed, split, index)
-    )
-    frames = _toy_film(rng, which, scenes)
+    name = f"{split}_{index:05d}"
+    fps = TOY_SETS[which]["fps"]
+    told, scenes = _toy_script(which, seed, split, index)
+    frames = _toy_film(_toy_rng(seed, which, split, index), which, scenes)
     _toy_write(folder / "videos" / f"{name}.mp4", frames, fps)
     if which != "narrated":
-        return f"videos/{name}.mp4,{label}\n"
-    (folder / "chunks" / f"{name}.mp4").mkdir(parents=True)
+        return f"videos/{name}.mp4,{told}\n"
+    chunks = folder / "chunks" / f"{name}.mp4"
+    chunks.mkdir(parents=True)
     for start in range(0, len(frames) // fps, 5):
-        _toy_write(
-            folder / "chunks" / f"{name}.mp4" / f"{start}.mp4",
-            frames[start * fps : (start + 5) * fps],
-            fps,
-        )
-    keys = "start", "end", "text", "visible"
-    return "".join(
-        json.dumps({"video": name} | dict(zip(keys, caption))) + "\n" for caption in label
-    )
+        _toy_write(chunks / f"{start}.mp4", frames[start * fps : (start + 5) * fps], fps)
+    lines = []
+    for start, end, text, visible in told:
+        row = {"video": name, "start": start, "end": end, "text": text, "visible": visible}
+        lines.append(json.dumps(row) + "\n")
+    return "".join(lines)
 
 
 @contextmanager
@@ -3323,11 +3327,10 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
     """
     if which not in TOY_SETS:
         raise ValueError(f"unknown toy set {which!r}; choose from {', '.join(TOY_SETS)}")
-    root, counts = Path(root), dict(counts or TOY_SETS[which]["counts"])
-    target, wanted = (
-        root / which,
-        {"version": TOY_VERSION, "set": which, "seed": seed, "counts": counts},
-    )
+    root = Path(root)
+    target = root / which
+    counts = dict(counts or TOY_SETS[which]["counts"])
+    wanted = {"version": TOY_VERSION, "set": which, "seed": seed, "counts": counts}
     if _toy_made(target) == wanted:
         return target  # without the lock, which a read-only disk can't hold
     root.mkdir(parents=True, exist_ok=True)
@@ -3342,7 +3345,8 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
         for leftover in root.glob(f".{which}.tmp*"):
             # of a process that was killed: nobody else is at work here
             shutil.rmtree(leftover)
-        new, old = root / f".{which}.tmp-new", root / f".{which}.tmp-old"
+        new = root / f".{which}.tmp-new"
+        old = root / f".{which}.tmp-old"
         _toy_fill(new, which, seed, counts, workers)
         (new / "version.json").write_text(json.dumps(wanted))
         if made is not None:
@@ -3364,21 +3368,18 @@ def _toy_fill(folder, which, seed, counts, workers):
     """Makes all videos of a set and its lists in an empty folder, with a
     progress bar on a terminal."""
     (folder / "videos").mkdir(parents=True)
-    jobs = [(split, index) for split in counts for index in range(counts[split])]
+    jobs = []
+    for split, count in counts.items():
+        jobs += [(split, index) for index in range(count)]
+    doing = f"making toy videos in {folder.parent / which}"
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        lines = pool.map(lambda job: _toy_video(folder, which, seed, *job), jobs)
-        lines = list(
-            tqdm(
-                lines,
-                f"making toy videos in {folder.parent / which}",
-                len(jobs),
-                unit="video",
-                disable=None,
-            )
-        )
-    for split in counts:
-        suffix = "jsonl" if which == "narrated" else "csv"
-        text = "".join(line for line, job in zip(lines, jobs) if job[0] == split)
+        made = pool.map(lambda job: _toy_video(folder, which, seed, *job), jobs)
+        made = list(tqdm(made, doing, len(jobs), unit="video", disable=None))
+    texts = dict.fromkeys(counts, "")
+    for (split, _), lines in zip(jobs, made, strict=True):
+        texts[split] += lines
+    suffix = "jsonl" if which == "narrated" else "csv"
+    for split, text in texts.items():
         (folder / f"{split}.{suffix}").write_text(text)
 
 
@@ -3391,9 +3392,10 @@ def _toy_fill(folder, which, seed, counts, workers):
 
 def _lines(source, *_):
     with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-        yield from (
-            (f"{source}:{n}", line.strip()) for n, line in enumerate(file, 1) if line.strip()
-        )
+        for n, line in enumerate(file, 1):
+            line = line.strip()
+            if line:
+                yield f"{source}:{n}", line
 
 
 def _entries(source, *_):
@@ -3401,7 +3403,8 @@ def _entries(source, *_):
         entries = json.load(file)
     if isinstance(entries, dict):  # COIN
         entries = [{"id": name, **entry} for name, entry in entries["database"].items()]
-    yield from ((f"{source}, entry {n}", entry) for n, entry in enumerate(entries, 1))
+    for n, entry in enumerate(entries, 1):
+        yield f"{source}, entry {n}", entry
 
 
 def _videos(source, _, skipped):
@@ -3411,13 +3414,11 @@ def _videos(source, _, skipped):
     Links are followed after all that lies in the folder itself, and each folder is
     visited once, by whatever names."""
     source = os.fspath(source)
-    waiting, visited, videoless, counts, examples = (
-        [source],
-        set(),
-        set(),
-        defaultdict(int),
-        defaultdict(list),
-    )
+    waiting = [source]
+    visited = set()
+    videoless = set()
+    counts = Counter()
+    examples = defaultdict(list)
 
     def skip(kind, path):
         counts[kind] += 1
@@ -3452,14 +3453,17 @@ def _videos(source, _, skipped):
                     yield source, path
     for name in sorted(videoless):
         skip("folder without a video", name)
-    for kind, count in sorted(counts.items(), key=lambda item: -item[1]):
-        skipped.append(f"{count} {kind} ({', '.join(examples[kind])}{' ...' if count > 3 else ''})")
+    for kind, count in counts.most_common():
+        more = " ..." if count > 3 else ""
+        skipped.append(f"{count} {kind} ({', '.join(examples[kind])}{more})")
 
 
 def _split_files(source, fold, _):
     end = f"_test_split{fold}.txt"
     for path in sorted(Path(source).glob(f"*{end}")):
-        yield from ((place, (path.name.removesuffix(end), line)) for place, line in _lines(path))
+        name = path.name.removesuffix(end)
+        for place, line in _lines(path):
+            yield place, (name, line)
 
 
 # Converters: an entry, and the published numbers of the classes, to (path, label), and where the
@@ -3485,14 +3489,13 @@ def _kinetics(line, classes, fold):
     label, video, start, end, *_ = next(csv.reader([line]))
     if (label, video) == ("label", "youtube_id"):  # the header
         return video, label, None
-    return (
-        f"{label.replace(' ', '_')}/{video}_{int(float(start)):06d}_{int(float(end)):06d}.mp4",
-        label,
-    )
+    folder = label.replace(" ", "_")
+    return f"{folder}/{video}_{int(float(start)):06d}_{int(float(end)):06d}.mp4", label
 
 
 def _ssv2(entry, classes, fold):
-    return f"{entry['id']}.webm", classes[entry["template"].replace("[", "").replace("]", "")]
+    label = entry["template"].replace("[", "").replace("]", "")
+    return f"{entry['id']}.webm", classes[label]
 
 
 def _moments(line, classes, fold):
@@ -3501,21 +3504,18 @@ def _moments(line, classes, fold):
 
 
 def _coin(entry, classes, fold):
-    return (
-        f"{entry['id']}.mp4",
-        int(entry["recipe_type"]),
-        {"training": True, "testing": False}[entry["subset"]],
-    )
+    training = {"training": True, "testing": False}[entry["subset"]]
+    return f"{entry['id']}.mp4", int(entry["recipe_type"]), training
 
 
 def _breakfast(path, classes, fold):
-    person, activity, camera = re.fullmatch(
-        r"P(\d\d)_([a-z]+)(_ch\d)?\.\w+", os.path.basename(path)
-    ).groups()
+    name = r"P(\d\d)_([a-z]+)(_ch\d)?\.\w+"
+    person, activity, camera = re.fullmatch(name, os.path.basename(path)).groups()
+    if camera == "_ch1":  # of a stereo camera the first eye alone is used: 1,712 videos
+        return path, activity, None
     # persons 3-15, 16-28, 29-41 and 42-54 are the four folds
     held_out = (int(person) - 3) // 13 + 1
-    # Of a stereo camera the first eye alone is used, which makes 1,712 videos.
-    return path, activity, None if camera == "_ch1" else held_out != fold
+    return path, activity, held_out != fold
 
 
 def _folders(path, classes, fold):
@@ -3523,50 +3523,54 @@ def _folders(path, classes, fold):
     return path, label
 
 
-SSV2 = (
+class Format(NamedTuple):
+    """How a data set is published."""
+
+    source: str  # what SOURCE is
+    example: str  # an entry of it
+    read: object  # a reader
+    convert: object  # a converter
+    classes: str = None  # the file of the classes' numbers, published beside SOURCE
+    splits: int = 0  # how many splits SOURCE holds
+
+
+SSV2 = Format(
+    "something-something-v2-train.json",
     '{"id": "78687", "template": "Holding [something]", ...}',
+    _entries,
+    _ssv2,
     "something-something-v2-labels.json",
 )
 # name: (SOURCE, an entry of it, index of classes published beside it, splits in it, reader,
 # converter)
 FORMATS = {
-    "ucf101": (
-        "trainlist01.txt",
-        "Archery/v_Archery_g01_c01.avi 3",
-        "classInd.txt",
-        0,
-        _lines,
-        _ucf101,
+    "ucf101": Format(
+        "trainlist01.txt", "Archery/v_Archery_g01_c01.avi 3", _lines, _ucf101, "classInd.txt"
     ),
-    "hmdb51": ("the folder of *_test_split1.txt", "name.avi 1", None, 3, _split_files, _hmdb51),
-    "kinetics": ("train.csv", "testifying,---QUuC4vJs,84,94,train", None, 0, _lines, _kinetics),
-    "ssv2": ("something-something-v2-train.json", *SSV2, 0, _entries, _ssv2),
-    "something-else": ("train.json", *SSV2, 0, _entries, _ssv2),
-    "moments": (
+    "hmdb51": Format(
+        "the folder of *_test_split1.txt", "name.avi 1", _split_files, _hmdb51, splits=3
+    ),
+    "kinetics": Format("train.csv", "testifying,---QUuC4vJs,84,94,train", _lines, _kinetics),
+    "ssv2": SSV2,
+    "something-else": SSV2._replace(source="train.json"),
+    "moments": Format(
         "trainingSet.csv",
         "clapping/abc.mp4,clapping,4,0",
-        "moments_categories.txt",
-        0,
         _lines,
         _moments,
+        "moments_categories.txt",
     ),
-    "coin": (
+    "coin": Format(
         "COIN.json",
         '"xZecGPPhbHE": {"subset": "training", "recipe_type": 131}',
-        None,
-        1,
         _entries,
         _coin,
+        splits=1,
     ),
-    "breakfast": (
-        "the folder of P03 ... P54",
-        "P03/cam01/P03_coffee.avi",
-        None,
-        4,
-        _videos,
-        _breakfast,
+    "breakfast": Format(
+        "the folder of P03 ... P54", "P03/cam01/P03_coffee.avi", _videos, _breakfast, splits=4
     ),
-    "folders": ("the folder of the classes", "<class>/<video>", None, 0, _videos, _folders),
+    "folders": Format("the folder of the classes", "<class>/<video>", _videos, _folders),
 }
 
 
@@ -3574,14 +3578,13 @@ def _class_numbers(path):
     """{name: number from 0} in classInd.txt (`1 Archery`), moments_categories.txt
     (`clapping,4`) or SSv2's labels."""
     if os.fspath(path).endswith(".json"):
-        return {
-            name: int(number)
-            for name, number in json.loads(Path(path).read_text("utf-8-sig")).items()
-        }
-    rows = (
-        re.fullmatch(r"(?:(\d+)\s+)?(.+?)(?:,\s*(\d+))?", line).groups() for _, line in _lines(path)
-    )
-    return {name: int(first) - 1 if first else int(last) for first, name, last in rows}
+        published = json.loads(Path(path).read_text("utf-8-sig"))
+        return {name: int(number) for name, number in published.items()}
+    numbers = {}
+    for _, line in _lines(path):
+        first, name, last = re.fullmatch(r"(?:(\d+)\s+)?(.+?)(?:,\s*(\d+))?", line).groups()
+        numbers[name] = int(first) - 1 if first else int(last)
+    return numbers
 
 
 def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
@@ -3593,39 +3596,50 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
     split: train, or val or test, which mean the same. skipped, a list, gets notes on the
     files of a folder that are left out.
     """
-    expected, example, index, splits, read, convert = FORMATS[form]
-    if bool(splits) != bool(split) or not 1 <= fold <= max(splits, 1) or (labels and not index):
-        known = (
-            f"--split train or val, and --fold 1 to {splits}"
-            if splits
-            else "no --split and --fold: SOURCE is one"
-        )
-        raise UserError(f"{form} takes {known}{'' if index else ', and no --labels'}")
-    names = labels or (index and os.path.join(os.path.dirname(source), index))
-    place, entry, classes, listed = names, "", {}, []
+    known = FORMATS[form]
+    if bool(known.splits) != bool(split) or not 1 <= fold <= max(known.splits, 1):
+        _refuse_flags(form)
+    if labels and not known.classes:
+        _refuse_flags(form)
+    names = labels or (known.classes and os.path.join(os.path.dirname(source), known.classes))
     skipped = [] if skipped is None else skipped
+    place = names
+    entry = ""
+    classes = {}
+    listed = []
     try:
-        if index:
+        if names:
             classes = _class_numbers(names)
         place = source
-        for place, entry in read(source, fold, skipped):
-            path, label, *training = convert(entry, classes, fold)
-            if not label and label != 0 or path != path.strip() or len(path.splitlines()) > 1:
+        for place, entry in known.read(source, fold, skipped):
+            path, label, *training = known.convert(entry, classes, fold)
+            if label in ("", None) or path != path.strip() or len(path.splitlines()) > 1:
                 raise ValueError("no label, or a name that a list can't hold")
             if not training or training[0] == (split == "train"):
                 listed.append((path, label))
     except OSError as error:
-        hint = f"; --labels names the file published as {index}" if place == names else ""
+        hint = f"; --labels names the file published as {known.classes}" if place == names else ""
         raise UserError(f"{place}: {error.strerror}{hint}") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         why = f"{error} is missing, or not in {names}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{place}: not as published for {form}, `{example}`: {entry!r:.80} ({why})"
+            f"{place}: not as published for {form}, `{known.example}`: {entry!r:.80} ({why})"
         ) from None
     if not listed:
-        found = f"{source}: no such video in it{_but(skipped)}"
-        raise UserError(f"{found}; for {form} give {expected}, with entries as `{example}`")
+        raise UserError(
+            f"{source}: no such video in it{_but(skipped)}; "
+            f"for {form} give {known.source}, with entries as `{known.example}`"
+        )
     return listed
+
+
+def _refuse_flags(form):
+    splits = FORMATS[form].splits
+    takes = "no --split and --fold: SOURCE is one"
+    if splits:
+        takes = f"--split train or val, and --fold 1 to {splits}"
+    without = "" if FORMATS[form].classes else ", and no --labels"
+    raise UserError(f"{form} takes {takes}{without}")
 
 
 def _but(skipped):
@@ -3640,17 +3654,14 @@ def _in_threads(work, jobs, workers, total, **bar):
     Threads suffice, as in `make_toy`: FFmpeg works outside Python's lock. One damaged video is one
     VideoError; any other error, and Ctrl-C, stops the other threads at their next tick.
     """
-    # threads share the iterator
-    jobs, workers, failures, stop = (
-        iter(jobs),
-        workers or os.cpu_count(),
-        [],
-        [],
-    )
+    jobs = iter(jobs)  # which the threads share
+    workers = workers or os.cpu_count()
+    failures = []
+    stop = threading.Event()
     with tqdm(total=total, disable=None, **bar) as progress, ThreadPoolExecutor(workers) as pool:
 
         def tick(amount=0):
-            if stop:
+            if stop.is_set():
                 raise InterruptedError
             if amount:
                 progress.update(amount)
@@ -3666,7 +3677,7 @@ def _in_threads(work, jobs, workers, total, **bar):
             for thread in as_completed([pool.submit(run) for _ in range(workers)]):
                 thread.result()
         finally:
-            stop.append(True)
+            stop.set()
     return sorted(failures, key=str)
 
 
@@ -3697,7 +3708,8 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
     <path>.bad), and the list without them to good. Returns (number of videos, [VideoError]).
     UserError where these can't be written, first.
     """
-    videos, out = VideoList(path, root), out or f"{path}.bad"
+    videos = VideoList(path, root)
+    out = out or f"{path}.bad"
     files = [str(file) for file in (path, out, good) if file]
     if len(set(map(os.path.realpath, files))) < len(files):
         raise UserError(
@@ -3716,11 +3728,9 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
     failures = _in_threads(work, names, workers, len(names), desc="checking", unit="video")
     Path(out).write_text("".join(f"{error}\n" for error in failures), "utf-8")
     if good:
-        lost, text = (
-            {error.path for error in failures},
-            {"encoding": "utf-8", "errors": "surrogateescape"},
-        )
-        with open(path, newline="", **text) as old, open(good, "w", newline="", **text) as new:
+        lost = {error.path for error in failures}
+        as_it_is = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        with open(path, **as_it_is) as old, open(good, "w", **as_it_is) as new:
             # those that VideoList numbers
             lines = (line for line in old if line.lstrip("\ufeff").strip())
             new.writelines(line for i, line in enumerate(lines) if videos.video(i) not in lost)
@@ -3749,10 +3759,9 @@ def core_clips(frames, decoded=1):
     720, estimates by READING_MS.
 
     decoded: clips of one decode (--repeated)."""
+    lengths = list(READING_MS)
     columns = zip(*READING_MS.values(), strict=True)
-    first, further, large = [
-        float(np.interp(frames, list(READING_MS), column)) for column in columns
-    ]
+    first, further, large = [float(np.interp(frames, lengths, column)) for column in columns]
     more = (decoded - 1) * further
     return 1000 * decoded / (first + more), 1000 * decoded / (large + more)
 
@@ -3790,9 +3799,13 @@ def reading_speed(path, root="", frames=16, size=224, stride=4, count=32):
     chosen = sorted(set(np.linspace(0, len(videos) - 1, count).astype(int).tolist()))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a loader process
-    read, busy, passed, failures = 0, 0.0, 0.0, []
+    read = 0
+    busy = 0.0
+    passed = 0.0
+    failures = []
     for index in tqdm(chosen, desc="reading", unit="video", disable=None):
-        core, clock = time.process_time(), time.perf_counter()
+        core = time.process_time()
+        clock = time.perf_counter()
         clips, *_, reasons = dataset[0, index]
         if clips is None:
             failures += reasons
@@ -3860,43 +3873,51 @@ def _upright(frame, w, h, turn, scaler):
     """A decoded frame turned, scaled to w x h and in yuv420p; colour matrix and range stay
     what they are, as tagged."""
     transpose, flip_x, flip_y = turn
-    w, h = (h, w) if transpose else (w, h)
+    if transpose:
+        w, h = h, w
     small = scaler.reformat(frame, w, h, "yuv420p", interpolation=Interpolation.BICUBIC, threads=1)
     if not any(turn):
         return small
-    planes = [plane.T if transpose else plane for plane in _planes(small)]
-    planes = [plane[:: -1 if flip_y else 1, :: -1 if flip_x else 1].copy() for plane in planes]
+    planes = []
+    for plane in _planes(small):
+        if transpose:
+            plane = plane.T
+        if flip_y:
+            plane = plane[::-1]
+        if flip_x:
+            plane = plane[:, ::-1]
+        planes.append(plane.copy())
     turned = av.VideoFrame.from_dlpack(planes, format="yuv420p")
     for tag in TAGS:
         setattr(turned, tag, getattr(small, tag))
     return turned
 
 
-def _write_chunk(path, video, frames, pts, times, short_side, options, tick):
+def _write_chunk(path, video, frames, pts, times, short_side, coding, tick):
     """Encode (index, frame) pairs of a video as one file.
 
     pts: of all its frames and of its end, in time-base units; times: what
     `_times_in_whole` shall read.
     """
-    width, height = video.info[:2]
-    short = min(short_side, width, height)
-    w, h = (
-        max(2, min(2 * round(side * short / min(width, height) / 2), side // 2 * 2))
-        for side in (width, height)
-    )
-    unit, scaler, first = video._stream.time_base, VideoReformatter(), None
-    with av.open(
-        f"file:{path}", "w", format="mp4", options={"movflags": "use_metadata_tags"}
-    ) as out:
-        out.metadata[CHUNK_TIMES] = times.astype("<f8").tobytes().hex()
-        rate = Fraction(video.info.fps).limit_denominator(1001)
-        stream = out.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = w, h, "yuv420p"
-        stream.codec_context.time_base, stream.codec_context.thread_count = unit, 1
+    shorter = min(video.info[:2])
+    short = min(short_side, shorter)
+    sides = []
+    for side in video.info[:2]:
+        even = 2 * round(side * short / shorter / 2)
+        sides.append(max(2, min(even, side // 2 * 2)))
+    unit = video._stream.time_base
+    rate = Fraction(video.info.fps).limit_denominator(1001)
+    scaler = VideoReformatter()
+    first = None
+    opening = {"format": "mp4", "options": {"movflags": "use_metadata_tags"}}
+    with _encoder(f"file:{path}", "libx264", rate, *sides, coding=coding, **opening) as encoder:
+        stream, write = encoder
+        stream.container.metadata[CHUNK_TIMES] = times.astype("<f8").tobytes().hex()
+        stream.codec_context.time_base = unit
         for i, frame in frames:
             tick()
             video._check_frame(i, frame)
-            picture = _upright(frame, w, h, video._turn, scaler)
+            picture = _upright(frame, *sides, video._turn, scaler)
             if first is None:
                 first = pts[i]
                 for tag in TAGS:
@@ -3905,13 +3926,10 @@ def _write_chunk(path, video, frames, pts, times, short_side, options, tick):
                 if not picture.colorspace:
                     stream.codec_context.colorspace = 6
             picture.pict_type = 0  # the encoder's choice, not the source's
-            picture.pts, picture.duration, picture.time_base = (
-                pts[i] - first,
-                pts[i + 1] - pts[i],
-                unit,
-            )
-            out.mux(stream.encode(picture))
-        out.mux(stream.encode())
+            picture.pts = pts[i] - first
+            picture.duration = pts[i + 1] - pts[i]
+            picture.time_base = unit
+            write(picture)
 
 
 def _whole(path, times):
@@ -3924,54 +3942,99 @@ def _whole(path, times):
         return False
 
 
-def _chunk_video(job, tick, seconds, short_side, options):
+def _chunk_pts(times, unit):
+    """Seconds as whole numbers of time-base units, a list: no two frames at the same time."""
+    count = np.arange(len(times))
+    pts = np.rint(times / float(unit)).astype(np.int64)
+    return (np.maximum.accumulate(pts - count) + count).tolist()
+
+
+def _chunk_video(job, tick, seconds, short_side, coding):
     """Cut one video, job = (path, folder of its chunks, bytes). The folder has another
     name until all are there."""
     source, folder, size = job
-    part = folder.with_name(f".{folder.name}.part")
     if folder.exists():
-        return tick(size)
+        tick(size)
+        return
+    part = folder.with_name(f".{folder.name}.part")
     part.mkdir(parents=True, exist_ok=True)
     try:
         with Video(source) as video:
-            n, unit = video.info.num_frames, video._stream.time_base
-            pts = np.rint(np.append(video.times, video.info.duration) / float(unit)).astype(
-                np.int64
-            ) - range(n + 1)
-            # no two frames at the same time
-            pts = (np.maximum.accumulate(pts) + range(n + 1)).tolist()
             end = video.info.duration
             times = np.append(video.times, end)  # [n + 1]
+            pts = _chunk_pts(times, video._stream.time_base)
             # 1e-6: 14.9999999 means 15
             starts = [int((t + 1e-6) // seconds) * seconds for t in video.times]
             for start, frames in groupby(_in_order(video), lambda item: starts[item[0]]):
-                path, count = part / f"{start}.mp4", starts.count(start)
+                path = part / f"{start}.mp4"
                 temporary = path.with_name(f".{start}.mp4")
                 first = starts.index(start)
+                count = starts.count(start)
                 times_here = np.append(times[first : first + count + 1], end)
                 if _whole(path, times_here):  # from a run that was ended
                     for _ in frames:
                         tick()
                 else:
                     _write_chunk(
-                        temporary, video, frames, pts, times_here, short_side, options, tick
+                        temporary, video, frames, pts, times_here, short_side, coding, tick
                     )
                     if not _whole(temporary, times_here):
                         raise VideoError(
                             source, f"its chunk at {start} s does not read back as it was written"
                         )
                     temporary.replace(path)
-                tick(size * count // n)
-    except (VideoError, av.FFmpegError) as error:
+                tick(size * count // video.info.num_frames)
+    except VideoError:
+        shutil.rmtree(part)
+        raise
+    except av.FFmpegError as error:
         if isinstance(error, OSError):  # a full disk is not the video's fault
             raise
         shutil.rmtree(part)
-        raise (
-            error
-            if isinstance(error, VideoError)
-            else VideoError(source, f"can't be encoded: {error}")
-        ) from error
+        raise VideoError(source, f"can't be encoded: {error}") from error
     part.rename(folder)
+
+
+def _chunk_jobs(source, target, skipped):
+    """(path, folder of its chunks, bytes) of each video below source."""
+    if os.path.commonpath(map(os.path.realpath, (source, target))) == os.path.realpath(source):
+        raise UserError(
+            f"{target} is in {source}: give a folder outside it, "
+            "or the chunks would be cut next time"
+        )
+    folders = {}
+    jobs = []
+    for _, name in _videos(source, None, skipped):
+        path = os.path.join(source, name)
+        folder = (target / name).with_suffix(".mp4")
+        if folder in folders:
+            raise UserError(
+                f"{folders[folder]} and {path} would have the same chunks, {folder}: rename one"
+            )
+        folders[folder] = path
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        jobs.append((path, folder, size))
+    if not jobs:
+        raise UserError(f"{source}: no video in it (.mp4, .mkv, .webm, .avi ...){_but(skipped)}")
+    return jobs
+
+
+def _keep_settings(target, settings):
+    """Writes chunks.json; UserError where the folder has chunks of other settings, or no chunks."""
+    record = target / "chunks.json"
+    temporary = target / ".chunks.json"
+    if record.exists():
+        made = json.loads(record.read_text())
+        if made != settings:
+            flags = " ".join(f"--{flag} {value}" for flag, value in made.items())
+            raise UserError(
+                f"{target} holds chunks made with {flags}: use the same flags, or another folder"
+            )
+    elif set(os.listdir(target)) - {".lock", ".chunks.json"}:
+        raise UserError(f"{target} holds something else: use another folder")
+    else:
+        temporary.write_text(json.dumps(settings))
+        temporary.replace(record)
 
 
 def chunk_videos(
@@ -3993,51 +4056,24 @@ def chunk_videos(
     settings is a UserError. Returns (number of videos, [VideoError]). skipped, a list, gets notes
     on the files that are left out.
     """
-    target, folders, jobs = Path(target), {}, []
-    skipped = [] if skipped is None else skipped
-    if os.path.commonpath(map(os.path.realpath, (source, target))) == os.path.realpath(source):
-        raise UserError(
-            f"{target} is in {source}: give a folder outside it, "
-            "or the chunks would be cut next time"
-        )
-    for _, name in _videos(source, None, skipped):
-        path, folder = os.path.join(source, name), (target / name).with_suffix(".mp4")
-        if folder in folders:
-            raise UserError(
-                f"{folders[folder]} and {path} would have the same chunks, {folder}: rename one"
-            )
-        folders[folder] = path
-        jobs.append((path, folder, os.path.getsize(path) if os.path.exists(path) else 0))
-    if not jobs:
-        raise UserError(f"{source}: no video in it (.mp4, .mkv, .webm, .avi ...){_but(skipped)}")
-    options = ENCODINGS[encoding] | ({"crf": f"{crf:g}"} if crf else {})
+    target = Path(target)
+    jobs = _chunk_jobs(source, target, [] if skipped is None else skipped)
+    coding = dict(ENCODINGS[encoding])
+    if crf:
+        coding["crf"] = f"{crf:g}"
     settings = {
         "seconds": seconds,
         "short-side": short_side,
         "encoding": encoding,
-        "crf": options["crf"],
+        "crf": coding["crf"],
     }
     target.mkdir(parents=True, exist_ok=True)
     with _only_maker(target / ".lock"):
-        record, temporary = target / "chunks.json", target / ".chunks.json"
-        if record.exists():
-            made = json.loads(record.read_text())
-            if made != settings:
-                flags = " ".join(f"--{flag} {value}" for flag, value in made.items())
-                raise UserError(
-                    f"{target} holds chunks made with {flags}: "
-                    "use the same flags, or another folder"
-                )
-        elif set(os.listdir(target)) - {".lock", ".chunks.json"}:
-            raise UserError(f"{target} holds something else: use another folder")
-        else:
-            temporary.write_text(json.dumps(settings))
-            temporary.replace(record)
-        work = lambda job, tick: _chunk_video(job, tick, seconds, short_side, options)
+        _keep_settings(target, settings)
+        work = lambda job, tick: _chunk_video(job, tick, seconds, short_side, coding)
         total = sum(size for *_, size in jobs)
-        failures = _in_threads(
-            work, jobs, workers, total, desc="chunking", unit="B", unit_scale=True
-        )
+        bar = {"desc": "chunking", "unit": "B", "unit_scale": True}
+        failures = _in_threads(work, jobs, workers, total, **bar)
     return len(jobs), failures
 
 

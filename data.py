@@ -4080,119 +4080,77 @@ def chunk_videos(
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
+# Each tool has its arguments, and what it does with them; TOOLS lists them for --help. A tool
+# returns whether some videos are bad, which is exit status 1. To lift a tool, take the function
+# that it calls: nothing above this line reads the command line.
 
 
-def _parser():
-    parser = argparse.ArgumentParser(description="Tools around video data.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, text, more=""):
-        described = {"help": text, "description": f"{text}\n\n{more}", "allow_abbrev": False}
-        return commands.add_parser(
-            name, formatter_class=argparse.RawDescriptionHelpFormatter, **described
-        ).add_argument
-
-    add = command("toy", "make the toy videos: actions/, pairs/, long/ and narrated/ under DIR")
+def _toy_arguments(add):
     add("root", metavar="DIR")
 
-    rows = [f"  {name:15} {source:35} {example}" for name, (source, example, *_) in FORMATS.items()]
-    add = command(
-        "list",
-        "print the list of a data set as published",
-        "\n".join(["FORMAT, SOURCE, an entry:", *rows]),
-    )
+
+def _toy_tool(args):
+    for which in TOY_SETS:
+        print(make_toy(args.root, which))
+
+
+def _list_arguments(add):
     add("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
     add("source", metavar="SOURCE")
-    add(
-        "--split",
-        choices=("train", "val", "test"),
-        help="of hmdb51, coin and breakfast; val and test are the same",
-    )
-    add(
-        "--fold",
-        type=int,
-        default=1,
-        help="which of hmdb51's 3 and breakfast's 4 splits (default: 1)",
-    )
-    add(
-        "--labels",
-        metavar="FILE",
-        help="index of classes, where it is not beside SOURCE under its published name",
-    )
+    splits = "of hmdb51, coin and breakfast; val and test are the same"
+    add("--split", choices=("train", "val", "test"), help=splits)
+    folds = "which of hmdb51's 3 and breakfast's 4 splits (default: 1)"
+    add("--fold", type=int, default=1, help=folds)
+    labels = "index of classes, where it is not beside SOURCE under its published name"
+    add("--labels", metavar="FILE", help=labels)
 
-    usage = (
-        "Exit status 1 when some are bad. To go on with the others:\n"
-        "  data.py check LIST --good GOOD, train on GOOD"
-    )
-    add = command("check", "open every video of LIST and decode some frames", usage)
+
+def _list_tool(args):
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    skipped = []
+    listed = list_videos(args.format, args.source, args.split, args.fold, args.labels, skipped)
+    csv.writer(sys.stdout, lineterminator="\n").writerows(listed)
+    _print_skipped(skipped)
+
+
+def _print_skipped(skipped):
+    if skipped:
+        print(f"skipped {'; '.join(skipped)}", file=sys.stderr)
+
+
+def _check_arguments(add):
     add("list", metavar="LIST")
-    add(
-        "--data-root",
-        default="",
-        metavar="DIR",
-        help="folder that the paths of LIST are relative to",
-    )
+    root = "folder that the paths of LIST are relative to"
+    add("--data-root", default="", metavar="DIR", help=root)
     add("--full", action="store_true", help="decode every frame")
-    add(
-        "--out",
-        metavar="FILE",
-        help="where to write the bad ones, `path: reason` (default: LIST.bad)",
-    )
+    out = "where to write the bad ones, `path: reason` (default: LIST.bad)"
+    add("--out", metavar="FILE", help=out)
     add("--good", metavar="FILE", help="where to write LIST without them")
     add("--workers", type=int, help="threads (default: as many as the machine has)")
-    add(
-        "--speed",
-        action="store_true",
-        help="measure instead how many clips a second one core reads, of clips of:",
-    )
+    speed = "measure instead how many clips a second one core reads, of clips of:"
+    add("--speed", action="store_true", help=speed)
     add("--frames", type=int, default=16, help="frames (default: %(default)s)")
     add("--stride", type=int, default=4, help="frames from one to the next (default: %(default)s)")
     add("--size", type=int, default=224, help="pixels, height and width (default: %(default)s)")
 
-    usage = (
-        "The same command again goes on where it stopped. Exit status 1 when some could not be cut."
-    )
-    add = command(
-        "chunk", "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4", usage
-    )
-    add("source", metavar="SRC", nargs="?")
-    add("target", metavar="DST", nargs="?")
-    add("--seconds", type=int, default=15, help="length of a chunk (default: %(default)s)")
-    add("--short-side", type=int, default=288, help="pixels, at most (default: %(default)s)")
-    add(
-        "--encoding",
-        choices=ENCODINGS,
-        default="fast",
-        help="trades bytes for decoding time (default: %(default)s)",
-    )
-    add("--crf", type=float, help="lower is better and larger (default: the quality of x264's 23)")
-    add("--workers", type=int, help="threads, a video each (default: as many as the machine has)")
-    add(
-        "--plan",
-        action="store_true",
-        help="print the longest chunk that the disk allows (AVION, Eq. 3), from:",
-    )
-    add("--batch-size", type=int, default=1024, help="clips a step (default: %(default)s)")
-    add("--mbps", type=float, default=1, help="Mb a second of video (default: %(default)s)")
-    add(
-        "--disk",
-        type=float,
-        default=500,
-        help="MB a second that it reads (default: %(default)s, a SATA SSD)",
-    )
-    add(
-        "--step-seconds",
-        type=float,
-        default=4,
-        help="time of a training step (default: %(default)s)",
-    )
-    return parser
+
+def _check_tool(args):
+    if args.speed:
+        print_speed(args.list, args.data_root, args.frames, args.size, args.stride)
+        return False
+    out = args.out or f"{args.list}.bad"
+    n, bad = check_list(args.list, args.data_root, args.full, args.workers, out, args.good)
+    print(f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {out}")
+    if bad:
+        print(bad[0])
+    return bool(bad)
 
 
-def print_speed(args):
+def print_speed(path, root, frames, size, stride):
     """What `check --speed` says of a list, beside what an H100 takes."""
-    frames, size, stride = args.frames, args.size, args.stride
-    core, clock, failures = reading_speed(args.list, args.data_root, frames, size, stride)
+    core, clock, failures = reading_speed(path, root, frames, size, stride)
     left_out = f", without {len(failures)} that can't be read ({failures[0]})" if failures else ""
     print(
         f"a core reads {core:.1f} clips/s of {frames} frames, {stride} apart, "
@@ -4200,7 +4158,8 @@ def print_speed(args):
     )
     print(f"by the clock {clock:.1f}, with what the disk takes, and other processes")
     # GMACs of a clip's forward pass: AVION's ViT-B on 4 frames, VideoMAE-B on 16 with 90 % masked.
-    low, high = (gpu_clips(3 * gmacs) for gmacs in (78.5, 33.8))
+    low = gpu_clips(3 * 78.5)
+    high = gpu_clips(3 * 33.8)
     print(
         f"an H100 trains {low:.0f} (AVION's ViT-B) to {high:.0f} clips/s (VideoMAE-B), "
         f"an estimate: it needs {math.ceil(low / core)} to {math.ceil(high / core)} such cores; "
@@ -4209,58 +4168,118 @@ def print_speed(args):
     print(f"with fewer: {LOADER_ADVICE}")
 
 
+def _chunk_arguments(add):
+    add("source", metavar="SRC", nargs="?")
+    add("target", metavar="DST", nargs="?")
+    add("--seconds", type=int, default=15, help="length of a chunk (default: %(default)s)")
+    add("--short-side", type=int, default=288, help="pixels, at most (default: %(default)s)")
+    encoding = "trades bytes for decoding time (default: %(default)s)"
+    add("--encoding", choices=ENCODINGS, default="fast", help=encoding)
+    add("--crf", type=float, help="lower is better and larger (default: the quality of x264's 23)")
+    add("--workers", type=int, help="threads, a video each (default: as many as the machine has)")
+    plan = "print the longest chunk that the disk allows (AVION, Eq. 3), from:"
+    add("--plan", action="store_true", help=plan)
+    add("--batch-size", type=int, default=1024, help="clips a step (default: %(default)s)")
+    add("--mbps", type=float, default=1, help="Mb a second of video (default: %(default)s)")
+    disk = "MB a second that it reads (default: %(default)s, a SATA SSD)"
+    add("--disk", type=float, default=500, help=disk)
+    step = "time of a training step (default: %(default)s)"
+    add("--step-seconds", type=float, default=4, help=step)
+
+
+def _chunk_tool(args):
+    if args.plan:
+        values = args.batch_size, args.mbps, args.disk, args.step_seconds
+        print("AVION, Eq. 3, {} clips of {} Mb/s from {} MB/s in {} s:".format(*values), end=" ")
+        print(f"chunks of up to {largest_chunk(*values):.1f} s")
+        return False
+    skipped = []
+    n, bad = chunk_videos(
+        args.source,
+        args.target,
+        args.seconds,
+        args.short_side,
+        args.encoding,
+        args.crf,
+        args.workers,
+        skipped,
+    )
+    print(*bad, f"{n - len(bad)} of {n} videos are in {args.target}", sep="\n")
+    _print_skipped(skipped)
+    return bool(bad)
+
+
+class Tool(NamedTuple):
+    """A command of data.py."""
+
+    what: str  # it does
+    more: str  # to say below it
+    arguments: object  # adds them to its parser
+    run: object  # with the parsed ones
+
+
+TOOLS = {
+    "toy": Tool(
+        "make the toy videos: actions/, pairs/, long/ and narrated/ under DIR",
+        "",
+        _toy_arguments,
+        _toy_tool,
+    ),
+    "list": Tool(
+        "print the list of a data set as published",
+        "\n".join(
+            [
+                "FORMAT, SOURCE, an entry:",
+                *(f"  {name:15} {form.source:35} {form.example}" for name, form in FORMATS.items()),
+            ]
+        ),
+        _list_arguments,
+        _list_tool,
+    ),
+    "check": Tool(
+        "open every video of LIST and decode some frames",
+        "Exit status 1 when some are bad. To go on with the others:\n"
+        "  data.py check LIST --good GOOD, train on GOOD",
+        _check_arguments,
+        _check_tool,
+    ),
+    "chunk": Tool(
+        "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4",
+        "The same command again goes on where it stopped. "
+        "Exit status 1 when some could not be cut.",
+        _chunk_arguments,
+        _chunk_tool,
+    ),
+}
+
+
 def main():
-    parser = _parser()
+    parser = argparse.ArgumentParser(description="Tools around video data.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, tool in TOOLS.items():
+        own = commands.add_parser(
+            name,
+            help=tool.what,
+            description=f"{tool.what}\n\n{tool.more}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        tool.arguments(own.add_argument)
     args = parser.parse_args()
     for name, value in vars(args).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
-    bad, skipped = [], []
+    if args.command == "chunk" and not args.plan and not (args.source and args.target):
+        parser.error("chunk needs SRC and DST, or --plan")
     try:
-        if args.command == "toy":
-            for which in TOY_SETS:
-                print(make_toy(args.root, which))
-        elif args.command == "list":
-            if hasattr(signal, "SIGPIPE"):
-                signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
-            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-            listed = list_videos(
-                args.format, args.source, args.split, args.fold, args.labels, skipped
-            )
-            csv.writer(sys.stdout, lineterminator="\n").writerows(listed)
-        elif args.command == "check" and args.speed:
-            print_speed(args)
-        elif args.command == "check":
-            args.out = args.out or f"{args.list}.bad"
-            n, bad = check_list(
-                args.list, args.data_root, args.full, args.workers, args.out, args.good
-            )
-            print(
-                f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {args.out}",
-                *bad[:1],
-                sep="\n",
-            )
-        elif args.plan:
-            values = args.batch_size, args.mbps, args.disk, args.step_seconds
-            print(
-                "AVION, Eq. 3, {} clips of {} Mb/s from {} MB/s in {} s:".format(*values), end=" "
-            )
-            print(f"chunks of up to {largest_chunk(*values):.1f} s")
-        elif not (args.source and args.target):
-            parser.error("chunk needs SRC and DST, or --plan")
-        else:
-            keys = "source", "target", "seconds", "short_side", "encoding", "crf", "workers"
-            n, bad = chunk_videos(**{key: getattr(args, key) for key in keys}, skipped=skipped)
-            print(*bad, f"{n - len(bad)} of {n} videos are in {args.target}", sep="\n")
-        if skipped:
-            print(f"skipped {'; '.join(skipped)}", file=sys.stderr)
-        if bad:
-            sys.exit(1)
+        some_are_bad = TOOLS[args.command].run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
         raise UserError(f"{error.filename or args.command}: {error.strerror or error}") from None
+    if some_are_bad:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2020,7 +2020,9 @@ LOADER_PATIENCE = 300.0
 # A loader process decodes at most so many clips before it hands them over, and 4 such pieces ahead.
 # What waits in memory is then bounded by the number of processes, not by the micro-batch, and the
 # first one comes soon. The bytes are those of 16 clips of 16 frames of 224 x 224.
-PIECE_CLIPS, PIECE_BYTES, PIECES_AHEAD = 16, 40 << 20, 4
+PIECE_CLIPS = 16
+PIECE_BYTES = 40 << 20
+PIECES_AHEAD = 4
 MORE_ROOM = (
     f"Clips wait in shared memory, {PIECES_AHEAD} times {PIECE_CLIPS} for each of --workers: "
     "take fewer workers, or more of it (docker run --shm-size=8g)"
@@ -2036,9 +2038,8 @@ class Batch(NamedTuple):
 
     clips: torch.Tensor  # uint8 [B, T, C, H, W]
     labels: torch.Tensor  # int64 [B]
-    keys: (
-        torch.Tensor
-    )  # int64 [B], of (seed, epoch, index, view): all later draws for these clips hash from them
+    # int64 [B], of (seed, epoch, index, view): all later draws for these clips hash from them
+    keys: torch.Tensor
     index: torch.Tensor  # int64 [B], place in the list; it and the keys stay on the CPU
     failures: list  # one line a video that could not be read
     waited: float = 0.0  # seconds that the trainer waited for the loader processes
@@ -2053,17 +2054,25 @@ class ClipDataset(torch.utils.data.Dataset):
     """Clips of videos (VideoList or Captions), decoded at `size`.
 
     plan(video, index, view, key) -> (frames, box) says what to read of an open Video or Chunks;
-    ValueError if it is too short. views: clips of a video that one decode serves (repeated
-    sampling; test views), each with a key of its own. replace: an unreadable video's place is
-    taken by another, drawn from the sample's own key (training). Otherwise the sample is left
-    out of its batch (evaluation). Both are reported in Batch.failures; nothing is repeated or
-    black. reader: of open_video.
+    ValueError if it is too short.
+    views: clips of a video that one decode serves (repeated sampling; test views), each with a key
+    of its own.
+    replace: an unreadable video's place is taken by another, drawn from the sample's own key
+    (training). Otherwise the sample is left out of its batch (evaluation). Both are reported in
+    Batch.failures; nothing is repeated or black.
+    reader: of open_video.
     """
 
     def __init__(self, videos, plan, size, seed, replace, views=1, frames=16, reader=Video):
-        self.videos, self.plan, self.size, self.seed = videos, plan, size, seed
-        self.replace, self.views, self.frames, self.watch = replace, views, frames, None
+        self.videos = videos
+        self.plan = plan
+        self.size = size
+        self.seed = seed
+        self.replace = replace
+        self.views = views
+        self.frames = frames
         self.reader = reader
+        self.watch = None
 
     def __len__(self):
         return len(self.videos)
@@ -2089,9 +2098,8 @@ class ClipDataset(torch.utils.data.Dataset):
         with it: minus the second."""
         if self.watch is not None:
             since = time.monotonic() if busy else -time.monotonic()
-            self.watch[torch.utils.data.get_worker_info().id, 1:] = torch.tensor(
-                [index, since], dtype=torch.float64
-            )
+            worker = torch.utils.data.get_worker_info().id
+            self.watch[worker, 1:] = torch.tensor([index, since], dtype=torch.float64)
 
     def plans(self, video, index, keys):
         """`plan` of each view of a sample, keys int64 [V]. Views that depend on each
@@ -2099,7 +2107,8 @@ class ClipDataset(torch.utils.data.Dataset):
         return [self.plan(video, index, view, key) for view, key in enumerate(keys)]
 
     def _load(self, epoch, index):
-        keys, failures = make_key(self.seed, epoch, index, torch.arange(self.views)), []  # [V]
+        keys = make_key(self.seed, epoch, index, torch.arange(self.views))  # [V]
+        failures = []
         for attempt in range(10 if self.replace else 1):
             if attempt:
                 index = int(uniform(keys[0], f"replace.{attempt}") * len(self))
@@ -2125,14 +2134,24 @@ def collate(samples):
     too, but where there is no room it loses the batch, and the trainer waits for it; an error
     in here reaches the trainer.
     """
-    failures = [line for sample in samples for line in sample[4]]
-    read = [sample for sample in samples if sample[0] is not None]
+    failures = []
+    read = []
+    for *sample, reasons in samples:
+        failures += reasons
+        if sample[0] is not None:
+            read.append(sample)
     if not read:
-        return Batch(*(torch.empty(0, dtype=torch.int64),) * 4, failures)
-    clips, labels, keys, index, _ = zip(*read, strict=True)
-    clips = torch.stack(list(chain(*zip(*clips, strict=True))))  # [V S, T, C, H, W]
-    keys, views = torch.stack(keys, dim=1).flatten(), len(keys[0])  # [V S]
-    tensors = clips, torch.tensor(labels).repeat(views), keys, torch.tensor(index).repeat(views)
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Batch(nothing, nothing, nothing, nothing, failures)
+    clips, labels, keys, index = zip(*read, strict=True)
+    views = len(keys[0])
+    by_view = chain.from_iterable(zip(*clips, strict=True))
+    tensors = [
+        torch.stack(list(by_view)),  # [V S, T, C, H, W]
+        torch.tensor(labels).repeat(views),  # [V S]
+        torch.stack(keys, dim=1).flatten(),  # [V S]
+        torch.tensor(index).repeat(views),  # [V S]
+    ]
     if torch.utils.data.get_worker_info() is not None:
         for tensor in tensors:
             tensor.share_memory_()
@@ -2142,10 +2161,13 @@ def collate(samples):
 def join(pieces, views, device):
     """The micro-batch of which collate made `pieces`, on the device, view by view; put together
     there, because a GPU copies faster than the host."""
-    failures = [line for piece in pieces for line in piece.failures]
+    failures = []
+    for piece in pieces:
+        failures += piece.failures
     read = [piece.to(device) for piece in pieces if len(piece.labels)]
     if len(read) < 2:
-        return (read or pieces)[0]._replace(failures=failures)
+        only = read[0] if read else pieces[0]
+        return only._replace(failures=failures)
     columns = []
     for parts in zip(*(piece[:4] for piece in read), strict=True):
         parts = [part.unflatten(0, (views, -1)) for part in parts]  # [V, S of the piece, ...] each
@@ -2170,19 +2192,24 @@ class GlobalBatches:
                 f"the checkpoint is of step {start}, and this run has {stop}: "
                 "is its --train-list shorter now?"
             )
-        self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
-        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.n = n
+        self.batch_size = batch_size
+        self.micro_batch = micro_batch
+        self.seed = seed
+        self.start = start
+        self.stop = stop
+        self.rank = rank
+        self.world = world
 
     def __iter__(self):
-        per_rank, per_epoch, shuffled = (
-            self.batch_size // self.world,
-            self.n // self.batch_size,
-            None,
-        )
+        per_rank = self.batch_size // self.world
+        per_epoch = self.n // self.batch_size
+        shuffled = None
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, per_epoch)
             if shuffled != epoch:
-                order, shuffled = permutation(make_key(self.seed, epoch), "shuffle", self.n), epoch
+                order = permutation(make_key(self.seed, epoch), "shuffle", self.n)
+                shuffled = epoch
             first = i * self.batch_size + self.rank * per_rank
             for micro in order[first : first + per_rank].split(self.micro_batch):
                 yield [(epoch, index) for index in micro.tolist()]
@@ -2191,10 +2218,8 @@ class GlobalBatches:
 def every_sample(n, batch_size, rank=0, world=1):
     """The (epoch, index) lists of one rank that together, over ranks, hold
     each entry once (evaluation)."""
-    mine = range(rank, n, world)
-    return [
-        [(0, index) for index in mine[i : i + batch_size]] for i in range(0, len(mine), batch_size)
-    ]
+    mine = [(0, index) for index in range(rank, n, world)]
+    return [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
 
 
 def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx, augment=None):
@@ -2221,7 +2246,8 @@ def test_batches(dataset, clips, workers, ctx, failures, shared=True):
     shared: all ranks have the same videos, and each takes its part of
     them; else a rank has its own.
     """
-    rank, world = (ctx.rank, ctx.world) if shared else (0, 1)
+    rank = ctx.rank if shared else 0
+    world = ctx.world if shared else 1
     order = every_sample(len(dataset), max(1, clips // dataset.views), rank, world)
     for batch in make_loader(dataset, order, workers, ctx.device):
         failures.new += batch.failures
@@ -2264,7 +2290,8 @@ def make_loader(dataset, batches, workers, device, augment=None):
     a batch that nobody is at work on. augment(clips on the device, keys) -> clips; on a GPU this is
     done for the next batch while a step computes.
     """
-    handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+    handler = signal.getsignal(signal.SIGCHLD)
+    before = set(multiprocessing.active_children())
     try:
         dataset.watch = None
         if workers:
@@ -2312,15 +2339,17 @@ def _last_line(error):
 
 
 def _watched(host, dataset, batches):
-    """Yields (the pieces of each of `batches`, a list of them, from a DataLoader's iterator;
-    the seconds that they took) while its workers are alive and at work. (Should it end
-    before them, its StopIteration is a RuntimeError in here, as in any generator, and no
-    evaluation gets shorter unnoticed.)
+    """Yields (the pieces of each of `batches`, a list of them, from a DataLoader's iterator; the
+    seconds that they took) while its workers are alive and at work. (Should it end before them, its
+    StopIteration is a RuntimeError in here, as in any generator, and no evaluation gets shorter
+    unnoticed.)
 
     A thread looks after the workers, because the trainer may wait for an answer of one that hangs;
     and ends them where there is trouble, because that ends the wait.
     """
-    asked, trouble, over = math.inf, "", threading.Event()
+    asked = math.inf
+    trouble = ""
+    over = threading.Event()
 
     def look():
         nonlocal trouble
@@ -2333,7 +2362,8 @@ def _watched(host, dataset, batches):
         threading.Thread(target=look, daemon=True).start()
     try:
         for batch in batches:
-            pieces, began = [], time.monotonic()
+            pieces = []
+            began = time.monotonic()
             for _ in batch:
                 asked = time.monotonic()
                 pieces.append(next(host))
@@ -2359,7 +2389,8 @@ def _trouble(dataset, asked):
     if dataset.watch is None or asked == math.inf:
         return ""
     alive = {child.pid for child in multiprocessing.active_children()}
-    now, notes = time.monotonic(), dataset.watch.tolist()
+    now = time.monotonic()
+    notes = dataset.watch.tolist()
     for pid, index, since in notes:
         dead = pid and pid not in alive
         if dead or (since > 0 and now - since > LOADER_PATIENCE):
@@ -2369,8 +2400,9 @@ def _trouble(dataset, asked):
                 f"a loader process {doing} {where}: take the video off the list, "
                 "or look for a full memory or a disk that doesn't answer"
             )
-    idle = now - max(asked, *(-since for *_, since in notes))
-    if idle > LOADER_PATIENCE / 10 and all(since <= 0 for *_, since in notes):
+    times = [since for _, _, since in notes]
+    idle = now - max(asked, -min(times))
+    if idle > LOADER_PATIENCE / 10 and max(times) <= 0:
         return (
             f"a batch was lost: the loader processes have been idle for {idle:.0f} s, "
             "and it didn't come. Look at errors above this one, for a full temporary folder, "
@@ -2382,18 +2414,19 @@ def _trouble(dataset, asked):
 def _ahead(batches, device):
     """Yields batches on a CUDA device, each made, by its copies and its augmentation, on a stream
     of its own while the step before computes."""
-    stream, ready = torch.cuda.Stream(device), None
+    stream = torch.cuda.Stream(device)
+    ready = None
     while True:
         with torch.cuda.stream(stream):
             batch = next(batches, None)
             following = batch, stream.record_event()
         if ready:
             batch, made = ready
-            made.wait(torch.cuda.current_stream(device))
+            current = torch.cuda.current_stream(device)
+            made.wait(current)
             for tensor in batch[:2]:  # clips, labels
                 if tensor.is_cuda:
-                    # its memory is in use there from now on
-                    tensor.record_stream(torch.cuda.current_stream(device))
+                    tensor.record_stream(current)  # its memory is in use there from now on
             yield batch
         if following[0] is None:
             return
@@ -2405,13 +2438,10 @@ class Failures:
     many of them end the run."""
 
     def __init__(self, n, fraction):
-        # lines: {video: why}
-        self.limit, self.new, self.lines, self.epoch = (
-            max(1, int(fraction * n)),
-            [],
-            {},
-            0,
-        )
+        self.limit = max(1, int(fraction * n))
+        self.new = []
+        self.lines = {}  # {video: why} of this epoch
+        self.epoch = 0
 
     def add(self, batch, size):
         """Note a training batch's failures; UserError where even its
@@ -2426,8 +2456,13 @@ class Failures:
         """Exchange the failures since the last call; every rank calls it, at an epoch's end at the
         latest. Returns a line of each video that is new in this epoch; UserError past the limit."""
         if epoch != self.epoch:
-            self.lines, self.epoch = {}, epoch
-        found = {line.partition(": ")[0]: line for part in ctx.gather(self.new) for line in part}
+            self.lines = {}
+            self.epoch = epoch
+        found = {}
+        for part in ctx.gather(self.new):
+            for line in part:
+                video, _, _ = line.partition(": ")
+                found[video] = line
         new = {video: line for video, line in found.items() if video not in self.lines}
         self.new = []
         self.lines |= new
@@ -2489,9 +2524,8 @@ def _blend(base, x, factor):
 def _grey(x):
     """Luma (ITU-R 601) in fixed point, int32 [n, T, 1, H, W]."""
     r, g, b = x.int().split(1, -3)  # [n, T, 1, H, W] each
-    return (
-        r.mul(19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(1 << 15).bitwise_right_shift_(16)
-    )
+    luma = r.mul(19595).add_(g, alpha=38470).add_(b, alpha=7471)
+    return luma.add_(1 << 15).bitwise_right_shift_(16)
 
 
 def _mean_grey(x):
@@ -2526,27 +2560,24 @@ def _sharpness(x, values):
 def _autocontrast(x, values=None):
     """Stretch each colour of each frame to 0 .. 255."""
     low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)  # [n, T, C, 1]
-    low, high = low[..., None].double(), high[..., None].double()  # [n, T, C, 1, 1]
+    low = low[..., None].double()  # [n, T, C, 1, 1]
+    high = high[..., None].double()
     # 255 / tensor would multiply by the inverse
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
-    return torch.where(high > low, (x * scale).sub_(low * scale).clamp_(0, 255).to(torch.uint8), x)
+    stretched = (x * scale).sub_(low * scale).clamp_(0, 255).to(torch.uint8)
+    return torch.where(high > low, stretched, x)
 
 
 def _equalize(x, values=None):
     """Spread each colour of each frame so that all levels occur about equally often."""
     level = x.flatten(-2).long()  # [n, T, C, H W]
-    count = level.new_zeros(*level.shape[:-1], 256).scatter_add_(
-        -1, level, level.new_ones(1).expand_as(level)
-    )
-    step = (
-        count.sum(-1, keepdim=True) - count.gather(-1, level.amax(-1, keepdim=True))
-    ) // 255  # [n, T, C, 1]
-    table = ((step // 2 + count.cumsum(-1) - count) // step.clamp(min=1)).clamp(
-        max=255
-    )  # [n, T, C, 256]
-    table = torch.where(step > 0, table, torch.arange(256, device=x.device)).to(
-        torch.uint8
-    )  # [n, T, C, 256]
+    count = level.new_zeros(*level.shape[:-1], 256)  # [n, T, C, 256]
+    count.scatter_add_(-1, level, level.new_ones(1).expand_as(level))
+    brightest = count.gather(-1, level.amax(-1, keepdim=True))  # [n, T, C, 1]
+    step = (count.sum(-1, keepdim=True) - brightest) // 255  # [n, T, C, 1]
+    table = (step // 2 + count.cumsum(-1) - count) // step.clamp(min=1)  # [n, T, C, 256]
+    levels = torch.arange(256, device=x.device)
+    table = torch.where(step > 0, table.clamp(max=255), levels).to(torch.uint8)  # [n, T, C, 256]
     return table.gather(-1, level).view(x.shape)
 
 
@@ -2564,15 +2595,14 @@ def _bicubic(matrix, H, W):
     weights are PIL's when it transforms, Keys' with a = -1; when it resizes, a is -0.5. grid_sample
     has -0.75, which is up to 8 levels off on the tests' pictures.
     """
-    device, n = matrix.device, len(matrix)
+    device = matrix.device
+    n = len(matrix)
     arange = partial(torch.arange, device=device, dtype=torch.float64)
-    by_x, by_y, by_1 = matrix.view(n, 2, 3).permute(2, 1, 0)[
-        ..., None, None
-    ]  # [2, n, 1, 1] each: of x and y
+    full = partial(torch.full, (1, 1, 1), device=device, dtype=torch.float64)
+    # of x and y
+    by_x, by_y, by_1 = matrix.view(n, 2, 3).permute(2, 1, 0)[..., None, None]  # [2, n, 1, 1] each
     at = by_x * arange(0.5, W) + by_y * arange(0.5, H)[:, None] + by_1  # [2, n, H, W]
-    size = torch.stack(
-        [torch.full((1, 1, 1), s, device=device, dtype=torch.float64) for s in (W, H)]
-    )  # [2, 1, 1, 1]
+    size = torch.stack([full(W), full(H)])  # [2, 1, 1, 1]
     inside = ((at >= 0) & (at < size)).all(0)  # [n, H, W]
     at -= 0.5
     first = at.floor()  # [2, n, H, W]
@@ -2581,15 +2611,14 @@ def _bicubic(matrix, H, W):
     near = (t - 2).mul_(t).mul_(t).add_(1)  # t^3 - 2 t^2 + 1
     far = (5 - t).mul_(t).sub_(8).mul_(t).add_(4)  # -t^3 + 5 t^2 - 8 t + 4
     weight = torch.where(t < 1, near, far).float()  # [2, n, H, W, 4]
-    tap = torch.minimum(
-        (first[..., None] + tap).clamp_(min=0), (size - 1)[..., None]
-    ).int()  # [2, n, H, W, 4]
-    clip = torch.arange(
-        0, n * H * W, H * W, device=device, dtype=torch.int32
-    )  # [n], where a frame's pixels begin
-    row = tap[1] * W + clip[:, None, None, None]  # [n, H, W, 4]
-    index = (row[..., None] + tap[0, ..., None, :]).view(-1, 16)
-    return index, (weight[1, ..., None] * weight[0, ..., None, :]).view(-1, 16), inside
+    tap = (first[..., None] + tap).clamp_(min=0)  # [2, n, H, W, 4]
+    column, row = torch.minimum(tap, (size - 1)[..., None]).int()  # [n, H, W, 4] each
+    # [n], where a frame's pixels begin
+    clip = torch.arange(0, n * H * W, H * W, device=device, dtype=torch.int32)
+    row = row * W + clip[:, None, None, None]  # [n, H, W, 4]
+    index = (row[..., None] + column[..., None, :]).view(-1, 16)  # [n H W, 16]
+    weight = (weight[1, ..., None] * weight[0, ..., None, :]).view(-1, 16)  # [n H W, 16]
+    return index, weight, inside
 
 
 def _affine(x, matrix):
@@ -2602,21 +2631,20 @@ def _affine(x, matrix):
     n, T, C, H, W = x.shape
     index, weight, inside = _bicubic(matrix, H, W)
     pixels = x.flatten(1, 2).flatten(2).transpose(1, 2)  # [n, H W, T C]
-    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).flatten(
-        0, 1
-    )  # [n H W, T C]
+    pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+    pixels = pixels.flatten(0, 1)  # [n H W, T C]
     out = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)  # [n H W, T C]
     # 1e-3 makes good for what float32 lost, where the exact sum is a whole
     # number and would be rounded down.
-    out = (
-        out.add_(1e-3).clamp_(0, 255).to(torch.uint8).view(n, H, W, T, C).permute(0, 3, 4, 1, 2)
-    )  # [n, T, C, H, W]
+    out = out.add_(1e-3).clamp_(0, 255).to(torch.uint8)
+    out = out.view(n, H, W, T, C).permute(0, 3, 4, 1, 2)  # [n, T, C, H, W]
     return torch.where(inside[:, None, None], out, 128)  # [n, T, C, H, W]
 
 
 def _rotation(degrees, W, H):
     """The matrix that turns counter-clockwise about the frame's centre."""
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    c = math.cos(math.radians(degrees))
+    s = math.sin(math.radians(degrees))
     return c, -s, W / 2 - c * W / 2 + s * H / 2, s, c, H / 2 - s * W / 2 - c * H / 2
 
 
@@ -2638,12 +2666,13 @@ def _by_operation(clips, plans):
     it: for all that have come to it in their plans, the one first to which most have come.
     `_affine` has more kernels than others, and waits until four times as many have.
     """
-    plans, calls = [list(plan) for plan in plans], []
+    plans = [list(plan) for plan in plans]
+    calls = []
     while any(plans):
         came = Counter(plan[0][0] for plan in plans if plan)
-        function = max(
-            came, key=lambda function: came[function] / (4 if function is _affine else 1)
-        )
+        if _affine in came:
+            came[_affine] /= 4
+        function = max(came, key=came.get)
         chosen = [i for i, plan in enumerate(plans) if plan and plan[0][0] is function]
         values = [torch.as_tensor(plans[i].pop(0)[1], dtype=torch.float64) for i in chosen]
         calls.append((function, torch.tensor(chosen), torch.stack(values)))  # [n], [n, values]
@@ -2691,11 +2720,11 @@ RAND_AUGMENT = {
 
 
 def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
-    """RandAugment (Cubuk et al. 2020) as timm's string
-    rand-m7-n4-mstd0.5-inc1 has it, VideoMAE's fine-tuning.
+    """RandAugment (Cubuk et al. 2020) as timm's string rand-m7-n4-mstd0.5-inc1 has it, VideoMAE's
+    fine-tuning.
 
-    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU (a GPU's
-    would have to be waited for).
+    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU (a GPU's would have to be
+    waited for).
     Returns: uint8 [B, T, 3, H, W].
 
     `layers` times: one of RAND_AUGMENT, any as likely, is applied with probability 0.5, at a
@@ -2706,11 +2735,11 @@ def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
     DeiT's string of that short form, in which timm's default is 2 layers.
     """
     draws = uniform(keys, "rand_augment", 4 * layers).unflatten(-1, (layers, 4))  # [B, layers, 4]
-    levels = (magnitude + deviation * torch.special.ndtri(draws[..., 2])).clamp(
-        0, 10
-    ) / 10  # [B, layers]
+    levels = magnitude + deviation * torch.special.ndtri(draws[..., 2])  # [B, layers]
+    levels = levels.clamp(0, 10) / 10
     H, W = clips.shape[-2:]
-    operations, plans = list(RAND_AUGMENT.values()), []
+    operations = list(RAND_AUGMENT.values())
+    plans = []
     for draw, level in zip(draws.tolist(), levels.tolist(), strict=True):  # a clip's
         plan = []
         for (which, chance, _, sign), v in zip(draw, level, strict=True):
@@ -2749,35 +2778,38 @@ SCENIC_AUGMENT = {
 
 
 def scenic_rand_augment(clips, keys, magnitude, layers=2):
-    """RandAugment as scenic has it for video (github.com/google-research/scenic,
-    video_ops.py; ViViT): colour and cutout only, `layers` times one of SCENIC_AUGMENT or, as
-    likely as each of them, none.
+    """RandAugment as scenic has it for video (github.com/google-research/scenic, video_ops.py;
+    ViViT): colour and cutout only, `layers` times one of SCENIC_AUGMENT or, as likely as each of
+    them, none.
 
-    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU; magnitude, 0 to
-    20. Returns: uint8 as clips.
+    Args: clips, uint8 [B, T, 3, H, W]; keys, int64 [B], on the CPU; magnitude, 0 to 20.
+    Returns: uint8 as clips.
 
     All frames get the same. Cutout blackens a square of 8 * magnitude pixels, whatever the clip's
     size, around a point anywhere in the frame; what falls outside is lost. Within 3 levels of
     scenic's, which counts in float32.
     """
     draws = uniform(keys, "rand_augment", 3 * layers).unflatten(-1, (layers, 3))  # [B, layers, 3]
-    names, plans = [*SCENIC_AUGMENT, "nothing"], []
+    names = [*SCENIC_AUGMENT, "nothing"]
     T, _, H, W = clips.shape[1:]
-    v, half = magnitude / 10, int(4 * magnitude)
+    v = magnitude / 10
+    half = int(4 * magnitude)
+    plans = []
     for draw in draws.tolist():  # a clip's
         plan = []
         for which, down, right in draw:
-            name, y, x = names[int(which * len(names))], int(down * H), int(right * W)
+            name = names[int(which * len(names))]
             if name == "Cutout":
+                y = int(down * H)
+                x = int(right * W)
                 plan.append((_black_out, (y - half, y + half, x - half, x + half, H)))
             elif name != "nothing":
                 function, values = SCENIC_AUGMENT[name]
                 plan.append((function, values(v, W, T * H)))
         plans.append(plan)
     tall = clips.transpose(1, 2).flatten(2, 3)[:, None]  # [B, 1, 3, T H, W]
-    return (
-        _by_operation(tall, plans)[:, 0].unflatten(2, (T, H)).transpose(1, 2).contiguous()
-    )  # [B, T, 3, H, W]
+    out = _by_operation(tall, plans)[:, 0]  # [B, 3, T H, W]
+    return out.unflatten(2, (T, H)).transpose(1, 2).contiguous()  # [B, T, 3, H, W]
 
 
 def _turn_hue(x, turns):
@@ -2786,14 +2818,25 @@ def _turn_hue(x, turns):
     r, g, b = rgb.split(1, -3)  # [N, 1, H, W] each
     top = rgb.amax(-3, keepdim=True)
     chroma = top - rgb.amin(-3, keepdim=True)
-    hue = torch.where(
-        top == r, g - b, torch.where(top == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    )
+    hue = torch.where(top == g, b - r + 2 * chroma, r - g + 4 * chroma)
+    hue = torch.where(top == r, g - b, hue)
     hue = hue / chroma.clamp(min=1) + 6 * turns  # [N, 1, H, W], in sixths of the circle
     del rgb, r, g, b
     far = torch.cat([hue + n for n in (5, 3, 1)], -3).remainder_(6)  # [N, 3, H, W]
     share = torch.minimum(far, 4 - far, out=far).clamp_(0, 1)
     return share.mul_(chroma).neg_().add_(top).add_(0.5).to(torch.uint8)
+
+
+def _erased_box(draws, H, W):
+    """(y, x, h, w) by the first of some draws that fits into the frame; None where none does."""
+    for size, shape, top, left in draws:
+        area = H * W * (0.02 + size * (1 / 3 - 0.02))
+        ratio = 0.3 ** (1 - 2 * shape)
+        h = round(math.sqrt(area * ratio))
+        w = round(math.sqrt(area / ratio))
+        if h < H and w < W:
+            return int(top * (H - h + 1)), int(left * (W - w + 1)), h, w
+    return None
 
 
 def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0):
@@ -2805,19 +2848,21 @@ def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue
     done for the whole batch at once: in quarters of its frames, because the hue of a frame
     takes 15 times the frame's bytes.
     """
+
+    def factor(draw, most):  # [N, 1, 1, 1]
+        return max(0, 1 - most) + (min(1, most) + most) * draw
+
     u = to_device(uniform(keys, "colour_jitter", 4), clips.device)  # [B, 4]
     u = u.repeat_interleave(clips.shape[1], 0)[..., None, None, None]  # [B T, 4, 1, 1, 1]
-    frames, out = clips.flatten(0, 1), []  # [B T, 3, H, W]
+    frames = clips.flatten(0, 1)  # [B T, 3, H, W]
+    out = []
     for x, part in zip(frames.chunk(4), u.chunk(4), strict=True):
-        factor = lambda i, most, part=part: (
-            max(0, 1 - most) + (min(1, most) + most) * part[:, i]
-        )  # [N, 1, 1, 1]
         if brightness:
-            x = _blend(0, x, factor(0, brightness))
+            x = _blend(0, x, factor(part[:, 0], brightness))
         if contrast:
-            x = _blend(_mean_grey(x), x, factor(1, contrast))
+            x = _blend(_mean_grey(x), x, factor(part[:, 1], contrast))
         if saturation:
-            x = _blend(_grey(x), x, factor(2, saturation))
+            x = _blend(_grey(x), x, factor(part[:, 2], saturation))
         if hue:
             x = _turn_hue(x, hue * (2 * part[:, 3] - 1))
         out.append(x)
@@ -2839,15 +2884,13 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     chosen = (uniform(keys, "erase") < p).tolist()
     draws = uniform(keys, "erase.box", 40).unflatten(-1, (10, 4)).tolist()
     T, C, H, W = clips.shape[1:]
-    out, boxes = clips.clone(memory_format=torch.contiguous_format), []
+    out = clips.clone(memory_format=torch.contiguous_format)
+    boxes = []
     for i in range(len(out)):
-        for area, ratio, top, left in draws[i] if chosen[i] else ():
-            area, ratio = H * W * (0.02 + area * (1 / 3 - 0.02)), 0.3 ** (1 - 2 * ratio)
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if h < H and w < W:
-                y, x = int(top * (H - h + 1)), int(left * (W - w + 1))
-                boxes.append((T * C * h * w, int(keys[i]), h, w, (i * T * C * H + y) * W + x))
-                break
+        box = _erased_box(draws[i], H, W) if chosen[i] else None
+        if box:
+            y, x, h, w = box
+            boxes.append((T * C * h * w, int(keys[i]), h, w, (i * T * C * H + y) * W + x))
     if not boxes:
         return out
     # The noise of all boxes is made at once: N values, one box after the other.
@@ -2855,17 +2898,15 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     boxes = to_device(boxes, clips.device)  # int64 [boxes, 5]
     sizes = boxes[:, 0]
     own = torch.repeat_interleave(sizes, output_size=total)  # [N], the box that a value is in
-    place = (
-        torch.arange(total, device=clips.device) - (sizes.cumsum(0) - sizes)[own]
-    )  # [N], in the box
+    before = (sizes.cumsum(0) - sizes)[own]  # [N], values of the boxes before
+    place = torch.arange(total, device=clips.device) - before  # [N], in the box
     _, key, h, w, corner = boxes[own].T  # [N] each
-    frame, row, column = (
-        place // (h * w),
-        place // w % h,
-        place % w,
-    )  # [N]; frame counts each colour's
+    frame = place // (h * w)  # [N], counts each colour's
+    row = place // w % h  # [N]
+    column = place % w  # [N]
     noise = torch.special.ndtri(uniform(make_key(key, place), "erase.noise"))  # [N]
-    mean, std = (to_device(v, clips.device)[frame % C] for v in (mean, std))  # [N]
+    mean = to_device(mean, clips.device)[frame % C]  # [N]
+    std = to_device(std, clips.device)[frame % C]  # [N]
     pixels = (255 * (noise * std + mean) + 0.5).clamp_(0, 255).to(torch.uint8)  # [N]
     out.view(-1).scatter_(0, corner + (frame * H + row) * W + column, pixels)
     return out
@@ -2892,37 +2933,44 @@ def mix(clips, targets, step_key, mixup, cutmix):
     # made anew from the step's key: no state is kept
     rng = np.random.Generator(np.random.Philox(key=key))
     use_cutmix = rng.random() < (0.5 if mixup and cutmix else float(cutmix > 0))
-    lam, cx, cy = rng.beta(*[cutmix if use_cutmix else mixup] * 2), rng.random(), rng.random()
+    alpha = cutmix if use_cutmix else mixup
+    lam = rng.beta(alpha, alpha)
     swap = lambda x: x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)  # clip 2i <-> clip 2i + 1
     if use_cutmix:
+        centre_x = rng.random()
+        centre_y = rng.random()
         H, W = clips.shape[-2:]
-        h, w = int(H * math.sqrt(1 - lam)), int(W * math.sqrt(1 - lam))
-        top, left = int(cy * H) - (h + 1) // 2, int(cx * W) - (w + 1) // 2
-        y0, y1, x0, x1 = max(top, 0), min(top + h, H), max(left, 0), min(left + w, W)
+        h = int(H * math.sqrt(1 - lam))
+        w = int(W * math.sqrt(1 - lam))
+        top = int(centre_y * H) - (h + 1) // 2
+        left = int(centre_x * W) - (w + 1) // 2
+        rows = slice(max(top, 0), min(top + h, H))
+        columns = slice(max(left, 0), min(left + w, W))
         mixed = clips.clone()
-        mixed[..., y0:y1, x0:x1] = swap(clips[..., y0:y1, x0:x1])
-        clips, lam = mixed, 1 - (y1 - y0) * (x1 - x0) / (H * W)  # the area that was really replaced
+        mixed[..., rows, columns] = swap(clips[..., rows, columns])
+        clips = mixed
+        # the area that was really replaced
+        lam = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (H * W)
     else:
-        even, odd = (
-            x.float() for x in clips.unflatten(0, (-1, 2)).unbind(1)
-        )  # [B / 2, T, C, H, W]
-        mixed = torch.empty(clips.shape, device=clips.device).unflatten(
-            0, (-1, 2)
-        )  # [B / 2, 2, T, C, H, W]
-        torch.lerp(even, odd, 1 - lam, out=mixed[:, 0])
-        torch.lerp(odd, even, 1 - lam, out=mixed[:, 1])
-        clips = mixed.flatten(0, 1)  # [B, T, C, H, W]
+        even, odd = clips.unflatten(0, (-1, 2)).unbind(1)  # [B / 2, T, C, H, W] each
+        even = even.float()
+        odd = odd.float()
+        mixed = torch.empty(clips.shape, device=clips.device)  # [B, T, C, H, W]
+        torch.lerp(even, odd, 1 - lam, out=mixed[0::2])
+        torch.lerp(odd, even, 1 - lam, out=mixed[1::2])
+        clips = mixed
     return clips, targets.lerp(swap(targets), 1 - lam)
 
 
 def normalize(patches, mean, std):
     """0-255 pixels, colours last and fastest, to (x / 255 - mean) / std in
     float32: [..., P] -> [..., P]."""
-    filled = lambda v: torch.stack(
-        [torch.full((), x, device=patches.device) for x in v]
-    )  # [3]; nothing is copied
-    mean, std = (filled(v).repeat(patches.shape[-1] // 3) for v in (mean, std))  # [P]
-    return (patches.float() / 255 - mean) / std
+
+    def filled(colours):  # [P]; nothing is copied from the host
+        values = [torch.full((), x, device=patches.device) for x in colours]
+        return torch.stack(values).repeat(patches.shape[-1] // 3)
+
+    return (patches.float() / 255 - filled(mean)) / filled(std)
 
 
 def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -2938,9 +2986,8 @@ def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     # patches each copy takes time.
     x = patches.to(torch.float32, copy=True).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
     x -= x.mean(2, keepdim=True)
-    deviation = torch.linalg.vector_norm(x, dim=2, keepdim=True) / math.sqrt(
-        x.shape[2] - 1
-    )  # [B, R, 1, 3]
+    norm = torch.linalg.vector_norm(x, dim=2, keepdim=True)  # [B, R, 1, 3]
+    deviation = norm / math.sqrt(x.shape[2] - 1)
     return x.div_(deviation + 255e-6).flatten(2)  # [B, R, P]
 
 
@@ -2961,27 +3008,27 @@ def write_reconstruction(path, patches, visible, masked, prediction, target, pat
     patches: 0-255 [B, N, P]; visible, masked: int64 [B, K], [B, R]; prediction
     [B, R, P] of `target` (pixel_target).
     """
-    patches, prediction = (
-        patches.float(),
-        prediction.float().unflatten(-1, (-1, 3)),
-    )  # [B, N, P], [B, R, P/3, 3]
-    mean, std = (
-        torch.tensor(IMAGENET_MEAN).to(patches),
-        torch.tensor(IMAGENET_STD).to(patches),
-    )  # [3] each
-    scales = [(mean * 255, std * 255)]
+    patches = patches.float()  # [B, N, P]
+    prediction = prediction.float().unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
+    places = masked[..., None].expand(-1, -1, patches.shape[-1])  # [B, R, P]
+    mean = 255 * torch.tensor(IMAGENET_MEAN).to(patches)  # [3]
+    std = 255 * torch.tensor(IMAGENET_STD).to(patches)  # [3]
+    scales = [(mean, std)]
     if target == "normalized":
-        seen, hidden = (gather_tokens(patches, i).unflatten(-1, (-1, 3)) for i in (visible, masked))
-        scales = [(x.mean(dims, keepdim=True), x.std(2, keepdim=True).mean(dims, keepdim=True))
-                  for x, dims in ((seen, (1, 2)), (hidden, 2))]  # fmt: skip
-    fill = lambda value: patches.scatter(
-        1, masked[..., None].expand(-1, -1, patches.shape[-1]), value
-    )  # [B, N, P]
+        seen = gather_tokens(patches, visible).unflatten(-1, (-1, 3))  # [B, K, P/3, 3]
+        hidden = gather_tokens(patches, masked).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
+        mean = seen.mean((1, 2), keepdim=True)  # [B, 1, 1, 3]
+        std = seen.std(2, keepdim=True).mean((1, 2), keepdim=True)  # [B, 1, 1, 3]
+        true_mean = hidden.mean(2, keepdim=True)  # [B, R, 1, 3]
+        true_std = hidden.std(2, keepdim=True)  # [B, R, 1, 3]
+        scales = [(mean, std), (true_mean, true_std)]
     grey = torch.full_like(prediction, 128).flatten(2)  # [B, R, P]
-    panels = [patches, fill(grey), *(fill((prediction * s + m).flatten(2)) for m, s in scales)]
-    panels = [
-        unpatchify(x.clamp(0, 255).byte(), patch, grid).cpu() for x in panels
-    ]  # [B, T, C, H, W]
+    panels = [patches, patches.scatter(1, places, grey)]
+    for mean, std in scales:
+        pixels = (prediction * std + mean).flatten(2)  # [B, R, P]
+        panels.append(patches.scatter(1, places, pixels))
+    # [B, T, C, H, W] each
+    panels = [unpatchify(panel.clamp(0, 255).byte(), patch, grid).cpu() for panel in panels]
     write_panels(path, panels, fps, marked=3)
 
 
@@ -2993,12 +3040,13 @@ def write_panels(path, panels, fps, marked=None, columns=8):
     and a column for each of up to `columns` frames; the animation has the panels of a clip side by
     side. Panel `marked` gets a red frame.
     """
-    path, T = Path(path), panels[0].shape[1]
+    path = Path(path)
+    T = panels[0].shape[1]
     framed = [F.pad(panel, [2] * 4, value=255) for panel in panels]  # [B, T, C, H + 4, W + 4]
-    for panel in framed[marked : marked + 1] if marked is not None else ():
-        edge = F.pad(
-            torch.zeros_like(panel[0, 0, 0, 2:-2, 2:-2], dtype=torch.bool), [2] * 4, value=True
-        )
+    if marked is not None and marked < len(framed):
+        panel = framed[marked]
+        edge = torch.ones(panel.shape[-2:], dtype=torch.bool)  # [H + 4, W + 4]
+        edge[2:-2, 2:-2] = False
         panel[..., edge] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None]
     video = torch.stack(framed, 1)  # [B, panels, T, C, H, W]
     strip = video[:, :, :: -(-T // columns)].permute(0, 1, 4, 2, 5, 3)  # [B, panels, H, T, W, C]

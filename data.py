@@ -78,6 +78,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # --------------------------------------------------------------------------------------------------
 # Lists
 # --------------------------------------------------------------------------------------------------
+# A list names the videos of a data set, one a line with its label, and stays in memory as a few
+# arrays that all loader processes share. The underscored names may be skipped: they find a list's
+# separator, and refuse what would be read wrongly without a word. To lift: VideoList, with Strings.
 
 
 class Strings:
@@ -331,6 +334,15 @@ class VideoList:
     def video(self, index):
         """Path of entry `index`, joined to the root."""
         return os.path.join(self.root, self._paths[index])
+
+
+# --------------------------------------------------------------------------------------------------
+# Captioned lists
+# --------------------------------------------------------------------------------------------------
+# EK-100, Ego4D, HTM-AA and HTM-Align, each published in a form of its own, become one kind of
+# object: times of videos, and what is said of them. The forms may be skipped, from `_captions_of`
+# to _CAPTION_FORMATS, and at the end what a run asks of its lists before its first step. To lift:
+# read_captions with Captions; plain_pickle, which runs nothing of a pickle.
 
 
 def read_lines(path):
@@ -673,8 +685,12 @@ def need_videos(videos, max_bad, root="--data-root"):
         )
 
 
-# Sentences become features of a frozen language model once, in a file that training maps
-# into memory (Turbo, Sec. 4.2).
+# --------------------------------------------------------------------------------------------------
+# Features of sentences
+# --------------------------------------------------------------------------------------------------
+# Sentences become features of a frozen language model once, in a file that training maps into
+# memory (Turbo, Sec. 4.2). All of it may be skipped by who trains on video alone. To lift:
+# encode_sentences; or hash_words, which needs no model.
 
 
 def hash_words(text, width=256):
@@ -803,7 +819,8 @@ def open_text(captions, model, folder, width=0):
 # picks among what the paper picks from at random, the first and the last of it included; 0.5 is
 # the middle, 1 the last too. n different frames, always, unless said otherwise; ValueError where
 # the video has fewer than n. What a paper states in seconds goes by the frames' times, not by
-# their number: frame rates vary.
+# their number: frame rates vary. What your paper doesn't name may be skipped. To lift: any of them,
+# for a Video or its VideoInfo.
 
 
 def _check_length(info, n):
@@ -921,9 +938,11 @@ def view_frames(info, n, stride, k, views):
 
 
 # --------------------------------------------------------------------------------------------------
-# Boxes: what decode-crop cuts out, (x, y, w, h) in pixels; even, so that they
-# fall on whole chroma samples
+# Boxes
 # --------------------------------------------------------------------------------------------------
+# What decode-crop cuts out, (x, y, w, h) in pixels of the upright frame, is drawn before anything
+# is decoded; even numbers, so that they fall on whole chroma samples. What your paper doesn't name
+# may be skipped. To lift: any of them, of a VideoInfo and a key.
 
 
 def crop_box(info, k=1, crops=3, share=1.0):
@@ -1004,10 +1023,15 @@ def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
 # --------------------------------------------------------------------------------------------------
 # Decoding
 # --------------------------------------------------------------------------------------------------
+# A file becomes uint8 [T, 3, h, w], and nothing is decoded that the clip doesn't need. What stands
+# above `Video` may be skipped, it reads in headers and packets what needn't be decoded; and so may
+# its slow way, `_count` and `_counted`, for files that don't say. To lift: Video, and all that it
+# names.
+#
 # Why it is fast. CPU time of each step as a share of the step before: geometric means over 256p to
 # 720p, H.264 by x264's defaults with a keyframe in 60 to 150 frames, one thread of two busy
-# x86-64 cores. (a) 16 frames at stride 4,
-# (b) 4 of one second in 15, (c) 32 over the video, (d) 2 frames:             a    b    c    d
+# x86-64 cores. (a) 16 frames at stride 4, (b) 4 of one second in 15, (c) 32 over the video,
+# (d) 2 frames:                                                                a    b    c    d
 #   decode all from the first frame, convert, crop, scale (Fig. 8a)          1.00 1.00 1.00 1.00
 #   crop before scaling and colour conversion (Fig. 8b)         `_convert`    .80  .96  .95  .98
 #   scale to planar RGB: swscale is slow at interleaving, and we want that    .96  .99  .99 1.00
@@ -1868,6 +1892,14 @@ class WholeFrames(Video):
             raise VideoError(self.path, f"can't be decoded ({error})") from error
 
 
+# --------------------------------------------------------------------------------------------------
+# Long videos in chunks
+# --------------------------------------------------------------------------------------------------
+# A folder of short files, cut by `data.py chunk` or by others, is read as if it were the one long
+# video (AVION, Sec. 4.3). All but the docstring of Chunks may be skipped by who has whole videos.
+# To lift: Chunks with Video; open_video tells the two apart.
+
+
 def _times_in_whole(chunk):
     """Seconds in the whole video that `data.py chunk` wrote into a
     chunk; None in a chunk of others.
@@ -2014,6 +2046,11 @@ def open_video(path, reader=Video):
 # --------------------------------------------------------------------------------------------------
 # The loader
 # --------------------------------------------------------------------------------------------------
+# A dataset decodes a sample; collate and join make micro-batches of samples; make_loader has
+# processes do so ahead of the steps, in an order that a step's number gives. What watches over
+# these processes may be skipped, `_end_workers` and `_start_worker`, `_watched` and
+# `_trouble`: it turns one that hangs or dies into a message. To lift: ClipDataset,
+# GlobalBatches, make_loader, Failures.
 
 # seconds that a loader process may spend on one video before the run stops and names it
 LOADER_PATIENCE = 300.0
@@ -2476,8 +2513,12 @@ class Failures:
 
 
 # --------------------------------------------------------------------------------------------------
-# Augmentation on the device: batched over clips, the same for all frames of a clip, keyed by clip
+# Augmentation on the device
 # --------------------------------------------------------------------------------------------------
+# Clips are changed in batches, the same way in all frames of a clip, by draws from the clip's key.
+# The operations of RandAugment may be skipped, from `_each` to `_by_operation`. To lift: any
+# function without an underscore, each of clips and keys.
+#
 # Nothing here makes the host wait for the GPU. What decides which kernels run (the operations of
 # RandAugment, the box to erase) is drawn on the host, from the keys as the loader gives them: on
 # the CPU. So a clip pays only for what was drawn for it, and gets the same bits in any micro-batch.
@@ -2994,6 +3035,9 @@ def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 # --------------------------------------------------------------------------------------------------
 # Pictures
 # --------------------------------------------------------------------------------------------------
+# What a masked autoencoder was shown and what it made of it, as a strip and as an animation for
+# any browser. The layout may be skipped, and the writing of files. To lift: write_panels;
+# `_encoder`, which writes videos too.
 
 
 def write_reconstruction(path, patches, visible, masked, prediction, target, patch, grid, fps):
@@ -3086,7 +3130,11 @@ def _write_images(path, images, codec, fps):
 
 
 # --------------------------------------------------------------------------------------------------
-# Toy videos: small H.264 files in which appearance never tells the label, only motion does
+# Toy videos
+# --------------------------------------------------------------------------------------------------
+# Small H.264 files, the same pixels for everyone, in which appearance never tells the label, only
+# motion does. The drawing may be skipped; what the four sets are stands in `make_toy` and
+# `_toy_script`. To lift: make_toy.
 #
 # The state of an object is a point on a 4-torus, (x, y, angle, log size), each coordinate in
 # loops, [0, 1): what leaves the picture on the right comes back on the left, what has grown to its
@@ -3094,7 +3142,6 @@ def _write_images(path, images, codec, fps):
 # start is uniform. A uniform point that moves is uniform again, so every frame, the first and the
 # last included, has the same distribution whatever the motion; shape, colour and background are
 # drawn without looking at it.
-# --------------------------------------------------------------------------------------------------
 
 TOY_VERSION = 6  # a new number remakes every set
 TOY_SIDE = 64  # pixels
@@ -3432,8 +3479,11 @@ def _toy_fill(folder, which, seed, counts, workers):
 
 
 # --------------------------------------------------------------------------------------------------
-# Lists from published annotations, checking, chunking
+# Lists of published data sets
 # --------------------------------------------------------------------------------------------------
+# Annotations as their authors publish them become lists for VideoList; FORMATS has a line for each
+# data set, a reader of its source and a converter of an entry. The data sets that you don't have
+# may be skipped. To lift: list_videos.
 
 # Readers: a source, as published, to (place, entry) pairs; the place is for messages.
 
@@ -3695,6 +3745,14 @@ def _but(skipped):
     return f" (skipped {'; '.join(skipped)})" if skipped else ""
 
 
+# --------------------------------------------------------------------------------------------------
+# Checking videos, and how fast they are read
+# --------------------------------------------------------------------------------------------------
+# Every video of a list is opened before a run, and a core's clips a second are measured or
+# estimated, for a choice of --workers. All of it may be skipped: no step calls it. To
+# lift: check_list, reading_speed.
+
+
 def _in_threads(work, jobs, workers, total, **bar):
     """Calls work(job, tick) for all jobs, with a bar that tick(amount) moves.
     Returns their VideoErrors, sorted.
@@ -3869,6 +3927,13 @@ def reading_speed(path, root="", frames=16, size=224, stride=4, count=32):
     return read / busy, read / passed, failures
 
 
+# --------------------------------------------------------------------------------------------------
+# Cutting chunks
+# --------------------------------------------------------------------------------------------------
+# Long videos are cut into pieces that are cheap to decode anywhere (AVION, Sec. 4.3). Everything
+# below the table of ENCODINGS may be skipped: it is there so that a chunk shows what the whole
+# video shows, and so that a killed run goes on. To lift: ENCODINGS, for ffmpeg.
+#
 # What a chunk costs to read, at the luma PSNR of x264's defaults (38.5 to 43.3 dB): CPU time of one
 # thread for a clip of 4 frames in a random second. `python tests/bench_chunk.py` on three videos of
 # 15 s (animation, sports; short side 256 to 288), geometric means, one run on two busy

@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
-from itertools import chain, dropwhile, groupby, islice, pairwise, starmap, tee
+from itertools import chain, dropwhile, groupby, islice, pairwise, product, starmap, tee
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -1088,7 +1088,7 @@ FAST_CODECS = ("h264", "hevc", "vp9", "av1")
 # Planar formats, of which a crop is a view; log2 of their chroma
 # subsampling, horizontal and vertical.
 CHROMA = {"yuv420p": (1, 1), "yuv422p": (1, 0), "yuv444p": (0, 0), "gray": (0, 0), "gbrp": (0, 0)}
-PLANAR = {name + depth: shift for name, shift in CHROMA.items() for depth in ("", "10le", "12le")}
+PLANAR = {name + depth: CHROMA[name] for name, depth in product(CHROMA, ("", "10le", "12le"))}
 PLANAR |= {name.replace("yuv", "yuvj"): shift for name, shift in CHROMA.items()}
 
 
@@ -1169,12 +1169,17 @@ def _clean_start(packet, codec, prefix, first):
     missing; and no HEVC picture with no_output_of_prior_pics. VP9's and AV1's decoders refuse
     to start anywhere but at a keyframe.
     """
-    for nal in _nals(packet, prefix) if prefix else ():
+    if not prefix:
+        return True
+    for nal in _nals(packet, prefix):
         if codec == "h264" and nal[0] & 31 in (1, 5):
             return nal[0] & 31 == 5
-        if codec == "hevc" and nal[0] >> 1 < 32:
-            return nal[0] >> 1 in (19, 20, 19 if first else 21) and (first or nal[2] & 0x40 == 0)
-    return not prefix
+        kind = nal[0] >> 1
+        if codec == "hevc" and kind < 32:
+            if first:
+                return kind in (19, 20)
+            return kind in (19, 20, 21) and nal[2] & 0x40 == 0
+    return False
 
 
 def _parameter_sets(extra):
@@ -1415,7 +1420,9 @@ class Video:
             raise VideoError(self.path, "the file is empty (0 bytes)")
         try:
             with _errors(self.path, "can't be opened"):
-                self._fast = (fast and self._index(OPEN_FAST)) or self._index(OPEN)
+                self._fast = fast and self._index(OPEN_FAST)
+                if not self._fast:
+                    self._fast = self._index(OPEN)
                 self._describe()
         except VideoError:
             self.close()
@@ -3179,7 +3186,7 @@ TOY_COLOURS = {
     "purple": (0.65, 0.3, 0.9),
     "pink": (1.0, 0.5, 0.75),
 }
-TOY_ACTORS = [(colour, shape) for colour in TOY_COLOURS for shape in TOY_SHAPES]
+TOY_ACTORS = list(product(TOY_COLOURS, TOY_SHAPES))
 TOY_RADIUS = 13.0, 26.0  # pixels from the centre to a corner, smallest and largest
 # An activity of `long` is three motions in order. Each order is there both ways, so that
 # which motions a video shows tells one pair of activities from another, and only their order

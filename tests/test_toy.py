@@ -93,10 +93,7 @@ def test_labels_are_balanced_and_file_numbers_do_not_tell_them():
 def test_videos_are_h264_with_b_frames_and_show_what_was_drawn(small, which):
     for path in sorted((small[which] / "videos").iterdir())[:3]:
         split, index = path.stem.split("_")[0], int(path.stem.split("_")[1])
-        story = which == "narrated"
-        scenes = (
-            data._toy_story(0, split, index) if story else data._toy_script(which, 0, split, index)
-        )[1]
+        _, scenes = data._toy_script(which, 0, split, index)
         drawn = data._toy_film(data._toy_rng(0, which, split, index), which, scenes)
         shown, types = decode(path)
         assert shown.shape == drawn.shape == (sum(n for _, _, n in scenes), 64, 64, 3)

@@ -1,9 +1,9 @@
 """Turbo Training with Token Dropout (Han, Xie, Zisserman, BMVC 2022), in one file.
 
 Video is redundant, so a ViT can be trained on a random few of a clip's tokens. Each step drops the
-share m of the tokens before anything is computed for them, does its task from the rest, and beside
-it reconstructs the share r <= m of the tokens that were dropped: a partial masked autoencoder,
-whose light decoder keeps the encoder honest about what it did not see. At m = 0.75, r = 0.25 a
+share m of the tokens before it embeds them, does its task from the rest, and beside it
+reconstructs some of those that were dropped, the share r <= m of all tokens: a partial masked
+autoencoder, so that what the encoder sees must tell of what it doesn't. At m = 0.75, r = 0.25 a
 step costs a quarter of the usual one; at test nothing is dropped. The tasks: action
 classification, video-language training, and long video, which then fits end to end.
 
@@ -18,7 +18,7 @@ classification, video-language training, and long video, which then fits end to 
     Sec. 4.1, 16 frames at 5 fps            sample_clip
     Sec. 4.2, clip and sentence             sample_pair, Pairs
     Sec. 4.3, first and last 20 %           sample_clip (--sampling span)
-    Sec. 4.3, ten samplings at test         evaluate (--test-clips)
+    Sec. 4.3, ten samplings at test         over_views (--test-clips)
     Sec. 5.2, R@1 on HTM-Align              recall_at_1, evaluate_alignment
     Sec. 4.2, 5.1.1, start from VideoMAE    init_weights (--init videomae.pth)
     Tables 2, 5, start from HTM-AA          init_weights (--init runs/turbo-htm_aa/last.pt)
@@ -34,6 +34,8 @@ classification, video-language training, and long video, which then fits end to 
     Table 1 right, of that run      --recipe ucf101 --task eval --eval-mask-ratios 0.75,0.5,0
     Table 2, from VideoMAE, UCF101  --recipe ucf101 --init videomae.pth
     Table 2, from HTM-AA, HMDB51    --recipe hmdb51 --init vl.pt
+    Table 3, no masking             --recipe htm_aa --init videomae.pth --mask-ratio 0
+                                    --recon-ratio 0
     Table 3, 50, 50                 --recipe htm_aa --init videomae.pth --mask-ratio 0.5
                                     --recon-ratio 0.5
     Table 4, ours                   --recipe htm_aa --init videomae.pth
@@ -54,7 +56,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     decoder     Table 6 states 8 layers x 512. Table 1's GFLOPs come out only with VideoMAE-B's own
                 4 x 384 (0.12 %; 8 x 512 misses by up to 117 %, and would not save memory at m =
                 0.5). Default: 4 x 384; --decoder 8x512.
-    mask        per-token random: with tubes Table 1's last rows miss by 1-2 %.
+    mask        per-token random. VideoMAE's tubes would round to other numbers of tokens: Table 1's
+                last rows would be 1-2 % off.
     CLS         VideoMAE has none. Here: learned, no position, not shown to the decoder (Sec. 3.2
                 counts N_i + N_r). All tokens attend to it; with cls_token emptied, [1, 0, D],
                 features and loss are VideoMAE's.
@@ -89,11 +92,10 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     same        pairs with the same sentence are not each other's negatives.
     when        a sentence of HTM-AA has one time: its 3.2 s clip begins in the 3.2 s before that,
                 as in TAN.
-What --init takes over: the encoder, by name; decoder and heads where they are of the same size; it
-says what it left.
-Missing of the paper's tables: the rows of other methods (Tables 2, 4, 5). Data and weights, from
-their authors: UCF101 (crcv.ucf.edu/data/UCF101.php), HMDB51 and Breakfast
-(serre-lab.clps.brown.edu), COIN (coin-dataset.github.io), HTM-AA and HTM-Align
+Missing of the paper's tables: the rows of other methods (Tables 2, 4, 5).
+--init takes over the encoder, by name, and decoder and heads where they are of the same size; it
+says what it left. Data and weights, from their authors: UCF101 (crcv.ucf.edu/data/UCF101.php),
+HMDB51 and Breakfast (serre-lab.clps.brown.edu), COIN (coin-dataset.github.io), HTM-AA and HTM-Align
 (robots.ox.ac.uk/~htd/tan), VideoMAE (github.com/MCG-NJU/VideoMAE). `python data.py list` makes the
 lists.
 
@@ -102,10 +104,11 @@ lists.
     torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --init videomae.pth \\
         --train-list train.csv --val-list val.csv
 
-Part I is video alone, and complete without Part II, video and language (Sec. 4.2).
-Shapes: B clips, T frames, C colours, N tokens, K kept (visible) and R reconstructed ones, D width,
-P pixel values, E width of the joint space of video and text, W of a sentence's features, S seconds
-or sentences.
+Part I is video alone, and complete without Part II, video and language (Sec. 4.2). The method is
+token_dropout, turbo_loss and Turbo.autoencode; the loop that calls them is main's.
+Shapes: B clips, V views (clips of a video), T frames, C colours, N tokens, K visible and R
+reconstructed ones (the paper's N_i, N_r), D width, D' the decoder's, P numbers of a patch, E width
+of the joint space of video and text, W of a sentence's features, S sentences.
 """
 
 import copy
@@ -149,15 +152,16 @@ MODELS = {
 }
 
 # A recipe replaces defaults of Config, which are Table 6's column "Act. Classification" on UCF101.
-PLAIN = {
+UNREGULARISED = {
     "drop_path": 0.0, "label_smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "rand_augment": 0.0,
     "flip": False,
 }  # fmt: skip
-TOY = PLAIN | {  # left is not right: no flips
+TOY = UNREGULARISED | {  # no flips: to move left is another class than to move right
     "train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv",
     "data_root": "toy/actions", "train_clips": 1600, "num_classes": 8, "model": "vit_toy",
     "size": 64, "recon_ratio": 0.25,
-    # In minutes a small model would not learn the normalised target, nor the order of what happens.
+    # A small model has minutes: it would not learn the normalised target, nor, from positions as
+    # small as VideoMAE's, the order of what happens.
     "target": "pixels", "position_scale": 5.0,
     "epochs": 15, "warmup_epochs": 1.0, "eval_every": 5.0, "lr": 1e-3, "clip_grad": 1.0,
     "crop": "centre", "workers": 2, "log_every": 50, "gpus": 1,
@@ -167,8 +171,6 @@ LONG = {
     "batch_size": 64, "repeated": 4,  # DECISION (repeat); Table 5 C
     "lr": 3e-4 * 64 / 256,  # DECISION (lr)
 }  # fmt: skip
-# The paper names one card, for video-language training: an A40 of 48 GB. --plan counts 8 GPUs for
-# the other recipes.
 RECIPES = {
     "toy": TOY,
     "toy_vl": TOY | {
@@ -184,11 +186,11 @@ RECIPES = {
     },
     "ucf101": {"train_clips": 9537, "num_classes": 101, "lr": 1e-3 * 16 / 256},  # DECISION (lr)
     "hmdb51": {"train_clips": 3570, "num_classes": 51, "lr": 1e-3 * 16 / 256},  # DECISION (split)
-    "htm_aa": PLAIN | {  # Table 6, "V-L Training"; Table 4
+    "htm_aa": UNREGULARISED | {  # Table 6, "V-L Training"; Table 4
         "objective": "align", "train_clips": 250_000, "mask_ratio": 0.75, "recon_ratio": 0.25,
         "batch_size": 32, "repeated": 4, "epochs": 5, "warmup_epochs": 0.5, "lr": 1e-4 * 32 / 256,
         "crop": "multi-scale", "eval_fps": 16.0, "eval_every": 0.1, "save_minutes": 30.0,
-        "gpus": 1, "gpu_gb": ("24", "48", "80"),
+        "gpus": 1, "gpu_gb": ("24", "48", "80"),  # the paper's is one A40 of 48 GB (Sec. 5.2)
     },
     "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # of 1,712
     "coin": LONG | {"train_clips": 9030, "num_classes": 180, "epochs": 50, "warmup_epochs": 5.0},
@@ -294,23 +296,28 @@ class Config(common.RunConfig):
 
 # ---- Part I: video -------------------------------------------------------------------------------
 # A clip's N tokens in a training step, here with m = 0.75 and r = 0.25. A draw of its own for each
-# clip and epoch deals them out into three sets:
+# clip and epoch deals them out into three sets (Sec. 3.2):
 #
 #         v . r . . v . r . . v . r . r v        N tokens, in no order of time or place
 #
 #     v   visible,        N (1 - m)    embedded and encoded
 #     r   reconstructed,  N r          the decoder predicts their pixels
-#     .   dropped,        N (m - r)    not embedded, not predicted, in no loss: nothing is computed
+#     .   ignored,        N (m - r)    not embedded, not predicted, in no loss
 #
 #         v v v v  -> encoder -> CLS      -> classifier               -> CE    of Eq. 1
 #                             -> v v v v  -> decoder with r r r r     -> PMAE
 #
-# r = m reconstructs all that is not visible: a masked autoencoder. At m = 0 all are visible.
+# Those that are not visible, r and . together, are the dropped ones, N m. r = m reconstructs all of
+# them: a masked autoencoder. At m = 0 all are visible.
+#
+# Nothing here draws from a generator. Each clip comes with a key, an int64 that stands for seed,
+# epoch, video and view, and all that is drawn for the clip (frames, crop, augmentation, tokens,
+# drop path) is hashed from it (common.py, 1): a draw can be made again, anywhere, and is the same.
 
 
-def num_kept(n, m, r):
-    """(N_vis, N_rec) of n tokens: n (1 - m) and n r, rounded down; r = m reconstructs the whole
-    rest."""
+def token_counts(n, m, r):
+    """Of n tokens, how many are visible and how many reconstructed: n (1 - m) and n r, rounded
+    down; r = m reconstructs the whole rest."""
     visible = int(round(n * (1 - m), 6))  # round: 100 * (1 - 0.9) is 9.999...98 in floating point
     if r == m:
         return visible, n - visible
@@ -327,7 +334,7 @@ def token_dropout(keys, n, m, r):
     """
     if not 0 <= r <= m < 1:
         raise ValueError(f"token dropout needs 0 <= r <= m < 1, not m = {m}, r = {r}")
-    return common.random_split(keys, n, *num_kept(n, m, r))  # DECISION (mask): no tubes
+    return common.random_split(keys, n, *token_counts(n, m, r))  # DECISION (mask): no tubes
 
 
 def partial_mae(prediction, target):
@@ -354,7 +361,7 @@ def turbo_loss(logits, labels, prediction, target):
     return ce / math.log(logits.shape[1]) + pmae, ce, pmae
 
 
-def random_box(info, key, crop):
+def training_box(info, key, crop):
     """The crop of a training clip, (x, y, w, h) in pixels: "resized", "multi-scale" or "centre"."""
     if crop == "centre":
         return data.centre_box(info)
@@ -369,24 +376,23 @@ def sample_clip(video, index, view, key, frames, fps, sampling, crop, test_views
     sampling: "clip", so many frames at `fps` (Sec. 4.1); "span", over the whole video (Sec. 4.3).
     test_views: None in training, where start and crop are random; at test (clips, crops) of a
     video, of which this is number `view`, crops fastest. Test clips are evenly spaced; of "span"
-    they are drawn (Sec. 4.3).
+    they are drawn (Sec. 4.3). A single one is in the middle.
     """
+    start = uniform(key, "start").item()
+    ends = uniform(key, "span", 2).tolist()
     if test_views is None:
-        box = random_box(video.info, key, crop)
-        drawn = True
+        box = training_box(video.info, key, crop)
     else:
-        number, place = divmod(view, test_views[1])
-        box = data.crop_box(video.info, place, test_views[1])
-        drawn = sampling == "span" and test_views[0] > 1
+        clips, crops = test_views
+        number, place = divmod(view, crops)
+        box = data.crop_box(video.info, place, crops)
+        if clips > 1:
+            start = number / (clips - 1)
+        else:
+            start = 0.5
+            ends = (0.5, 0.5)
     if sampling == "span":
-        ends = uniform(key, "span", 2).tolist() if drawn else (0.5, 0.5)
         return data.span_frames(video, frames, ends), box
-    if drawn:
-        start = uniform(key, "start").item()
-    elif test_views[0] > 1:
-        start = number / (test_views[0] - 1)
-    else:
-        start = 0.5
     return data.fps_frames(video, frames, fps, start), box  # DECISION (short): spread, not padded
 
 
@@ -407,7 +413,8 @@ class Turbo(nn.Module):
     """ViT encoder on the visible tokens, classifier on its CLS, light decoder on visible +
     reconstructed tokens (Fig. 1).
 
-    Module names follow VideoMAE's checkpoints.
+    Module names follow VideoMAE's checkpoints. Methods marked `common.region` are compiled on CUDA,
+    one by one; so are the blocks. num_classes goes to `add_head`, which TurboText replaces.
     """
 
     patch = (2, 16, 16)  # frames, height, width of a token (App. A)
@@ -476,11 +483,11 @@ class Turbo(nn.Module):
         nn.init.normal_(self.head.weight, std=0.01)
 
     @common.region
-    def split(self, clips, keys, m, r, reconstruct):
+    def split(self, clips, keys, m, r):
         """0-255 clips as patches [B, N, P]; which are visible [B, K] and reconstructed [B, R]; the
         target [B, R, P]."""
         patches = patchify(clips, self.patch)  # [B, N, P]
-        visible, recon = token_dropout(keys, self.num_tokens, m, r if reconstruct else 0.0)
+        visible, recon = token_dropout(keys, self.num_tokens, m, r)
         if recon.shape[1] == 0:
             target = torch.zeros(len(clips), 0, patches.shape[-1], device=clips.device)  # [B, 0, P]
         else:
@@ -489,10 +496,7 @@ class Turbo(nn.Module):
 
     @common.region
     def embed(self, patches, visible):
-        """CLS and the visible ones of 0-255 patches [B, N, P] as tokens [B, 1 + K, D].
-
-        Tokens are dropped before normalisation and embedding: what is not looked at costs nothing.
-        """
+        """CLS and the visible ones of 0-255 patches [B, N, P] as tokens [B, 1 + K, D]."""
         x = gather_tokens(patches, visible)  # [B, K, P]  # DECISION (embedding): gather first
         x = data.normalize(x, data.IMAGENET_MEAN, data.IMAGENET_STD)  # [B, K, P]
         x = self.patch_embed(x)  # [B, K, D]
@@ -511,7 +515,7 @@ class Turbo(nn.Module):
         return self.norm(x)  # [B, 1 + K, D]
 
     @common.region
-    def fill(self, tokens, visible, recon):
+    def add_mask_tokens(self, tokens, visible, recon):
         """The decoder's input: encoded visible tokens, and for each reconstructed one the mask
         token, with their positions. [B, K, D] -> [B, K + R, D']."""
         x = self.encoder_to_decoder(tokens)  # [B, K, D']
@@ -522,30 +526,30 @@ class Turbo(nn.Module):
     def decode(self, tokens, visible, recon):
         """Predicted pixels [B, R, P] of the tokens `recon` [B, R], from encoded visible tokens [B,
         K, D] (no CLS)."""
-        x = self.fill(tokens, visible, recon)  # [B, K + R, D']
+        x = self.add_mask_tokens(tokens, visible, recon)  # [B, K + R, D']
         return self.decoder(x, recon.shape[1], self.grad_checkpoint)  # [B, R, P]
 
-    def look(self, clips, keys, m, r, reconstruct=True):
+    def autoencode(self, clips, keys, m, r):
         """The method (Fig. 1): 0-255 clips [B, T, C, H, W], keys int64 [B] -> CLS [B, D],
-        prediction and target [B, R, P]. Without `reconstruct`, as with r = 0, R is 0; what is seen
-        is the same."""
-        patches, visible, recon, target = self.split(clips, keys, m, r, reconstruct)
+        prediction and target [B, R, P]. At r = 0, R is 0 and nothing is decoded; which tokens are
+        visible does not depend on r."""
+        patches, visible, recon, target = self.split(clips, keys, m, r)
         tokens = self.encode(patches, visible, keys if self.training else None)  # [B, 1 + K, D]
         if target.shape[1] == 0:
             return tokens[:, 0], target, target
         return tokens[:, 0], self.decode(tokens[:, 1:], visible, recon), target
 
     def forward(self, clips, keys, m, r):
-        """-> logits [B, classes], prediction and target [B, R, P]; see `look`."""
-        cls, prediction, target = self.look(clips, keys, m, r)
+        """-> logits [B, classes], prediction and target [B, R, P]; see `autoencode`."""
+        cls, prediction, target = self.autoencode(clips, keys, m, r)
         return self.head(cls), prediction, target
 
     def features(self, clips, keys, m):
         """CLS of clips, [B, D]."""
-        return self.look(clips, keys, m, 0.0)[0]
+        return self.autoencode(clips, keys, m, 0.0)[0]
 
-    def shares(self, clips, keys, m):
-        """Probabilities of the classes, float32 [B, classes]."""
+    def probabilities(self, clips, keys, m):
+        """Of the classes: float32 [B, classes]."""
         return self.head(self.features(clips, keys, m)).float().softmax(-1)
 
 
@@ -561,36 +565,42 @@ def over_views(call, clips, keys, m, views, ctx):
 
 
 @torch.no_grad()
-def evaluate(model, batches, failures, classes, views, ratios, m, r, ctx, draw=None):
-    """Top-1 and top-k in % (k = 5, or all classes if fewer) at each mask ratio of `ratios`, in one
-    pass; a video's probabilities are the mean over its views. PMAE with tokens masked by (m, r),
-    as in training.
+def evaluate(cfg, ctx, net, videos, picture=None):
+    """Top-1 and top-k in % (k = 5, or all classes if fewer) at each m of --eval-mask-ratios, in one
+    pass; a video's probabilities are the mean over its views. PMAE with tokens dropped as in
+    training.
 
-    Every readable video counts once, at any number of ranks; `unread` of them could not be.
-    batches: of test clips, on the device, view by view. failures: what they fill. draw(model,
-    clips, keys): a picture of the first ones.
+    Every readable video of a VideoList counts once, at any number of ranks; `val_unread` of them
+    could not be. picture: where to draw the first ones, or None.
     """
-    k = min(5, classes)
-    suffixes = [""] + [f"@{ratio:g}" for ratio in ratios[1:]]
+    k = min(5, len(videos.classes))
+    views = cfg.test_clips * cfg.test_crops
+    ratios = eval_ratios(cfg)
+    suffixes = [""] + [f"@{m:g}" for m in ratios[1:]]
     names = [f"top{n}{suffix}" for suffix in suffixes for n in (1, k)]
     sums = common.Sums(ctx, "clips", "mae", *names)
-    for batch in batches:
+    failures = data.Failures(len(videos), cfg.max_bad)
+    for batch in test_batches(cfg, ctx, videos, failures):
         size = len(batch.labels) // views  # the first `size` clips are the first view of each video
         labels = batch.labels[:size]  # [B]
         keys = batch.keys.to(ctx.device)  # [V B]
         sums.add("clips", size)
-        for ratio, suffix in zip(ratios, suffixes, strict=True):
-            shares = over_views(model.shares, batch.clips, keys, ratio, views, ctx)  # [B, classes]
+        for m, suffix in zip(ratios, suffixes, strict=True):
+            shares = over_views(net.probabilities, batch.clips, keys, m, views, ctx)  # [B, classes]
             hit = shares.topk(k).indices == labels[:, None]  # [B, k]
             sums.add(f"top1{suffix}", hit[:, 0])
             sums.add(f"top{k}{suffix}", hit.any(1))
-        if r > 0:
+        if cfg.recon_ratio > 0:
             with ctx.autocast():
-                _, prediction, target = model(batch.clips[:size], keys[:size], m, r)
+                _, prediction, target = net(
+                    batch.clips[:size], keys[:size], cfg.mask_ratio, cfg.recon_ratio
+                )  # [B, R, P] each
             sums.add("mae", partial_mae(prediction, target))
-        if draw:
-            draw(model, batch.clips[:size][:4], keys[:size][:4])
-            draw = None
+        if picture:
+            write_recon(
+                net, batch.clips[:size][:4], keys[:size][:4], cfg.mask_ratio, cfg.fps, picture
+            )
+            picture = None
     unread = failures.collect(ctx, 0)
     found = sums.read()
     clips = found.pop("clips")
@@ -599,7 +609,7 @@ def evaluate(model, batches, failures, classes, views, ratios, m, r, ctx, draw=N
         raise UserError(f"--val-list: no video could be read: {'; '.join(unread[:3])}")
     result = {f"val_{name}": 100 * hits / clips for name, hits in found.items()}
     result |= {"val_clips": int(clips), "val_unread": len(unread)}
-    if r > 0:
+    if cfg.recon_ratio > 0:
         result["val_mae"] = pmae / clips
     return result
 
@@ -609,9 +619,9 @@ def write_recon(model, clips, keys, m, fps, path):
     """Write path.png and path_animated.png: what the encoder saw of clips at mask ratio m, and
     every dropped patch reconstructed, more than it was trained on at a time where r < m
     (data.write_reconstruction)."""
-    visible, masked = token_dropout(keys, model.num_tokens, m, m)  # [B, K], [B, N - K]
-    _, prediction, _ = model.look(clips, keys, m, m)  # the same split: it belongs to the keys
-    patches = patchify(clips, model.patch)  # [B, N, P]
+    patches, visible, masked, _ = model.split(clips, keys, m, m)  # [B, N, P], [B, K], [B, N - K]
+    tokens = model.encode(patches, visible)  # [B, 1 + K, D]
+    prediction = model.decode(tokens[:, 1:], visible, masked)  # [B, N - K, P]
     data.write_reconstruction(
         path, patches, visible, masked, prediction, model.target, model.patch, model.grid, fps
     )
@@ -623,21 +633,24 @@ def write_recon(model, clips, keys, m, fps, path):
 # shows, and of each sentence which clip. What is different from Part I, in the order of a step:
 #
 #     loader     draws a sentence of the video, by the clip's key, and reads frames at its time
-#     trainer    draws the sentence AGAIN, by the same key: what it says isn't sent along
+#     trainer    draws the sentence AGAIN, by the same key: clips come without words
 #     model      clip -> z_v; the sentence's features -> z_t: unit vectors of one space
 #     loss       compares all clips of the step with all its sentences, those of the other GPUs and
 #                micro-batches too. So it is no sum over micro-batches, and `common.cached_step`
 #                takes its gradient in two passes: all z of the batch without a graph, L and dL/dz;
-#                then each micro-batch again with one, where dL/dz goes on to the weights. Draws
-#                are the same in both, as they are keyed. A single micro-batch needs one pass only.
+#                then each micro-batch again with one, where dL/dz goes on to the weights. PMAE is
+#                a clip's own, and decoded in the second pass only. Both passes drop the same
+#                tokens, by their keys. A single micro-batch needs one pass only.
 
 
 class Pairs:
     """Captions as training takes them: an entry is a video, and each clip of it shows a sentence
-    of it."""
+    of it. features: of all sentences, float16 [sentences, W], mapped, not read."""
 
-    def __init__(self, captions):
+    def __init__(self, captions, features=None):
         self.captions = captions
+        self.features = features
+        self.text_ids = captions.texts.ids()  # int64 [sentences], equal for equal sentences
         self.path = captions.path
         # Numbers of the sentences video by video, and where a video's begin in them.
         self._order = np.argsort(captions.video_of, kind="stable").astype(np.int32)  # [sentences]
@@ -663,17 +676,19 @@ class Pairs:
         return self._order[first + drawn]  # [views]
 
     def sentences_of(self, batch, views):
-        """Which captions the clips of a data.Batch show, view by view as they are: [B].
-
-        The loader drew them where it read the clips (PairDataset.plans). Here they are drawn
-        AGAIN, by the same keys, which come with the batch; so they are the same, whatever process
-        read it.
-        """
+        """Which captions the clips of a data.Batch show, view by view as they are: [B]. What
+        PairDataset.plans drew, wherever the batch was read."""
         samples = len(batch.index) // views
         drawn = []
         for index, key in zip(batch.index[:samples].tolist(), batch.keys[:samples], strict=True):
             drawn.append(self.sentences(index, key, views))
         return np.stack(drawn, axis=1).ravel()  # [B]
+
+    def texts(self, sentences, device):
+        """Features [B, W] and ids [B] of sentences, given by their numbers, on a device."""
+        words = torch.from_numpy(self.features[sentences]).float()  # [B, W]
+        ids = torch.from_numpy(self.text_ids[sentences])  # [B]
+        return data.to_device(words, device), data.to_device(ids, device)
 
 
 class PairDataset(data.ClipDataset):
@@ -688,7 +703,7 @@ def sample_pair(video, sentence, key, captions, frames, fps, crop):
     """(frames, box) of a training clip around the time of a sentence, by its number (Sec. 4.2)."""
     start, end = captions.start[sentence], captions.end[sentence]
     chosen = data.moment_frames(video, start, end, frames, fps, uniform(key, "start").item())
-    return chosen, random_box(video.info, key, crop)
+    return chosen, training_box(video.info, key, crop)
 
 
 def nce_loss(video, text, sentence, temperature):
@@ -709,7 +724,7 @@ class TurboText(Turbo):
     embed_dim = 256  # E
 
     def add_head(self, text_width):
-        """text_width: W; Turbo's first argument, in place of a number of classes."""
+        """text_width: W, the constructor's first argument."""
         self.video_head = self.mlp(self.width)
         self.text_head = self.mlp(text_width)
         self.feature_width = self.embed_dim
@@ -728,10 +743,10 @@ class TurboText(Turbo):
         """Sentences' features [S, W] -> unit vectors [S, E]."""
         return F.normalize(self.text_head(text).float(), dim=-1)  # [S, E]
 
-    def forward(self, clips, keys, m, r, text, reconstruct=True):
+    def forward(self, clips, keys, m, r, text):
         """-> unit vectors of clips [B, E] and of the sentences with features `text` [B, W], [B, E];
-        prediction and target [B, R, P]; see `look`."""
-        cls, prediction, target = self.look(clips, keys, m, r, reconstruct)
+        prediction and target [B, R, P]; see `autoencode`."""
+        cls, prediction, target = self.autoencode(clips, keys, m, r)
         return self.embed_video(cls), self.embed_text(text), prediction, target
 
     def features(self, clips, keys, m):
@@ -739,36 +754,15 @@ class TurboText(Turbo):
         return self.embed_video(super().features(clips, keys, m))
 
 
-class Texts(NamedTuple):
-    """What the sentences of a run say, by their numbers."""
-
-    features: np.ndarray  # float16 [sentences, W], of the training list; mapped, not read
-    ids: np.ndarray  # int64 [sentences], equal for equal sentences
-    val_features: np.ndarray  # [sentences, W], of the validation list
-    width: int  # W
-
-    def of(self, sentences, device):
-        """Features [B, W] and ids [B] of training sentences, given by their numbers, on a
-        device."""
-        words = torch.from_numpy(self.features[sentences]).float()  # [B, W]
-        ids = torch.from_numpy(self.ids[sentences])  # [B]
-        return data.to_device(words, device), data.to_device(ids, device)
-
-
-NO_TEXTS = Texts(None, None, None, 0)  # of a run without
-
-
 def encode_pairs(batch, model, m, r, error_of):
-    """A micro-batch for common.cached_step: what the loss of the whole batch compares, and PMAE,
-    which is a clip's own. PMAE is of the pass that has a graph, so in the other nothing is decoded.
+    """A micro-batch for common.cached_step: what the loss of the whole batch compares, and PMAE.
 
     batch: clips, keys, features of their sentences, their ids. error_of: partial_mae.
     """
     clips, keys, text, ids = batch
-    graph = torch.is_grad_enabled()
-    z_v, z_t, prediction, target = model(
-        clips, keys, m, r, text, reconstruct=graph
-    )  # [B, E] twice, ...
+    if not torch.is_grad_enabled():  # the first of two passes
+        r = 0.0
+    z_v, z_t, prediction, target = model(clips, keys, m, r, text)  # [B, E], [B, E], [B, R, P] twice
     error = error_of(prediction, target)  # [B]
     return {"video": z_v, "text": z_t, "sentence": ids, "own_loss": error}
 
@@ -805,27 +799,34 @@ def sample_second(video, index, view, key, pieces, frames, fps):
 
 
 @torch.no_grad()
-def second_features(model, pieces, batches, failures, views, m, ctx, draw=None):
-    """{video: unit vectors [seconds, E]} of Pieces, a vector a second (Sec. 5.2).
-
-    batches: the clips of their seconds, on the device, view by view. failures: what they fill.
-    draw(model, clips, keys): a picture of the first ones.
-    """
+def align_features(cfg, ctx, net, captions, failures, picture=None):
+    """{video: unit vectors [seconds, E]}, one a second (Sec. 5.2), of this rank's share of the
+    videos of captions. failures: what it fills. picture: where to draw the first clips, or None."""
+    views = 8  # seconds of a Piece
+    pieces = pieces_of(captions, range(ctx.rank, len(captions.names), ctx.world), failures, views)
     features = {}
     for piece in pieces:
-        shape = piece.seconds, model.embed_dim
+        shape = piece.seconds, net.embed_dim
         features[piece.video] = torch.full(shape, math.nan)  # [seconds, E]
-    for batch in batches:
+
+    plan = partial(sample_second, pieces=pieces, frames=cfg.frames, fps=cfg.eval_fps or cfg.fps)
+    videos = data.VideoList.of([piece.path for piece in pieces])
+    dataset = data.ClipDataset(
+        videos, plan, cfg.size, cfg.seed, replace=False, views=views, frames=cfg.frames
+    )
+    clips = cfg.micro_batch or cfg.batch_size // ctx.world
+    for batch in data.test_batches(dataset, clips, cfg.workers, ctx, failures, shared=False):
         keys = batch.keys.to(ctx.device)  # [V B]
         with ctx.autocast():
-            vectors = model.features(batch.clips, keys, m)  # [V B, E]
+            vectors = net.features(batch.clips, keys, eval_ratios(cfg)[0])  # [V B, E]
         vectors = vectors.unflatten(0, (views, -1)).transpose(0, 1).cpu()  # [B, V, E]
         for i, vector in zip(batch.index.tolist(), vectors, strict=False):
             _, video, first, seconds = pieces[i]
             features[video][first : first + views] = vector[: seconds - first]  # [<= V, E]
-        if draw:
-            draw(model, batch.clips[:4], keys[:4])
-            draw = None
+        if picture:
+            write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, cfg.fps, picture)
+            picture = None
+
     read = {video: rows for video, rows in features.items() if rows.isfinite().all()}
     if not failures.new and len(read) < len(features):
         raise UserError("the model's features of a video are not finite: its weights are broken")
@@ -844,21 +845,18 @@ def recall_at_1(similarity, start, end):
 
 
 @torch.no_grad()
-def evaluate_alignment(model, captions, text, features, failures, ctx):
+def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
     """R@1 in % of the sentences, in which second of their video they are shown, as HTM-Align
-    counts it (Sec. 5.2). `chance` is the R@1 of a random second. Sentences of unreadable videos
-    don't count.
-
-    text: features [sentences, W]. features: this rank's, of second_features; failures: what they
-    filled.
-    """
+    counts it (Sec. 5.2). `val_chance` is the R@1 of a random second. Sentences of unreadable
+    videos don't count. text: features [sentences, W]. picture: see `evaluate`."""
+    failures = data.Failures(len(captions.names), cfg.max_bad)
+    features = align_features(cfg, ctx, net, captions, failures, picture)
     sums = common.Sums(ctx, "sentences", "hits", "chance", "outside")
     for video, rows in features.items():
         own = np.flatnonzero(captions.video_of == video)  # [S]
         start, end = captions.start[own], captions.end[own]
-        sentences = model.embed_text(
-            torch.from_numpy(text[own]).float().to(ctx.device)
-        ).cpu()  # [S, E]
+        words = torch.from_numpy(text[own]).float().to(ctx.device)  # [S, W]
+        sentences = net.embed_text(words).cpu()  # [S, E]
         hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
         inside = np.minimum(np.ceil(end), len(rows) - 1) - np.floor(start) + 1  # [S], in seconds
         sums.add("sentences", len(own))
@@ -906,14 +904,14 @@ def count_gmacs(cfg, classes, m, r, text_width=0):
         if cfg.objective == "align":
             inputs.append(torch.empty(0, text_width))  # no sentences: what is counted is a clip's
         here = common.count_macs(model, *inputs)
-    dropped = model.num_tokens - num_kept(model.num_tokens, m, r)[0]
+    dropped = model.num_tokens - token_counts(model.num_tokens, m, r)[0]
     return here, here + dropped * model.patch_embed.in_features * model.width / 1e9
 
 
 def training_blocks(model, tokens, m, r):
     """[(a block on the CPU, how many such, (N, D) of its input)]: what a clip of `tokens` passes in
     training. The model itself may be on the meta device."""
-    visible, recon = num_kept(tokens, m, r)
+    visible, recon = token_counts(tokens, m, r)
     passed = [(model.blocks, visible + 1, model.width)]  # 1: CLS
     if r > 0:
         width = model.mask_token.shape[-1]
@@ -950,7 +948,7 @@ def print_plan(cfg):
         total += parameter.numel()
         if name.startswith(PARTS["decoder"]):
             decoder += parameter.numel()
-    visible, recon = num_kept(model.num_tokens, m, r)
+    visible, recon = token_counts(model.num_tokens, m, r)
     steps = cfg.max_steps or cfg.train_clips * cfg.repeated // cfg.batch_size * cfg.epochs
     millions = f"{total / 1e6:.1f} M parameters, {decoder / 1e6:.1f} M of them the decoder's"
     tokens = f"{visible} visible, {recon} reconstructed of {model.num_tokens}"
@@ -986,7 +984,7 @@ def print_figure_2(cfg, model):
     print(f"\nFigure 2 (drawn, without numbers): {what}")
     print(f"{'frames':>6} {'m = 0':>9} {f'm = {m:g}, r = {r:g}':>20} {'less':>6}")
     for frames in sorted({16, 32, 64, cfg.frames}):
-        tokens = model.num_tokens // cfg.frames * frames
+        tokens = frames * model.num_tokens // cfg.frames
         whole = saved_megabytes(model, tokens, 0.0, 0.0)
         ours = saved_megabytes(model, tokens, m, r)
         print(f"{frames:6} {whole:9.0f} {ours:20.0f} {whole / ours:5.2f}x")
@@ -1004,7 +1002,7 @@ def print_table_1(cfg, tokens, classes, text_width):
     base, _ = count_gmacs(cfg, classes, 0.0, 0.0, text_width)
     for m, r in dict.fromkeys([*TABLE_1, own]):
         here, embedded = count_gmacs(cfg, classes, m, r, text_width)
-        visible, recon = num_kept(tokens, m, r)
+        visible, recon = token_counts(tokens, m, r)
         paper = f"{TABLE_1[m, r]:.1f}" if is_paper and (m, r) in TABLE_1 else "-"
         note = "  <- this run" if (m, r) == own else ""
         left = f"{m:5.2f} {r:5.2f} {visible:8} {recon:6} {here:8.2f} {embedded:13.2f}"
@@ -1026,57 +1024,9 @@ PARTS = {
 }
 
 
-def part_of(weights, part):
-    """{name: shape} of the weights of a part."""
-    return {name: x.shape for name, x in weights.items() if name.startswith(PARTS[part])}
-
-
 def depth_of(shapes):
     """The number of blocks of a part."""
     return len({name.split("blocks.")[1].split(".")[0] for name in shapes if "blocks." in name})
-
-
-def same_shapes(mine, theirs):
-    """Whether all weights that two models have are of the same shape."""
-    return all(theirs.get(name, shape) == shape for name, shape in mine.items())
-
-
-def refuse_gaps(path, part, mine, theirs):
-    """UserError where weights of a part are missing in a file."""
-    gaps = [name for name in mine if name not in theirs]
-    if gaps:
-        raise UserError(f"{path}: {len(gaps)} weights of the {part} are not in it ({gaps[0]} ...)")
-
-
-def check_encoder(path, own, weights):
-    """UserError where a file's encoder is deeper, or lacks weights. Other shapes, and a file
-    without any weight of ours, are left to common.load_weights."""
-    mine = part_of(own, "encoder")
-    theirs = part_of(weights, "encoder")
-    if not same_shapes(mine, theirs) or not own.keys() & weights.keys():
-        return
-    depths = f"{depth_of(theirs)} blocks, the model's {depth_of(mine)}"
-    if depth_of(theirs) > depth_of(mine):
-        raise UserError(f"{path}: its encoder has {depths}; is --model the file's?")
-    refuse_gaps(path, "encoder", mine, theirs)
-
-
-def why_unused(path, part, own, weights):
-    """Why a file's decoder, classifier or heads can't be used; "" where they can, or one has
-    none."""
-    mine = part_of(own, part)
-    theirs = part_of(weights, part)
-    if not mine or not theirs:
-        return ""
-    fits = depth_of(theirs) == depth_of(mine) and same_shapes(mine, theirs)
-    if part == "classifier" and "fc_norm.weight" in weights:  # VideoMAE's
-        return "reads the tokens' mean, not CLS"
-    if fits:
-        refuse_gaps(path, part, mine, theirs)
-        return ""
-    if part == "decoder" and "mask_token" in theirs:
-        return f"--decoder {depth_of(theirs)}x{theirs['mask_token'][-1]} would fit it"
-    return "of another size"
 
 
 def init_weights(path, net):
@@ -1088,13 +1038,34 @@ def init_weights(path, net):
     """
     weights = common.videomae_weights(common.read_weights(path))
     own = net.state_dict()
-    check_encoder(path, own, weights)
     unused = ""
-    for part in ("decoder", "classifier", "heads"):
-        why = why_unused(path, part, own, weights)
+    for part, starts in PARTS.items():
+        mine = {name: x.shape for name, x in own.items() if name.startswith(starts)}
+        theirs = {name: x.shape for name, x in weights.items() if name.startswith(starts)}
+        same = all(theirs.get(name, shape) == shape for name, shape in mine.items())
+        depth = depth_of(theirs)
+        why = ""
+        if part == "encoder":
+            if not same or not own.keys() & weights.keys():
+                continue  # common.load_weights says what is wrong
+            if depth > depth_of(mine):
+                blocks = f"{depth} blocks, the model's {depth_of(mine)}"
+                raise UserError(f"{path}: its encoder has {blocks}; is --model the file's?")
+        elif not mine or not theirs:
+            continue
+        elif part == "classifier" and "fc_norm.weight" in weights:  # VideoMAE's
+            why = "reads the tokens' mean, not CLS"
+        elif not same or depth != depth_of(mine):
+            why = "of another size"
+            if "mask_token" in theirs:
+                why = f"--decoder {depth}x{theirs['mask_token'][-1]} would fit it"
+        gaps = [name for name in mine if name not in theirs]
         if why:
             unused += f"; its {part} is not used: {why}"
-            weights = {name: x for name, x in weights.items() if not name.startswith(PARTS[part])}
+            weights = {name: x for name, x in weights.items() if name not in theirs}
+        elif gaps:
+            lost = f"{len(gaps)} weights of the {part} are not in it ({gaps[0]} ...)"
+            raise UserError(f"{path}: {lost}")
     return common.load_weights(net, weights, path) + unused
 
 
@@ -1136,11 +1107,11 @@ def check(cfg):
     if cfg.size < h or cfg.size % h:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
-    if num_kept(tokens, max(ratios), 0)[0] == 0:
+    if token_counts(tokens, max(ratios), 0)[0] == 0:
         raise UserError(
             f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one"
         )
-    if cfg.recon_ratio and num_kept(tokens, cfg.mask_ratio, cfg.recon_ratio)[1] == 0:
+    if cfg.recon_ratio and token_counts(tokens, cfg.mask_ratio, cfg.recon_ratio)[1] == 0:
         raise UserError(
             f"--recon-ratio {cfg.recon_ratio} is none of {tokens} tokens; 0: no decoder"
         )
@@ -1172,22 +1143,21 @@ def check_alignment(cfg):
 def build(cfg, classes, text_width=0):
     """The model that a Config describes: for `classes` classes, or sentences' features of
     text_width."""
+    options = {
+        "model": cfg.model,
+        "decoder": cfg.decoder,
+        "frames": cfg.frames,
+        "size": cfg.size,
+        "recon": cfg.recon_ratio > 0,
+        "target": cfg.target,
+        "drop_path": cfg.drop_path,
+        "attention": cfg.attention,
+        "grad_checkpoint": cfg.grad_checkpoint,
+        "position_scale": cfg.position_scale,
+    }
     if cfg.objective == "align":
-        model = partial(TurboText, text_width)
-    else:
-        model = partial(Turbo, classes)
-    return model(
-        cfg.model,
-        cfg.decoder,
-        cfg.frames,
-        cfg.size,
-        cfg.recon_ratio > 0,
-        cfg.target,
-        cfg.drop_path,
-        cfg.attention,
-        cfg.grad_checkpoint,
-        cfg.position_scale,
-    )
+        return TurboText(text_width, **options)
+    return Turbo(classes, **options)
 
 
 def captions_of(cfg, path):
@@ -1210,13 +1180,6 @@ def open_text(cfg, captions, width=0):
     return data.open_text(captions, cfg.text_model, text_folder(cfg), width)  # DECISION (sentence)
 
 
-def open_texts(cfg, captions, val_captions):
-    """The Texts of both lists."""
-    features = open_text(cfg, captions)  # [sentences, W]
-    width = features.shape[1]
-    return Texts(features, captions.texts.ids(), open_text(cfg, val_captions, width), width)
-
-
 def write_texts(cfg, ctx):
     """--task encode_text: encode each sentence of both lists once, as the language model is
     frozen."""
@@ -1232,13 +1195,15 @@ def write_texts(cfg, ctx):
 
 
 def open_lists(cfg, ctx):
-    """(training, validation) VideoLists, or Pairs and Captions."""
+    """(training list, validation list, features of its sentences): VideoLists and None, or Pairs,
+    Captions and float16 [sentences, W]."""
     what = "a file of one video a line, `path label` or `path,label`; or captions"
     data.need_list("--train-list", cfg.train_list, ctx, what)
     data.need_list("--val-list", cfg.val_list, ctx, what)
     align = cfg.objective == "align"
     if align:
-        videos = Pairs(captions_of(cfg, cfg.train_list))
+        captions = captions_of(cfg, cfg.train_list)
+        videos = Pairs(captions, open_text(cfg, captions))
     else:
         videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
         if len(videos.classes) < 2:
@@ -1252,10 +1217,12 @@ def open_lists(cfg, ctx):
         )
     if align:
         val_videos = captions_of(cfg, cfg.val_list)
+        val_text = open_text(cfg, val_videos, videos.features.shape[1])
     else:
         val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
+        val_text = None
     data.need_videos(val_videos, cfg.max_bad)
-    return videos, val_videos
+    return videos, val_videos, val_text
 
 
 def clips_of(cfg, videos, test_views=None):
@@ -1287,41 +1254,25 @@ def of_videos(cfg, ctx, call, videos, failures):
         yield batch.index, over_views(call, batch.clips, batch.keys, m, views, ctx)
 
 
-def align_features(cfg, ctx, net, captions, failures, draw=None):
-    """`second_features` of this rank's share of the videos of captions."""
-    views = 8  # seconds of a Piece
-    pieces = pieces_of(captions, range(ctx.rank, len(captions.names), ctx.world), failures, views)
-    plan = partial(sample_second, pieces=pieces, frames=cfg.frames, fps=cfg.eval_fps or cfg.fps)
-    videos = data.VideoList.of([piece.path for piece in pieces])
-    dataset = data.ClipDataset(
-        videos, plan, cfg.size, cfg.seed, replace=False, views=views, frames=cfg.frames
-    )
-    clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    batches = data.test_batches(dataset, clips, cfg.workers, ctx, failures, shared=False)
-    return second_features(net, pieces, batches, failures, views, eval_ratios(cfg)[0], ctx, draw)
-
-
 def validate(cfg, ctx, net, videos, text, picture=None):
-    """`evaluate` a VideoList; or Captions, with the features `text` of their sentences: R@1.
-    picture: a path, or None."""
-    draw = None
-    if picture and cfg.recon_ratio > 0 and ctx.rank == 0:
-        draw = partial(write_recon, m=cfg.mask_ratio, fps=cfg.fps, path=picture)
+    """`evaluate` a VideoList; or Captions, with the features `text` of their sentences: R@1."""
     if cfg.objective == "align":
-        failures = data.Failures(len(videos.names), cfg.max_bad)
-        features = align_features(cfg, ctx, net, videos, failures, draw)
-        return evaluate_alignment(net, videos, text, features, failures, ctx)
-    failures = data.Failures(len(videos), cfg.max_bad)
-    batches = test_batches(cfg, ctx, videos, failures)
-    views = cfg.test_clips * cfg.test_crops
-    return evaluate(net, batches, failures, len(videos.classes), views, eval_ratios(cfg),
-                    cfg.mask_ratio, cfg.recon_ratio, ctx, draw)  # fmt: skip
+        return evaluate_alignment(cfg, ctx, net, videos, text, picture)
+    return evaluate(cfg, ctx, net, videos, picture)
+
+
+# What a run of an objective is measured by, and what it counts.
+METRIC = {"classify": "val_top1", "align": "val_recall1"}
+UNIT = {"classify": "videos", "align": "sentences"}
 
 
 def evaluate_step(cfg, ctx, run, videos, text):
-    """Validate the model as it is after a step of a run."""
+    """Validate a run's model as it is after a step."""
+    picture = None
+    if cfg.recon_ratio > 0 and ctx.rank == 0:
+        picture = run.folder / "recon.png"
     run.net.eval()
-    result = validate(cfg, ctx, run.net, videos, text, run.folder / "recon.png")
+    result = validate(cfg, ctx, run.net, videos, text, picture)
     run.net.train()
     run.evaluated(result, METRIC[cfg.objective])
 
@@ -1329,9 +1280,7 @@ def evaluate_step(cfg, ctx, run, videos, text):
 def start(cfg, ctx, videos, val_videos, text_width):
     """A new run, or one to go on with."""
     names = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}[cfg.objective]
-    run = common.Trainer(
-        cfg, ctx, "turbo", names, {"best": -1.0}, train_list=videos, val_list=val_videos
-    )
+    run = common.Trainer(cfg, ctx, "turbo", names, train_list=videos, val_list=val_videos)
     if run.state and run.state["text_width"] != text_width:
         widths = f"{run.state['text_width']}, not {text_width}"
         raise UserError(f"{run.folder}: trained on text features of width {widths}")
@@ -1340,11 +1289,6 @@ def start(cfg, ctx, videos, val_videos, text_width):
             if captions.left_out:
                 run.say(captions.check_left_out(cfg.max_bad))
     return run
-
-
-# What a run of an objective is measured by, and what it counts.
-METRIC = {"classify": "val_top1", "align": "val_recall1"}
-UNIT = {"classify": "videos", "align": "sentences"}
 
 
 def say_result(cfg, run, classes):
@@ -1369,13 +1313,13 @@ def say_result(cfg, run, classes):
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
     source = cfg.init or f"{folder_of(cfg)}/best.pt"
-    shape = (
+    keys = (
         "model", "decoder", "frames", "fps", "size", "mask_ratio", "recon_ratio", "target", "seed",
         "objective", "sampling", "text_model", "eval_fps", "position_scale",
     )  # fmt: skip
 
     def saved(state):
-        own = replace(cfg, **{key: state["config"][key] for key in shape})
+        own = replace(cfg, **{key: state["config"][key] for key in keys})
         check(own)
         return own, build(own, len(state["classes"]), state["text_width"])
 
@@ -1392,7 +1336,7 @@ def use(cfg, ctx):
             )
         videos = data.VideoList.of(cfg.input)
         failures = data.Failures(len(videos), 1.0)
-        shares = of_videos(cfg, ctx, net.shares, videos, failures)  # [B, classes] each
+        shares = of_videos(cfg, ctx, net.probabilities, videos, failures)  # [B, classes] each
         return common.print_predictions(videos, shares, classes, failures)
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
@@ -1429,23 +1373,24 @@ def main(cfg):
         return use(cfg, ctx)
     paired = cfg.mixup > 0 or cfg.cutmix > 0
     micro, accumulation = common.micro_batches(cfg, ctx, paired, cfg.repeated)
-    videos, val_videos = open_lists(cfg, ctx)
+    videos, val_videos, val_text = open_lists(cfg, ctx)
     if cfg.objective == "align":
         classes = []
-        texts = open_texts(cfg, videos.captions, val_videos)
+        text_width = videos.features.shape[1]
     else:
         classes = videos.classes
-        texts = NO_TEXTS
+        text_width = 0
     epoch_steps = len(videos) * cfg.repeated // cfg.batch_size
     total = cfg.max_steps or cfg.epochs * epoch_steps
+    warmup = cfg.warmup_epochs * epoch_steps
 
-    run = start(cfg, ctx, videos, val_videos, texts.width)
+    run = start(cfg, ctx, videos, val_videos, text_width)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
-    net = build(cfg, len(classes), texts.width).to(ctx.device)
+    net = build(cfg, len(classes), text_width).to(ctx.device)
     if cfg.init and not run.state:
         run.say(init_weights(cfg.init, net))
     optimizer = common.optimizer("adamw", common.param_groups(net, cfg.weight_decay), cfg.lr)
-    run.prepare(net, optimizer, classes=classes, text_width=texts.width)
+    run.prepare(net, optimizer, classes=classes, text_width=text_width)
     m, r = cfg.mask_ratio, cfg.recon_ratio
     loss_of = common.compiled(turbo_loss, ctx, cfg.compile)
     error_of = common.compiled(partial_mae, ctx, cfg.compile)
@@ -1453,9 +1398,9 @@ def main(cfg):
     contrast = partial(nce_loss, temperature=cfg.temperature)
     run.say(
         f"{len(videos)} training videos, {len(val_videos)} {UNIT[cfg.objective]} to validate, "
-        f"{len(classes) or 'no'} classes; batch {cfg.batch_size} = {ctx.world} ranks x {micro} clips "
-        f"x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; steps {run.step} to "
-        f"{total}"
+        f"{len(classes) or 'no'} classes; batch {cfg.batch_size} = {ctx.world} ranks x {micro} "
+        f"clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; steps "
+        f"{run.step} to {total}"
     )
     dataset = clips_of(cfg, videos)
     augmented = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip)
@@ -1463,13 +1408,19 @@ def main(cfg):
         dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augmented
     )
     failures = data.Failures(len(videos), cfg.max_bad)
-    size = cfg.batch_size
-    every = cfg.eval_every
-    run.begin(batches, failures, size, micro, epoch_steps, total, total, eval_every=every)
+    run.begin(
+        batches,
+        failures,
+        cfg.batch_size,
+        micro,
+        epoch_steps,
+        stop=total,
+        total=total,
+        eval_every=cfg.eval_every,
+    )
 
-    warmup = cfg.warmup_epochs * epoch_steps
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
-        evaluate_step(cfg, ctx, run, val_videos, texts.val_features)
+        evaluate_step(cfg, ctx, run, val_videos, val_text)
     while run.step < total:
         if cfg.objective == "classify":  # Eq. 1: a sum over clips, so micro-batches add up
             for batch in run.micro_batches():  # its clips are augmented: see training_batches above
@@ -1486,15 +1437,14 @@ def main(cfg):
             pairs = []
             for batch in run.micro_batches():
                 keys = data.to_device(batch.keys, ctx.device)  # [B]
-                # The loader drew each clip's sentence. It is drawn AGAIN here, by the same keys.
-                shown = videos.sentences_of(batch, cfg.repeated)  # [B]
-                pairs.append((batch.clips, keys, *texts.of(shown, ctx.device)))
+                sentences = videos.sentences_of(batch, cfg.repeated)  # [B], as the loader drew them
+                pairs.append((batch.clips, keys, *videos.texts(sentences, ctx.device)))
             nce, pmae = run.cached_backward(encode, pairs, contrast)  # [B] each
             run.note(nce + pmae, nce, pmae)
         run.update(common.cosine(run.step, total, warmup, cfg.lr, cfg.min_lr))
         run.end_step()
         if run.evaluation_due():
-            evaluate_step(cfg, ctx, run, val_videos, texts.val_features)
+            evaluate_step(cfg, ctx, run, val_videos, val_text)
     say_result(cfg, run, len(classes))
 
 

@@ -67,11 +67,11 @@ def test_token_counts_of_table_1(m, r, visible, recon):
 
 @pytest.mark.parametrize(("frames", "m"), [(16, 0.5), (32, 0.75), (64, 0.875)])
 def test_long_video_settings_keep_784_tokens(frames, m):
-    assert turbo.num_kept(frames // 2 * 196, m, 1 - m if frames > 16 else m) == (784, 784)
+    assert turbo.token_counts(frames // 2 * 196, m, 1 - m if frames > 16 else m) == (784, 784)
 
 
 def test_floor_is_exact_where_floating_point_is_not():
-    assert turbo.num_kept(100, 0.9, 0.1) == (10, 10)  # 100 * (1 - 0.9) is 9.99...98
+    assert turbo.token_counts(100, 0.9, 0.1) == (10, 10)  # 100 * (1 - 0.9) is 9.99...98
 
 
 def test_every_token_is_dropped_equally_often():
@@ -248,7 +248,7 @@ def test_table_1_gflops():
         here, embedded = turbo.count_gmacs(cfg, 101, m, r)
         assert embedded == pytest.approx(paper, rel=2e-3), (m, r)
         assert embedded - here == pytest.approx(
-            (1568 - turbo.num_kept(1568, m, r)[0]) * 1536 * 768 / 1e9
+            (1568 - turbo.token_counts(1568, m, r)[0]) * 1536 * 768 / 1e9
         ), (m, r)
 
 

@@ -94,7 +94,7 @@ def test_recall_at_1_is_htm_aligns():
 def test_long_video_settings_keep_784_tokens(frames, m):
     """Table 5, B to D: as many visible and reconstructed tokens at any length (Sec. 5.3)."""
     tokens = frames // 2 * 14 * 14
-    assert turbo.num_kept(tokens, m, 1 - m) == (784, 784)
+    assert turbo.token_counts(tokens, m, 1 - m) == (784, 784)
     visible, recon = turbo.token_dropout(make_key(torch.arange(2)), tokens, m, 1 - m)
     assert visible.shape == recon.shape == (2, 784)
 

@@ -1,10 +1,10 @@
 """Efficient VideoMAE via Temporal Progressive Training (TPT-MAE): self-supervised video
 pretraining, in one file.
 
-VideoMAE hides 90 % of a clip's places in all of its frames and learns to paint them. Most of what
-it learns is spatial, and 2 frames teach that for a tenth of the multiply-adds of 16 (ViT-B): so TPT
-spends its budget of frames in stages, on clips of 2, then 4, 8 and 16 frames, each from the weights
-of the one before. Then the encoder is fine-tuned to classify.
+VideoMAE hides 90 % of a clip's places in all of its frames and learns to paint them. A clip's
+frames are redundant: what is spatial can be learned from 2, for a tenth of the multiply-adds of 16
+(ViT-B). So TPT spends its budget of frames in stages, on clips of 2, then 4, 8 and 16 frames, each
+from the weights of the one before. Then the encoder is fine-tuned to classify.
 
     paper                                here
     Sec. 3.1, the tube mask              VideoMAE.split, common.tube_split
@@ -13,10 +13,11 @@ of the one before. Then the encoder is fine-tuned to classify.
     Sec. 3.2.1, budget, number, order    plan_stages, lay_out (--budget, --order)
     Sec. 3.2.1, 3.2.2, the search        search_space, search_schedule (--task search_schedule)
     Sec. 5.3, long and short cycle       Segment, lay_out (--cycle; Table 5)
+    Sec. 4, recipe                       Config, RECIPES
     Sec. 4, sampling and views           sample_clip, count_hits (--test-views)
     Table 3, backbones                   DividedBlock, TrajectoryBlock (--backbone)
     Table 6, learning rate cycles        learning_rate (--lr-cycles, --decay)
-    Table 7, batch a stage               RECIPES, Config (--stage-batch)
+    Table 7, batch a stage               schedule (--stage-batch)
     Sec. 5.4, reuse of decoded frames    clips_of (--repeated)
     fine-tuning                          Classifier, following (recipes *_ft, --then)
 
@@ -27,7 +28,7 @@ of the one before. Then the encoder is fine-tuned to classify.
     Table 1, VideoMAE, ViT-L, K400       --recipe videomae_k400 --model vit_l --budget 1600
                                          --then k400_ft
     Table 2, TPT-MAE                     --recipe ssv2 --then ssv2_ft
-    Table 2, VideoMAE                    --recipe ssv2 --then ssv2_ft --stages 16:100
+    Tables 2-4, VideoMAE (67.6 to 68.4)  --recipe ssv2 --then ssv2_ft --stages 16:100
     Table 3, TimeSformer, TPT-MAE        --recipe ssv2 --then ssv2_ft --backbone divided
                                          --stages 2,4,8 --budget-frames 8
     Table 3, MotionFormer, ImageNet-21k  --recipe ssv2_sup --backbone trajectory --frames 8
@@ -36,23 +37,28 @@ of the one before. Then the encoder is fine-tuned to classify.
     Table 5, short-cycle, random         --recipe ssv2 --then ssv2_ft --cycle short --order random
     Table 6, 1 cycle, cosine             --recipe ssv2 --then ssv2_ft --lr-cycles 1
     Table 7, 8, 8, 8, 16                 --recipe ssv2 --then ssv2_ft --stage-batch 512,512,512,1024
+    Sec. 5.3, more to early stages       --recipe ssv2 --then ssv2_ft
+                                         --stages 2:50,4:25,8:12.5,16:12.5
 
 Faithful: stages, budget arithmetic, optimiser, masks, target, sampling, as the paper or the
 VideoMAE it builds on says.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     budget      "25 % at 2 frames -> 1600 epochs" holds at a budget of 800 epochs of 16 frames, not
                 at Sec. 4's 400: epochs = share x budget x 16 / frames, rounded to whole epochs.
+                The text gives no searched C*: --stages are Table 4's best, 25 % each, for K400 too
+                (see decoder). Table 3's 8-frame models get 400 epochs of 8 frames.
     carry       weights and AdamW's moments go on through all stages; beta2 = 0.95 forgets the old
                 ones in about 20 steps, of warm-up.
-    warmup      40 epochs are 10 % of Sec. 4's budget of 400: a stage (a learning-rate cycle) warms
-                up for that share of itself, not for 40 epochs of its own.
+    warmup      40 epochs are 10 % of Sec. 4's budget of 400 (of K400's 1600: 2.5 %): a stage (a
+                learning-rate cycle) warms up for that share of itself, not for 40 epochs.
     lr          Sec. 4 says 1.5e-4, Sec. 3.2's example 0.01. The recipes have 1.5e-4 x batch / 256,
                 VideoMAE's rule; another --batch-size needs its own --lr and --min-lr, --stage-batch
                 follows the rule. --min-lr, the cosine's end, stays the same share of the peak.
     step        Table 6's "step": a tenth after each third of a cycle.
-    rounds      a short cycle's round holds one epoch of the stage that has the fewest, and its like
-                of the others.
-    random      all stages are shuffled, the longest too; a short cycle shuffles each round anew.
+    rounds      a short cycle's round holds one epoch of the stage that has the fewest, and the same
+                share of each other stage.
+    random      all stages are shuffled, the longest too (Sec. 5.3's example keeps it last); a short
+                cycle shuffles each round anew.
     single      a 1-frame stage ("single frame", Secs. 3.2.1 and 6) repeats the frame to fill the
                 tubelet.
     stride      K400's stride stays 4 at all lengths, so a short clip is a short time; SSv2's
@@ -61,9 +67,9 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     repeated    VideoMAE shows the same frames of a video again, augmented otherwise; here each clip
                 draws its own frames.
     sizes       fine-tuning is VideoMAE's of ViT-B at every size; its K400 S, L and H differ
-                (k400_ft says how).
-    search      a schedule ends at the full length, which is the task; shares are powers of two that
-                sum to 100 %.
+                (k400_ft says how). Sec. 5.3's 30 epochs on SSv2 serve Tables 1 to 3 too.
+    search      a schedule ends at the full length, which is the task; shares are the portions that
+                Sec. 3.2.1 names, although Table 4's three stages have thirds.
     blocks      all backbones: tubelets, no CLS, fixed positions, mean pooling and a joint decoder,
                 as VideoMAE; ImageNet's start learns positions, because its own are.
     trajectory  from an image's weights, values along a trajectory start as the tokens, W_v = 1, so
@@ -72,7 +78,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     memory      Sec. 4's V100s come with 16 or 32 GB: --micro-batch and --then's fit 32, for every
                 --model (--plan).
     decoder     VideoMAE's files of L and H have 12 layers, the default. Sec. 5.1's "54 %" comes out
-                with 4 x 512 for L.
+                with 4 x 512 for L and 25 % a stage.
     target      of masked patches alone, normalised per patch and channel, as VideoMAE: Sec. 3.1's
                 decoder gives all patches. The toy recipe predicts raw pixels (--target).
     toy         so that minutes are enough, positions are 5 times as large, and the classifier's
@@ -142,7 +148,8 @@ TOY = {"train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv",
        "log_every": 50, "gpus": 1}  # fmt: skip
 SSV2 = {"train_clips": 168913, "num_classes": 174, "sampling": "segments"}  # Sec. 4
 K400 = {"train_clips": 241258, "num_classes": 400, "sampling": "stride"}
-# An evaluation takes 16 frames of each video: after each epoch of 2 it would cost as much as these.
+# An evaluation takes 16 frames of each video: after each epoch of 2-frame clips it would read about
+# as many frames as the epoch.
 # DECISION (memory): Table 7's "per-GPU batch size".
 PRETRAIN = {"eval_every": 50, "micro_batch": 16}
 # VideoMAE's fine-tuning, which Sec. 4 follows: 384 videos a step, which its rule for the rate
@@ -204,8 +211,9 @@ class Config(common.RunConfig):
     backbone: str = opt("joint", "kind of attention (Table 3)", ["joint", "divided", "trajectory"])
     decoder: str = opt("", "layers x width of the decoder, such as 4x512; empty: the model's own")
     positions: str = opt("sinusoid", "learned: as image ViTs have", ["sinusoid", "learned"])
+    # DECISION (budget): Table 4's best
     stages: str = opt("2:25,4:25,8:25,16:25", "frames:percent of the budget; empty: fine-tuning")
-    budget: float = opt(400.0, "epochs of --budget-frames to pretrain (Sec. 4)", within="(0, 1e6]")
+    budget: float = opt(400.0, "epochs of --budget-frames a clip (Sec. 4)", within="(0, 1e6]")
     budget_frames: int = opt(16, "frames of a clip in the budget (Sec. 3.2.1)", within="(0, 1e6]")
     cycle: str = opt(
         "long",
@@ -293,7 +301,7 @@ class Config(common.RunConfig):
         return self.stages != ""
 
 
-# What --then-of is a digest of, in this order: folders of earlier versions go on.
+# What --then-of is a digest of. The order stays, so that folders of earlier versions can go on.
 SETTINGS = (
     "recipe init then_of model backbone decoder positions stages budget budget_frames cycle "
     "order lr_cycles decay stage_batch stage_lr repeated search_frames search_stages frames "
@@ -311,8 +319,8 @@ def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
     """Sec. 3.2.1: "2:25,4:25,8:25,16:25" (frames:percent) as a list of (frames, percent, epochs).
 
     budget: in epochs of `full` frames a clip. Frames alone, "2,4,16", share it evenly (Table 4).
-    ValueError: text of another form, shares that don't sum to 100, frames that no tubelet divides
-    (1 aside), frames that don't rise although `ordered`, a stage of no epoch.
+    ValueError: text of another form, shares that don't sum to 100, frames that the tubelet doesn't
+    divide (1 aside), frames that don't rise although `ordered`, a stage of no epoch.
     """
     parts = text.split(",")
     rows = []
@@ -354,12 +362,12 @@ class Stage(NamedTuple):
 
     frames: int  # f_i, of a clip
     percent: float  # p_i, of the budget
-    epochs: int
+    epochs: int  # of the budget: as many clips as the list has videos; in fine-tuning: passes
     batch: int  # clips a step, R_i with the rate
     lr: float  # peak learning rate
     repeated: int  # clips of a video from one decode
-    epoch_steps: int  # of a pass over the list
-    steps: int
+    epoch_steps: int  # of a pass over the list, `repeated` clips a video: the log's epoch
+    steps: int  # in all its segments
 
 
 class Segment(NamedTuple):
@@ -389,7 +397,7 @@ class Segment(NamedTuple):
     start: int
     stop: int
     offset: int
-    cycle: tuple  # (first, last) step of the learning-rate cycle that it is in
+    cycle: tuple  # (start, stop), in steps, of the learning-rate cycle that it is in
 
 
 def turn_of(rising, seed, number):
@@ -429,21 +437,21 @@ def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None)
             if length:
                 stretches.append((stage, start, start + length, offset))
                 start += length
-    firsts = {}  # step of each learning-rate cycle
-    lasts = {}
+    starts = {}  # of each learning-rate cycle, in steps
+    stops = {}
     cycle_of = [k * cycles // len(stretches) for k in range(len(stretches))]
     for cycle, (_, start, stop, _) in zip(cycle_of, stretches, strict=True):
-        firsts.setdefault(cycle, start)
-        lasts[cycle] = stop
+        starts.setdefault(cycle, start)
+        stops[cycle] = stop
     segments = []
     for cycle, stretch in zip(cycle_of, stretches, strict=True):
-        segments.append(Segment(*stretch, (firsts[cycle], lasts[cycle])))
+        segments.append(Segment(*stretch, (starts[cycle], stops[cycle])))
     return segments
 
 
 def learning_rate(step, cycle, peak, floor, warmup, decay="cosine"):
-    """Learning rate of step 0, 1, ... in a cycle (first, last): linear from 0 over the share
-    `warmup`, then falling."""
+    """Learning rate of step 0, 1, ... in a cycle (start, stop): linear from 0 over the share
+    `warmup` of it, then falling."""
     done = step - cycle[0]
     length = cycle[1] - cycle[0]
     if decay == "cosine" or done < warmup * length:
@@ -590,9 +598,9 @@ class Encoder(nn.Module):
         """0-255 patches [B, N, P] -> the last block's tokens [B, K, D] of the visible ones [B, K];
         None: of all.
 
-        Tokens are dropped before normalisation and embedding: what is not looked at costs nothing.
-        `keys` turns on drop path. Visible tokens must be the same places of all time steps (tubes),
-        unless attention is joint.
+        Patches are dropped before pixels are normalised and embedded: what is not looked at costs
+        nothing. `keys` turns on drop path. Visible tokens must be the same places of all time steps
+        (tubes), unless attention is joint.
         """
         x = self.embed(patches, visible)  # [B, K, D]
         options = {}
@@ -629,7 +637,7 @@ class VideoMAE(Encoder):
 
     clip -> patches [B, N, P] -> the visible 10 % -> Encoder -> their tokens [B, K, D]
                 |                                                       |
-                |                                + mask tokens at the other places [B, N, D']
+                |                                + behind them mask tokens [B, K + R, D']
                 v                                                       v
     target [B, R, P] of the masked 90 %     <- MSE ->      decoder's prediction [B, R, P]
     """
@@ -700,8 +708,8 @@ class Classifier(Encoder):
         self.head = nn.Linear(self.width, num_classes)
         # As in pretraining; VideoMAE's is N(0, 0.02), which its weights then replace.
         self.init_parameters()
-        # VideoMAE's init_scale, so that all classes are alike at first; what has few steps can't
-        # wait.
+        # VideoMAE's init_scale, so that all classes are alike at first; the toy's few steps can't
+        # wait for that.
         nn.init.trunc_normal_(self.head.weight, std=MODELS[model].get("head_std", 0.02 * 0.001))
 
     def features(self, clips, keys=None):
@@ -1175,7 +1183,7 @@ def memory(cfg):
         pixel = common.pixel_bytes(cfg.rand_augment or cfg.erase, cfg.mixup)
         clip = pixel * tokens * net.patch_embed.in_features
         if cfg.pretraining:
-            clip *= 2  # the prediction, in half precision and float32, and its gradient
+            clip *= 2  # as much again: the prediction in half precision and float32, its gradient
             clip += measure(decoder, len(layers), (tokens, width))
         extra = [] if net.joint else [None, steps]
         visible = steps * visible_places(cfg, net)
@@ -1418,8 +1426,8 @@ def predict(cfg, ctx, net, classes):
 
 
 def following(cfg):
-    """The Config of --then: that recipe, from this run's weights, in <out>_ft, on this machine and
-    the full length.
+    """The Config of --then: that recipe, from this run's weights, in <out>_ft, at the full length,
+    with this run's loader, precision and other flags of the machine.
 
     Its videos are this run's, or --then-train-list's (Table 1: pretrained on K400, fine-tuned on
     SSv2).
@@ -1440,8 +1448,7 @@ def following(cfg):
     same["micro_batch"] = cfg.then_micro_batch or min(micro, default=0)
     same["grad_checkpoint"] = new.grad_checkpoint or cfg.grad_checkpoint
     same["frames"] = cfg.budget_frames if cfg.pretraining else cfg.frames
-    # Another pretraining in the same folder is thereby refused by what an earlier one was
-    # fine-tuned to.
+    # By this <out>_ft tells whose weights it has, and refuses to go on after another pretraining.
     settings = [getattr(cfg, name) for name in SETTINGS.split()]
     same["then_of"] = f"{common.make_key(repr(settings)).item():x}"
     return replace(new, **same)

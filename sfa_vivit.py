@@ -1,91 +1,120 @@
-"""Optimizing ViViT Training (Gowda, Arnab, Huang, 2023): SFA-ViViT, action recognition in two stages, in one file.
+"""Optimizing ViViT Training (Gowda, Arnab, Huang, 2023): SFA-ViViT, action recognition in two
+stages, in one file.
 
-ViViT's factorised encoder is an image transformer, run on each time step, and a temporal transformer on the CLS tokens
-that it gives. Nearly all of a step's time and memory goes into training the first. So stage 1 trains everything on a
-few frames; stage 2 takes many frames, with the spatial transformer frozen, a small adapter behind it, and the temporal
-transformer going on from stage 1. The frozen part runs without autograd: a third of the multiply-adds, no activations.
+ViViT's factorised encoder is an image transformer, run on each time step, and a temporal
+transformer on the CLS tokens that it gives. Nearly all of a step's time and memory goes into
+training the first. So stage 1 trains everything on a few frames; stage 2 takes many frames, with
+the spatial transformer frozen, a small adapter behind it, and the temporal transformer going on
+from stage 1. The frozen part runs without autograd: a third of the multiply-adds, no activations.
 
     paper                                   here
-    Sec. 3.1, Eq. 1, factorised encoder     Encoder, ViViT
-    Sec. 3.2, Eq. 2, adapter                Adapter
-    Sec. 3.2, Fig. 2, stages 1 and 2        plan_stages, ViViT.enter
+    Sec. 3.1, factorised encoder            Encoder, ViViT
+    Sec. 3.2, Eq. 1, Eq. 2                  ViViT.frames, ViViT.over_time, Adapter
+    Sec. 3.2, Fig. 2, stages 1 and 2        plan_stages, ViViT.enter, main
     image checkpoint                        image_weights, inflate
     Table 1, rows I-V                       Config (--freeze, --adapter, --init, --init-temporal)
     Fig. 3, Fig. 5, Sec. 4.2, App. F        Config (--stages)
     Table 4, frames that fit                memory_model, largest_frames (--plan)
     Table 6, EPIC-Kitchens                  read_epic, joint_scores
-    Table 7                                 RECIPES, Config
+    Table 7                                 RECIPES, Config, augment
     Tables 9 and 10, near-peak epoch        near_peak
     4 x 3 views at test (scenic)            sample_clip, evaluate
 
-    row of the paper                        flags
-    Table 1, base; Table 6, ViViT-L         --recipe ssv2 --stages 64:35 --grad-checkpoint --init L_16.npz
-    Table 1, row I                          --recipe ssv2 --stages 64:35 --freeze spatial --no-adapter --init L_16.npz
-    Table 1, row II                         --recipe ssv2 --stages 64:35 --freeze temporal --grad-checkpoint --init L_16.npz
-    Table 1, row III                        --recipe ssv2 --stages 64:35 --freeze spatial --init L_16.npz
-    Table 1, row IV                         --recipe ssv2 --stages 64:35 --freeze spatial --init L_16.npz
-                                            --init-temporal videomae_l.pth
-    Table 1, row V; Table 6, SSv2           --recipe ssv2 --init L_16.npz
-    Table 2, SSv2 from K400                 --recipe ssv2 --stages 64:35 --freeze spatial --temporal-depth 24
-                                            --init runs/sfa-k400/stage1.pt
-    Table 2, K400 from SSv2                 --recipe k400 --stages 128:30 --freeze spatial --temporal-depth 4
-                                            --init runs/sfa-ssv2/stage1.pt
-    Table 3, ViViT-g, one view              --recipe k400 --model vivit_g --stages 8:30,48:30 --views 1 --crops 1
-                                            --init g_14.npz
-    Table 5, ViViT-H + SFA, MiT             --recipe mit --model vivit_h --init H_14.npz
-    Table 6, EPIC-Kitchens                  --recipe epic --init L_16.npz
-    Table 8, ViT-H, 32 frames               --recipe k400 --model vivit_h --stages 32:30 --freeze spatial --no-adapter
-                                            --init H_14.npz
-    Table 10, ViViT-L from 8 frames         --recipe k400 --freeze none --grad-checkpoint --init L_16.npz
-    Fig. 3, 96 frames from 16               --recipe k400 --stages 16:30,96:30 --init L_16.npz
-    Fig. 5, model A                         --recipe k400 --stages 8:10,32:10,128:10 --init L_16.npz
+    row of the paper                flags
+    Table 1, base; Table 6, L       --recipe ssv2 --stages 64:35 --grad-checkpoint --init L_16.npz
+    Table 1, row I                  --recipe ssv2 --stages 64:35 --freeze spatial --no-adapter
+                                    --init L_16.npz
+    Table 1, row II                 --recipe ssv2 --stages 64:35 --freeze temporal --grad-checkpoint
+                                    --init L_16.npz
+    Table 1, row III                --recipe ssv2 --stages 64:35 --freeze spatial --init L_16.npz
+    Table 1, row IV                 --recipe ssv2 --stages 64:35 --freeze spatial --init L_16.npz
+                                    --init-temporal videomae_l.pth
+    Table 1, row V; Table 6, SSv2   --recipe ssv2 --init L_16.npz
+    Table 2, SSv2 from K400         --recipe ssv2 --stages 64:35 --freeze spatial
+                                    --temporal-depth 24 --init runs/sfa-k400/stage1.pt
+    Table 2, K400 from SSv2         --recipe k400 --stages 128:30 --freeze spatial
+                                    --temporal-depth 4 --init runs/sfa-ssv2/stage1.pt
+    Table 3, ViViT-g, one view      --recipe k400 --model vivit_g --stages 8:30,48:30 --views 1
+                                    --crops 1 --init g_14.npz
+    Table 5, ViViT-H + SFA, MiT     --recipe mit --model vivit_h --init H_14.npz
+    Table 6, EPIC-Kitchens          --recipe epic --init L_16.npz
+    Table 8, ViT-H, 32 frames       --recipe k400 --model vivit_h --stages 32:30 --freeze spatial
+                                    --no-adapter --init H_14.npz
+    Table 10, ViViT-L from 8 frames --recipe k400 --freeze none --grad-checkpoint --init L_16.npz
+    Fig. 3, 96 frames from 16       --recipe k400 --stages 16:30,96:30 --init L_16.npz
+    Fig. 5, model A                 --recipe k400 --stages 8:10,32:10,128:10 --init L_16.npz
 
-Table 1 is of B by its caption, of L by its text and its hours. The paper's 64 cards of 16 GB hold 2 clips each of every
-row, by --plan's count, but for stage 1 of g, which takes 24 GB.
+Table 1 is of B by its caption, of L by its text and its hours. The paper's 64 cards of 16 GB hold
+2 clips each of every row, by --plan's count, but for stage 1 of g, which needs one of 24 GB.
 
-Faithful: model, stages, what is frozen and initialised, optimiser, schedule, augmentation, as the paper states them;
-what it leaves to "the default parameters of ViViT" is scenic's. The "1.5B parameters" of its ViT-g (Sec. 4.7) are not
-those of its Sec. 4.2: 40 layers of 1408 / 6144 are 1.01 B. A step of its stage 2 on one clip of 16 frames takes 6.1 GB
-in fp32 on a CPU, weights and all (tests/evidence.py sfa_g).
+Faithful: model, stages, what is frozen and initialised, optimiser, schedule, augmentation, as the
+paper states them; what it leaves to "the default parameters of ViViT" is scenic's. The "1.5B
+parameters" of its ViT-g (Sec. 4.7) are not those of its Sec. 4.2: 40 layers of 1408 / 6144 are
+1.01 B. A step of its stage 2 on one clip of 16 frames takes 6.1 GB in fp32 on a CPU, weights and
+all (tests/evidence.py sfa_g).
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
-    depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and EPIC-Kitchens; in L on K400
-                and K600 24, as there. H and g, which scenic lacks, have 4. Weights of another depth are refused.
+    tubelet     a token is of 2 frames (scenic), which the paper never says: its 128 frames are 64
+                time steps. An image's kernel goes into the second one (--inflate central, scenic).
+    depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and
+                EPIC-Kitchens; in L on K400 and K600 24, as there. H and g, which scenic lacks, have
+                4. Weights of another depth are refused. Table 8 keeps it "fixed in size": give L
+                --temporal-depth 4 there. Its width is the image model's in any case.
     patch       16 in B and L; 14 in H and g, because the image models that they start from have 14.
-    gelu        exact, as in the hub's and timm's copies of these weights; --gelu tanh computes what scenic does.
-    class       the image model's class token is loaded with the rest; scenic's loader leaves it behind.
-    frozen      "spatial" is the embedding, CLS and positions too. In half precision its matrices are kept in half.
-    adapter     two layers D -> D, GELU between, added to its input, the last one zero: stage 2 starts as stage 1 ended.
-    head        goes on from stage 1 as the temporal transformer does; left at init for other classes (Table 2). Zero at
-                first (scenic), not in the toy: before an encoder that starts from nothing it stays at chance for long.
+    gelu        exact, as in the hub's and timm's copies of these weights; --gelu tanh computes what
+                scenic does.
+    class       the image model's class token is loaded with the rest; scenic's loader leaves it
+                behind.
+    frozen      "spatial" is the embedding, CLS and positions too. What is frozen drops no layers.
+                In half precision a frozen spatial transformer's matrices are kept in half.
+    adapter     two layers D -> D, GELU between, added to its input, the last one zero: at first it
+                changes nothing of what stage 1 learned.
+    head        Fig. 2's "MLP head" is one linear layer (scenic). It goes on from stage 1 as the
+                temporal transformer does; left at init for other classes (Table 2). Zero at first
+                (scenic), not in the toy: before an encoder that starts from nothing it stays at
+                chance for long.
     restart     each stage has its own warm-up, cosine and optimizer state: "same schedule".
-    epochs      "8 frames for 30 epochs" (Sec. 4.2) is Kinetics'; elsewhere stage 1 has the epochs of Table 7.
-    length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and 64 (the others): with
-                8 / frames for stage 1 and half for stage 2 their costs are the printed 0.56 and 0.62.
-    stride      between frames it is the same in all stages, scenic's: 2 on Kinetics and MiT, 1 elsewhere. So few frames
-                are a short piece of the video, "short-term context" (Sec. 3.2).
-    short       a video shorter than the clip is spread over it evenly, its frames repeated where they are too few.
-    size        256 of a short side of 288 on SSv2, as scenic has it, and on Something-Else, which are videos of SSv2;
-                224 of 256 elsewhere. (Table 6's hours a frame are 1.4 and 1.2 times those of EPIC-Kitchens; 256 pixels
-                cost 1.3 times 224.) H and g need a multiple of 14: --size 252.
-    scale       a training crop is a square of 224 / (256 scale) of the short side, the scale 0.9 to 1.33; a test crop,
-                one of 224 / 256. Left out: scenic draws a scale of the height and another of the width.
-    colour      Table 7 gives the probability, 0.8; the strengths are 0.4, 0.4, 0.4, and 0.2 of the hue's circle. Left
-                out: scenic adds its brightness, up to 32 levels, and makes one clip in 10 grey.
-    RandAug     scenic's: 11 operations of colour and cutout, or none, each as likely, all frames alike. Its scale ends
-                at 10; what magnitudes 15 and 20 do is what its code makes of them (data.SCENIC_AUGMENT).
-    flip        with probability 0.5 on all data sets, as Table 7 says, though SSv2's labels tell left from right.
-    drop        layer drop rises linearly to its rate in each of the two transformers, and scales up what it keeps.
+    epochs      "8 frames for 30 epochs" (Sec. 4.2) is Kinetics'; elsewhere stage 1 has the epochs
+                of Table 7.
+    length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and
+                64 (the others): with 8 / frames for stage 1 and half for stage 2 their costs are
+                the printed 0.56 and 0.62.
+    stride      between frames it is the same in all stages, scenic's: 2 on Kinetics and MiT, 1
+                elsewhere. So few frames are a short piece of the video, "short-term context"
+                (Sec. 3.2).
+    short       a video shorter than the clip is spread over it evenly, its frames repeated where
+                they are too few.
+    size        256 of a short side of 288 on SSv2, as scenic has it, and on Something-Else, which
+                are videos of SSv2; 224 of 256 elsewhere. (Table 6's hours a frame are 1.4 and 1.2
+                times those of EPIC-Kitchens; 256 pixels cost 1.3 times 224.) H and g need a
+                multiple of 14: --size 252.
+    scale       a training crop is a square of 224 / (256 scale) of the short side, the scale 0.9 to
+                1.33; a test crop, one of 224 / 256. Left out: scenic draws a scale of the height
+                and another of the width.
+    colour      Table 7 gives the probability, 0.8; the strengths are 0.4, 0.4, 0.4, and 0.2 of the
+                hue's circle. Left out: scenic adds its brightness, up to 32 levels, and makes one
+                clip in 10 grey.
+    RandAug     scenic's: 11 operations of colour and cutout, or none, each as likely, all frames
+                alike. Its scale ends at 10; what magnitudes 15 and 20 do is what its code makes of
+                them (data.SCENIC_AUGMENT).
+    flip        with probability 0.5 on all data sets, as Table 7 says, though SSv2's labels tell
+                left from right.
+    drop        layer drop rises linearly to its rate in each of the two transformers, and scales up
+                what it keeps. All time steps of a clip drop the same layers (scenic).
     VMAE        row IV: the temporal transformer's layers are the first of VideoMAE's encoder.
     peak        "1 % less than the best" (App. E) is one point of top-1.
-Missing: the R+ViT hybrid of Table 8 (its other rows run; JFT's weights are not public), VideoMAE's pretraining for row
-IV (tpt_mae.py, or --init-temporal with published weights), scenic's own ViViT checkpoints.
+Missing: the R+ViT hybrid of Table 8 (its other rows run; JFT's weights are not public), VideoMAE's
+pretraining for row IV (tpt_mae.py, or --init-temporal with published weights), scenic's own ViViT
+checkpoints.
 
-    python sfa_vivit.py                     # toy videos, made on first use: 2 CPU cores, a few minutes
-    torchrun --nproc_per_node=8 sfa_vivit.py --recipe ssv2 --init L_16.npz --train-list train.csv --val-list val.csv
+    python sfa_vivit.py           # toy videos, made on first use: 2 CPU cores, a few minutes
+    torchrun --nproc_per_node=8 sfa_vivit.py --recipe ssv2 --init L_16.npz --train-list train.csv \\
+        --val-list val.csv
 
-On 8 GPUs that takes 20 GB each by --plan's count; `--plan --gpus 8` prints the --micro-batch that fits less.
+On 8 GPUs that takes 19 GB each by --plan's count; `--plan --gpus 8` prints the --micro-batch that
+fits less.
 
-Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values of a patch.
+Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values
+of a patch.
 """
 
 import json
@@ -98,9 +127,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # idle threads sleep: on the CPU the loader needs their cores
+# Idle threads sleep: on the CPU the loader needs their cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch
@@ -112,53 +140,49 @@ import data
 from common import Block, UserError, opt, parse, patchify, uniform, unpatchify
 
 # Width, layers, heads and MLP width (Sec. 4.2); patch size; layers of the temporal transformer.
+# DECISION (patch)
+# DECISION (depth): but for those of temporal_layers
 MODELS = {
     "vivit_toy": {"width": 128, "depth": 4, "heads": 2, "mlp": 512, "patch": 16, "temporal": 2},
-    "vivit_b": {
-        "width": 768,
-        "depth": 12,
-        "heads": 12,
-        "mlp": 3072,
-        "patch": 16,
-        "temporal": 4,
-    },  # DECISION (depth)
+    "vivit_b": {"width": 768, "depth": 12, "heads": 12, "mlp": 3072, "patch": 16, "temporal": 4},
     "vivit_l": {"width": 1024, "depth": 24, "heads": 16, "mlp": 4096, "patch": 16, "temporal": 4},
-    "vivit_h": {
-        "width": 1280,
-        "depth": 32,
-        "heads": 16,
-        "mlp": 5120,
-        "patch": 14,
-        "temporal": 4,
-    },  # DECISION (patch)
+    "vivit_h": {"width": 1280, "depth": 32, "heads": 16, "mlp": 5120, "patch": 14, "temporal": 4},
     "vivit_g": {"width": 1408, "depth": 40, "heads": 16, "mlp": 6144, "patch": 14, "temporal": 4},
 }
+TUBELET = 2  # DECISION (tubelet): frames of a token, and so of a time step
 
-# A recipe replaces defaults of Config: a column of Table 7 each. What all columns share is Config's default.
+# A recipe replaces defaults of Config: a column of Table 7 each. What all columns share is Config's
+# default.
 RECIPES = {
-    "toy": {"train_list": "toy/pairs/train.csv", "val_list": "toy/pairs/val.csv", "data_root": "toy/pairs",
-            "train_clips": 1600, "num_classes": 8, "model": "vivit_toy", "stages": "4:4,16:10", "size": 64,
+    "toy": {"train_list": "toy/pairs/train.csv", "val_list": "toy/pairs/val.csv",
+            "data_root": "toy/pairs", "train_clips": 1600, "num_classes": 8, "model": "vivit_toy",
+            "stages": "4:4,16:10", "size": 64,
             "stride": 2,  # 4 frames mostly show one motion of two, 16 always both
-            "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,  # from nothing, SGD learns little in minutes
+            # From nothing, SGD learns little in minutes.
+            "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05,
             "head_std": 0.1,  # DECISION (head)
             "batch_size": 32, "crop": False, "flip": False,  # left is not right
             "views": 1, "crops": 1, "eval_every": 2.0, "log_every": 50, "workers": 2, "gpus": 1},
-    "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8},
-    "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1, "colour_jitter": 0.8},
+    "k400": {"train_clips": 235693, "num_classes": 400, "stages": "8:30,128:30", "lr": 0.1,
+             "colour_jitter": 0.8},
+    "k600": {"train_clips": 380735, "num_classes": 600, "stages": "8:30,128:30", "lr": 0.1,
+             "colour_jitter": 0.8},
     "mit": {"train_clips": 791297, "num_classes": 339, "stages": "8:10,128:10",  # DECISION (epochs)
             "lr": 0.25, "colour_jitter": 0.8},
-    "epic": {"train_clips": 67217, "labels": "epic", "stages": "8:50,64:50", "stride": 1, "rand_augment": 15.0,
-             "drop_path": 0.2, "label_smoothing": 0.2, "mixup": 0.1},
-    "ssv2": {"train_clips": 168913, "num_classes": 174, "stages": "8:35,64:35",  # DECISION (length)
+    "epic": {"train_clips": 67217, "labels": "epic", "stages": "8:50,64:50", "stride": 1,
+             "rand_augment": 15.0, "drop_path": 0.2, "label_smoothing": 0.2, "mixup": 0.1},
+    "ssv2": {"train_clips": 168913, "num_classes": 174,
+             "stages": "8:35,64:35",  # DECISION (length)
              "stride": 1,  # DECISION (stride)
              "size": 256, "crop_share": 256 / 288,  # DECISION (size)
              "rand_augment": 20.0, "drop_path": 0.3, "label_smoothing": 0.3, "mixup": 0.3},
-    "selse": {"train_clips": 54919, "num_classes": 174, "stages": "8:35,64:35", "stride": 1,  # compositional split
-              "size": 256, "crop_share": 256 / 288},
+    "selse": {"train_clips": 54919, "num_classes": 174, "stages": "8:35,64:35", "stride": 1,
+              "size": 256, "crop_share": 256 / 288},  # the compositional split
 }  # fmt: skip
 EPIC = 97, 300  # classes of verbs and nouns (EPIC-Kitchens-100)
 
-# Frames of one clip that the paper fits into the 16 GB of a TPU v3, everything trained and with SFA (Table 4).
+# Frames of one clip that the paper fits into the 16 GB of a TPU v3, everything trained and with SFA
+# (Table 4).
 TABLE_4 = {"vivit_h": (96, 128), "vivit_g": (8, 48)}
 
 
@@ -241,7 +265,8 @@ class Config(common.RunConfig):
     )
     crop: bool = opt(
         True,
-        "square crops, random with scale jitter in training (Table 7); off: of the whole short side",
+        "square crops, random with scale jitter in training (Table 7); off: of the whole short "
+        "side",
     )
     crop_share: float = opt(
         224 / 256,
@@ -261,7 +286,9 @@ class Config(common.RunConfig):
     )
 
     max_steps: int = opt(
-        0, "number of optimizer steps of each stage instead of its epochs; 0: by epochs"
+        0,
+        "number of optimizer steps of each stage instead of its epochs; 0: by epochs",
+        within="[0, inf)",
     )
     eval_every: float = opt(
         1, "epochs between evaluations; a stage's last step is always evaluated", within="[1, inf)"
@@ -276,25 +303,26 @@ class Config(common.RunConfig):
     )
 
 
-# ---- The paper's ideas -----------------------------------------------------------------------------------------------
+# ---- The paper's ideas ---------------------------------------------------------------------------
 
 
 class Stage(NamedTuple):
-    """A stage of training: its clips' frames, its first step and the one after its last, what is frozen, adapter."""
+    """A stage of training. Steps count on from one stage to the next."""
 
     number: int
-    frames: int
-    start: int
-    stop: int
-    frozen: tuple
+    frames: int  # of a clip
+    start: int  # its first step
+    stop: int  # the step after its last
+    frozen: tuple  # of "spatial", "temporal"
     adapter: bool
 
 
 def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
-    """The Stages of --stages, --freeze and --adapter, in order; steps count on from one to the next (Fig. 2).
+    """The Stages of --stages, --freeze and --adapter, in order (Fig. 2).
 
-    max_steps: of each stage instead of its epochs; 0: by epochs, of `epoch_steps` steps. ValueError where `stages` is
-    not frames:epochs, separated by commas, or `freeze` names no part of the model.
+    max_steps: of each stage instead of its epochs; 0: by epochs, of `epoch_steps` steps. ValueError
+    where `stages` is not frames:epochs, separated by commas, or `freeze` names no part of the
+    model.
     """
     planned = []
     start = 0
@@ -312,13 +340,10 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
             frozen = tuple(freeze.split(","))
         if not {*frozen} <= {"spatial", "temporal"}:
             raise ValueError(f"--freeze {freeze}: choose from later, spatial, temporal, none")
-        stop = start + (
-            max_steps or int(epochs) * epoch_steps
-        )  # DECISION (restart): a schedule each
-        planned.append(
-            Stage(number, int(frames), start, stop, frozen, adapter and "spatial" in frozen)
-        )
-        start = stop
+        steps = max_steps or int(epochs) * epoch_steps  # DECISION (restart): a schedule each
+        adapts = adapter and "spatial" in frozen
+        planned.append(Stage(number, int(frames), start, start + steps, frozen, adapts))
+        start += steps
     return planned
 
 
@@ -326,68 +351,72 @@ def stages_of(cfg, epoch_steps):
     return plan_stages(cfg.stages, epoch_steps, cfg.freeze, cfg.adapter, cfg.max_steps)
 
 
-def temporal_layers(model, recipe):
-    """Layers of the temporal transformer that scenic has for a model and a data set."""
-    if model == "vivit_l" and recipe in ("k400", "k600"):
+def temporal_layers(cfg):
+    """Layers of the temporal transformer: --temporal-depth, or what scenic has for a model and a
+    data set."""
+    if cfg.temporal_depth:
+        return cfg.temporal_depth
+    if cfg.model == "vivit_l" and cfg.recipe in ("k400", "k600"):
         return 24  # DECISION (depth)
-    return MODELS[model]["temporal"]
+    return MODELS[cfg.model]["temporal"]
 
 
 def inflate(kernel, frames, how):
     """An image's patch kernel [D, C, p, p] as a tubelet's [D, C, frames, p, p] (ViViT, Sec. 3.4).
 
-    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a still clip what
-    the image's saw.
+    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a
+    still clip what the image's saw.
     """
     if how == "average":
         return kernel[:, :, None].repeat(1, 1, frames, 1, 1) / frames  # [D, C, p_t, p, p]
     tubelet = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])  # [D, C, p_t, p, p]
-    tubelet[:, :, frames // 2] = kernel
+    tubelet[:, :, frames // 2] = kernel  # DECISION (tubelet)
     return tubelet
 
 
 def resize_positions(positions, grid, new):
-    """Learned positions [1, 1 + N, D] for another grid of tokens: linear, corners on corners, CLS's row kept (scenic).
+    """Learned positions [1, 1 + N, D] for another grid of tokens: linear, corners on corners, CLS's
+    row kept (scenic).
 
     grid, new: (n,) in time, or (n_h, n_w) in space, of N tokens before and after.
     """
     if grid == new:
         return positions
-    cls, rest = (
-        positions[:, :1],
-        positions[:, 1:].unflatten(1, grid).movedim(-1, 1),
-    )  # [1, 1, D], [1, D, *grid]
+    cls = positions[:, :1]  # [1, 1, D]
+    rest = positions[:, 1:].unflatten(1, grid).movedim(-1, 1).float()  # [1, D, *grid]
     mode = "linear" if len(grid) == 1 else "bilinear"
-    rest = F.interpolate(rest.float(), new, mode=mode, align_corners=True).to(
-        cls.dtype
-    )  # [1, D, *new]
+    rest = F.interpolate(rest, new, mode=mode, align_corners=True).to(cls.dtype)  # [1, D, *new]
     return torch.cat([cls, rest.movedim(1, -1).flatten(1, -2)], dim=1)  # [1, 1 + N, D]
 
 
 def last_start(count, n, stride):
-    """The last frame of a video of `count` from which n frames, `stride` apart, still fit; 0 if none."""
+    """The last frame of a video of `count` from which n frames, `stride` apart, still fit; 0 if
+    none."""
     return max(0, count - 1 - (n - 1) * stride)
 
 
 def clip_frames(count, n, stride, start):
-    """Indices of n frames, `stride` apart, of a video of `count`, from frame `start` of 0 ... last_start."""
+    """Indices of n frames, `stride` apart, of a video of `count`, from frame `start` of 0 ...
+    last_start."""
     step = min(stride, (count - 1) / max(1, n - 1))  # DECISION (short): spread, not looped
-    return [
-        min(count - 1, int(start + i * step + 1e-6)) for i in range(n)
-    ]  # 1e-6: 3 * (1 / 3) is to be 1
+    places = [int(start + i * step + 1e-6) for i in range(n)]  # 1e-6: 3 * (1 / 3) is to be 1
+    return [min(count - 1, place) for place in places]
 
 
 def sample_clip(video, index, view, key, videos, frames, stride, crop_share=None, views=None):
-    """(frames, box) to read of an open `video`, entry `index` of the list `videos`; data.ClipDataset's `plan`.
+    """(frames, box) to read of an open `video`, entry `index` of the list `videos`;
+    data.ClipDataset's `plan`.
 
-    frames: how many, `stride` apart. crop_share: a square's side as a share of the short side; None: all of it. views:
-    None in training, a random start and square; at test (clips, squares) of a video, evenly placed, of which this is
-    number `view`, squares fastest. Of data.Captions, a clip is of the entry's time. ValueError if that is empty.
+    frames: how many, `stride` apart. crop_share: a square's side as a share of the short side;
+    None: all of it. views: None in training, a random start and square; at test (clips, squares) of
+    a video, evenly placed, of which this is number `view`, squares fastest. Of data.Captions, a
+    clip is of the entry's time. ValueError if that is empty.
     """
     count = video.info.num_frames
     timed = isinstance(videos, data.Captions)
     if timed:
-        start, end = videos.start[index], video.clamp(videos.end[index])  # in seconds
+        start = videos.start[index]  # in seconds
+        end = video.clamp(videos.end[index])
         if start >= end:
             raise ValueError(
                 f"has nothing from second {start:g} to {end:g}, its end or the action's"
@@ -397,19 +426,31 @@ def sample_clip(video, index, view, key, videos, frames, stride, crop_share=None
     if views is None:
         first = int(uniform(key, "start").item() * (last + 1))
         scale = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()  # DECISION (scale)
-        box = (
-            data.random_box(video.info, key, crop_share / scale)
-            if crop_share
-            else data.centre_box(video.info)
-        )
+        if crop_share:
+            box = data.random_box(video.info, key, crop_share / scale)
+        else:
+            box = data.centre_box(video.info)
     else:
-        clip, square = divmod(view, views[1])
-        first = last * clip // (views[0] - 1) if views[0] > 1 else last // 2
-        box = data.crop_box(video.info, square, views[1], crop_share or 1.0)
+        clips, squares = views
+        clip, square = divmod(view, squares)
+        first = last * clip // (clips - 1) if clips > 1 else last // 2
+        box = data.crop_box(video.info, square, squares, crop_share or 1.0)
     chosen = clip_frames(count, frames, stride, first)
     if timed:
         chosen = video.at(start + np.array(chosen) / video.info.fps)
     return chosen, box
+
+
+def augment(clips, keys, colour_jitter, rand_augment, flip):
+    """The rest of Table 7's augmentation, on the device: uint8 [B, T, C, H, W] -> the same; keys
+    int64 [B], on the CPU."""
+    if colour_jitter:
+        chosen = data.to_device(uniform(keys, "colour") < colour_jitter, clips.device)  # [B]
+        jittered = data.colour_jitter(clips, keys, hue=0.2)  # DECISION (colour)
+        clips = torch.where(chosen[:, None, None, None, None], jittered, clips)
+    if rand_augment:  # DECISION (RandAug)
+        clips = data.scenic_rand_augment(clips, keys, rand_augment, layers=2)  # [B, T, C, H, W]
+    return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]
 
 
 def heads_of(cfg, classes):
@@ -418,70 +459,76 @@ def heads_of(cfg, classes):
 
 
 def head_labels(labels, heads):
-    """Labels of each head: those of two count through pairs, verb * nouns + noun. int64 [B] -> a tuple of [B]."""
+    """Labels of each head: those of two count through pairs, verb * nouns + noun. int64 [B] -> a
+    tuple of [B]."""
     return (labels,) if len(heads) == 1 else (labels // heads[1], labels % heads[1])
 
 
 def soft_targets(labels, heads, smoothing):
-    """Targets of each head's classes, one beside the other: int64 [B] -> float32 [B, sum(heads)]."""
+    """Targets of each head's classes, side by side: int64 [B] -> float32 [B, sum(heads)]."""
     parts = zip(head_labels(labels, heads), heads, strict=True)
-    return torch.cat(
-        [data.soft_labels(part, n, smoothing) for part, n in parts], 1
-    )  # [B, sum(heads)]
+    return torch.cat([data.soft_labels(part, n, smoothing) for part, n in parts], dim=1)
 
 
 def vivit_loss(logits, targets, heads):
-    """Cross entropy of each head, their mean, a clip at a time (scenic): [B, sum(heads)] twice -> [B]."""
-    losses = [
-        -(t * x.float().log_softmax(-1)).sum(-1)
-        for x, t in zip(logits.split(heads, 1), targets.split(heads, 1))
-    ]
+    """Cross entropy of each head, their mean, a clip at a time (scenic): [B, sum(heads)] twice ->
+    [B]."""
+    losses = []
+    for x, t in zip(logits.split(heads, 1), targets.split(heads, 1), strict=True):
+        losses.append(-(t * x.float().log_softmax(-1)).sum(-1))  # [B]
     return torch.stack(losses).mean(0)  # [B]
 
 
 def joint_scores(logits, heads):
-    """Log-probability of each class; of each (verb, noun) pair where there are two heads (Table 6): the best action is
-    the best pair. [B, sum(heads)] -> [B, prod(heads)]."""
+    """Log-probability of each class; of each (verb, noun) pair where there are two heads (Table 6):
+    the best action is the best pair. [B, sum(heads)] -> [B, prod(heads)]."""
     parts = [x.float().log_softmax(-1) for x in logits.split(heads, 1)]  # [B, classes] each
-    return (
-        parts[0] if len(parts) == 1 else (parts[0][:, :, None] + parts[1][:, None]).flatten(1)
-    )  # [B, prod(heads)]
+    if len(parts) == 1:
+        return parts[0]
+    verbs, nouns = parts
+    return (verbs[:, :, None] + nouns[:, None]).flatten(1)  # [B, verbs * nouns]
 
 
 def near_peak(curve):
-    """(first step within 1 point of the best top-1, step of the best) of [step, top-1] pairs (App. E, Table 9)."""
+    """(first step within 1 point of the best top-1, step of the best) of [step, top-1] pairs
+    (App. E, Table 9)."""
     best = max(top1 for _, top1 in curve)
     near = next(step for step, top1 in curve if top1 >= best - 1)  # DECISION (peak)
     return near, next(step for step, top1 in curve if top1 == best)
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 
 class Encoder(nn.Module):
-    """A ViT's transformer: CLS before the tokens, learned positions, pre-norm blocks, norm. [B, N, D] -> CLS [B, D].
+    """A ViT's transformer: CLS before the tokens, learned positions, pre-norm blocks, norm.
+    [B, N, D] -> CLS [B, D].
 
-    LayerNorm's epsilon goes with the weights, in their state dict: 1e-6 in Google's ViTs, 1e-12 in the hub's.
+    LayerNorm's epsilon goes with the weights, in their state dict: 1e-6 in Google's ViTs, 1e-12 in
+    the hub's.
     """
 
     def __init__(self, tokens, spec, depth, drop_path=0.0, kind="auto", gelu="exact", first=0):
+        """first: the number of the first block; it keys the draws of layer drop."""
         super().__init__()
-        width, ratio = spec["width"], spec["mlp"] / spec["width"]
+        width = spec["width"]
+        ratio = spec["mlp"] / width
         act = partial(nn.GELU, "tanh" if gelu == "tanh" else "none")  # DECISION (gelu)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))  # scenic: zeros
         self.positions = nn.Parameter(0.02 * torch.randn(1, 1 + tokens, width))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]  # DECISION (drop)
-        self.blocks = nn.ModuleList(
-            Block(width, spec["heads"], ratio, rate, act=act, kind=kind, index=first + i)
-            for i, rate in enumerate(rates)
-        )
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            rate = drop_path * i / max(1, depth - 1)  # DECISION (drop)
+            block = Block(width, spec["heads"], ratio, rate, act=act, kind=kind, index=first + i)
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.register_buffer("eps", torch.tensor(1e-6))
         self.register_load_state_dict_post_hook(Encoder.use_eps)
 
     def use_eps(self, _):
-        for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
-            norm.eps = self.eps.item()
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = self.eps.item()
 
     @common.region
     def embed(self, x):
@@ -490,175 +537,189 @@ class Encoder(nn.Module):
         return torch.cat([cls, x], dim=1) + self.positions.to(x.dtype)
 
     def forward(self, x, keys=None, grad_checkpoint=False):
+        """keys int64 [B]: layers are dropped by them; None: no layer is."""
         x = common.run_blocks(self.blocks, self.embed(x), keys, grad_checkpoint)  # [B, 1 + N, D]
         return self.norm(x[:, 0])  # [B, D]
 
     def attention(self, x):
-        """Where CLS looks in the last block, the mean of its heads, for pictures: [B, N, D] -> [B, N]."""
+        """Where CLS looks in the last block, the mean of its heads, for pictures: [B, N, D] ->
+        [B, N]."""
         last = self.blocks[-1]
+        heads = last.attn.heads
         x = last.norm1(common.run_blocks(self.blocks[:-1], self.embed(x)))  # [B, 1 + N, D]
-        q, k, _ = (
-            F.linear(x, last.attn.qkv.weight).unflatten(2, (3, last.attn.heads, -1)).unbind(2)
-        )  # [B, 1 + N, H, d]
-        q = q[:, 0] + last.attn.q_bias.unflatten(0, (last.attn.heads, -1))  # [B, H, d]
+        qkv = F.linear(x, last.attn.qkv.weight).unflatten(2, (3, heads, -1))
+        q, k, _ = qkv.unbind(2)  # [B, 1 + N, H, d]
+        q = q[:, 0] + last.attn.q_bias.unflatten(0, (heads, -1))  # [B, H, d]
         scores = torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
         return scores.softmax(-1).mean(1)[:, 1:]  # [B, N]
 
 
 class Adapter(nn.Module):
-    """The paper's "two-layer fully connected network" between the transformers (Eq. 2): [B, S, D] -> [B, S, D]."""
+    """The paper's "two-layer fully connected network" between the transformers (Eq. 2):
+    [B, S, D] -> [B, S, D]."""
 
     def __init__(self, width):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, width), nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
         self.apply(common.init_linear)
-        nn.init.zeros_(self.fc2.weight)  # DECISION (adapter): stage 2 starts as stage 1 ended
+        nn.init.zeros_(self.fc2.weight)  # DECISION (adapter): at first it changes nothing
 
     def forward(self, x):
         return x + self.fc2(F.gelu(self.fc1(x)))  # [B, S, D]
 
 
 class ViViT(nn.Module):
-    """ViViT's factorised encoder (Eq. 1): a ViT on the patches of each time step, another on the CLS tokens it gives.
+    """ViViT's factorised encoder (Eq. 1): a ViT on the patches of each time step, another on the
+    CLS tokens it gives.
 
-    `enter` makes it the model of a stage. Where the spatial transformer needs no gradient (frozen, or evaluated) it
-    runs without autograd, `spatial_chunk` images at a time: its memory doesn't grow with the clip.
+    `enter` makes it the model of a stage. Where the spatial transformer needs no gradient (frozen,
+    or evaluated) it runs without autograd, `spatial_chunk` images at a time: its memory doesn't
+    grow with the clip.
     """
 
-    def __init__(self, num_classes, model="vivit_l", frames=8, size=224, temporal_depth=0, drop_path=0.0,
-                 attention="auto", grad_checkpoint=False, spatial_chunk=32, gelu="exact", head_std=0.0):  # fmt: skip
+    def __init__(self, num_classes, model="vivit_l", frames=8, size=224, temporal_depth=0,
+                 drop_path=0.0, attention="auto", grad_checkpoint=False, spatial_chunk=32,
+                 gelu="exact", head_std=0.0):  # fmt: skip
         super().__init__()
         spec = MODELS[model]
-        self.width, self.size, self.patch = spec["width"], size, (2, spec["patch"], spec["patch"])
-        self.grad_checkpoint, self.spatial_chunk = grad_checkpoint, spatial_chunk
-        self.frozen, self.adapter = (), None
-        self.tokens, self.steps = (
-            (size // spec["patch"]) ** 2,
-            frames // self.patch[0],
-        )  # of a time step; time steps
-        self.patch_embed = nn.Linear(
-            math.prod(self.patch) * 3, self.width
-        )  # = a Conv3d (common.conv_to_linear)
-        self.spatial = Encoder(self.tokens, spec, spec["depth"], drop_path, attention, gelu)
-        depth = temporal_depth or spec["temporal"]
-        self.temporal = Encoder(
-            self.steps, spec, depth, drop_path, attention, gelu, first=spec["depth"]
-        )
-        self.head = nn.Linear(self.width, num_classes)
+        self.width = spec["width"]
+        self.size = size
+        self.patch = (TUBELET, spec["patch"], spec["patch"])
+        self.grad_checkpoint = grad_checkpoint
+        self.spatial_chunk = spatial_chunk
+        self.tokens = (size // spec["patch"]) ** 2  # of a time step
+        self.steps = frames // TUBELET  # time steps
+        self.frozen = ()
+        self.adapter = None
+        pixels = math.prod(self.patch) * 3
+        self.patch_embed = nn.Linear(pixels, self.width)  # = a Conv3d (common.conv_to_linear)
+        deep = spec["depth"]
+        self.spatial = Encoder(self.tokens, spec, deep, drop_path, attention, gelu)
+        layers = temporal_depth or spec["temporal"]
+        self.temporal = Encoder(self.steps, spec, layers, drop_path, attention, gelu, first=deep)
+        self.head = nn.Linear(self.width, num_classes)  # DECISION (head)
         self.apply(common.init_linear)
         nn.init.normal_(self.head.weight, std=head_std)
 
     def enter(self, stage, half=None):
-        """Become the model of a Stage: temporal positions for its frames, adapter, requires_grad as it says.
+        """Become the model of a Stage: temporal positions for its frames, adapter, requires_grad as
+        it says. An optimizer is to be made after it: parameters are new ones.
 
-        half: the dtype in which a frozen spatial transformer's matrices are kept; None: as they are. A model that is in
-        the stage already stays as it is.
+        half: the dtype in which a frozen spatial transformer's matrices are kept; None: as they
+        are. Entered again, a stage changes no value.
         """
-        place, before, self.steps = (
-            self.temporal.positions,
-            self.steps,
-            stage.frames // self.patch[0],
-        )
-        place = resize_positions(place.detach(), (before,), (self.steps,))  # [1, 1 + S, D]
-        self.temporal.positions = nn.Parameter(place)
+        before = self.steps
+        self.steps = stage.frames // TUBELET
+        positions = self.temporal.positions.detach()
+        positions = resize_positions(positions, (before,), (self.steps,))  # [1, 1 + S, D]
+        self.temporal.positions = nn.Parameter(positions)
         if stage.adapter != (self.adapter is not None):
-            self.adapter = Adapter(self.width).to(place.device) if stage.adapter else None
+            self.adapter = Adapter(self.width).to(positions.device) if stage.adapter else None
         self.frozen = stage.frozen
-        for part, modules in (
-            ("spatial", [self.patch_embed, self.spatial]),
-            ("temporal", [self.temporal]),
-        ):
-            for (
-                module
-            ) in modules:  # DECISION (frozen): embedding, CLS and positions with the blocks
-                module.requires_grad_(part not in stage.frozen)
-        for module in self.modules() if half and "spatial" in stage.frozen else ():
-            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
-                module.to(half)
+        spatial_trains = "spatial" not in stage.frozen
+        # DECISION (frozen): embedding, CLS and positions with the blocks
+        self.patch_embed.requires_grad_(spatial_trains)
+        self.spatial.requires_grad_(spatial_trains)
+        self.temporal.requires_grad_("temporal" not in stage.frozen)
+        if half and not spatial_trains:
+            for module in [self.patch_embed, *self.spatial.modules()]:
+                if isinstance(module, nn.Linear):
+                    module.to(half)
 
-    def images(self, clips):
-        """The tubelets of each time step, of 0-255 clips [B, T, C, H, W]: [B S, N, P]."""
-        return (
-            patchify(clips, self.patch).unflatten(1, (-1, self.tokens)).flatten(0, 1)
-        )  # [B S, N, P]
+    def tubelets(self, clips):
+        """0-255 clips cut up, time step by time step: [B, T, C, H, W] -> [B S, N, P]."""
+        tokens = patchify(clips, self.patch)  # [B, S N, P]
+        return tokens.unflatten(1, (-1, self.tokens)).flatten(0, 1)  # [B S, N, P]
 
     @common.region
-    def tubelets(self, images):
-        """0-255 tubelets [B S, N, P] embedded: [B S, N, D]. Inputs are in [-1, 1], as Google's ViTs expect."""
-        return self.patch_embed(data.normalize(images, (0.5,) * 3, (0.5,) * 3))  # [B S, N, D]
+    def embed(self, tubelets):
+        """0-255 tubelets embedded: [B S, N, P] -> [B S, N, D]. Inputs are in [-1, 1], as Google's
+        ViTs expect."""
+        return self.patch_embed(data.normalize(tubelets, (0.5,) * 3, (0.5,) * 3))  # [B S, N, D]
 
     def frames(self, clips, keys=None):
-        """What the spatial transformer says of each time step: [B, T, C, H, W] -> [B, S, D]; keys [B]: drop path."""
-        images = self.images(clips)  # [B S, N, P]
+        """The spatial transformer, on each time step (Eq. 1, first line): [B, T, C, H, W] ->
+        [B, S, D]; keys int64 [B], for layer drop."""
+        tubelets = self.tubelets(clips)  # [B S, N, P]
         if "spatial" in self.frozen or not torch.is_grad_enabled():
+            parts = []
             with torch.no_grad():
-                parts = [
-                    self.spatial(self.tubelets(part)) for part in images.split(self.spatial_chunk)
-                ]
+                for part in tubelets.split(self.spatial_chunk):
+                    parts.append(self.spatial(self.embed(part)))  # DECISION (frozen): without keys
             return torch.cat(parts).unflatten(0, (len(clips), -1))  # [B, S, D]
-        keys = keys if keys is None else keys.repeat_interleave(len(images) // len(clips))  # [B S]
-        x = self.spatial(self.tubelets(images), keys, self.grad_checkpoint)  # [B S, D]
+        if keys is not None:  # DECISION (drop): all time steps of a clip alike
+            keys = keys.repeat_interleave(len(tubelets) // len(clips))  # [B S]
+        x = self.spatial(self.embed(tubelets), keys, self.grad_checkpoint)  # [B S, D]
         return x.unflatten(0, (len(clips), -1))  # [B, S, D]
 
     def over_time(self, x, keys=None):
-        """Adapter and temporal transformer (Eq. 2): [B, S, D] -> [B, D]."""
-        x = x if self.adapter is None else self.adapter(x)  # [B, S, D]
-        return self.temporal(
-            x, None if "temporal" in self.frozen else keys, self.grad_checkpoint
-        )  # [B, D]
+        """Adapter and temporal transformer (Eq. 2, its other lines): [B, S, D] -> [B, D]."""
+        if self.adapter is not None:
+            x = self.adapter(x)  # [B, S, D]
+        if "temporal" in self.frozen:
+            keys = None  # DECISION (frozen)
+        return self.temporal(x, keys, self.grad_checkpoint)  # [B, D]
 
     def encode(self, clips, keys=None):
         """Features of clips: [B, T, C, H, W] -> [B, D]."""
         return self.over_time(self.frames(clips, keys), keys)  # [B, D]
 
     def forward(self, clips, keys=None):
-        """clips 0-255 [B, T, C, H, W], keys int64 [B] (for drop path, in training) -> logits [B, classes]."""
+        """clips 0-255 [B, T, C, H, W], keys int64 [B] (for layer drop, in training) -> logits
+        [B, classes]."""
         return self.head(self.encode(clips, keys if self.training else None))  # [B, classes]
 
 
 def build(cfg, heads, stage):
     """The model that a Config describes, in a Stage."""
-    depth = cfg.temporal_depth or temporal_layers(cfg.model, cfg.recipe)
-    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, depth, cfg.drop_path, cfg.attention,
-                cfg.grad_checkpoint, cfg.spatial_chunk, cfg.gelu, cfg.head_std)  # fmt: skip
+    net = ViViT(sum(heads), cfg.model, stage.frames, cfg.size, temporal_layers(cfg), cfg.drop_path,
+                cfg.attention, cfg.grad_checkpoint, cfg.spatial_chunk, cfg.gelu,
+                cfg.head_std)  # fmt: skip
     net.enter(stage)
     return net
 
 
-# ---- Weights ---------------------------------------------------------------------------------------------------------
+# ---- Weights -------------------------------------------------------------------------------------
 
 
 def image_weights(path):
-    """An image ViT's weights by ViViT's names, on the CPU, patch_embed's kernel as [D, C, p, p]; or ours as they are.
+    """An image ViT's weights by ViViT's names, on the CPU, patch_embed's kernel as [D, C, p, p]; or
+    ours as they are.
 
-    path: any file that common.vit_weights knows, or a checkpoint of this script. Of a hub's ViT, the epsilon too.
-    UserError where it is neither.
+    path: any file that common.vit_weights knows, or a checkpoint of this script. Of a hub's ViT,
+    the epsilon too. UserError where it is neither.
     """
     state = common.read_weights(path)
     if any(name.startswith(("spatial.", "temporal.")) for name in state):
         return state
-    image, ours = common.vit_weights(state), {}
+    image = common.vit_weights(state)
     if not image:
-        raise UserError(
-            f"{path}: no image ViT's weights are in it, nor ours (it holds {', '.join([*state][:3])} ...)"
-        )
+        holds = f"it holds {', '.join([*state][:3])} ..."
+        raise UserError(f"{path}: no image ViT's weights are in it, nor ours ({holds})")
+    ours = {}
     for name, x in image.items():  # DECISION (class): cls_token too
         if not name.startswith("patch_embed."):
             name = "spatial." + name.replace("pos_embed", "positions")
         ours[name] = x
     if any(name.endswith("embeddings.position_embeddings") for name in state):
-        config = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
-        try:
-            ours["spatial.eps"] = torch.tensor(
-                float(json.loads(config.read_text())["layer_norm_eps"])
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            ours["spatial.eps"] = torch.tensor(1e-12)  # what it is there where nothing is said
+        ours["spatial.eps"] = torch.tensor(hub_epsilon(Path(path)))
     return ours
 
 
+def hub_epsilon(path):
+    """LayerNorm's epsilon of a hub's ViT: of the config.json in its folder; 1e-12 where that says
+    nothing."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        return float(json.loads((folder / "config.json").read_text())["layer_norm_eps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1e-12
+
+
 def temporal_weights(path, depth):
-    """The temporal transformer's weights: ours, or the first `depth` layers of VideoMAE's encoder, and its norm."""
+    """The temporal transformer's weights: ours, or the first `depth` layers of VideoMAE's encoder,
+    and its norm."""
     state = common.read_weights(path)
     if not any(name.startswith("temporal.") for name in state):
         first = tuple(f"blocks.{i}." for i in range(depth))  # DECISION (VMAE)
@@ -668,26 +729,30 @@ def temporal_weights(path, depth):
 
 
 def init_weights(cfg, net):
-    """The tensors of --init and --init-temporal as `net` takes them. UserError where they don't fit."""
+    """The tensors of --init and --init-temporal as `net` takes them. UserError where they don't
+    fit."""
+    depth = len(net.temporal.blocks)
     weights = image_weights(cfg.init) if cfg.init else {}
     if cfg.init_temporal:
-        temporal = temporal_weights(cfg.init_temporal, len(net.temporal.blocks))
+        temporal = temporal_weights(cfg.init_temporal, depth)
         if not temporal:
             raise UserError(
-                f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is in it"
+                f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is "
+                "in it"
             )
         weights |= temporal
-    check_depth(weights, len(net.temporal.blocks), cfg.init_temporal or cfg.init)
+    check_depth(weights, depth, cfg.init_temporal or cfg.init)
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
         weights = {name: x for name, x in weights.items() if not name.startswith("head.")}
     fit_kernel(weights, net.patch, cfg.inflate, cfg.init)
     fit_positions(weights, net, cfg.init)
-    for name, _ in net.named_parameters():
-        missing = name.startswith(("patch_embed.", "spatial.")) and name not in weights
-        if missing and "spatial" in net.frozen and cfg.init:
-            raise UserError(
-                f"{cfg.init}: no {name} in it; --freeze spatial would keep what nothing has initialised"
-            )
+    if "spatial" in net.frozen and cfg.init:
+        for name, _ in net.named_parameters():
+            if name.startswith(("patch_embed.", "spatial.")) and name not in weights:
+                raise UserError(
+                    f"{cfg.init}: no {name} in it; --freeze spatial would keep what nothing has "
+                    "initialised"
+                )
     return weights
 
 
@@ -702,109 +767,108 @@ def check_depth(weights, depth, source):
 
 
 def fit_kernel(weights, patch, how, source):
-    """An image's patch kernel becomes a tubelet's, in place; UserError where its patches are of another size."""
+    """An image's patch kernel becomes a tubelet's, in place; UserError where its patches are of
+    another size."""
     kernel = weights.get("patch_embed.weight")  # [D, C, p, p], or ours: [D, P]
     if kernel is None:
         return
     frames, side = patch[:2]
-    own = kernel.shape[-1] if kernel.dim() == 4 else math.isqrt(kernel.shape[1] // 3 // frames)
+    of_image = kernel.dim() == 4
+    own = kernel.shape[-1] if of_image else math.isqrt(kernel.shape[1] // 3 // frames)
     if own != side:
         raise UserError(f"{source}: its patches are {own} pixels wide, those of --model are {side}")
-    if kernel.dim() == 4:
-        weights["patch_embed.weight"] = common.conv_to_linear(
-            inflate(kernel, frames, how)
-        )  # [D, P]
+    if of_image:
+        kernel = inflate(kernel, frames, how)  # [D, C, p_t, p, p]
+        weights["patch_embed.weight"] = common.conv_to_linear(kernel)  # [D, P]
 
 
 def fit_positions(weights, net, source):
     """Learned positions become those of the model's grid and its time steps, in place."""
-    space, time = (
-        weights.get("spatial.positions"),
-        weights.get("temporal.positions"),
-    )  # [1, 1 + N, D], [1, 1 + S, D]
+    space = weights.get("spatial.positions")  # [1, 1 + N, D]
     if space is not None:
-        if math.isqrt(space.shape[1]) ** 2 == space.shape[1]:  # big_vision's: CLS has no position
+        count = space.shape[1]
+        if math.isqrt(count) ** 2 == count:  # big_vision's: CLS has no position
             space = torch.cat([torch.zeros_like(space[:, :1]), space], dim=1)  # [1, 1 + N, D]
-        side, own = math.isqrt(space.shape[1] - 1), math.isqrt(net.tokens)
-        if 1 + side**2 != space.shape[1]:
+            count += 1
+        side = math.isqrt(count - 1)
+        if 1 + side**2 != count:
             raise UserError(
-                f"{source}: its {space.shape[1]} positions are not those of CLS and a square of patches"
+                f"{source}: its {count} positions are not those of CLS and a square of patches"
             )
-        weights["spatial.positions"] = resize_positions(
-            space, (side, side), (own, own)
-        )  # [1, 1 + N, D]
+        own = math.isqrt(net.tokens)
+        weights["spatial.positions"] = resize_positions(space, (side, side), (own, own))
+    time = weights.get("temporal.positions")  # [1, 1 + S, D]
     if time is not None:
-        weights["temporal.positions"] = resize_positions(
-            time, (time.shape[1] - 1,), (net.steps,)
-        )  # [1, 1 + S, D]
+        before = (time.shape[1] - 1,)
+        weights["temporal.positions"] = resize_positions(time, before, (net.steps,))
 
 
-# ---- Evaluation and pictures -----------------------------------------------------------------------------------------
+# ---- Evaluation and pictures ---------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(model, batches, failures, heads, ctx, views=1, name="val", picture=None):
-    """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each alone (Table 6);
-    and the loss (Fig. 4). Every readable video counts once, at any number of ranks; `unread` of them could not be.
+def evaluate(model, batches, failures, heads, ctx, views=1, name="val", draw=None):
+    """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each
+    alone (Table 6); and the loss (Fig. 4). Every readable video counts once, at any number of
+    ranks; `unread` of them could not be.
 
-    batches: of test clips, on the device, view by view; the logits of a video's `views` are averaged (scenic).
-    failures: what they fill. heads: numbers of classes.
+    batches: of test clips, on the device, view by view; the logits of a video's `views` are
+    averaged (scenic). failures: what they fill. heads: numbers of classes. draw(model, clips): a
+    picture of the first ones.
     """
     model.eval()
     k = min(5, math.prod(heads))
-    sums = torch.zeros(
-        4 + len(heads), dtype=torch.float64, device=ctx.device
-    )  # clips, loss, top-1, top-k, each head's
+    alone = ["verb", "noun"] if len(heads) == 2 else []
+    sums = common.Sums(ctx, "clips", "loss", "top1", f"top{k}", *alone)
     for batch in batches:
         with ctx.autocast():
             logits = model(batch.clips)  # [V B, classes]
-            if picture and ctx.rank == 0:
-                write_attention(model, batch.clips[:4], picture)
-                picture = None
+            if draw:
+                draw(model, batch.clips[:4])
+                draw = None
         logits = logits.float().unflatten(0, (views, -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
         hits = joint_scores(logits, heads).topk(k).indices == labels[:, None]  # [B, k]
-        loss = vivit_loss(logits, soft_targets(labels, heads, 0.0), heads)  # [B]
-        parts = [torch.ones_like(loss), loss, hits[:, 0], hits.any(1)]
-        for scores, own in zip(logits.split(heads, 1), head_labels(labels, heads), strict=True):
-            parts.append(scores.argmax(1) == own)
-        sums += torch.stack(parts).double().sum(1)
+        sums.add("clips", len(labels))
+        sums.add("loss", vivit_loss(logits, soft_targets(labels, heads, 0.0), heads))
+        sums.add("top1", hits[:, 0])
+        sums.add(f"top{k}", hits.any(1))
+        if alone:
+            parts = zip(alone, logits.split(heads, 1), head_labels(labels, heads), strict=True)
+            for word, scores, own in parts:
+                sums.add(word, scores.argmax(1) == own)
     unread = failures.collect(ctx, 0)
-    clips, loss, *hits = ctx.sum(sums).tolist()
+    found = sums.read()
     model.train()
+    clips = found.pop("clips")
+    loss = found.pop("loss")
     if not clips:
         raise UserError(f"--val-list: no video could be read: {'; '.join(unread[:3])}")
-    result = {}
-    words = ["top1", f"top{k}"]
-    if len(heads) > 1:
-        words += ["verb", "noun"]
-    for word, hit in zip(words, hits, strict=False):
-        result[f"{name}_{word}"] = 100 * hit / clips
-    return result | {
-        f"{name}_loss": loss / clips,
-        f"{name}_clips": int(clips),
-        f"{name}_unread": len(unread),
-    }
+    result = {f"{name}_{word}": 100 * hits / clips for word, hits in found.items()}
+    result |= {f"{name}_loss": loss / clips, f"{name}_clips": int(clips)}
+    return result | {f"{name}_unread": len(unread)}
 
 
 def write_attention(model, clips, path):
-    """Write path.png and path_animated.png: clips (8 time steps of them), and below each the same, lit by where the
-    spatial transformer's CLS looks."""
-    images = model.images(clips).unflatten(0, (len(clips), -1))[
-        :, :: -(-model.steps // 8)
-    ]  # [B, S, N, P]
-    look = model.spatial.attention(model.tubelets(images.flatten(0, 1))).float()  # [B S, N]
+    """Write path.png and path_animated.png: clips (8 time steps of them), and below each the same,
+    lit by where the spatial transformer's CLS looks."""
+    images = model.tubelets(clips).unflatten(0, (len(clips), -1))  # [B, S, N, P]
+    images = images[:, :: -(-model.steps // 8)]
+    look = model.spatial.attention(model.embed(images.flatten(0, 1))).float()  # [B S, N]
     light = (look / look.amax(1, keepdim=True)).view(*images.shape[:3], 1)  # [B, S, N, 1]
-    grid = images.shape[1], *[model.size // model.patch[1]] * 2
-    panels = images, images * (0.15 + 0.85 * light)  # [B, S, N, P]
-    data.write_panels(path, [unpatchify(x.byte(), model.patch, grid).cpu() for x in panels], fps=4)
+    side = model.size // model.patch[1]
+    panels = []
+    for x in (images, images * (0.15 + 0.85 * light)):  # [B, S, N, P]
+        panels.append(unpatchify(x.byte(), model.patch, (images.shape[1], side, side)).cpu())
+    data.write_panels(path, panels, fps=4)
 
 
-# ---- The plan --------------------------------------------------------------------------------------------------------
+# ---- The plan ------------------------------------------------------------------------------------
 
 
 def count_gmacs(net, stage):
-    """GMACs of a training step on one clip in a Stage, forward and backward, counted on `net`, which is on `meta`.
+    """GMACs of a training step on one clip in a Stage, forward and backward, counted on `net`,
+    which is on `meta`.
 
     The layers of a transformer cost the same, and so do time steps: one of each is counted.
     """
@@ -821,8 +885,8 @@ def count_gmacs(net, stage):
 
         return common.count_macs(step)
 
-    pixels = net.tokens, net.patch_embed.in_features  # N, P
-    image = gmacs(net.tubelets, *pixels, trained=spatial_trains, input_trained=False)
+    pixels = net.patch_embed.in_features  # P
+    image = gmacs(net.embed, net.tokens, pixels, trained=spatial_trains, input_trained=False)
     layer = gmacs(net.spatial.blocks[0], 1 + net.tokens, net.width, trained=spatial_trains)
     over_time = gmacs(net.temporal.blocks[0], 1 + net.steps, net.width)
     ends = gmacs(net.head, net.width)
@@ -833,47 +897,53 @@ def count_gmacs(net, stage):
 
 
 def block_memory(cfg):
-    """A function of (depth, tokens): the bytes that so many blocks hold of one sequence. It measures each pair once."""
-    spec, half = MODELS[cfg.model], cfg.precision != "fp32"
+    """A function of (depth, tokens): the bytes that so many blocks hold of one sequence. It
+    measures each pair once."""
+    spec = MODELS[cfg.model]
+    half = cfg.precision != "fp32"
     block = Block(spec["width"], spec["heads"], spec["mlp"] / spec["width"], kind="sdpa")
     measure = partial(common.block_bytes, block, half=half, grad_checkpoint=cfg.grad_checkpoint)
     return cache(lambda depth, tokens: measure(depth, (tokens, spec["width"])))
 
 
 def memory_model(cfg, net, stage, blocks):
-    """(bytes, bytes more a time step) that training on one clip holds in a Stage; blocks: see block_memory.
+    """(bytes, bytes more a time step) that training on one clip holds in a Stage; blocks: see
+    block_memory.
 
-    Weights, gradients, optimizer state; the clip; what blocks save for backward, under autocast unless --precision
-    fp32. Where spatial is frozen: its weights, and the images of one chunk in one block.
+    Weights, gradients, optimizer state; the clip; what blocks save for backward, under autocast
+    unless --precision fp32. Where spatial is frozen: its weights, and the images of one chunk in
+    one block.
     """
     net.enter(stage)
-    half, frozen = cfg.precision != "fp32", "spatial" in stage.frozen
+    half = cfg.precision != "fp32"
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     kept = sum(p.numel() for p in net.parameters() if not p.requires_grad)
     fixed = common.state_bytes(trained, kept, cfg.optimizer, half)
-    if half and frozen:
-        fixed -= 4 * kept  # spatial is kept in half alone
-
     augmented = cfg.rand_augment or cfg.colour_jitter
-    step = common.pixel_bytes(augmented, cfg.mixup) * net.patch[0] * 3 * cfg.size**2
-    step += blocks(len(net.temporal.blocks), 64) / 64
+    a_step = common.pixel_bytes(augmented, cfg.mixup) * TUBELET * 3 * cfg.size**2
+    a_step += blocks(len(net.temporal.blocks), 64) / 64
     if net.adapter:
-        step += 3 * 4 * net.width  # its input, its hidden layer before and after the GELU
-    if frozen:
+        a_step += 3 * 4 * net.width  # its input, its hidden layer before and after the GELU
+    if "spatial" in stage.frozen:
         fixed += cfg.spatial_chunk * blocks(0, 1 + net.tokens)
+        if half:
+            fixed -= 4 * kept  # it is kept in half alone
     else:
-        step += blocks(len(net.spatial.blocks), 1 + net.tokens)
-    return fixed, step
+        a_step += blocks(len(net.spatial.blocks), 1 + net.tokens)
+    return fixed, a_step
 
 
 def largest_frames(memory, gigabytes):
-    """The largest even number of frames whose training step fits: memory as of memory_model, a card's GB."""
-    return max(0, int((gigabytes * 2**30 - memory[0]) / memory[1])) * 2
+    """The most frames, whole tubelets, whose training step fits: memory as of memory_model, a
+    card's GB."""
+    fixed, a_step = memory
+    return max(0, int((gigabytes * 2**30 - fixed) / a_step)) * TUBELET
 
 
 def print_plan(cfg):
-    """What would run, counted and measured on the model's own parts: no data, no GPU, no training (--plan)."""
-    heads = EPIC if cfg.labels == "epic" else (cfg.num_classes or 2,)
+    """What would run, counted and measured on the model's own parts: no data, no GPU, no training
+    (--plan)."""
+    heads = heads_of(cfg, range(cfg.num_classes or 2))
     stages = stages_of(cfg, max(1, cfg.train_clips // cfg.batch_size))
     last = stages[-1]
     full = Stage(0, last.frames, 0, 0, (), False)
@@ -884,25 +954,29 @@ def print_plan(cfg):
     blocks = block_memory(cfg)
 
     whole = count_gmacs(net, full) * (last.stop - last.start)
-    shares, phases, loads = [], [], []
+    shares = []
+    phases = []
+    loads = []
     for stage in stages:
-        steps, gmacs = stage.stop - stage.start, count_gmacs(net, stage)
+        name = f"stage {stage.number + 1}"
+        steps = stage.stop - stage.start
+        gmacs = count_gmacs(net, stage)
         shares.append(gmacs * steps / whole)
         passes = 4 if cfg.grad_checkpoint and "spatial" not in stage.frozen else 3
         loads.append((stage.frames, gmacs * passes / 3, 1))
         adapter = ", with adapter" if stage.adapter else ""
         print(
-            f"stage {stage.number + 1}   {stage.frames} frames, {steps} steps at batch {cfg.batch_size}, peak lr "
-            f"{cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{adapter}; {gmacs:.0f} GMACs a clip"
+            f"{name}   {stage.frames} frames, {steps} steps at batch {cfg.batch_size}, peak lr "
+            f"{cfg.lr:g}; frozen: {', '.join(stage.frozen) or 'nothing'}{adapter}; {gmacs:.0f} "
+            "GMACs a clip"
         )
-        fixed, step = memory_model(cfg, net, stage, blocks)
-        clip = stage.frames // net.patch[0] * step
+        fixed, a_step = memory_model(cfg, net, stage, blocks)
+        clip = stage.frames // TUBELET * a_step
         group = 2 if cfg.mixup else 1
-        name = f"stage {stage.number + 1}"
         phases.append(common.Phase(name, cfg.batch_size, cfg.micro_batch, fixed, clip, group))
     print(
-        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training everything on "
-        f"{last.frames} frames for as many steps as the last stage"
+        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training "
+        f"everything on {last.frames} frames for as many steps as the last stage"
     )
     common.print_memory(cfg, phases)
     data.print_cores(loads)
@@ -911,40 +985,40 @@ def print_plan(cfg):
 
 def print_model(name, net):
     """The parameters of each part of the model."""
-    depth = len(net.temporal.blocks)
+
+    def millions(part):
+        return sum(p.numel() for p in part.parameters()) / 1e6
+
     parts = {
-        "spatial": [net.patch_embed, net.spatial],
-        f"temporal ({depth} layers)": [net.temporal],
+        "spatial": millions(net.patch_embed) + millions(net.spatial),
+        f"temporal ({len(net.temporal.blocks)} layers)": millions(net.temporal),
+        "adapter": millions(net.adapter) if net.adapter else 0.0,
+        "head": millions(net.head),
     }
-    parts |= {"adapter": [net.adapter] if net.adapter else [], "head": [net.head]}
-    millions = {}
-    for part, modules in parts.items():
-        millions[part] = sum(p.numel() for module in modules for p in module.parameters()) / 1e6
-    total = sum(millions.values())
-    listed = " + ".join(f"{part} {number:.1f}" for part, number in millions.items())
+    total = sum(parts.values())
+    listed = " + ".join(f"{part} {number:.1f}" for part, number in parts.items())
     print(
-        f"model     {name}: {total:.1f} M parameters = {listed}; {total - millions['spatial']:.1f} M train where "
-        "spatial is frozen"
+        f"model     {name}: {total:.1f} M parameters = {listed}; {total - parts['spatial']:.1f} M "
+        "train where spatial is frozen"
     )
 
 
 def print_table_4(cfg, net, stages, full, frozen, blocks):
-    """Cost and memory of one clip in both kinds of stage, and the frames that fit into each --gpu-gb (Table 4)."""
+    """Cost and memory of one clip in both kinds of stage, and the frames that fit into each
+    --gpu-gb (Table 4)."""
     print(
-        "\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and optimizer state"
+        "\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and "
+        "optimizer state"
     )
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
     lengths = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
-    memory = [
-        memory_model(cfg, net, stage._replace(frames=lengths[-1]), blocks)
-        for stage in (full, frozen)
-    ]
+    memory = []
+    for stage in (full, frozen):
+        memory.append(memory_model(cfg, net, stage._replace(frames=lengths[-1]), blocks))
     for n in lengths:
-        gmacs = [count_gmacs(net, stage._replace(frames=n)) for stage in (full, frozen)]
-        megabytes = [(fixed + n // 2 * step) / 1e6 for fixed, step in memory]
-        print(
-            f"{n:6} {gmacs[0]:9.1f} {gmacs[1]:9.1f} {gmacs[1] / gmacs[0]:6.3f} {megabytes[0]:9.0f} {megabytes[1]:9.0f}"
-        )
+        whole, part = (count_gmacs(net, stage._replace(frames=n)) for stage in (full, frozen))
+        whole_mb, part_mb = ((fixed + n // TUBELET * a_step) / 1e6 for fixed, a_step in memory)
+        print(f"{n:6} {whole:9.1f} {part:9.1f} {part / whole:6.3f} {whole_mb:9.0f} {part_mb:9.0f}")
 
     precision = "fp32" if cfg.precision == "fp32" else "half precision"
     recomputed = "blocks" if cfg.grad_checkpoint else "nothing"
@@ -960,19 +1034,19 @@ def print_table_4(cfg, net, stages, full, frozen, blocks):
             paper = "; the paper, of a ViViT that it doesn't name: full 16, frozen 80"
         print(f"{card:6g} GB: full {most[0]}, frozen {most[1]}{paper}")
     print(
-        "These are not the paper's: no one way of counting gives its H and its g, and it tells neither the precision "
-        "nor what\nis recomputed. Not counted: CUDA's own memory and workspace, "
-        "fragmentation, the loader."
+        "These are not the paper's: no one way of counting gives its H and its g, and it tells "
+        "neither the precision nor what\nis recomputed. Not counted: CUDA's own memory and "
+        "workspace, fragmentation, the loader."
     )
-    card, weights = min(map(float, cfg.gpu_gb)), memory[1][0] / 2**30
+    card = min(map(float, cfg.gpu_gb))
     if largest_frames(memory[1], card) == 0:
         raise UserError(
-            f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take {weights:.1f} GB, even with its "
-            "spatial transformer frozen"
+            f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take "
+            f"{memory[1][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
         )
 
 
-# ---- The tasks -------------------------------------------------------------------------------------------------------
+# ---- The tasks -----------------------------------------------------------------------------------
 
 
 def check(cfg):
@@ -986,9 +1060,10 @@ def check(cfg):
     if cfg.size < patch or cfg.size % patch:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {patch} pixels")
     for stage in stages:
-        if stage.frames % 2:
+        if stage.frames % TUBELET:
             raise UserError(
-                f"--stages {cfg.stages}: {stage.frames} frames are not a multiple of the tubelet's 2"
+                f"--stages {cfg.stages}: {stage.frames} frames are not a multiple of the tubelet's "
+                f"{TUBELET}"
             )
         if {"spatial", "temporal"} <= {*stage.frozen}:
             raise UserError(
@@ -996,8 +1071,9 @@ def check(cfg):
             )
     if "spatial" in stages[0].frozen and not cfg.init and cfg.task == "train" and not cfg.plan:
         raise UserError(
-            "--freeze spatial freezes what nothing has initialised: give --init an image model's weights or a stage "
-            "1's checkpoint, or train a stage 1 (--freeze later); --init random if that is what you want"
+            "--freeze spatial freezes what nothing has initialised: give --init an image model's "
+            "weights or a stage 1's checkpoint, or train a stage 1 (--freeze later); --init random "
+            "if that is what you want"
         )
     if cfg.min_lr > cfg.lr:
         raise UserError(
@@ -1009,8 +1085,9 @@ def check(cfg):
 
 
 def read_epic(path, root, max_bad=0.01):
-    """EPIC-KITCHENS-100's annotations as published (EPIC_100_train.csv, ..._validation.csv) -> data.Captions, whose
-    labels are verb * 300 + noun. UserError names file and line of what is no row of them, or of no known class."""
+    """EPIC-KITCHENS-100's annotations as published (EPIC_100_train.csv, ..._validation.csv) ->
+    data.Captions, whose labels are verb * 300 + noun. UserError names file and line of what is no
+    row of them, or of no known class."""
     videos = data.read_captions([path], root, max_bad, texts=False, classes=EPIC)
     labels = []
     for action in videos.actions:
@@ -1022,7 +1099,8 @@ def read_epic(path, root, max_bad=0.01):
 
 
 def read_list(cfg, ctx, path, classes=None):
-    """A list as --labels says; classes: the training list's, which a validation list must keep to."""
+    """A list as --labels says; classes: the training list's, which a validation list must keep
+    to."""
     if cfg.labels == "epic":
         videos = read_epic(path, cfg.data_root, cfg.max_bad)
         if videos.left_out and ctx.rank == 0:
@@ -1040,7 +1118,8 @@ def open_lists(cfg, ctx):
         raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
     if len(videos) < cfg.batch_size:
         raise UserError(
-            f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of {cfg.batch_size}"
+            f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of "
+            f"{cfg.batch_size}"
         )
     val_videos = read_list(cfg, ctx, cfg.val_list, videos.classes)
     data.need_videos(val_videos, cfg.max_bad)
@@ -1048,51 +1127,52 @@ def open_lists(cfg, ctx):
 
 
 def clips_of(cfg, videos, frames, views=None):
-    """The clips of a list: random ones of so many frames to train on, or the `views`, (clips, squares), of each video."""
+    """The clips of a list: random ones of so many frames to train on, or the `views`, (clips,
+    squares), of each video."""
     share = cfg.crop_share if cfg.crop else None
-    plan = partial(
-        sample_clip, videos=videos, frames=frames, stride=cfg.stride, crop_share=share, views=views
-    )
+    shape = {"frames": frames, "stride": cfg.stride, "crop_share": share}
+    plan = partial(sample_clip, videos=videos, views=views, **shape)
+    make = partial(data.ClipDataset, videos, plan, cfg.size, cfg.seed, frames=frames)
     if views is None:
-        return data.ClipDataset(videos, plan, cfg.size, cfg.seed, replace=True, frames=frames)
-    return data.ClipDataset(
-        videos, plan, cfg.size, cfg.seed, replace=False, views=math.prod(views), frames=frames
-    )
+        return make(replace=True)
+    return make(replace=False, views=math.prod(views))
 
 
 def test_batches(cfg, ctx, videos, frames, views, failures):
     """Batches of the views of each readable video, once over all ranks."""
     clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    return data.test_batches(
-        clips_of(cfg, videos, frames, views), clips, cfg.workers, ctx, failures
-    )
+    dataset = clips_of(cfg, videos, frames, views)
+    return data.test_batches(dataset, clips, cfg.workers, ctx, failures)
 
 
-def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", picture=None):
+def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", draw=None):
     """`evaluate` a list, in the `views` of each of its videos."""
     failures = data.Failures(len(videos), cfg.max_bad)
     batches = test_batches(cfg, ctx, videos, frames, views, failures)
-    return evaluate(net, batches, failures, heads, ctx, math.prod(views), name, picture)
+    return evaluate(net, batches, failures, heads, ctx, math.prod(views), name, draw)
 
 
 def use(cfg, ctx):
-    """--task eval, predict, features: a trained model, its shape and its crops read from its own checkpoint."""
+    """--task eval, predict, features: a trained model, its shape and its crops read from its own
+    checkpoint."""
     folder = cfg.out or f"runs/sfa-{cfg.recipe}"
     source = cfg.init or f"{folder}/best.pt"
-    shape = ("model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels")
+    shape = "model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels"
 
     def saved(state):
         own = replace(cfg, **{key: state["config"][key] for key in shape})
         return own, build(own, heads_of(own, state["classes"]), Stage(*state["stage"]))
 
     cfg, net, state = common.open_trained(source, "sfa_vivit.py", ("classes", "stage"), saved)
-    classes, frames = state["classes"], Stage(*state["stage"]).frames
+    classes = state["classes"]
+    frames = Stage(*state["stage"]).frames
     heads = heads_of(cfg, classes)
     net = net.to(ctx.device)
     if cfg.task == "predict":
         if not cfg.input:
             raise UserError("--task predict needs --input video.mp4 ...")
-        videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
+        videos = data.VideoList.of(cfg.input)
+        failures = data.Failures(len(cfg.input), 1.0)
         batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
         outputs = common.run_model(net, batches, ctx)  # [B, classes] each
         shares = ((index, joint_scores(logits, heads).exp()) for index, logits in outputs)
@@ -1100,43 +1180,29 @@ def use(cfg, ctx):
     if not cfg.val_list:
         raise UserError(f"--task {cfg.task} needs --val-list")
     videos = read_list(cfg, ctx, cfg.val_list, classes)
-    if (
-        cfg.task == "features"
-    ):  # float32 [videos, D]: CLS of a video's centre clip, in the list's order
+    if cfg.task == "features":
+        # float32 [videos, D]: CLS of a video's centre clip, in the list's order
         failures = data.Failures(len(videos), cfg.max_bad)
         batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
         features = common.run_model(net.encode, batches, ctx)  # [B, D] each
         return common.write_features(folder, (len(videos), net.width), features, failures, ctx)
-    result = validate(cfg, ctx, net, videos, heads, frames, (cfg.views, cfg.crops), "test")
-    common.print_result(
-        source, cfg.val_list, result, ctx, f", {frames} frames, {cfg.views} x {cfg.crops} views"
-    )
-
-
-def augment(clips, keys, colour_jitter, rand_augment, flip):
-    """The augmentation of Table 7 on the device: uint8 [B, T, C, H, W] -> the same; keys int64 [B], on the CPU."""
-    if colour_jitter:  # DECISION (colour)
-        chosen = data.to_device(uniform(keys, "colour") < colour_jitter, clips.device)  # [B]
-        clips = torch.where(
-            chosen[:, None, None, None, None], data.colour_jitter(clips, keys, hue=0.2), clips
-        )
-    if rand_augment:  # DECISION (RandAug)
-        clips = data.scenic_rand_augment(clips, keys, rand_augment, layers=2)  # [B, T, C, H, W]
-    return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]
+    views = cfg.views, cfg.crops
+    result = validate(cfg, ctx, net, videos, heads, frames, views, "test")
+    how = f", {frames} frames, {cfg.views} x {cfg.crops} views"
+    common.print_result(source, cfg.val_list, result, ctx, how)
 
 
 @common.in_one_line
 def main(cfg):
     check(cfg)
     cfg = common.without_random(cfg)
-    depth = cfg.temporal_depth or temporal_layers(cfg.model, cfg.recipe)
-    cfg = replace(cfg, temporal_depth=depth)  # as it runs: for the log and the checkpoint
+    cfg = replace(cfg, temporal_depth=temporal_layers(cfg))  # for the log and the checkpoint
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
     if cfg.task != "train":
         return use(cfg, ctx)
-    micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup))
+    micro, accumulation = common.micro_batches(cfg, ctx, pairs=cfg.mixup > 0)
     videos, val_videos = open_lists(cfg, ctx)
     heads = heads_of(cfg, videos.classes)
     epoch_steps = len(videos) // cfg.batch_size
@@ -1151,96 +1217,97 @@ def main(cfg):
         source = " and ".join(x for x in (cfg.init, cfg.init_temporal) if x)
         run.say(common.load_weights(net, init_weights(cfg, net), source))
     run.say(
-        f"{len(videos)} training and {len(val_videos)} validation videos, {' + '.join(map(str, heads))} classes; batch "
-        f"{cfg.batch_size} = {ctx.world} ranks x {micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} "
-        f"on {ctx.device}; steps {run.step} to {total}"
+        f"{len(videos)} training and {len(val_videos)} validation videos, "
+        f"{' + '.join(map(str, heads))} classes; batch {cfg.batch_size} = {ctx.world} ranks x "
+        f"{micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; "
+        f"steps {run.step} to {total}"
     )
-
     augmented = partial(
         augment, colour_jitter=cfg.colour_jitter, rand_augment=cfg.rand_augment, flip=cfg.flip
     )
     for stage in stages[run.at["stage"] :]:
         if stage.number > run.at["stage"]:
             run.at |= {"stage": stage.number, "best": -1.0, "curve": []}
-        optimizer = enter_stage(cfg, ctx, run, net, stage)
-        run.prepare(net, optimizer, stage=tuple(stage), classes=videos.classes)
+        enter_stage(cfg, ctx, run, net, stage, videos.classes)
         batches = data.training_batches(
-            clips_of(cfg, videos, stage.frames),
-            cfg.batch_size,
-            micro,
-            run.step,
-            stage.stop,
-            cfg.workers,
-            ctx,
-            augmented,
-        )
-        failures = data.Failures(len(videos), cfg.max_bad)
-        run.begin(
-            batches, failures, cfg.batch_size, micro, epoch_steps, stage.stop, total, stage.start, stage.start, cfg.eval_every
+            clips_of(cfg, videos, stage.frames), cfg.batch_size, micro, run.step, stage.stop,
+            cfg.workers, ctx, augmented,
         )  # fmt: skip
-
-        steps, warmup = stage.stop - stage.start, cfg.warmup_epochs * epoch_steps
+        run.begin(
+            batches, data.Failures(len(videos), cfg.max_bad), cfg.batch_size, micro, epoch_steps,
+            stop=stage.stop, total=total, start=stage.start, epoch_zero=stage.start,
+            eval_every=cfg.eval_every,
+        )  # fmt: skip
+        steps = stage.stop - stage.start
+        warmup = cfg.warmup_epochs * epoch_steps
         if run.evaluation_due():  # the run was stopped between a step and its evaluation
-            evaluate_stage(cfg, ctx, run, net, val_videos, heads, stage)
+            evaluate_stage(cfg, ctx, run, val_videos, heads, stage)
         while run.step < stage.stop:
-            lr = common.cosine(run.step - stage.start, steps, warmup, cfg.lr, cfg.min_lr)
-            for batch in run.micro_batches():
+            for batch in run.micro_batches():  # its clips are augmented: see training_batches above
                 targets = soft_targets(batch.labels, heads, cfg.label_smoothing)  # [B, classes]
                 clips, targets = data.mix(
-                    batch.clips, targets, (cfg.seed, run.step), cfg.mixup, 0.0
+                    batch.clips, targets, (cfg.seed, run.step), cfg.mixup, cutmix=0.0
                 )
-                keys = data.to_device(batch.keys, ctx.device)  # [B], for drop path
+                keys = data.to_device(batch.keys, ctx.device)  # [B], for layer drop
                 with run.forward():
                     logits = run.model(clips, keys)  # [B, classes]
                     loss = vivit_loss(logits, targets, heads)  # [B]
                 run.backward(loss)
-            run.update(lr)
+            run.update(common.cosine(run.step - stage.start, steps, warmup, cfg.lr, cfg.min_lr))
             run.end_step()
             if run.evaluation_due():
-                evaluate_stage(cfg, ctx, run, net, val_videos, heads, stage)
-
-    times = [b - a for a, b in pairwise([0.0, *run.at["seconds"]])]
-    last = run.at["last"]
-    run.say(
-        f"complete: top-1 {last['val_top1']:.1f} % of {last['val_clips']} validation clips (chance "
-        f"{100 / math.prod(heads):.1f} %), best of the last stage {run.at['best']:.1f} %; "
-        f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds, with evaluation. "
-        f"{run.folder}/attention.png: clips, and where the spatial transformer looks. --overwrite starts anew."
-    )
+                evaluate_stage(cfg, ctx, run, val_videos, heads, stage)
+    say_result(run, heads)
 
 
-def enter_stage(cfg, ctx, run, net, stage):
-    """Make `net` the model of a stage; returns the optimizer of what trains in it."""
+def enter_stage(cfg, ctx, run, net, stage, classes):
+    """Make `net` the model of a stage, and `run` what trains it, with an optimizer of its own."""
     torch.manual_seed(cfg.seed)  # for the adapter
     net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
     optimizer = common.optimizer(cfg.optimizer, common.param_groups(net, cfg.weight_decay), cfg.lr)
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     run.say(
-        f"stage {stage.number + 1}: {stage.frames} frames, frozen: {', '.join(stage.frozen) or 'nothing'}; "
-        f"{trained / 1e6:.1f} M parameters train; {cfg.model} with {cfg.temporal_depth} temporal layers"
+        f"stage {stage.number + 1}: {stage.frames} frames, frozen: "
+        f"{', '.join(stage.frozen) or 'nothing'}; {trained / 1e6:.1f} M parameters train; "
+        f"{cfg.model} with {cfg.temporal_depth} temporal layers"
     )
-    return optimizer
+    run.prepare(net, optimizer, stage=tuple(stage), classes=classes)
 
 
-def evaluate_stage(cfg, ctx, run, net, videos, heads, stage):
-    """Validate a step of a stage; at a stage's end also say when it came near its peak, and at the end of all test."""
-    result = validate(
-        cfg, ctx, net, videos, heads, stage.frames, picture=run.folder / "attention.png"
-    )
+def evaluate_stage(cfg, ctx, run, videos, heads, stage):
+    """Validate a step of a stage; at a stage's end also say when it came near its peak, and at the
+    end of all test."""
+    draw = None
+    if ctx.rank == 0:
+        draw = partial(write_attention, path=run.folder / "attention.png")
+    result = validate(cfg, ctx, run.net, videos, heads, stage.frames, draw=draw)
     run.at["curve"] = [*run.at["curve"], [run.step - stage.start, result["val_top1"]]]
     also = []
     if run.step == stage.stop:
         near, best = near_peak(run.at["curve"])
-        epochs = {"near_peak_epoch": near / run.epoch_steps, "best_epoch": best / run.epoch_steps}
-        result |= epochs | {"best_step": stage.start + best}
+        result["near_peak_epoch"] = near / run.epoch_steps
+        result["best_epoch"] = best / run.epoch_steps
+        result["best_step"] = stage.start + best
         run.at["seconds"] = [*run.at["seconds"], round(time.time() - run.started, 1)]
         if run.step < run.total:
             also = [f"stage{stage.number + 1}.pt"]  # for other stages 2 (--init)
         elif cfg.views * cfg.crops > 1:
-            result |= validate(
-                cfg, ctx, net, videos, heads, stage.frames, (cfg.views, cfg.crops), "test"
-            )
+            views = cfg.views, cfg.crops
+            result |= validate(cfg, ctx, run.net, videos, heads, stage.frames, views, "test")
     run.evaluated(result, "val_top1", also=also, stage=stage.number + 1)
+
+
+def say_result(run, heads):
+    """The line that a run ends with."""
+    last = run.at["last"]
+    times = [b - a for a, b in pairwise([0.0, *run.at["seconds"]])]
+    run.say(
+        f"complete: top-1 {last['val_top1']:.1f} % of {last['val_clips']} validation clips (chance "
+        f"{100 / math.prod(heads):.1f} %), best of the last stage {run.at['best']:.1f} %; "
+        f"{' + '.join(f'{t:.0f}' for t in times)} = {sum(times):.0f} seconds, with evaluation. "
+        f"{run.folder}/attention.png: clips, and where the spatial transformer looks. --overwrite "
+        "starts anew."
+    )
 
 
 if __name__ == "__main__":

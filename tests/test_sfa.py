@@ -177,7 +177,7 @@ def test_drop_path_only_in_training_and_alike_over_time():
 @torch.no_grad()
 def test_attention_picture_is_the_last_blocks_cls_row():
     net = small()
-    x = net.tubelets(net.images(clips(1)))
+    x = net.embed(net.tubelets(clips(1)))
     shown, weights = net.spatial.attention(x), []
     common.attention, original = (
         lambda q, k, v, **_: weights.append((q, k)) or original(q, k, v),

@@ -1,10 +1,10 @@
 """Training a Large Video Model on a Single Machine in a Day (Zhao, Krähenbühl, 2023): a video CLIP,
 in one file.
 
-A plain ViT over all space-time patches beats factorised ones once its three bottlenecks are gone.
-GPU: attention that never stores its N x N weights, and recomputed blocks, make room for the large
-batches that InfoNCE thrives on. IO: long videos are cut into chunks of 15 s, so that a clip reads
-little. CPU: the random crop moves into the decoder.
+A plain ViT over all space-time patches beats factorised ones, and trains in a day once three
+bottlenecks are gone. GPU: attention that never stores its N x N weights, and recomputed blocks,
+make room for the large batches that InfoNCE thrives on. IO: long videos are cut into chunks of
+15 s, so that a clip reads little. CPU: the random crop moves into the decoder.
 
     paper                                   here
     Sec. 4.1, Figs. 3-4: memory             common.attention (--attention plain), common.run_blocks
@@ -34,7 +34,7 @@ little. CPU: the random crop moves into the decoder.
     Table 3, ViT-L                --recipe ek100_cls_l14 --init runs/avion-ego4d_llm_l14/best.pt
     Table 4, first row            --recipe ego4d --init clip-vit-base-patch16/ --batch-size 512
                                   --attention plain --loader decode_then_crop
-    Fig. 6b, batch 512            --recipe ego4d_llm --init clip-vit-base-patch16/ --batch-size 512
+    Fig. 6, LLM-augmented, 512    --recipe ego4d_llm --init clip-vit-base-patch16/ --batch-size 512
 
 Table 4's first row also reads chunks of 300 s (data.py chunk --seconds 300).
 Faithful: model, losses, optimisers, schedules, sampling, metrics, as the paper states them.
@@ -48,8 +48,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 small model finds order slowly.
     checkpoint  Sec. 4.1's O(sqrt(L) N D) would keep the input of every sqrt(L)-th block. Here each
                 block's, as the released code: O(L N D), with a small factor.
-    temperature silent. As the released command: 1 / 0.07 and frozen; --no-freeze-temperature learns
-                it, at most 100.
+    temperature silent. As the released command: 0.07 and frozen; --no-freeze-temperature learns it,
+                not below 0.01.
     crop        App. B.2 and B.3 ask for "short side 256, take 224" and for RRC (0.5, 1), B.1 for
                 RRC alone. Only RRC is fused, and run.
     aspect      Eq. 1 draws the aspect ratio uniformly. Here log-uniformly, as torchvision and the
@@ -62,7 +62,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 --skip-duplicates: not.
     epochs      of retrieval's fine-tuning are not said: 100, as the released code and as App. B.3.
     classify    App. B.3's weight decay 5e-4, 1 epoch of warm-up, flips, no cutmix; the released
-                command has 4e-5, 2, none and 1.0.
+                command has 4e-5, 2, none and 1.0. Flips are made on the device, not in the decoder.
     batch       App. B.3 states one rate, 0.012, for 512 clips (ViT-B) and 192 (ViT-L). The released
                 command scales it, 0.003 for 128 clips, so ViT-L's is 0.0045 here; AdamW's rates
                 stay.
@@ -87,7 +87,8 @@ of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/
 
 Shapes: B clips, T frames, C colours, N tokens (steps x places), K kept ones, D width, P pixel
 values, L words, E embedding, A classes, V clips and S sentences of a retrieval task, Q queries of
-either; b clips, or other rows, of a part.
+either; b clips, or other rows, of a part, such as a micro-batch. keys, int64 [B], are hashes of
+seed, epoch and entry, one a clip: all draws of a clip are made from its key (common.uniform).
 """
 
 import gzip
@@ -166,7 +167,8 @@ CLASSIFIED = TUNED | {  # App. B.3  # DECISION (classify)
 }  # fmt: skip
 RECIPES = {
     "toy": TOY | {
-        "epochs": 20, "freeze_temperature": False, "skip_duplicates": True, "text_lr": 0.05,
+        "epochs": 20, "freeze_temperature": False, "skip_duplicates": True,
+        "text_lr": 0.05,  # DECISION (toy)
     },
     "toy_mir": TOY_TUNED | {
         "loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True,
@@ -175,7 +177,8 @@ RECIPES = {
     "ego4d": PRETRAINED | {"train_clips": 4_000_000},
     # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
     "ego4d_llm": PRETRAINED | {"train_clips": 8_000_000},
-    "ego4d_llm_l14": PRETRAINED | {  # App. B.1: 112 clips on each of 8 GPUs, here 2 x 56
+    # App. B.1: 112 clips on each of 8 GPUs. Here 2 x 56, though --plan finds 24 GB enough for 112.
+    "ego4d_llm_l14": PRETRAINED | {
         "train_clips": 8_000_000, "model": "clip_l14", "batch_size": 896, "micro_batch": 56,
     },
     "ek100_mir": TUNED | {"loss": "max_margin"},  # DECISION (epochs)
@@ -257,7 +260,7 @@ def sample_clip(video, index, view, key, videos, frames, train, crop=False, crop
     drawn before anything is decoded, and nothing outside of it is converted (Sec. 4.2). Else the
     middle ones, and the centre square.
     """
-    u = 0.5  # the middle of each part
+    u = 0.5  # where in its part a frame lies, from 0 to 1: the middle
     if train:
         u = uniform(key, "frames", frames).numpy()  # [T]  # DECISION (frames)
     start, end = videos.start[index], videos.end[index]
@@ -312,6 +315,8 @@ def batch_loss(cfg, video, text, ids, scale):
 #
 #     dL/dtheta = sum_m ( dL/dv[m] dv[m]/dtheta + dL/dt[m] dt[m]/dtheta )
 #
+# and a temperature that is learned has dL/ds, one number, likewise.
+#
 #     pass 1, no graph             all ranks' features        pass 2, with a graph
 #
 #     rank 0   m 0 -> v, t  --+                          +--> m 0 -> v, t: (v . dL/dv[rows]
@@ -331,7 +336,8 @@ def global_backward(run, batches, loss_fn):
     """Add to the gradients those of the mean loss of the global batch.
 
     batches: this rank's (clips [b, T, C, H, W], keys [b], tokens [b, L], ids [b]). The two passes
-    are common.cached_step's: it calls `encode` in both, and loss_fn with all ranks' features.
+    are common.cached_step's, which needs no `run`: it calls `encode` in both, and loss_fn with what
+    that gives, by name, of all ranks.
     """
 
     def encode(batch):
@@ -339,7 +345,7 @@ def global_backward(run, batches, loss_fn):
         video, text, scale = run.model(clips, tokens, keys)  # [b, E] each, []
         return {"video": video, "text": text, "ids": ids, "scale": scale}
 
-    loss, _ = run.cached_backward(encode, batches, loss_fn)  # [B]
+    loss, _ = run.cached_backward(encode, batches, loss_fn)  # [B / ranks]
     run.note(loss)
 
 
@@ -463,7 +469,14 @@ class TextEncoder(nn.Module):
 
 class VideoCLIP(nn.Module):
     """Video and text encoder, one linear layer each to features of length 1, and a temperature
-    (Sec. 5.2, App. B.1)."""
+    (Sec. 5.2, App. B.1).
+
+        net = VideoCLIP(VideoEncoder(), TextEncoder())
+        tokens = BPETokenizer("bpe_simple_vocab_16e6.txt.gz")(texts)  # of B strings
+        keys = common.make_key(seed, step, torch.arange(B))  # other draws in each step
+        video, text, scale = net(clips, tokens, keys)        # clips uint8 [B, 4, 3, 224, 224]
+        loss = common.contrastive_loss(video, text, scale).mean()
+    """
 
     def __init__(self, visual, textual, embed_dim=256, freeze_temperature=True):
         super().__init__()
@@ -472,8 +485,8 @@ class VideoCLIP(nn.Module):
         self.text_projection = nn.Linear(textual.width, embed_dim, bias=False)
         for layer in (self.visual_projection, self.text_projection):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
-        scale = torch.tensor(math.log(1 / 0.07))
-        self.logit_scale = nn.Parameter(scale, requires_grad=not freeze_temperature)
+        log_scale = torch.tensor(math.log(1 / 0.07))  # DECISION (temperature)
+        self.logit_scale = nn.Parameter(log_scale, requires_grad=not freeze_temperature)
 
     def encode_video(self, clips, keys=None):
         """Clips 0-255 [B, T, C, H, W] -> float32 [B, E]; keys int64 [B] in training."""
@@ -988,8 +1001,8 @@ def evaluate(cfg, ctx, model, videos, actions, tokenizer):
     if isinstance(model, VideoCLIP):
         result |= retrieval(model, features, rows, videos, tokenizer, ctx)
     if actions:
-        classes = class_vectors(model, actions.texts, tokenizer, ctx)  # [A, E]
-        logits = class_logits(model, features, classes)  # [V, A]
+        vectors = class_vectors(model, actions.texts, tokenizer, ctx)  # [A, E]
+        logits = class_logits(model, features, vectors)  # [V, A]
         labels = torch.as_tensor(actions.labels(videos))[rows]  # [V]
         hits = actions.hits(logits.softmax(-1), labels).double().mean(0)  # [3]
         result |= zip(("val_action", "val_verb", "val_noun"), (100 * hits).tolist(), strict=True)
@@ -1051,7 +1064,8 @@ def fit_weights(start, net, cfg):
     own = net.state_dict()
     if "visual.patch_embed.weight" in weights:
         width = len(weights["visual.patch_embed.weight"])
-        time = weights.get("visual.temporal_embedding", torch.zeros(1, width))  # [steps, D]
+        zeros = torch.zeros(1, width)  # [1, D]  # DECISION (temporal)
+        time = weights.get("visual.temporal_embedding", zeros)  # [before, D]
         steps = cfg.frames // net.visual.patch[0]
         weights["visual.temporal_embedding"] = stretch_time(time, steps)  # [steps, D]
     projection = weights.get("visual_projection.weight", ())
@@ -1354,10 +1368,10 @@ def predict(cfg, ctx, net, tokenizer, names):
         names = open_actions(cfg, lists).names
     videos = data.Captions((path, 0.0, math.inf, "") for path in cfg.input)
     failures = data.Failures(len(videos), 1.0)
-    classes = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
+    vectors = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
     features = common.run_model(net.encode_video, test_batches(cfg, ctx, videos, failures), ctx)
     # [B, A] each
-    shares = ((index, class_logits(net, x, classes).softmax(-1)) for index, x in features)
+    shares = ((index, class_logits(net, x, vectors).softmax(-1)) for index, x in features)
     common.print_predictions(videos, shares, names, failures)
 
 
@@ -1426,7 +1440,8 @@ def open_start(cfg, run, classes):
 def parameter_groups(net, weight_decay, text_lr):
     """Optimizer groups; the text encoder's have the factor `text_lr` to the learning rate."""
 
-    def layer_of(name):  # of layer decay to `text_lr`: the text encoder is below all else
+    def layer_of(name):
+        # `text_lr` is a layer decay from layer 1, all else, to layer 0, the text encoder.
         return 0 if name.startswith("textual.") else 1
 
     return common.param_groups(net, weight_decay, text_lr, layer_of)  # DECISION (decay)
@@ -1490,7 +1505,7 @@ def main(cfg):
         f"{accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; steps {run.step} to "
         f"{total}"
     )
-    augment = data.flip if cfg.flip else None
+    augment = data.flip if cfg.flip else None  # DECISION (classify)
     dataset = clips_of(cfg, videos, train=True)
     batches = data.training_batches(
         dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augment
@@ -1512,18 +1527,18 @@ def main(cfg):
             pairs = []
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
-                tokens = tokenizer(texts)  # [B, L]
-                inputs = batch.keys, tokens, text_ids(tokens)  # [B], [B, L], [B]
+                tokens = tokenizer(texts)  # [b, L]
+                inputs = batch.keys, tokens, text_ids(tokens)  # [b], [b, L], [b]
                 pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
             global_backward(run, pairs, loss_fn)
         else:  # a sum over clips: gradients of micro-batches add up
             for batch in run.micro_batches():
-                labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [B, A]
+                labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [b, A]
                 step = cfg.seed, run.step
                 clips, labels = data.mix(batch.clips, labels, step, cfg.mixup, cfg.cutmix)
-                keys = data.to_device(batch.keys, ctx.device)  # [B]
+                keys = data.to_device(batch.keys, ctx.device)  # [b]
                 with run.forward():
-                    loss = cross_entropy(run.model(clips, keys), labels)  # [B]
+                    loss = cross_entropy(run.model(clips, keys), labels)  # [b]
                 run.backward(loss)
         run.update(lr)
         if cfg.contrastive:

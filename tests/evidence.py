@@ -1,21 +1,31 @@
-"""The comparisons that back each script's claims, at toy size: python tests/evidence.py turbo_vl [--seeds 0 1 2].
+"""The README's results at toy size, measured anew: python tests/evidence.py turbo [--seeds 0 1 2].
 
-Runs the script's own command line (a run that is already complete is only read) and prints one Markdown table.
+A measurement trains by the script's own command line (a run that is complete is only read) and
+writes tests/evidence/NAME.json: rows with their seeds, the command, date, versions and machine.
+`tables` writes tests/evidence/README.md and the pictures from all JSON files; every measurement
+ends with that.
 """
 
 import argparse
 import json
+import os
+import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
+import av
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "tests" / "evidence"
 sys.path.insert(0, str(ROOT))
 
 import common
@@ -27,63 +37,14 @@ import turbo
 
 def run(script, out, *flags):
     """Train to the end; returns the log's records."""
-    subprocess.run(
-        [sys.executable, ROOT / f"{script}.py", "--out", str(out), *map(str, flags)], check=True
-    )
-    records = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
-    return records
+    command = [sys.executable, ROOT / f"{script}.py", "--out", str(out), *map(str, flags)]
+    subprocess.run(command, check=True)
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
-@torch.no_grad()
-def position_mean_error(cfg):
-    """PMAE of the best constant: each pixel position's mean over the training clips, on the held-out tokens (and the
-    target) that turbo.evaluate scores."""
-    model = turbo.build(cfg, cfg.num_classes)
-    target = lambda batch: turbo.pixel_target(
-        turbo.patchify(batch.clips, model.patch), cfg.target
-    )  # [B, N, P]
-    ctx = common.launch()
-
-    def loader(path):
-        videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
-        return turbo.test_batches(cfg, ctx, videos, data.Failures(len(videos), 0.0))
-
-    total, count = 0, 0
-    for batch in loader(cfg.train_list):
-        total, count = total + target(batch).sum(0).double(), count + len(batch.labels)
-    mean, errors = (total / count).float(), []  # [N, P]
-    for batch in loader(cfg.val_list):
-        _, recon = turbo.token_dropout(
-            batch.keys, model.num_tokens, cfg.mask_ratio, cfg.recon_ratio
-        )  # [B, R]
-        errors += (
-            (common.gather_tokens(target(batch), recon) - mean[recon])
-            .square()
-            .mean((1, 2))
-            .tolist()
-        )
-    return sum(errors) / len(errors)
-
-
-def turbo_evidence(seeds, out):
-    """`python turbo.py`, last step, all validation clips: top-1, and reconstruction against the per-position mean."""
-    rows = []
-    for seed in seeds:
-        last = [r for r in run("turbo", out / f"turbo-{seed}", "--seed", seed) if "val_top1" in r][
-            -1
-        ]
-        flags = ["--seed", str(seed), "--workers", "2"]
-        rows.append(
-            (seed, last, position_mean_error(common.parse(turbo.Config, turbo.RECIPES, flags)))
-        )
-    print(
-        "\n| seed | top-1 % | clips | PMAE | per-position mean | below it | seconds |\n|---|---|---|---|---|---|---|"
-    )
-    for seed, last, constant in rows:
-        print(
-            f"| {seed} | {last['val_top1']:.1f} | {last['val_clips']} | {last['val_mae']:.4f} | {constant:.4f} | "
-            f"{1 - last['val_mae'] / constant:.1%} | {last['seconds']:.0f} |"
-        )
+def evaluations(records, key):
+    """The evaluations of a log that have a value of `key`."""
+    return [record for record in records if key in record]
 
 
 def load(script, out, recipe):
@@ -95,16 +56,63 @@ def load(script, out, recipe):
     return model, cfg, state["classes"]
 
 
+def best_constant(train, val, patches, masked):
+    """Error of the best constant prediction: each pixel position's mean over the training clips.
+
+    train, val: functions that return batches. patches(batch): targets [B, N, P]. masked(batch): the
+    tokens [B, R] that are scored.
+    """
+    total = 0
+    count = 0
+    for batch in train():
+        total = total + patches(batch).sum(0).double()
+        count += len(batch.labels)
+    mean = (total / count).float()  # [N, P]
+    errors = []
+    for batch in val():
+        tokens = masked(batch)
+        error = common.gather_tokens(patches(batch), tokens) - mean[tokens]  # [B, R, P]
+        errors += error.square().mean((1, 2)).tolist()
+    return statistics.mean(errors)
+
+
+# ---- turbo.py ------------------------------------------------------------------------------------
+
+
+def turbo_flags(*flags):
+    return common.parse(turbo.Config, turbo.RECIPES, [*map(str, flags), "--workers", "2"])
+
+
+def turbo_batches(cfg, path):
+    """A function that returns the test clips of a list, batch by batch."""
+    videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
+    return lambda: turbo.test_batches(cfg, common.launch(), videos, data.Failures(len(videos), 0.0))
+
+
+@torch.no_grad()
+def turbo_constant(cfg):
+    """`best_constant` on the tokens that turbo.evaluate scores."""
+    model = turbo.build(cfg, cfg.num_classes)
+
+    def patches(batch):
+        return turbo.pixel_target(turbo.patchify(batch.clips, model.patch), cfg.target)  # [B, N, P]
+
+    def masked(batch):
+        ratios = cfg.mask_ratio, cfg.recon_ratio
+        return turbo.token_dropout(batch.keys, model.num_tokens, *ratios)[1]  # [B, R]
+
+    batches = [turbo_batches(cfg, path) for path in (cfg.train_list, cfg.val_list)]
+    return best_constant(*batches, patches, masked)
+
+
 def turbo_steps(settings, rounds=15):
-    """Median milliseconds of a training step of the toy recipe at each (m, r), in turns, without the loader."""
-    cfg = common.parse(turbo.Config, turbo.RECIPES, [])
-    clips = torch.randint(
-        0, 256, (cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size), dtype=torch.uint8
-    )
-    keys, labels = (
-        common.make_key(torch.arange(len(clips))),
-        torch.eye(8).repeat(2, 1),
-    )  # [B], [B, classes]
+    """Median milliseconds of a training step of the toy recipe at each (m, r), in turns, without
+    the loader."""
+    cfg = turbo_flags()
+    shape = cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size
+    clips = torch.randint(0, 256, shape, dtype=torch.uint8)
+    keys = common.make_key(torch.arange(len(clips)))  # [B]
+    labels = torch.eye(8).repeat(2, 1)  # [B, classes]
     nets = [turbo.build(replace(cfg, recon_ratio=r), 8) for _, r in settings]
     optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True) for net in nets]
     times = [[] for _ in settings]
@@ -119,237 +127,227 @@ def turbo_steps(settings, rounds=15):
     return [statistics.median(log[2:]) for log in times]
 
 
-def turbo_tradeoff(seeds, out):
-    """Table 1 at toy size: token dropout against none for the same number of steps; tested at three mask ratios."""
-    settings = [(0.0, 0.0), (0.5, 0.5), (0.75, 0.25)]
-    rows = {mr: [] for mr in settings}
-    for seed in seeds:
-        for m, r in settings:
-            flags = [
-                "--seed",
-                seed,
-                "--mask-ratio",
-                m,
-                "--recon-ratio",
-                r,
-                "--eval-mask-ratios",
-                "0,0.5,0.75",
-            ]
-            log = run("turbo", out / f"turbo-{m}-{r}-{seed}", *flags, "--eval-every", 1000)
-            rows[m, r].append([x for x in log if "val_top1" in x][-1])
-    model = turbo.build(common.parse(turbo.Config, turbo.RECIPES, []), 8)
-    print(
-        "\n| m, r | top-1 %, m = 0 at test | 0.5 | 0.75 | step ms | saved MB a clip |\n|---|---|---|---|---|---|"
-    )
-    for ((m, r), runs), step in zip(rows.items(), turbo_steps(settings), strict=True):
-        cells = [
-            f"{statistics.mean(values):.1f} ({', '.join(f'{v:.1f}' for v in values)})"
-            for values in ([x[f"val_top1{at}"] for x in runs] for at in ("", "@0.5", "@0.75"))
-        ]
-        print(
-            f"| {m}, {r} | {' | '.join(cells)} | {step:.0f} | {turbo.saved_megabytes(model, 128, m, r):.2f} |"
-        )
+def evaluated(checkpoint, *flags):
+    """The numbers that `turbo.py --task eval` prints."""
+    words = ["--task", "eval", "--init", str(checkpoint), *flags]
+    command = [sys.executable, ROOT / "turbo.py", *words]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    words = out.strip().splitlines()[-1].split(": ")[-1].split()
+    return dict(zip(words[::2], map(float, words[1::2]), strict=True))
+
+
+def turbo_rows(seeds, out):
+    """`python turbo.py`, and the same steps at two other (m, r), tested at three mask ratios."""
+    toy = turbo_flags()
+    default = toy.mask_ratio, toy.recon_ratio
+    settings = [(0.0, 0.0), default, (0.75, 0.25)]
+    rows = []
+    for (m, r), milliseconds in zip(settings, turbo_steps(settings), strict=True):
+        cfg = turbo_flags("--mask-ratio", m, "--recon-ratio", r)
+        model = turbo.build(cfg, 8)
+        gmacs = 3 * turbo.count_gmacs(cfg, 8, m, r)[0]  # forward and backward
+        for seed in seeds:
+            folder = out / f"turbo-{m}-{r}-{seed}"
+            flags = ["--seed", seed, "--mask-ratio", m, "--recon-ratio", r]
+            name = f"{m:g}, {r:g}"
+            if (m, r) == default:
+                folder = out / f"turbo-{seed}"
+                flags = ["--seed", seed]
+                name += " (the default)"
+            log = evaluations(run("turbo", folder, *flags), "val_top1")
+            row = {"row": name, "seed": seed, "step_ms": milliseconds}
+            row["saved_mb"] = turbo.saved_megabytes(model, model.num_tokens, m, r)
+            row |= evaluated(folder / "last.pt", "--eval-mask-ratios", "0,0.5,0.75")
+            if r > 0:
+                row["constant"] = turbo_constant(turbo_flags(*flags))
+            row["tmacs"] = gmacs * log[-1]["clips"] / 1000
+            row["curve"] = [(gmacs * x["clips"] / 1000, x["val_top1"]) for x in log]
+            rows.append(row)
+    strip(out / f"turbo-{seeds[0]}" / "recon.png")
+    return rows
+
+
+def strip(path):
+    """The first two clips of a run's recon.png, three rows each, as tests/evidence/recon.png."""
+    from PIL import Image
+
+    image = Image.open(path).convert("RGB")
+    rows = image.height // 2  # it shows four clips
+    image.crop((0, 0, image.width, rows)).quantize(128).save(FOLDER / "recon.png")
 
 
 @torch.no_grad()
-def turbo_long(seeds, out):
-    """32 frames of a long video end to end: top-1, and telling an activity from its reverse (same motions)."""
-    print("\n| seed | top-1 % | order, of the right pair % | seconds |\n|---|---|---|---|")
+def turbo_long_rows(seeds, out):
+    rows = []
     for seed in seeds:
         folder = out / f"turbo-long-{seed}"
-        last = [
-            x
-            for x in run("turbo", folder, "--recipe", "toy_long", "--seed", seed)
-            if "val_top1" in x
-        ][-1]
+        log = run("turbo", folder, "--recipe", "toy_long", "--seed", seed)
+        last = evaluations(log, "val_top1")[-1]
         model, cfg, classes = load(turbo, folder, "toy_long")
         reverse = [classes.index("+".join(reversed(name.split("+")))) for name in classes]
-        videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
         hits = []
-        for batch in turbo.test_batches(
-            cfg, common.launch(), videos, data.Failures(len(videos), 0.0)
-        ):
+        videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
+        failures = data.Failures(len(videos), 0.0)
+        for batch in turbo.test_batches(cfg, common.launch(), videos, failures):
             logits, _, _ = model(batch.clips, batch.keys, 0.0, 0.0)
             shares = logits.softmax(-1).unflatten(0, (cfg.test_clips, -1)).mean(0)  # [B, classes]
             for share, label in zip(shares, batch.labels.tolist(), strict=False):
                 hits.append(bool(share[label] > share[reverse[label]]))
-        print(
-            f"| {seed} | {last['val_top1']:.1f} | {100 * sum(hits) / len(hits):.1f} | {last['seconds']:.0f} |"
-        )
+        order = 100 * statistics.mean(hits)
+        row = {"row": "32 frames, m = 0.75", "seed": seed, "top1": last["val_top1"]}
+        rows.append(row | {"order": order})
+    return rows
 
 
 @torch.no_grad()
-def turbo_vl(seeds, out):
-    """R@1 of held-out sentences over their whole video; and, so that looks can't help, only over the seconds in which
-    the same shape and colour is shown, doing this or another of its four motions."""
-    print(
-        "\n| seed | R@1 % | chance % | same actor: R@1 % | chance % | seconds |\n|---|---|---|---|---|---|"
-    )
+def turbo_vl_rows(seeds, out):
+    """R@1 of held-out sentences over their whole video; and, so that looks can't help, only over
+    the seconds in which the same shape and colour is shown, doing this or another motion."""
+    rows = []
     for seed in seeds:
         folder = out / f"turbo-vl-{seed}"
-        last = [
-            x
-            for x in run("turbo", folder, "--recipe", "toy_vl", "--seed", seed)
-            if "val_recall1" in x
-        ][-1]
+        log = run("turbo", folder, "--recipe", "toy_vl", "--seed", seed)
+        last = evaluations(log, "val_recall1")[-1]
         model, cfg, _ = load(turbo, folder, "toy_vl")
         captions = turbo.captions_of(cfg, cfg.val_list)
-        text, hits, chances = turbo.open_text(cfg, captions), [], []
-        actors = [
-            captions.text(i).split()[1:3] for i in range(len(captions))
-        ]  # of "a red square moves left"
-        features = turbo.align_features(
-            cfg, common.launch(), model, captions, data.Failures(1, 0.0)
-        )
-        for video, rows in features.items():
+        text = torch.from_numpy(turbo.open_text(cfg, captions)).float()  # [sentences, W]
+        # of "a red square moves left"
+        actors = [captions.text(i).split()[1:3] for i in range(len(captions))]
+        failures = data.Failures(1, 0.0)
+        features = turbo.align_features(cfg, common.launch(), model, captions, failures)
+        hits = []
+        chances = []
+        for video, seconds in features.items():  # [seconds, E]
             inside = [int(i) for i in (captions.video_of == video).nonzero()[0]]
             for i in inside:
-                allowed = torch.zeros(len(rows), dtype=torch.bool)  # [seconds]
+                allowed = torch.zeros(len(seconds), dtype=torch.bool)
                 for j in inside:
                     if actors[j] == actors[i]:  # whole seconds within its time
-                        allowed[-int(-captions.start[j] // 1) : int(captions.end[j])] = True
+                        allowed[int(np.ceil(captions.start[j])) : int(captions.end[j])] = True
                 own = torch.zeros_like(allowed)
-                own[int(captions.start[i]) : -int(-captions.end[i] // 1) + 1] = True
-                similarity = (
-                    model.embed_text(torch.from_numpy(text[i : i + 1]))[0] @ rows.T
-                )  # [seconds]
+                own[int(captions.start[i]) : int(np.ceil(captions.end[i])) + 1] = True
+                similarity = model.embed_text(text[i : i + 1])[0] @ seconds.T  # [seconds]
                 hits.append(bool(own[similarity.masked_fill(~allowed, -2).argmax()]))
                 chances.append(float((own & allowed).sum() / allowed.sum()))
-        print(
-            f"| {seed} | {last['val_recall1']:.1f} | {last['val_chance']:.1f} | {100 * sum(hits) / len(hits):.1f} | "
-            f"{100 * sum(chances) / len(chances):.1f} | {last['seconds']:.0f} |"
-        )
+        row = {"row": "240 narrated videos", "seed": seed}
+        row |= {"recall1": last["val_recall1"], "chance": last["val_chance"]}
+        row |= {"motion": 100 * statistics.mean(hits)}
+        rows.append(row | {"motion_chance": 100 * statistics.mean(chances)})
+    return rows
+
+
+# ---- tpt_mae.py ----------------------------------------------------------------------------------
+
+# How: the name of its folders, and --stages.
+KINDS = {"in stages": ("progressive", "2:25,4:25,8:50"), "full length only": ("full", "8:100")}
+
+
+def tpt_flags(*flags):
+    return common.parse(tpt_mae.Config, tpt_mae.RECIPES, [*map(str, flags), "--workers", "2"])
 
 
 @torch.no_grad()
-def tpt_mean_error(cfg):
-    """The masked error that tpt_mae.sum_errors sums, of the best constant: each pixel position's training mean."""
+def tpt_constant(cfg):
+    """`best_constant` on the tokens that tpt_mae.sum_errors scores."""
     model = tpt_mae.build(cfg, cfg.num_classes)
-    target = lambda batch: tpt_mae.pixel_target(
-        tpt_mae.patchify(batch.clips, model.patch), cfg.target
-    )  # [B, N, P]
-    ctx = common.launch()
 
-    def loader(path):
+    def batches(path):
         videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
-        return tpt_mae.test_batches(cfg, ctx, videos, data.Failures(len(videos), 0.0))
-
-    total, count = 0, 0
-    for batch in loader(cfg.train_list):
-        total, count = total + target(batch).sum(0).double(), count + len(batch.labels)
-    mean, errors = (total / count).float(), []  # [N, P]
-    for batch in loader(cfg.val_list):
-        _, masked = common.tube_split(
-            batch.keys.to(ctx.device), model.grid[0], model.places, cfg.mask_ratio
-        )  # [B, R]
-        errors += (
-            (common.gather_tokens(target(batch), masked) - mean[masked])
-            .square()
-            .mean((1, 2))
-            .tolist()
+        return lambda: tpt_mae.test_batches(
+            cfg, common.launch(), videos, data.Failures(len(videos), 0.0)
         )
-    return sum(errors) / len(errors)
+
+    def patches(batch):
+        pixels = tpt_mae.patchify(batch.clips, model.patch)
+        return tpt_mae.pixel_target(pixels, cfg.target)  # [B, N, P]
+
+    def masked(batch):
+        return common.tube_split(batch.keys, model.grid[0], model.places, cfg.mask_ratio)[1]
+
+    return best_constant(batches(cfg.train_list), batches(cfg.val_list), patches, masked)
 
 
-def tpt_evidence(seeds, out):
-    """Progressive against full length only at equal frames: masked error; then top-1 after fine-tuning on few labels.
+def pretraining(kind, seed, out):
+    """(folder of a pretraining at the toy's budget, its last evaluation, its TMACs, its Config)."""
+    short, stages = KINDS[kind]
+    folder = out / f"tpt-{seed}-8-{short}"
+    flags = ["--stages", stages, "--budget", 8, "--seed", seed, "--eval-every", 1000]
+    last = evaluations(run("tpt_mae", folder, *flags, "--then", ""), "val_mae")[-1]
+    cfg = tpt_flags(*flags)
+    gmacs = 0
+    for stage in tpt_mae.schedule(cfg, cfg.train_clips)[0]:
+        gmacs += 3 * stage.steps * stage.batch * tpt_mae.count_gmacs(cfg, 8, stage.frames)[0]
+    return folder, last, gmacs / 1000, cfg
 
-    Two budgets, the second the toy recipe's own and four times the first. The fine-tuning curves, at 1/3, 2/3 and all
-    of 216 steps, are beside those from scratch: where pretraining pays is what they show.
-    """
-    budgets, kinds = (2, 8), {"progressive": "2:25,4:25,8:50", "full length only": "8:100"}
-    flags = lambda *argv: common.parse(tpt_mae.Config, tpt_mae.RECIPES, list(map(str, argv)))
-    cost, rows, sources = {}, [], {}
-    for budget in budgets:
+
+def tpt_rows(seeds, out):
+    rows = []
+    for kind in KINDS:
         for seed in seeds:
-            for kind, stages in kinds.items():
-                folder = out / f"tpt-{seed}-{budget}-{kind.split()[0]}"
-                argv = [
-                    "--stages",
-                    stages,
-                    "--budget",
-                    budget,
-                    "--seed",
-                    seed,
-                    "--eval-every",
-                    1000,
-                ]
-                last = [r for r in run("tpt_mae", folder, *argv, "--then", "") if "val_mae" in r][
-                    -1
-                ]
-                cfg = flags(*argv, "--workers", 2)
-                plan, _ = tpt_mae.schedule(cfg, cfg.train_clips)
-                if kind not in cost:
-                    cost[kind] = {s.frames: tpt_mae.count_gmacs(cfg, 8, s.frames)[0] for s in plan}
-                gmacs = sum(s.steps * s.batch * cost[kind][s.frames] for s in plan)
-                rows.append(
-                    (
-                        budget,
-                        seed,
-                        kind,
-                        last["val_mae"],
-                        tpt_mean_error(cfg),
-                        gmacs,
-                        last["seconds"],
-                    )
-                )
-                sources[budget, seed, kind] = folder / "last.pt"
-    print("\n| budget | seed | pretraining | masked error | per-position mean | GMACs | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    for budget, seed, kind, error, mean, gmacs, seconds in rows:
-        print(
-            f"| {budget} | {seed} | {kind} | {error:.4f} | {mean:.4f} | {gmacs:.0f} | {seconds:.0f} |"
-        )
+            _, last, tmacs, cfg = pretraining(kind, seed, out)
+            row = {"row": kind, "seed": seed, "error": last["val_mae"], "tmacs": tmacs}
+            rows.append(row | {"constant": tpt_constant(cfg)})
+    return rows
 
-    print(
-        "\n| labelled clips | budget | start | top-1 at 1/3, mean (seeds) | 2/3 | all |\n|---|---|---|---|---|---|"
-    )
-    lines = Path("toy/actions/train.csv").read_text().splitlines()
-    for labels in (100, 300):
-        few = out / f"tpt-{labels}.csv"
-        few.write_text("\n".join(lines[:labels]))
-        steps = labels // 16  # of a pass; 216 steps in all
-        for budget, kind in [("-", "scratch"), *((b, k) for b in budgets for k in kinds)]:
-            curves = []
-            for seed in seeds:
-                start = ["--init", sources[budget, seed, kind]] if kind != "scratch" else []
-                folder = out / f"tpt-ft-{labels}-{seed}-{budget}-{kind.split()[0]}"
-                records = run("tpt_mae", folder, "--recipe", "toy_ft", "--seed", seed, "--train-list", few, *start,
-                              "--epochs", 216 // steps, "--eval-every", 72 // steps)  # fmt: skip
-                curves.append([r["val_top1"] for r in records if "val_top1" in r])
-            cells = [
-                f"{statistics.mean(c):.1f} ({', '.join(f'{x:.0f}' for x in c)})"
-                for c in zip(*curves, strict=True)
-            ]
-            print(f"| {labels} | {budget} | {kind} | {' | '.join(cells)} |")
+
+def tpt_ft_rows(seeds, out, labels=300, total=216):
+    """Fine-tuning on few labelled clips, evaluated at 1/3, 2/3 and all of 216 steps."""
+    rows = []
+    train = Path("toy/actions/train.csv").read_text().splitlines()
+    few = out / f"tpt-{labels}.csv"
+    few.write_text("\n".join(train[:labels]))
+    epochs = total // (labels // 16)
+    gmacs = 3 * tpt_mae.count_gmacs(tpt_flags("--recipe", "toy_ft"), 8, 8)[0]
+    for start in ("scratch", *KINDS):
+        for seed in seeds:
+            init = []
+            spent = 0
+            short = "--scratch"
+            if start != "scratch":
+                folder, _, spent, _ = pretraining(start, seed, out)
+                init = ["--init", folder / "last.pt"]
+                short = f"8-{KINDS[start][0]}"
+            flags = ["--recipe", "toy_ft", "--seed", seed, "--train-list", few, *init]
+            flags += ["--epochs", epochs, "--eval-every", epochs // 3]
+            log = run("tpt_mae", out / f"tpt-ft-{labels}-{seed}-{short}", *flags)
+            log = evaluations(log, "val_top1")
+            row = {"row": start, "seed": seed}
+            row |= {f"top1_{i + 1}": x["val_top1"] for i, x in enumerate(log)}
+            row["curve"] = [(spent + gmacs * x["clips"] / 1000, x["val_top1"]) for x in log]
+            rows.append(row)
+    return rows
+
+
+# ---- sfa_vivit.py --------------------------------------------------------------------------------
 
 
 def sfa_images(seed, path, steps=600, batch=64):
-    """Train sfa_vivit's toy spatial transformer on single frames to tell colour and shape, 24 classes, and write it to
-    path: the toy's stand-in for image weights. Returns its accuracy on validation frames."""
+    """Train sfa_vivit's toy spatial transformer on single frames to tell colour and shape, 24
+    classes, and write it to path: the toy's stand-in for image weights. Its accuracy on validation
+    frames, in %, stands in the file."""
     cfg = common.parse(sfa_vivit.Config, sfa_vivit.RECIPES, ["--seed", str(seed)])
-    actors = {}
-    for split in ("train", "val"):
-        scripts = [
-            data._toy_script("pairs", 0, split, i)
-            for i in range(data.TOY_SETS["pairs"]["counts"][split])
-        ]
-        actors[split] = [data.TOY_ACTORS.index(scenes[0][1]) for _, scenes in scripts]
     frames = {}
+    labels = {}
     for split, number in (("train", 16), ("val", 4)):
         videos = data.VideoList(f"{cfg.data_root}/{split}.csv", cfg.data_root, cfg.num_classes)
-        frames[split] = []
+        actors = []
+        images = []
         for i in range(len(videos)):
+            _, scenes = data._toy_script("pairs", 0, split, i)
+            actors.append(data.TOY_ACTORS.index(scenes[0][1]))
             with data.Video(videos.video(i)) as video:
                 picked = torch.linspace(0, video.info.num_frames - 1, number).long().tolist()
-                frames[split].append(video.read(picked, cfg.size))
-        frames[split] = torch.stack(frames[split])  # [videos, number, C, H, W]
+                images.append(video.read(picked, cfg.size))
+        labels[split] = torch.tensor(actors)
+        frames[split] = torch.stack(images)  # [videos, number, C, H, W]
     torch.manual_seed(seed)
     net = sfa_vivit.ViViT(len(data.TOY_ACTORS), cfg.model, 2, cfg.size, head_std=cfg.head_std)
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.05)
-    still = lambda images: images[:, None].expand(-1, 2, -1, -1, -1)  # [B, 2, C, H, W]
-    logits = lambda images: net.head(net.frames(still(images))[:, 0])  # [B, classes]
-    labels = {split: torch.tensor(actors[split]) for split in actors}
+
+    def logits(images):
+        still = images[:, None].expand(-1, 2, -1, -1, -1)  # [B, 2, C, H, W]
+        return net.head(net.frames(still)[:, 0])  # [B, classes]
+
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = common.cosine(step, steps, steps // 10, 1e-3)
         video = torch.randint(len(labels["train"]), (batch,))
@@ -358,144 +356,370 @@ def sfa_images(seed, path, steps=600, batch=64):
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        hits = logits(frames["val"].flatten(0, 1)).argmax(1) == labels["val"].repeat_interleave(4)
-    weights = {
-        k: v for k, v in net.state_dict().items() if k.startswith(("patch_embed.", "spatial."))
-    }
-    torch.save({"model": weights}, path)
-    return 100 * hits.float().mean().item()
+        told = logits(frames["val"].flatten(0, 1)).argmax(1)
+        right = told == labels["val"].repeat_interleave(4)
+    parts = ("patch_embed.", "spatial.")
+    weights = {k: v for k, v in net.state_dict().items() if k.startswith(parts)}
+    torch.save({"model": weights, "told": 100 * right.float().mean().item()}, path)
 
 
-def sfa_evidence(seeds, out):
-    """Rows of Table 1 on the toy pairs: top-1 of the last step, wall-clock. V is `python sfa_vivit.py`; full
-    training has the epochs of V's second stage, and those of both; I and III start from sfa_images."""
-    (few, first), (many, second) = (
-        part.split(":") for part in sfa_vivit.RECIPES["toy"]["stages"].split(",")
-    )
-    alone, both = f"{many}:{second}", f"{many}:{int(first) + int(second)}"
+def sfa_rows(seeds, out):
+    """Rows of Table 1 on the toy pairs. V is `python sfa_vivit.py`; the others train on 16 frames
+    alone, as long as V's second stage; I and III start from sfa_images."""
+    many = sfa_vivit.RECIPES["toy"]["stages"].split(",")[-1]
+    frozen = ["--stages", many, "--freeze", "spatial", "--init"]
+    rows = []
     out.mkdir(parents=True, exist_ok=True)
     data.make_toy("toy", "pairs")
-    rows = []
     for seed in seeds:
         image = out / f"sfa-image-{seed}.pt"
-        told = sfa_images(seed, image) if not image.exists() else float("nan")
-        frozen = ["--stages", alone, "--freeze", "spatial", "--init"]
-        flags = {
-            "full, steps of stage 2": ["--stages", alone],
-            "full, steps of both stages": ["--stages", both],
-            "I": [*frozen, image, "--no-adapter"],
-            "III": [*frozen, image],
-            "V": [],
-            "random, frozen": [*frozen, "random"],
+        if not image.exists():
+            sfa_images(seed, image)
+        settings = {  # row: (its folder, flags)
+            "everything trained": ("full-steps-of-stage-2", ["--stages", many]),
+            "I: frozen image weights, no adapter": ("I", [*frozen, image, "--no-adapter"]),
+            "III: frozen image weights, adapter": ("III", [*frozen, image]),
+            "V: 4 frames, then frozen, adapter": ("V", []),
+            "frozen at random, adapter": ("random-frozen", [*frozen, "random"]),
         }
-        for name, extra in flags.items():
-            folder = out / f"sfa-{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            evaluations = [
-                r
-                for r in run("sfa_vivit", folder, "--seed", seed, *extra)
-                if "near_peak_epoch" in r
-            ]
-            rows.append((name, seed, told, evaluations))
-    print(
-        f"\n| row | top-1 %, mean (seeds) | its stage 1 at {few} frames % | near-peak epochs | seconds |"
-    )
-    print("|---|---|---|---|---|")
-    listed = lambda values, form: ", ".join(f"{x:{form}}" for x in values)
-    for name in flags:
-        runs = [evaluations for row, _, _, evaluations in rows if row == name]
-        top1, peaks, seconds = (
-            [run[-1][key] for run in runs] for key in ("val_top1", "near_peak_epoch", "seconds")
-        )
-        first = listed([run[0]["val_top1"] for run in runs], ".0f") if name == "V" else "-"
-        print(
-            f"| {name} | {statistics.mean(top1):.1f} ({listed(top1, '.1f')}) | {first} | {listed(peaks, 'g')} | "
-            f"{listed(seconds, '.0f')} |"
-        )
-    print(
-        "frozen image transformers: colour and shape of validation frames",
-        {seed: told for _, seed, told, _ in rows},
-    )
+        for name, (short, flags) in settings.items():
+            log = run("sfa_vivit", out / f"sfa-{short}-{seed}", "--seed", seed, *flags)
+            tmacs = sfa_tmacs(flags)
+            log = evaluations(log, "near_peak_epoch")
+            row = {"row": name, "seed": seed, "top1": log[-1]["val_top1"]}
+            if short == "V":
+                row["stage1"] = [x["val_top1"] for x in log if x["stage"] == 1][-1]
+            if short in ("I", "III"):
+                row["told"] = torch.load(image, weights_only=True).get("told")
+            row["tmacs"] = tmacs(log[-1]["step"])
+            row["curve"] = [(tmacs(x["step"]), x["val_top1"]) for x in log]
+            rows.append(row)
+    return rows
 
 
-def sfa_g_evidence(seeds, out):
-    """One stage-2 step of ViViT-g, batch 1, 16 frames, fp32 on the CPU, and the process's largest memory."""
-    cfg = common.parse(
-        sfa_vivit.Config, sfa_vivit.RECIPES, ["--recipe", "k400", "--model", "vivit_g"]
-    )
+def sfa_tmacs(flags):
+    """A function that tells the multiply-adds, in 10^12, of a run's first steps."""
+    cfg = common.parse(sfa_vivit.Config, sfa_vivit.RECIPES, list(map(str, flags)))
+    stages = sfa_vivit.stages_of(cfg, cfg.train_clips // cfg.batch_size)
+    with torch.device("meta"):
+        net = sfa_vivit.build(cfg, (cfg.num_classes,), stages[-1])
+    costs = [sfa_vivit.count_gmacs(net, stage) for stage in stages]
+
+    def tmacs(steps):
+        done = [max(0, min(steps, stage.stop) - stage.start) for stage in stages]
+        clips = [number * cfg.batch_size for number in done]
+        return sum(n * cost for n, cost in zip(clips, costs, strict=True)) / 1000
+
+    return tmacs
+
+
+def sfa_g_rows(seeds, out):
+    """Stage-2 steps of ViViT-g, batch 1, 16 frames, fp32 on the CPU, and the process's memory."""
+    flags = ["--recipe", "k400", "--model", "vivit_g"]
+    cfg = common.parse(sfa_vivit.Config, sfa_vivit.RECIPES, flags)
     stage = sfa_vivit.Stage(1, 16, 0, 1, ("spatial",), True)
     net = sfa_vivit.ViViT(400, cfg.model, stage.frames, temporal_depth=4, spatial_chunk=2)
     net.enter(stage)
     optimizer = torch.optim.SGD(common.param_groups(net, 0.0), lr=1e-4, momentum=0.9, fused=True)
-    clips, keys = (
-        torch.randint(0, 256, (1, 16, 3, 224, 224), dtype=torch.uint8),
-        torch.zeros(1, dtype=torch.int64),
-    )
+    clips = torch.randint(0, 256, (1, 16, 3, 224, 224), dtype=torch.uint8)
+    keys = torch.zeros(1, dtype=torch.int64)
     before = [p.detach().clone() for p in net.temporal.parameters()]
     for _ in range(2):  # the head starts at zero: what is before it moves in the second step
-        loss = sfa_vivit.vivit_loss(
-            net(clips, keys), sfa_vivit.soft_targets(keys, (400,), 0.0), (400,)
-        ).mean()
-        loss.backward()
+        targets = sfa_vivit.soft_targets(keys, (400,), 0.0)
+        sfa_vivit.vivit_loss(net(clips, keys), targets, (400,)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = sum(
-        (a - b).abs().sum().item() for a, b in zip(before, net.temporal.parameters(), strict=True)
-    )
+    pairs = zip(before, net.temporal.parameters(), strict=True)
+    moved = sum((old - new).abs().sum().item() for old, new in pairs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(
-        f"loss {loss.item():.4f}, temporal weights moved by {moved:.3g}; largest memory of the process {peak:.2f} GB"
-    )
     if not moved or peak > 16:
         raise SystemExit("the step did not train, or took more than 16 GB")
+    return [{"row": "ViViT-g, 16 frames, frozen and adapter", "seed": 0, "gb": peak}]
 
 
-def avion_evidence(seeds, out, clips=12_288, batches=(16, 32, 64, 128)):
-    """`python avion.py`, last step: retrieval and zero-shot motion; then the global batch at equal clips seen, in
-    micro-batches of 16 through the cached-gradient step (Fig. 6 at toy size)."""
-    last = lambda name, *flags: [
-        r for r in run("avion", out / f"avion-{name}", *flags) if "val_map" in r
-    ][-1]
-    keys = (
-        "val_r1_t2v",
-        "val_r1_v2t",
-        "val_verb",
-        "val_map",
-        "shuffled_map",
-        "val_ndcg",
-        "shuffled_ndcg",
-        "seconds",
-    )
-    print(f"\n| seed | {' | '.join(keys)} |\n|{'---|' * (1 + len(keys))}")
+# ---- avion.py ------------------------------------------------------------------------------------
+
+
+def avion_last(out, *flags):
+    """The last evaluation of a run of avion.py."""
+    return evaluations(run("avion", out, *flags), "val_map")[-1]
+
+
+def avion_rows(seeds, out):
+    """`python avion.py`, last step: retrieval and the motion zero-shot."""
+    rows = []
     for seed in seeds:
-        result = last(seed, "--seed", seed)
-        print(f"| {seed} | {' | '.join(f'{result[key]:.1f}' for key in keys)} |")
-    print(
-        "\n| global batch | steps | R@1 text to video | video to text | motion |\n|---|---|---|---|---|"
-    )
+        last = avion_last(out / f"avion-{seed}", "--seed", seed)
+        values = {k: v for k, v in last.items() if k.startswith(("val_", "shuffled_"))}
+        rows.append({"row": "the default command", "seed": seed} | values)
+    return rows
+
+
+def avion_batch_rows(seeds, out, clips=12_288, batches=(16, 32, 64, 128)):
+    """Fig. 6 at toy size: the global batch at equal clips seen, in micro-batches of 16 through the
+    cached-gradient step."""
+    rows = []
     for batch in batches:
         flags = ["--batch-size", batch, "--micro-batch", 16, "--max-steps", clips // batch]
-        results = [last(f"batch{batch}-{seed}", "--seed", seed, *flags) for seed in seeds]
-        cells = [", ".join(f"{result[key]:.1f}" for result in results) for key in keys[:3]]
-        print(f"| {batch} | {clips // batch} | {' | '.join(cells)} |")
+        for seed in seeds:
+            last = avion_last(out / f"avion-batch{batch}-{seed}", "--seed", seed, *flags)
+            values = {k: last[k] for k in ("val_r1_t2v", "val_r1_v2t", "val_verb")}
+            rows.append({"row": f"batch {batch}", "seed": seed} | values)
+    return rows
+
+
+# ---- Tables and pictures -------------------------------------------------------------------------
+
+
+@dataclass
+class Evidence:
+    """A measurement: its function, what its table shows, the table's columns: title -> (key of a
+    row, format). A cell is the mean over seeds, then each seed's value."""
+
+    measure: Callable
+    what: str
+    columns: dict
 
 
 EVIDENCE = {
-    "turbo": turbo_evidence,
-    "turbo_tradeoff": turbo_tradeoff,
-    "turbo_long": turbo_long,
-    "turbo_vl": turbo_vl,
-    "avion": avion_evidence,
-    "tpt": tpt_evidence,
-    "sfa": sfa_evidence,
-    "sfa_g": sfa_g_evidence,
+    "turbo": Evidence(
+        turbo_rows,
+        "`turbo.py`: Table 1 at toy size. Top-1 in % of 320 held-out videos (chance 12.5) after "
+        "the same 1,500 steps at each m, r, tested at three mask ratios; PMAE, the error of "
+        "held-out dropped patches, beside that of the best constant (each pixel position's "
+        "training mean); multiply-adds of the whole training; a step of 16 clips, in turns in "
+        "one process; activations that the blocks keep for a clip.",
+        {
+            "m, r": ("row", ""),
+            "top-1 at m = 0": ("val_top1", ".1f"),
+            "at 0.5": ("val_top1@0.5", ".1f"),
+            "at 0.75": ("val_top1@0.75", ".1f"),
+            "PMAE": ("val_mae", ".3f"),
+            "best constant": ("constant", ".3f"),
+            "TMACs": ("tmacs", ".1f"),
+            "step ms": ("step_ms", ".0f"),
+            "saved MB": ("saved_mb", ".2f"),
+        },
+    ),
+    "turbo_long": Evidence(
+        turbo_long_rows,
+        "`turbo.py --recipe toy_long`: 32 frames over a whole video, 8 activities (chance 12.5 "
+        "%); of these, pairs have the same three motions in opposite order, told apart in "
+        "`order` (chance 50 %).",
+        {"": ("row", ""), "top-1 %": ("top1", ".1f"), "order %": ("order", ".1f")},
+    ),
+    "turbo_vl": Evidence(
+        turbo_vl_rows,
+        "`turbo.py --recipe toy_vl`: R@1 of 384 held-out sentences, each searched in its whole "
+        "video; and only among the seconds that show the same shape in the same colour, where "
+        "nothing but its motion tells the sentence's.",
+        {
+            "trained on": ("row", ""),
+            "R@1 %": ("recall1", ".1f"),
+            "chance": ("chance", ".1f"),
+            "by motion alone %": ("motion", ".1f"),
+            "its chance": ("motion_chance", ".1f"),
+        },
+    ),
+    "tpt": Evidence(
+        tpt_rows,
+        "`tpt_mae.py`: pretraining on as many frames in stages, `--stages 2:25,4:25,8:50`, and "
+        "at full length only, `8:100`: 8 passes over 1,600 clips of 8 frames of 32 x 32. Error "
+        "of held-out masked tokens at full length beside the best constant's; multiply-adds of "
+        "the whole pretraining.",
+        {
+            "pretraining": ("row", ""),
+            "masked error": ("error", ".3f"),
+            "best constant": ("constant", ".3f"),
+            "TMACs": ("tmacs", ".2f"),
+        },
+    ),
+    "tpt_ft": Evidence(
+        tpt_ft_rows,
+        "The same, fine-tuned on 300 labelled clips for 216 steps: top-1 in % of 320 held-out "
+        "clips (chance 12.5) after a third, two thirds and all of them.",
+        {
+            "start": ("row", ""),
+            "72 steps": ("top1_1", ".1f"),
+            "144": ("top1_2", ".1f"),
+            "216": ("top1_3", ".1f"),
+        },
+    ),
+    "sfa": Evidence(
+        sfa_rows,
+        "`sfa_vivit.py`: Table 1 at toy size, 320 held-out videos of two motions each (chance "
+        "12.5 %). All but V train on 16 frames only, for as many steps as V's second stage. For "
+        "I and III the spatial transformer first learns colour and shape from single frames "
+        "(top-1 of 24 on held-out frames beside it), which stands for image weights.",
+        {
+            "row": ("row", ""),
+            "top-1 %": ("top1", ".1f"),
+            "its stage 1, on 4 frames": ("stage1", ".1f"),
+            "frames' colour and shape %": ("told", ".0f"),
+            "TMACs": ("tmacs", ".1f"),
+        },
+    ),
+    "sfa_g": Evidence(
+        sfa_g_rows,
+        "Memory of a process that trains ViViT-g's stage 2 on one clip, fp32 on the CPU.",
+        {"": ("row", ""), "GB": ("gb", ".2f")},
+    ),
+    "avion": Evidence(
+        avion_rows,
+        "`avion.py`: 384 held-out narrated clips with 192 captions: R@1 (chance 0.5 %), the "
+        "motion zero-shot (of 8), mAP and nDCG, beside those of mixed-up similarities.",
+        {
+            "": ("row", ""),
+            "text to video %": ("val_r1_t2v", ".1f"),
+            "video to text %": ("val_r1_v2t", ".1f"),
+            "motion %": ("val_verb", ".1f"),
+            "mAP": ("val_map", ".1f"),
+            "mixed up": ("shuffled_map", ".1f"),
+            "nDCG": ("val_ndcg", ".1f"),
+            "mixed up ": ("shuffled_ndcg", ".1f"),
+        },
+    ),
+    "avion_batch": Evidence(
+        avion_batch_rows,
+        "`avion.py`: Fig. 6 at toy size, the global batch at 12,288 clips seen, a third of the "
+        "default run's, through the cached-gradient step in micro-batches of 16.",
+        {
+            "": ("row", ""),
+            "text to video %": ("val_r1_t2v", ".1f"),
+            "video to text %": ("val_r1_v2t", ".1f"),
+            "motion %": ("val_verb", ".1f"),
+        },
+    ),
 }
+
+
+def cell(rows, key, form):
+    """A row's name; or the mean over its seeds and, where they differ, each seed's value."""
+    if not form:
+        return rows[0][key]
+    values = [row[key] for row in rows if row.get(key) is not None]
+    if not values:
+        return ""
+    each = [f"{value:{form}}" for value in values]
+    if len(set(each)) == 1:
+        return each[0]
+    return f"{statistics.mean(values):{form}} ({', '.join(each)})"
+
+
+def table(name, found):
+    """The Markdown of a measurement."""
+    evidence = EVIDENCE[name]
+    groups = {}
+    for row in found["rows"]:
+        groups.setdefault(row["row"], []).append(row)
+    lines = [f"## {name}", evidence.what, ""]
+    lines += [f"| {' | '.join(evidence.columns)} |", "|" + "---|" * len(evidence.columns)]
+    for rows in groups.values():
+        cells = [cell(rows, key, form) for key, form in evidence.columns.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    note = f" {found['note']}" if found["note"] else ""
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    lines += ["", f"`{found['command']}`, {found['date']}; {versions}; {found['machine']}.{note}"]
+    return "\n".join(lines)
+
+
+def tables():
+    """tests/evidence/README.md, of all measurements that there are."""
+    parts = [HEADER]
+    for name in EVIDENCE:
+        path = FOLDER / f"{name}.json"
+        if path.exists():
+            parts.append(table(name, json.loads(path.read_text())))
+    return "\n\n".join(parts) + "\n"
+
+
+HEADER = """# Measured at toy size
+
+Written by `python tests/evidence.py`, from the JSON files beside it. A cell is the mean over the
+seeds (then each seed's value). Other processors, numbers of threads and versions round differently,
+and a small model's run then ends elsewhere."""
+
+GREY = "#808080"  # readable on white and on black
+
+
+def pictures():
+    """tests/evidence/curves.png: accuracy against what the training cost, each seed a line."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("pictures are not drawn: pip install -r tests/requirements-bench.txt")
+        return
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {  # title, place of the legend
+        "turbo": ("Turbo: drop tokens", "lower right"),
+        "tpt_ft": ("TPT: lengthen clips", "upper left"),
+        "sfa": ("SFA: freeze", "center right"),
+    }
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(12, 3.6), constrained_layout=True)
+    for axis, (name, (title, place)) in zip(axes, shown.items(), strict=True):
+        path = FOLDER / f"{name}.json"
+        if not path.exists():
+            continue
+        groups = {}
+        for row in json.loads(path.read_text())["rows"]:
+            groups.setdefault(row["row"], []).append(row["curve"])
+        for (label, curves), colour in zip(groups.items(), pyplot.cm.tab10.colors, strict=False):
+            for i, curve in enumerate(curves):
+                style = {"color": colour, "marker": "o", "markersize": 3, "alpha": 0.8}
+                axis.plot(*zip(*curve, strict=True), label=None if i else label, **style)
+        axis.set_title(title, color=GREY)
+        axis.set_xlabel("multiply-adds of the training, $10^{12}$", color=GREY)
+        axis.set_ylabel("top-1 % of held-out videos", color=GREY)
+        axis.tick_params(colors=GREY)
+        axis.spines[:].set_color(GREY)
+        legend = axis.legend(loc=place, fontsize=7, framealpha=0, labelcolor=GREY)
+        legend.set_zorder(0)
+    figure.savefig(FOLDER / "curves.png", dpi=90, transparent=True)
+
+
+def machine():
+    """The processor's name and the cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+
+
+def shortened(value):
+    """Five digits are more than any of these numbers has."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, list | tuple):
+        return [shortened(x) for x in value]
+    return {k: shortened(x) for k, x in value.items()} if isinstance(value, dict) else value
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=EVIDENCE)
+    parser.add_argument("what", choices=[*EVIDENCE, "tables"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--note", default="", help="what a reader must know of how it was run")
     args = parser.parse_args()
-    EVIDENCE[args.what](args.seeds, args.out)
+    FOLDER.mkdir(exist_ok=True)
+    if args.what != "tables":
+        seeds = " ".join(map(str, args.seeds))
+        found = {
+            "command": f"python tests/evidence.py {args.what} --seeds {seeds}",
+            "date": date.today().isoformat(),
+            "versions": {"torch": torch.__version__, "av": av.__version__},
+            "machine": machine(),
+            "note": args.note,
+            "rows": shortened(EVIDENCE[args.what].measure(args.seeds, args.out)),
+        }
+        (FOLDER / f"{args.what}.json").write_text(json.dumps(found, indent=1))
+    (FOLDER / "README.md").write_text(tables())
+    pictures()

@@ -1,19 +1,25 @@
-"""Every command of the README runs, word for word where it can, smaller where it needs data or GPUs."""
+"""Every command of the README runs, word for word where it can, smaller where it needs data or GPUs; so do its snippets,
+in an empty folder; its numbers are those of tests/evidence."""
 
 import re
 import shlex
 import subprocess
 
+import evidence
 import pytest
 import torch
 from conftest import ROOT, command
 
 import turbo
 
+SCRIPTS = ("turbo.py", "avion.py", "tpt_mae.py", "sfa_vivit.py")
+
 SMALL = "--max-steps 2 --batch-size 4 --workers 0 --log-every 1"
 MORE = {  # what makes a command small; a flag given twice takes its last value
     "python turbo.py": SMALL,
     "python turbo.py --task": "--workers 0",
+    "python turbo.py --recipe ucf101 --num-classes": f"{SMALL} --model vit_toy --size 64",
+    "python turbo.py --recipe ucf101 --task": "--workers 0",
     "python avion.py": SMALL,
     "python avion.py --task": "--workers 0",
     "python tpt_mae.py": SMALL.replace("2", "4", 1),  # a step a stage
@@ -50,6 +56,9 @@ def folder(tmp_path_factory):
     for label in ("left", "right"):  # a folder per class
         (work / "videos" / label).mkdir(parents=True)
         (work / "videos" / label / "a.mp4").symlink_to(work / "toy/actions/videos/val_00000.mp4")
+        for split in ("train", "val"):
+            with (work / f"own_{split}.csv").open("a") as rows:
+                rows.write(f"{label}/a.mp4,{label}\n" * 2)
     for split in ("train", "val"):
         (work / f"{split}.csv").symlink_to(work / f"toy/actions/{split}.csv")
     torch.save(turbo.Turbo(8, "vit_toy", size=64).state_dict(), work / "videomae.pth")
@@ -99,3 +108,41 @@ def test_files_named_in_the_readme_exist():
     names = set(re.findall(r"`([\w/]+\.(?:py|txt))`", (ROOT / "README.md").read_text()))
     assert {"turbo.py", "avion.py", "tpt_mae.py", "sfa_vivit.py"} <= names
     assert all((ROOT / name).exists() for name in names)
+
+
+def snippets():
+    """The README's Python, each with the files that its first line names."""
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(re.findall(r"\w+\.py", block.splitlines()[0]), block) for block in blocks]
+
+
+@pytest.mark.parametrize("files, code", snippets(), ids=lambda value: value[0] if value else "")
+def test_snippets_run_beside_the_files_that_they_name(files, code, tmp_path, toy):
+    assert files and len(code.splitlines()) <= 9  # its title and eight lines
+    for name in files:
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "clip.mp4").symlink_to(toy / "videos/val_00000.mp4")
+    process = command("-c", code, cwd=tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, f"{out}{err}"
+
+
+def test_evidence_is_what_was_measured():
+    """Tables and README say what the JSON files say."""
+    written = (ROOT / "tests/evidence/README.md").read_text()
+    assert written == evidence.tables()
+    text = (ROOT / "README.md").read_text()
+    for line in text.splitlines():
+        cells = line.strip("| ").split("|")
+        if line.startswith("| `") and cells[0].strip(" `") in SCRIPTS:
+            numbers = re.findall(r"\d+\.\d+", cells[-1])
+            assert numbers, line
+            for number in numbers:
+                assert f"| {number} " in written, f"{number} of {cells[0]} is not in the tables"
+
+
+def test_pages_are_short():
+    text = (ROOT / "README.md").read_text().splitlines()
+    pictures = list((ROOT / "tests/evidence").glob("*.png"))
+    assert len(text) <= 250 and sum(path.stat().st_size for path in pictures) <= 300_000

@@ -448,6 +448,7 @@ def augment(clips, keys, colour_jitter, rand_augment, flip):
         chosen = data.to_device(uniform(keys, "colour") < colour_jitter, clips.device)  # [B]
         jittered = data.colour_jitter(clips, keys, hue=0.2)  # DECISION (colour)
         clips = torch.where(chosen[:, None, None, None, None], jittered, clips)
+        del jittered  # its memory is what RandAugment takes
     if rand_augment:  # DECISION (RandAug)
         clips = data.scenic_rand_augment(clips, keys, rand_augment, layers=2)  # [B, T, C, H, W]
     return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]

@@ -14,7 +14,7 @@ classification, video-language training, and long video, which then fits end to 
     the MAE target (VideoMAE's)             pixel_target
     Eq. 1                                   turbo_loss
     Eq. 2                                   nce_loss, TurboText
-    Sec. 3.2, language model, frozen        data.encode_sentences (--task encode_text)
+    Sec. 3.2, 4.2, language model, frozen   data.encode_sentences (--task encode_text)
     Sec. 4.1, 16 frames at 5 fps            sample_clip
     Sec. 4.2, clip and sentence             sample_pair, Pairs
     Sec. 4.3, first and last 20 %           sample_clip (--sampling span)
@@ -38,7 +38,7 @@ classification, video-language training, and long video, which then fits end to 
                                     --recon-ratio 0
     Table 3, 50, 50                 --recipe htm_aa --init videomae.pth --mask-ratio 0.5
                                     --recon-ratio 0.5
-    Table 4, ours                   --recipe htm_aa --init videomae.pth
+    Table 3, 75, 25; Table 4, ours  --recipe htm_aa --init videomae.pth
     Table 5 A, Breakfast            --recipe breakfast --init videomae.pth
     Table 5 B, Breakfast            --recipe breakfast --init vl.pt --frames 16 --mask-ratio 0.5
                                     --recon-ratio 0.5
@@ -48,19 +48,19 @@ classification, video-language training, and long video, which then fits end to 
     Figure 2, 75, 25                --recipe ucf101 --mask-ratio 0.75 --recon-ratio 0.25 --plan
 
 Beside them each row has its lists and an --out of its own. videomae.pth is VideoMAE's ViT-B,
-pretrained on Kinetics-400; vl.pt is last.pt of Table 4's run. Figure 3 and Table 3 draw runs'
-log.jsonl.
+pretrained on Kinetics-400; vl.pt is last.pt of Table 4's run. Figure 3 and Table 3 are curves: they
+come from the runs' log.jsonl.
 Faithful: m, r, losses and their weights, encoder, optimiser, schedule, sampling, as the paper
 states them.
-DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
+DECISIONS where the paper is silent or contradicts itself, tagged in the code where they are made:
     decoder     Table 6 states 8 layers x 512. Table 1's GFLOPs come out only with VideoMAE-B's own
                 4 x 384 (0.12 %; 8 x 512 misses by up to 117 %, and would not save memory at m =
                 0.5). Default: 4 x 384; --decoder 8x512.
     mask        per-token random. VideoMAE's tubes would round to other numbers of tokens: Table 1's
                 last rows would be 1-2 % off.
-    CLS         VideoMAE has none. Here: learned, no position, not shown to the decoder (Sec. 3.2
-                counts N_i + N_r). All tokens attend to it; with cls_token emptied, [1, 0, D],
-                features and loss are VideoMAE's.
+    CLS         VideoMAE has none. Here: learned, without the position that Sec. 3.1 adds to it (it
+                can learn one), not shown to the decoder (Sec. 3.2 counts N_i + N_r). All tokens
+                attend to it; with cls_token emptied, [1, 0, D], features and loss are VideoMAE's.
     target      normalised per patch and channel, as VideoMAE; the toy recipes predict raw pixels
                 (--target).
     embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan
@@ -83,7 +83,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     repeat      repeated sampling: one decode gives 4 clips, each with its own frames, crop and, in
                 video-language training, sentence: four different ones where the video has them, as
                 in TAN. "Batch size of 16 videos" (Sec. 4.3) is read as 16 x 4 clips; an epoch has
-                each video once. Batch sizes count clips.
+                each video once. Batch sizes count clips; Table 3's, "at most 32 [...] depending on
+                different masking ratios" (Sec. 4.2), are 32 in each of its rows.
     cosine      Eq. 2 is written with bare products. Here: unit vectors and temperature 0.07, as in
                 the authors' TAN.
     MLP         "2-layer MLP": width -> width -> 256 with GELU, for video and for text.
@@ -104,8 +105,9 @@ lists.
     torchrun --nproc_per_node=8 turbo.py --recipe ucf101 --init videomae.pth \\
         --train-list train.csv --val-list val.csv
 
-Part I is video alone, and complete without Part II, video and language (Sec. 4.2). The method is
-token_dropout, turbo_loss and Turbo.autoencode; the loop that calls them is main's.
+Part I is video alone, and complete without Part II, video and language (Sec. 4.2); the plan, the
+weights and the tasks, after them, serve both. The method is token_dropout, turbo_loss and
+Turbo.autoencode; the loop that calls them is main's.
 Shapes: B clips, V views (clips of a video), T frames, C colours, N tokens, K visible and R
 reconstructed ones (the paper's N_i, N_r), D width, D' the decoder's, P numbers of a patch, E width
 of the joint space of video and text, W of a sentence's features, S sentences.
@@ -188,11 +190,12 @@ RECIPES = {
     "hmdb51": {"train_clips": 3570, "num_classes": 51, "lr": 1e-3 * 16 / 256},  # DECISION (split)
     "htm_aa": UNREGULARISED | {  # Table 6, "V-L Training"; Table 4
         "objective": "align", "train_clips": 250_000, "mask_ratio": 0.75, "recon_ratio": 0.25,
-        "batch_size": 32, "repeated": 4, "epochs": 5, "warmup_epochs": 0.5, "lr": 1e-4 * 32 / 256,
+        "batch_size": 32, "repeated": 4,  # DECISION (repeat)
+        "epochs": 5, "warmup_epochs": 0.5, "lr": 1e-4 * 32 / 256,  # DECISION (lr)
         "crop": "multi-scale", "eval_fps": 16.0, "eval_every": 0.1, "save_minutes": 30.0,
         "gpus": 1, "gpu_gb": ("24", "48", "80"),  # the paper's is one A40 of 48 GB (Sec. 5.2)
     },
-    "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # of 1,712
+    "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # DECISION (split): of 1,712
     "coin": LONG | {"train_clips": 9030, "num_classes": 180, "epochs": 50, "warmup_epochs": 5.0},
 }  # fmt: skip
 # By itself, or by way of htm_aa (Tables 2 and 5).
@@ -310,9 +313,10 @@ class Config(common.RunConfig):
 # Those that are not visible, r and . together, are the dropped ones, N m. r = m reconstructs all of
 # them: a masked autoencoder. At m = 0 all are visible.
 #
-# Nothing here draws from a generator. Each clip comes with a key, an int64 that stands for seed,
+# No step needs a generator's state. Each clip comes with a key, an int64 that stands for seed,
 # epoch, video and view, and all that is drawn for the clip (frames, crop, augmentation, tokens,
-# drop path) is hashed from it (common.py, 1): a draw can be made again, anywhere, and is the same.
+# drop path) is hashed from it (common.py, 3): a draw can be made again, anywhere, and is the same.
+# What mixup and cutmix draw is one for all clips of a step, and keyed by seed and step.
 
 
 def token_counts(n, m, r):
@@ -376,7 +380,7 @@ def sample_clip(video, index, view, key, frames, fps, sampling, crop, test_views
     sampling: "clip", so many frames at `fps` (Sec. 4.1); "span", over the whole video (Sec. 4.3).
     test_views: None in training, where start and crop are random; at test (clips, crops) of a
     video, of which this is number `view`, crops fastest. Test clips are evenly spaced; of "span"
-    they are drawn (Sec. 4.3). A single one is in the middle.
+    they are drawn (Sec. 4.3), and anew for each crop. A single one is in the middle.
     """
     start = uniform(key, "start").item()
     ends = uniform(key, "span", 2).tolist()
@@ -400,6 +404,7 @@ def augment(clips, keys, rand_augment, flip):
     """Table 6's augmentation on the device: uint8 [B, T, C, H, W] -> the same; keys [B], on the
     CPU."""
     if rand_augment:
+        # DECISION (RandAug): two operations
         clips = data.rand_augment(clips, keys, rand_augment, layers=2)  # [B, T, C, H, W]
     if flip:
         clips = data.flip(clips, keys)  # [B, T, C, H, W]
@@ -556,6 +561,11 @@ class Turbo(nn.Module):
 # ---- Evaluation and pictures ---------------------------------------------------------------------
 
 
+def eval_ratios(cfg):
+    """The mask ratios at test."""
+    return [float(m) for m in cfg.eval_mask_ratios.split(",")]
+
+
 @torch.no_grad()
 def over_views(call, clips, keys, m, views, ctx):
     """The mean over a video's views of call(clips, keys, m), [V B, D] -> float32 [B, D]."""
@@ -567,7 +577,8 @@ def over_views(call, clips, keys, m, views, ctx):
 @torch.no_grad()
 def evaluate(cfg, ctx, net, videos, picture=None):
     """Top-1 and top-k in % (k = 5, or all classes if fewer) at each m of --eval-mask-ratios, in one
-    pass; a video's probabilities are the mean over its views. PMAE with tokens dropped as in
+    pass; a video's probabilities are the mean over its views. `val_top1` is at the first m,
+    `val_top1@0.5` at a further one. PMAE is of each video's first view, with tokens dropped as in
     training.
 
     Every readable video of a VideoList counts once, at any number of ranks; `val_unread` of them
@@ -672,7 +683,8 @@ class Pairs:
         as many. key: the first clip's."""
         first, last = self._first[index : index + 2].tolist()
         order = permutation(key, "sentence", last - first).numpy()  # [sentences of the video]
-        drawn = np.resize(order, views)  # from its beginning again, where they are fewer
+        # DECISION (repeat): different ones, or from the beginning again where they are fewer
+        drawn = np.resize(order, views)  # [views]
         return self._order[first + drawn]  # [views]
 
     def sentences_of(self, batch, views):
@@ -847,8 +859,9 @@ def recall_at_1(similarity, start, end):
 @torch.no_grad()
 def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
     """R@1 in % of the sentences, in which second of their video they are shown, as HTM-Align
-    counts it (Sec. 5.2). `val_chance` is the R@1 of a random second. Sentences of unreadable
-    videos don't count. text: features [sentences, W]. picture: see `evaluate`."""
+    counts it (Sec. 5.2). `val_chance` is the R@1 of a random second. Sentences that are not
+    alignable (data.read_captions) or of unreadable videos don't count. text: features [sentences,
+    W]. picture: see `evaluate`."""
     failures = data.Failures(len(captions.names), cfg.max_bad)
     features = align_features(cfg, ctx, net, captions, failures, picture)
     sums = common.Sums(ctx, "sentences", "hits", "chance", "outside")
@@ -877,7 +890,7 @@ def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
     }
 
 
-# ---- The plan ------------------------------------------------------------------------------------
+# ---- For both parts: the plan --------------------------------------------------------------------
 
 # Table 1 left: (m, r) and the printed "GFLOPs", which are multiply-adds.
 TABLE_1 = {
@@ -1070,11 +1083,6 @@ def init_weights(path, net):
 
 
 # ---- The tasks -----------------------------------------------------------------------------------
-
-
-def eval_ratios(cfg):
-    """The mask ratios at test."""
-    return [float(m) for m in cfg.eval_mask_ratios.split(",")]
 
 
 def check(cfg):
@@ -1279,6 +1287,7 @@ def evaluate_step(cfg, ctx, run, videos, text):
 
 def start(cfg, ctx, videos, val_videos, text_width):
     """A new run, or one to go on with."""
+    # In the log ce is without its weight, lambda_CE; nce is with its own, lambda_NCE.
     names = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}[cfg.objective]
     run = common.Trainer(cfg, ctx, "turbo", names, train_list=videos, val_list=val_videos)
     if run.state and run.state["text_width"] != text_width:
@@ -1371,8 +1380,8 @@ def main(cfg):
         return write_texts(cfg, ctx)
     if cfg.task != "train":
         return use(cfg, ctx)
-    paired = cfg.mixup > 0 or cfg.cutmix > 0
-    micro, accumulation = common.micro_batches(cfg, ctx, paired, cfg.repeated)
+    mixing = cfg.mixup > 0 or cfg.cutmix > 0  # of two clips: pairs stay in one micro-batch
+    micro, accumulation = common.micro_batches(cfg, ctx, mixing, cfg.repeated)
     videos, val_videos, val_text = open_lists(cfg, ctx)
     if cfg.objective == "align":
         classes = []

@@ -821,7 +821,8 @@ def align_features(cfg, ctx, net, captions, failures, picture=None):
         shape = piece.seconds, net.embed_dim
         features[piece.video] = torch.full(shape, math.nan)  # [seconds, E]
 
-    plan = partial(sample_second, pieces=pieces, frames=cfg.frames, fps=cfg.eval_fps or cfg.fps)
+    fps = cfg.eval_fps or cfg.fps
+    plan = partial(sample_second, pieces=pieces, frames=cfg.frames, fps=fps)
     videos = data.VideoList.of([piece.path for piece in pieces])
     dataset = data.ClipDataset(
         videos, plan, cfg.size, cfg.seed, replace=False, views=views, frames=cfg.frames
@@ -836,7 +837,7 @@ def align_features(cfg, ctx, net, captions, failures, picture=None):
             _, video, first, seconds = pieces[i]
             features[video][first : first + views] = vector[: seconds - first]  # [<= V, E]
         if picture:
-            write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, cfg.fps, picture)
+            write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, fps, picture)
             picture = None
 
     read = {video: rows for video, rows in features.items() if rows.isfinite().all()}

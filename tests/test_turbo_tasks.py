@@ -6,6 +6,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -484,6 +485,17 @@ def test_video_language_run_is_used(vl, tmp_path, capsys, narrated):
     assert vectors.shape == (2, 256) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
     with pytest.raises(UserError, match="--task features"):
         turbo.main(config(*vl, "--task", "predict", "--input", narrated / "videos/val_00000.mp4"))
+
+
+def test_the_picture_plays_at_the_rate_of_the_clips_at_test(vl, tmp_path):
+    """Its animation shows --eval-fps frames a second: that is what the model is shown."""
+    cfg = config(*vl, "--eval-fps", 8, "--batch-size", 20)
+    captions = turbo.captions_of(cfg, cfg.val_list)
+    model = turbo.build(cfg, 0, 256).eval()
+    failures = data.Failures(len(captions.names), 0.0)
+    turbo.align_features(cfg, common.launch(), model, captions, failures, tmp_path / "recon.png")
+    with av.open(str(tmp_path / "recon_animated.png")) as file:
+        assert cfg.fps != 8 and file.streams.video[0].average_rate == 8
 
 
 @torch.no_grad()

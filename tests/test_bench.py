@@ -44,8 +44,9 @@ def test_decoding_benchmark():
             float(cells[f"/ {name}"]) > 0 for name in ("floor", "decode, then crop", "PyAV")
         ), row
         assert cells["/ decord2"] == "not measured"
+    # The loader's is a difference of two times, which at this size may come out below zero.
     for line in ("Best peer: geometric mean", "4 views", "2 processes", "Loader"):
-        assert re.search(rf"^{line}.* \d+\.\d+ ", out, re.MULTILINE), out
+        assert re.search(rf"^{line}.* -?\d+\.\d+ ", out, re.MULTILINE), out
 
 
 def test_training_benchmark():

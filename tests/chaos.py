@@ -1,12 +1,16 @@
-"""Runs of turbo.py on two ranks, with loader processes, to which something happens at a random time.
+"""Runs with loader processes to which something happens at a random time.
 
     python tests/chaos.py raise --times 20      an exception in a random process, thread and line
     python tests/chaos.py full --times 20       shared memory, the temporary folder or the disk of the run is full
+    python tests/chaos.py kill --times 20 --script avion tpt_mae        SIGKILL, and the same command again
 
-It is no test of pytest's, because a round takes a quarter of a minute. Every run must end within 60 s, with a word on
-why unless it is complete, with no process left, and with checkpoints that can be read. A round that fails prints its
-seed; `--seed N --times 1` repeats it, but for the machine's own timing. Needs Linux, and to be root: each file system
-that is filled is a small one of this script's own, in a mount namespace that nobody else sees.
+It is no test of pytest's, because a round takes a quarter of a minute.
+raise, full: turbo.py on two ranks. Every run must end within 60 s, with a word on why unless it is complete, with no
+process left, and with checkpoints that can be read. A round that fails prints its seed; `--seed N --times 1` repeats
+it, but for the machine's own timing. Needs Linux, and to be root: each file system that is filled is a small one of
+this script's own, in a mount namespace that nobody else sees.
+kill: a script's default command, 160 steps of it. Its weights and logged values must be those of a run that nobody
+killed, bit for bit.
 """
 
 import argparse
@@ -233,11 +237,80 @@ def one_round(mode, seed, work, toy):
             subprocess.run(["umount", "-l", folder], check=True)
 
 
+def records_of(out):
+    """The log without what differs from run to run: its header and times."""
+    path = out / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]  # the last line may be half written
+    records = [json.loads(line) for line in whole.splitlines()]
+    times = {"seconds", "clips_per_second", "data_wait"}
+    return [{key: r[key] for key in r.keys() - times} for r in records if "config" not in r]
+
+
+def results(out):
+    """({file: weights}, records) of a complete run and of what follows it, as out_ft."""
+    import torch
+
+    folders = sorted(out.parent.glob(f"{out.name}*"))
+    files = [path for folder in folders for path in sorted(folder.glob("*.pt"))]
+    loaded = [torch.load(path, weights_only=True)["model"] for path in files]
+    names = [str(path.relative_to(out.parent)).removeprefix(out.name) for path in files]
+    return dict(zip(names, loaded, strict=True)), [records_of(folder) for folder in folders]
+
+
+def killed(script, times, rng, work):
+    """What is wrong with a run that was killed so often, or ""."""
+    import torch
+
+    def start(name):
+        command = [sys.executable, ROOT / f"{script}.py", "--out", work / name, "--workers", "1"]
+        command += ["--max-steps", "160", "--log-every", "3", "--save-minutes", "0.002"]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(work / "output", "a") as file:
+            return subprocess.Popen(command, env=env, cwd=work, stdout=file, stderr=file)
+
+    def kill(run):
+        if run.poll() is not None:
+            raise RuntimeError(f"a run ended with status {run.returncode} before its kill")
+        run.kill()
+        run.wait()
+
+    def logged():
+        return sum(len(records_of(folder)) for folder in work.glob("cut*"))
+
+    for _ in range(2):  # while the toy videos are made
+        run = start("cut")
+        time.sleep(rng.uniform(5, 15))
+        kill(run)
+    if start("whole").wait():
+        return "the run that nobody killed failed"
+    counts = []
+    for _ in range(times - 2):
+        run = start("cut")
+        more = rng.randint(0, 4)
+        goal = logged() + more
+        while run.poll() is None and logged() < goal:
+            time.sleep(0.2)
+        time.sleep(rng.uniform(0, 1 if more else 10))
+        kill(run)
+        counts.append(logged())
+    if start("cut").wait():
+        return "the last life failed"
+    print(f"{script}: killed {times} times; records at the kills {counts}", flush=True)
+    (whole, records), (cut, again) = results(work / "whole"), results(work / "cut")
+    if whole.keys() != cut.keys():
+        return f"files {sorted(cut)}, not {sorted(whole)}"
+    for name, state in whole.items():
+        if not all(torch.equal(state[key], cut[name][key]) for key in state):
+            return f"{name} has other weights"
+    return "" if records == again else "the log has other values"
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("mode", choices=("raise", "full"))
+    parser.add_argument("mode", choices=("raise", "full", "kill"))
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument(
         "--seed",
@@ -245,8 +318,16 @@ def main():
         default=time.time_ns() % 10**6,
         help="of the first round; then one more each",
     )
+    parser.add_argument("--script", nargs="+", default=["turbo"], help="of kill")
     parser.add_argument("--show", action="store_true", help="what each run printed")
     args = parser.parse_args()
+    if args.mode == "kill":
+        wrongs = []
+        for script in args.script:
+            with tempfile.TemporaryDirectory(prefix="chaos-") as work:
+                wrongs.append(killed(script, args.times, random.Random(args.seed), Path(work)))
+            print(f"{script}, seed {args.seed}: {wrongs[-1] or 'bit for bit as never killed'}")
+        sys.exit(any(wrongs))
     if "CHAOS_MOUNTS" not in os.environ:
         os.environ["CHAOS_MOUNTS"] = "own"
         os.execvp("unshare", ["unshare", "--mount", sys.executable, *sys.argv])

@@ -6,14 +6,15 @@ transformer on the CLS tokens that it gives. Nearly all of a step's time and mem
 training the first. So stage 1 trains everything on a few frames; stage 2 takes many frames, with
 the spatial transformer frozen, a small adapter behind it, and the temporal transformer going on
 from stage 1. The frozen part runs without autograd: a third of the multiply-adds, no activations.
+It is one model that goes through the stages (ViViT.enter); stage1.pt keeps it as stage 1 left it.
 
     paper                                   here
     Sec. 3.1, factorised encoder            Encoder, ViViT
-    Sec. 3.2, Eq. 1, Eq. 2                  ViViT.frames, ViViT.over_time, Adapter
+    Sec. 3.2, Eq. 1, Eq. 2                  ViViT.over_space, ViViT.over_time, Adapter
     Sec. 3.2, Fig. 2, stages 1 and 2        plan_stages, ViViT.enter, main
-    image checkpoint                        image_weights, inflate
-    Table 1, rows I-V                       Config (--freeze, --adapter, --init, --init-temporal)
-    Fig. 3, Fig. 5, Sec. 4.2, App. F        Config (--stages)
+    Fig. 2, image checkpoint                image_weights, inflate
+    Table 1, base and rows I-V              Config (--stages, --freeze, --adapter, --init-temporal)
+    Fig. 3; Fig. 5, App. D; App. F          Config (--stages, --freeze)
     Table 4, frames that fit                memory_model, largest_frames (--plan)
     Table 6, EPIC-Kitchens                  read_epic, joint_scores
     Table 7                                 RECIPES, Config, augment
@@ -45,13 +46,12 @@ from stage 1. The frozen part runs without autograd: a third of the multiply-add
     Fig. 5, model A                 --recipe k400 --stages 8:10,32:10,128:10 --init L_16.npz
 
 Table 1 is of B by its caption, of L by its text and its hours. The paper's 64 cards of 16 GB hold
-2 clips each of every row, by --plan's count, but for stage 1 of g, which needs one of 24 GB.
+2 clips each of every row, by --plan's count, but for stage 1 of g, which needs cards of 24 GB.
 
 Faithful: model, stages, what is frozen and initialised, optimiser, schedule, augmentation, as the
-paper states them; what it leaves to "the default parameters of ViViT" is scenic's. The "1.5B
-parameters" of its ViT-g (Sec. 4.7) are not those of its Sec. 4.2: 40 layers of 1408 / 6144 are
-1.01 B. A step of its stage 2 on one clip of 16 frames takes 6.1 GB in fp32 on a CPU, weights and
-all (tests/evidence.py sfa_g).
+paper states them; what it leaves to "the default parameters used by ViViT" (Sec. 4.2) is scenic's,
+the ViViT authors' code. The "1.5B parameters" of its ViT-g (Sec. 4.7) are not those of its Sec.
+4.2: 40 layers of 1408 / 6144 are 1.01 B.
 DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
     tubelet     a token is of 2 frames (scenic), which the paper never says: its 128 frames are 64
                 time steps. An image's kernel goes into the second one (--inflate central, scenic).
@@ -72,12 +72,13 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 temporal transformer does; left at init for other classes (Table 2). Zero at first
                 (scenic), not in the toy: before an encoder that starts from nothing it stays at
                 chance for long.
-    restart     each stage has its own warm-up, cosine and optimizer state: "same schedule".
-    epochs      "8 frames for 30 epochs" (Sec. 4.2) is Kinetics'; elsewhere stage 1 has the epochs
-                of Table 7.
+    restart     each stage has its own warm-up, cosine and optimizer state, those of Table 7: "the
+                same hyperparameters as ViViT" (App. A).
+    epochs      the 30 of the 8-frame model (Sec. 4.2) are Kinetics'; elsewhere stage 1 has the
+                epochs of Table 7.
     length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and
                 64 (the others): with 8 / frames for stage 1 and half for stage 2 their costs are
-                the printed 0.56 and 0.62.
+                the 0.56 and 0.62 that Tables 5 and 6 print of L.
     stride      between frames it is the same in all stages, scenic's: 2 on Kinetics and MiT, 1
                 elsewhere. So few frames are a short piece of the video, "short-term context"
                 (Sec. 3.2).
@@ -87,9 +88,9 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 are videos of SSv2; 224 of 256 elsewhere. (Table 6's hours a frame are 1.4 and 1.2
                 times those of EPIC-Kitchens; 256 pixels cost 1.3 times 224.) H and g need a
                 multiple of 14: --size 252.
-    scale       a training crop is a square of 224 / (256 scale) of the short side, the scale 0.9 to
-                1.33; a test crop, one of 224 / 256. Left out: scenic draws a scale of the height
-                and another of the width.
+    scale       a test crop is a square of --crop-share of the short side, 224 / 256 or 256 / 288; a
+                training crop, one of that over a scale of 0.9 to 1.33. Left out: scenic draws a
+                scale of the height and another of the width.
     colour      Table 7 gives the probability, 0.8; the strengths are 0.4, 0.4, 0.4, and 0.2 of the
                 hue's circle. Left out: scenic adds its brightness, up to 32 levels, and makes one
                 clip in 10 grey.
@@ -102,9 +103,9 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 what it keeps. All time steps of a clip drop the same layers (scenic).
     VMAE        row IV: the temporal transformer's layers are the first of VideoMAE's encoder.
     peak        "1 % less than the best" (App. E) is one point of top-1.
-Missing: the R+ViT hybrid of Table 8 (its other rows run; JFT's weights are not public), VideoMAE's
-pretraining for row IV (tpt_mae.py, or --init-temporal with published weights), scenic's own ViViT
-checkpoints.
+Missing: the R+ViT hybrid of Table 8; JFT's image weights (Tables 3 and 8), which are not public;
+VideoMAE's pretraining for row IV (tpt_mae.py, or --init-temporal with published weights); scenic's
+own ViViT checkpoints.
 
     python sfa_vivit.py           # toy videos, made on first use: 2 CPU cores, a few minutes
     torchrun --nproc_per_node=8 sfa_vivit.py --recipe ssv2 --init L_16.npz --train-list train.csv \\
@@ -113,8 +114,9 @@ checkpoints.
 On 8 GPUs that takes 19 GB each by --plan's count; `--plan --gpus 8` prints the --micro-batch that
 fits less.
 
-Shapes: B clips, T frames, C colours, S time steps, N tokens of a time step, D width, P pixel values
-of a patch.
+Shapes: B clips, T frames, C colours, H x W pixels, S time steps, N tokens of a time step, D width,
+P pixel values of a tubelet, V views of a video. In a transformer, B and N are its own: it takes B S
+sequences of N tokens over space, B of S over time.
 """
 
 import json
@@ -139,9 +141,9 @@ import common
 import data
 from common import Block, UserError, opt, parse, patchify, uniform, unpatchify
 
-# Width, layers, heads and MLP width (Sec. 4.2); patch size; layers of the temporal transformer.
-# DECISION (patch)
-# DECISION (depth): but for those of temporal_layers
+# Width, layers, heads and MLP width are those of Sec. 4.2.
+# DECISION (patch): its side, in pixels
+# DECISION (depth): layers of the temporal transformer; temporal_layers knows the exceptions
 MODELS = {
     "vivit_toy": {"width": 128, "depth": 4, "heads": 2, "mlp": 512, "patch": 16, "temporal": 2},
     "vivit_b": {"width": 768, "depth": 12, "heads": 12, "mlp": 3072, "patch": 16, "temporal": 4},
@@ -151,8 +153,7 @@ MODELS = {
 }
 TUBELET = 2  # DECISION (tubelet): frames of a token, and so of a time step
 
-# A recipe replaces defaults of Config: a column of Table 7 each. What all columns share is Config's
-# default.
+# A column of Table 7 each, and the toy: what differs from Config's defaults.
 RECIPES = {
     "toy": {"train_list": "toy/pairs/train.csv", "val_list": "toy/pairs/val.csv",
             "data_root": "toy/pairs", "train_clips": 1600, "num_classes": 8, "model": "vivit_toy",
@@ -188,7 +189,6 @@ TABLE_4 = {"vivit_h": (96, 128), "vivit_g": (8, 48)}
 
 @dataclass
 class Config(common.RunConfig):
-    recipe: str = opt("toy", "a column of the paper's table of hyper-parameters: see RECIPES")
     init: str = opt("", "an image ViT's .npz or hub folder, or ours; `random`: none, and mean it")
     init_temporal: str = opt(
         "", "the temporal transformer's: VideoMAE's .pth or hub folder, or ours (Table 1, row IV)"
@@ -243,7 +243,7 @@ class Config(common.RunConfig):
         128, "clips per optimizer step over all ranks (Table 7)", within="[1, inf)"
     )
     optimizer: str = opt("sgd", "sgd: with momentum 0.9 (Table 7)", ["sgd", "adamw"])
-    lr: float = opt(0.5, "peak learning rate at this batch, as used (Table 7)", within="[0, inf)")
+    lr: float = opt(0.5, "peak learning rate (Table 7's base one), as used", within="[0, inf)")
     min_lr: float = opt(0.0, "learning rate at the end of the cosine (scenic)", within="[0, inf)")
     warmup_epochs: float = opt(
         2.5, "epochs of linear warm-up, of each stage (Table 7)", within="[0, inf)"
@@ -324,6 +324,9 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
     where `stages` is not frames:epochs, separated by commas, or `freeze` names no part of the
     model.
     """
+    in_all = () if freeze in ("later", "none") else tuple(freeze.split(","))
+    if not {*in_all} <= {"spatial", "temporal"}:
+        raise ValueError(f"--freeze {freeze}: choose from later, spatial, temporal, none")
     planned = []
     start = 0
     for number, part in enumerate(stages.split(",")):
@@ -332,46 +335,16 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
             raise ValueError(
                 f"--stages {stages} is not frames:epochs for each stage, such as 8:30,128:30"
             )
-        if freeze == "none" or (freeze == "later" and number == 0):
-            frozen = ()
-        elif freeze == "later":
-            frozen = ("spatial",)
-        else:
-            frozen = tuple(freeze.split(","))
-        if not {*frozen} <= {"spatial", "temporal"}:
-            raise ValueError(f"--freeze {freeze}: choose from later, spatial, temporal, none")
-        steps = max_steps or int(epochs) * epoch_steps  # DECISION (restart): a schedule each
+        frozen = ("spatial",) if freeze == "later" and number > 0 else in_all
         adapts = adapter and "spatial" in frozen
-        planned.append(Stage(number, int(frames), start, start + steps, frozen, adapts))
-        start += steps
+        stop = start + (max_steps or int(epochs) * epoch_steps)
+        planned.append(Stage(number, int(frames), start, stop, frozen, adapts))
+        start = stop
     return planned
 
 
 def stages_of(cfg, epoch_steps):
     return plan_stages(cfg.stages, epoch_steps, cfg.freeze, cfg.adapter, cfg.max_steps)
-
-
-def temporal_layers(cfg):
-    """Layers of the temporal transformer: --temporal-depth, or what scenic has for a model and a
-    data set."""
-    if cfg.temporal_depth:
-        return cfg.temporal_depth
-    if cfg.model == "vivit_l" and cfg.recipe in ("k400", "k600"):
-        return 24  # DECISION (depth)
-    return MODELS[cfg.model]["temporal"]
-
-
-def inflate(kernel, frames, how):
-    """An image's patch kernel [D, C, p, p] as a tubelet's [D, C, frames, p, p] (ViViT, Sec. 3.4).
-
-    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a
-    still clip what the image's saw.
-    """
-    if how == "average":
-        return kernel[:, :, None].repeat(1, 1, frames, 1, 1) / frames  # [D, C, p_t, p, p]
-    tubelet = kernel.new_zeros(*kernel.shape[:2], frames, *kernel.shape[2:])  # [D, C, p_t, p, p]
-    tubelet[:, :, frames // 2] = kernel  # DECISION (tubelet)
-    return tubelet
 
 
 def resize_positions(positions, grid, new):
@@ -389,6 +362,32 @@ def resize_positions(positions, grid, new):
     return torch.cat([cls, rest.movedim(1, -1).flatten(1, -2)], dim=1)  # [1, 1 + N, D]
 
 
+class Adapter(nn.Module):
+    """The paper's "two-layer fully connected network" between the transformers (Eq. 2):
+    [B, S, D] -> [B, S, D]."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
+        self.apply(common.init_linear)
+        nn.init.zeros_(self.fc2.weight)  # DECISION (adapter): at first it changes nothing
+
+    def forward(self, x):
+        return x + self.fc2(F.gelu(self.fc1(x)))  # [B, S, D]
+
+
+def near_peak(curve):
+    """(first step within 1 point of the best top-1, step of the best) of [step, top-1] pairs
+    (App. E, Table 9)."""
+    best_step, best = max(curve, key=lambda point: point[1])  # of equals the first
+    near_step = next(step for step, top1 in curve if top1 >= best - 1)  # DECISION (peak)
+    return near_step, best_step
+
+
+# ---- Clips, labels, loss -------------------------------------------------------------------------
+
+
 def last_start(count, n, stride):
     """The last frame of a video of `count` from which n frames, `stride` apart, still fit; 0 if
     none."""
@@ -404,15 +403,16 @@ def clip_frames(count, n, stride, start):
 
 
 def sample_clip(video, index, view, key, videos, frames, stride, crop_share=None, views=None):
-    """(frames, box) to read of an open `video`, entry `index` of the list `videos`;
-    data.ClipDataset's `plan`.
+    """(indices of frames, box) to read of an open `video`, entry `index` of the list `videos`: what
+    data.ClipDataset calls `plan`.
 
     frames: how many, `stride` apart. crop_share: a square's side as a share of the short side;
     None: all of it. views: None in training, a random start and square; at test (clips, squares) of
     a video, evenly placed, of which this is number `view`, squares fastest. Of data.Captions, a
     clip is of the entry's time. ValueError if that is empty.
     """
-    count = video.info.num_frames
+    info = video.info
+    count = info.num_frames
     timed = isinstance(videos, data.Captions)
     if timed:
         start = videos.start[index]  # in seconds
@@ -421,23 +421,22 @@ def sample_clip(video, index, view, key, videos, frames, stride, crop_share=None
             raise ValueError(
                 f"has nothing from second {start:g} to {end:g}, its end or the action's"
             )
-        count = max(1, round((end - start) * video.info.fps))
+        count = max(1, round((end - start) * info.fps))
     last = last_start(count, frames, stride)
     if views is None:
         first = int(uniform(key, "start").item() * (last + 1))
-        scale = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()  # DECISION (scale)
+        box = data.centre_box(info)
         if crop_share:
-            box = data.random_box(video.info, key, crop_share / scale)
-        else:
-            box = data.centre_box(video.info)
+            scale = 0.9 + (1.33 - 0.9) * uniform(key, "scale").item()  # DECISION (scale)
+            box = data.random_box(info, key, crop_share / scale)
     else:
         clips, squares = views
         clip, square = divmod(view, squares)
         first = last * clip // (clips - 1) if clips > 1 else last // 2
-        box = data.crop_box(video.info, square, squares, crop_share or 1.0)
+        box = data.crop_box(info, square, squares, crop_share or 1.0)
     chosen = clip_frames(count, frames, stride, first)
     if timed:
-        chosen = video.at(start + np.array(chosen) / video.info.fps)
+        chosen = video.at(start + np.array(chosen) / info.fps)
     return chosen, box
 
 
@@ -474,28 +473,18 @@ def soft_targets(labels, heads, smoothing):
 def vivit_loss(logits, targets, heads):
     """Cross entropy of each head, their mean, a clip at a time (scenic): [B, sum(heads)] twice ->
     [B]."""
-    losses = []
-    for x, t in zip(logits.split(heads, 1), targets.split(heads, 1), strict=True):
-        losses.append(-(t * x.float().log_softmax(-1)).sum(-1))  # [B]
+    parts = zip(logits.split(heads, 1), targets.split(heads, 1), strict=True)
+    losses = [F.cross_entropy(own.float(), wanted, reduction="none") for own, wanted in parts]
     return torch.stack(losses).mean(0)  # [B]
 
 
 def joint_scores(logits, heads):
     """Log-probability of each class; of each (verb, noun) pair where there are two heads (Table 6):
     the best action is the best pair. [B, sum(heads)] -> [B, prod(heads)]."""
-    parts = [x.float().log_softmax(-1) for x in logits.split(heads, 1)]  # [B, classes] each
-    if len(parts) == 1:
-        return parts[0]
-    verbs, nouns = parts
-    return (verbs[:, :, None] + nouns[:, None]).flatten(1)  # [B, verbs * nouns]
-
-
-def near_peak(curve):
-    """(first step within 1 point of the best top-1, step of the best) of [step, top-1] pairs
-    (App. E, Table 9)."""
-    best = max(top1 for _, top1 in curve)
-    near = next(step for step, top1 in curve if top1 >= best - 1)  # DECISION (peak)
-    return near, next(step for step, top1 in curve if top1 == best)
+    scores, *nouns = [own.float().log_softmax(-1) for own in logits.split(heads, 1)]
+    if nouns:  # of two heads, `scores` are the verbs'
+        scores = (scores[:, :, None] + nouns[0][:, None]).flatten(1)  # [B, verbs * nouns]
+    return scores
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -503,7 +492,7 @@ def near_peak(curve):
 
 class Encoder(nn.Module):
     """A ViT's transformer: CLS before the tokens, learned positions, pre-norm blocks, norm.
-    [B, N, D] -> CLS [B, D].
+    [B, N, D] -> CLS [B, D], each of B sequences alone.
 
     LayerNorm's epsilon goes with the weights, in their state dict: 1e-6 in Google's ViTs, 1e-12 in
     the hub's.
@@ -546,28 +535,10 @@ class Encoder(nn.Module):
         """Where CLS looks in the last block, the mean of its heads, for pictures: [B, N, D] ->
         [B, N]."""
         last = self.blocks[-1]
-        heads = last.attn.heads
-        x = last.norm1(common.run_blocks(self.blocks[:-1], self.embed(x)))  # [B, 1 + N, D]
-        qkv = F.linear(x, last.attn.qkv.weight).unflatten(2, (3, heads, -1))
-        q, k, _ = qkv.unbind(2)  # [B, 1 + N, H, d]
-        q = q[:, 0] + last.attn.q_bias.unflatten(0, (heads, -1))  # [B, H, d]
-        scores = torch.einsum("bhd,bnhd->bhn", q, k) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
-        return scores.softmax(-1).mean(1)[:, 1:]  # [B, N]
-
-
-class Adapter(nn.Module):
-    """The paper's "two-layer fully connected network" between the transformers (Eq. 2):
-    [B, S, D] -> [B, S, D]."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
-        self.apply(common.init_linear)
-        nn.init.zeros_(self.fc2.weight)  # DECISION (adapter): at first it changes nothing
-
-    def forward(self, x):
-        return x + self.fc2(F.gelu(self.fc1(x)))  # [B, S, D]
+        x = common.run_blocks(self.blocks[:-1], self.embed(x))  # [B, 1 + N, D]
+        q, k, _ = last.attn.project(last.norm1(x))  # [B, 1 + N, heads, D / heads] each
+        scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], k)  # [B, heads, 1 + N]
+        return (scores * q.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 1:]  # [B, N]
 
 
 class ViViT(nn.Module):
@@ -639,8 +610,8 @@ class ViViT(nn.Module):
         ViTs expect."""
         return self.patch_embed(data.normalize(tubelets, (0.5,) * 3, (0.5,) * 3))  # [B S, N, D]
 
-    def frames(self, clips, keys=None):
-        """The spatial transformer, on each time step (Eq. 1, first line): [B, T, C, H, W] ->
+    def over_space(self, clips, keys=None):
+        """The spatial transformer, on each time step (Eq. 1 and 2, first line): [B, T, C, H, W] ->
         [B, S, D]; keys int64 [B], for layer drop."""
         tubelets = self.tubelets(clips)  # [B S, N, P]
         if "spatial" in self.frozen or not torch.is_grad_enabled():
@@ -648,14 +619,16 @@ class ViViT(nn.Module):
             with torch.no_grad():
                 for part in tubelets.split(self.spatial_chunk):
                     parts.append(self.spatial(self.embed(part)))  # DECISION (frozen): without keys
-            return torch.cat(parts).unflatten(0, (len(clips), -1))  # [B, S, D]
-        if keys is not None:  # DECISION (drop): all time steps of a clip alike
-            keys = keys.repeat_interleave(len(tubelets) // len(clips))  # [B S]
-        x = self.spatial(self.embed(tubelets), keys, self.grad_checkpoint)  # [B S, D]
+            x = torch.cat(parts)  # [B S, D]
+        else:
+            if keys is not None:  # DECISION (drop): all time steps of a clip alike
+                keys = keys.repeat_interleave(self.steps)  # [B S]
+            x = self.spatial(self.embed(tubelets), keys, self.grad_checkpoint)  # [B S, D]
         return x.unflatten(0, (len(clips), -1))  # [B, S, D]
 
     def over_time(self, x, keys=None):
-        """Adapter and temporal transformer (Eq. 2, its other lines): [B, S, D] -> [B, D]."""
+        """Adapter and temporal transformer (Eq. 2, its other lines): [B, S, D] -> [B, D]; keys as
+        over space."""
         if self.adapter is not None:
             x = self.adapter(x)  # [B, S, D]
         if "temporal" in self.frozen:
@@ -664,12 +637,22 @@ class ViViT(nn.Module):
 
     def encode(self, clips, keys=None):
         """Features of clips: [B, T, C, H, W] -> [B, D]."""
-        return self.over_time(self.frames(clips, keys), keys)  # [B, D]
+        return self.over_time(self.over_space(clips, keys), keys)  # [B, D]
 
     def forward(self, clips, keys=None):
         """clips 0-255 [B, T, C, H, W], keys int64 [B] (for layer drop, in training) -> logits
         [B, classes]."""
         return self.head(self.encode(clips, keys if self.training else None))  # [B, classes]
+
+
+def temporal_layers(cfg):
+    """Layers of the temporal transformer: --temporal-depth, or what scenic has for a model and a
+    data set."""
+    if cfg.temporal_depth:
+        return cfg.temporal_depth
+    if cfg.model == "vivit_l" and cfg.recipe in ("k400", "k600"):
+        return 24  # DECISION (depth)
+    return MODELS[cfg.model]["temporal"]
 
 
 def build(cfg, heads, stage):
@@ -696,8 +679,8 @@ def image_weights(path):
         return state
     image = common.vit_weights(state)
     if not image:
-        holds = f"it holds {', '.join([*state][:3])} ..."
-        raise UserError(f"{path}: no image ViT's weights are in it, nor ours ({holds})")
+        held = ", ".join([*state][:3])
+        raise UserError(f"{path}: no image ViT's weights are in it, nor ours (it holds {held} ...)")
     ours = {}
     for name, x in image.items():  # DECISION (class): cls_token too
         if not name.startswith("patch_embed."):
@@ -720,13 +703,18 @@ def hub_epsilon(path):
 
 def temporal_weights(path, depth):
     """The temporal transformer's weights: ours, or the first `depth` layers of VideoMAE's encoder,
-    and its norm."""
+    and its norm. UserError where it is neither."""
     state = common.read_weights(path)
-    if not any(name.startswith("temporal.") for name in state):
-        first = tuple(f"blocks.{i}." for i in range(depth))  # DECISION (VMAE)
-        names = common.videomae_weights(state).items()
-        state = {f"temporal.{k}": v for k, v in names if k.startswith((*first, "norm."))}
-    return {k: v for k, v in state.items() if k.startswith("temporal.")}
+    ours = {name: x for name, x in state.items() if name.startswith("temporal.")}
+    if ours:
+        return ours
+    kept = ("norm.", *(f"blocks.{i}." for i in range(depth)))  # DECISION (VMAE)
+    for name, x in common.videomae_weights(state).items():
+        if name.startswith(kept):
+            ours[f"temporal.{name}"] = x
+    if not ours:
+        raise UserError(f"--init-temporal {path}: no temporal transformer and no VideoMAE is in it")
+    return ours
 
 
 def init_weights(cfg, net):
@@ -735,18 +723,18 @@ def init_weights(cfg, net):
     depth = len(net.temporal.blocks)
     weights = image_weights(cfg.init) if cfg.init else {}
     if cfg.init_temporal:
-        temporal = temporal_weights(cfg.init_temporal, depth)
-        if not temporal:
-            raise UserError(
-                f"--init-temporal {cfg.init_temporal}: no temporal transformer and no VideoMAE is "
-                "in it"
-            )
-        weights |= temporal
-    check_depth(weights, depth, cfg.init_temporal or cfg.init)
+        weights |= temporal_weights(cfg.init_temporal, depth)
+    layers = {name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")}
+    if layers and len(layers) != depth:
+        raise UserError(
+            f"{cfg.init_temporal or cfg.init}: its temporal transformer has {len(layers)} layers, "
+            f"this one {depth}; give --temporal-depth {len(layers)}"
+        )
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
-        weights = {name: x for name, x in weights.items() if not name.startswith("head.")}
-    fit_kernel(weights, net.patch, cfg.inflate, cfg.init)
-    fit_positions(weights, net, cfg.init)
+        for name in ("head.weight", "head.bias"):
+            weights.pop(name, None)
+    fit_kernel(cfg, net, weights)
+    fit_positions(cfg, net, weights)
     if "spatial" in net.frozen and cfg.init:
         for name, _ in net.named_parameters():
             if name.startswith(("patch_embed.", "spatial.")) and name not in weights:
@@ -757,44 +745,47 @@ def init_weights(cfg, net):
     return weights
 
 
-def check_depth(weights, depth, source):
-    """UserError where the weights have a temporal transformer of another depth."""
-    layers = {name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")}
-    if layers and len(layers) != depth:
-        raise UserError(
-            f"{source}: its temporal transformer has {len(layers)} layers, this one {depth}; "
-            f"give --temporal-depth {len(layers)}"
-        )
+def inflate(kernel, frames, how):
+    """An image's patch kernel [D, C, p, p] as a tubelet's [D, C, frames, p, p] (ViViT, Sec. 3.4).
+
+    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a
+    still clip what the image's saw.
+    """
+    if how == "average":
+        share = torch.full((frames,), 1 / frames)
+    else:
+        share = torch.arange(frames) == frames // 2  # DECISION (tubelet)
+    return kernel[:, :, None] * share[:, None, None]  # [D, C, frames, p, p]
 
 
-def fit_kernel(weights, patch, how, source):
+def fit_kernel(cfg, net, weights):
     """An image's patch kernel becomes a tubelet's, in place; UserError where its patches are of
     another size."""
     kernel = weights.get("patch_embed.weight")  # [D, C, p, p], or ours: [D, P]
     if kernel is None:
         return
-    frames, side = patch[:2]
-    of_image = kernel.dim() == 4
-    own = kernel.shape[-1] if of_image else math.isqrt(kernel.shape[1] // 3 // frames)
+    if kernel.dim() == 4:
+        kernel = common.conv_to_linear(inflate(kernel, TUBELET, cfg.inflate))  # [D, P]
+    own = math.isqrt(kernel.shape[1] // 3 // TUBELET)
+    side = net.patch[1]
     if own != side:
-        raise UserError(f"{source}: its patches are {own} pixels wide, those of --model are {side}")
-    if of_image:
-        kernel = inflate(kernel, frames, how)  # [D, C, p_t, p, p]
-        weights["patch_embed.weight"] = common.conv_to_linear(kernel)  # [D, P]
+        raise UserError(
+            f"{cfg.init}: its patches are {own} pixels wide, those of --model are {side}"
+        )
+    weights["patch_embed.weight"] = kernel
 
 
-def fit_positions(weights, net, source):
+def fit_positions(cfg, net, weights):
     """Learned positions become those of the model's grid and its time steps, in place."""
     space = weights.get("spatial.positions")  # [1, 1 + N, D]
     if space is not None:
         count = space.shape[1]
-        if math.isqrt(count) ** 2 == count:  # big_vision's: CLS has no position
-            space = torch.cat([torch.zeros_like(space[:, :1]), space], dim=1)  # [1, 1 + N, D]
-            count += 1
-        side = math.isqrt(count - 1)
-        if 1 + side**2 != count:
+        side = math.isqrt(count)
+        if count == side**2:  # big_vision's: CLS has no position
+            space = F.pad(space, (0, 0, 1, 0))  # [1, 1 + N, D]
+        elif count != 1 + side**2:
             raise UserError(
-                f"{source}: its {count} positions are not those of CLS and a square of patches"
+                f"{cfg.init}: its {count} positions are not those of CLS and a square of patches"
             )
         own = math.isqrt(net.tokens)
         weights["spatial.positions"] = resize_positions(space, (side, side), (own, own))
@@ -876,25 +867,24 @@ def count_gmacs(net, stage):
     net.enter(stage)
     spatial_trains = "spatial" not in stage.frozen
 
-    def gmacs(function, *shape, trained=True, input_trained=True):
-        x = torch.empty(1, *shape, device="meta", requires_grad=trained and input_trained)
+    def gmacs(part, *shape, after_trained=True):
+        """after_trained: whether gradients go on through the part's input."""
+        x = torch.empty(1, *shape, device="meta", requires_grad=after_trained)
 
         def step():
-            y = function(x)
-            if trained:
+            y = part(x)
+            if y.requires_grad:
                 y.sum().backward()
 
         return common.count_macs(step)
 
-    pixels = net.patch_embed.in_features  # P
-    image = gmacs(net.embed, net.tokens, pixels, trained=spatial_trains, input_trained=False)
-    layer = gmacs(net.spatial.blocks[0], 1 + net.tokens, net.width, trained=spatial_trains)
-    over_time = gmacs(net.temporal.blocks[0], 1 + net.steps, net.width)
-    ends = gmacs(net.head, net.width)
+    embed = gmacs(net.embed, net.tokens, net.patch_embed.in_features, after_trained=False)
+    layer = gmacs(net.spatial.blocks[0], 1 + net.tokens, net.width, after_trained=spatial_trains)
+    over_space = net.steps * (embed + len(net.spatial.blocks) * layer)
+    over_time = len(net.temporal.blocks) * gmacs(net.temporal.blocks[0], 1 + net.steps, net.width)
     if net.adapter:
-        ends += gmacs(net.adapter, net.steps, net.width, input_trained=spatial_trains)
-    spatial = net.steps * (image + len(net.spatial.blocks) * layer)
-    return spatial + len(net.temporal.blocks) * over_time + ends
+        over_time += gmacs(net.adapter, net.steps, net.width, after_trained=spatial_trains)
+    return over_space + over_time + gmacs(net.head, net.width)
 
 
 def block_memory(cfg):
@@ -918,17 +908,17 @@ def memory_model(cfg, net, stage, blocks):
     net.enter(stage)
     half = cfg.precision != "fp32"
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    kept = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+    kept = sum(p.numel() for p in net.parameters()) - trained
     fixed = common.state_bytes(trained, kept, cfg.optimizer, half)
     augmented = cfg.rand_augment or cfg.colour_jitter
     a_step = common.pixel_bytes(augmented, cfg.mixup) * TUBELET * 3 * cfg.size**2
-    a_step += blocks(len(net.temporal.blocks), 64) / 64
+    a_step += blocks(len(net.temporal.blocks), 64) / 64  # as of 64 time steps
     if net.adapter:
         a_step += 3 * 4 * net.width  # its input, its hidden layer before and after the GELU
     if "spatial" in stage.frozen:
         fixed += cfg.spatial_chunk * blocks(0, 1 + net.tokens)
         if half:
-            fixed -= 4 * kept  # it is kept in half alone
+            fixed -= 4 * kept  # in half alone: without the 4 bytes of float32
     else:
         a_step += blocks(len(net.spatial.blocks), 1 + net.tokens)
     return fixed, a_step
@@ -947,9 +937,9 @@ def print_plan(cfg):
     heads = heads_of(cfg, range(cfg.num_classes or 2))
     stages = stages_of(cfg, max(1, cfg.train_clips // cfg.batch_size))
     last = stages[-1]
-    full = Stage(0, last.frames, 0, 0, (), False)
-    frozen = full._replace(frozen=("spatial",), adapter=cfg.adapter)
-    with torch.device("meta"):
+    full = last._replace(frozen=(), adapter=False)
+    frozen = last._replace(frozen=("spatial",), adapter=cfg.adapter)
+    with torch.device("meta"):  # in the stage that has an adapter: print_model shows it
         net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), heads, frozen)
     print_model(cfg.model, net)
     blocks = block_memory(cfg)
@@ -976,12 +966,12 @@ def print_plan(cfg):
         group = 2 if cfg.mixup else 1
         phases.append(common.Phase(name, cfg.batch_size, cfg.micro_batch, fixed, clip, group))
     print(
-        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of training "
-        f"everything on {last.frames} frames for as many steps as the last stage"
+        f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of "
+        f"training everything on {last.frames} frames for as many steps as the last stage"
     )
     common.print_memory(cfg, phases)
     data.print_cores(loads)
-    print_table_4(cfg, net, stages, full, frozen, blocks)
+    print_table_4(cfg, net, {stage.frames for stage in stages}, (full, frozen), blocks)
 
 
 def print_model(name, net):
@@ -1004,30 +994,30 @@ def print_model(name, net):
     )
 
 
-def print_table_4(cfg, net, stages, full, frozen, blocks):
-    """Cost and memory of one clip in both kinds of stage, and the frames that fit into each
-    --gpu-gb (Table 4)."""
+def print_table_4(cfg, net, lengths, kinds, blocks):
+    """Cost and memory of one clip in both kinds of stage, full and frozen, and the frames that fit
+    into each --gpu-gb (Table 4). lengths: numbers of frames to show beside the paper's."""
     print(
         "\nGMACs of one clip, forward and backward; MB that training on it holds, with weights and "
         "optimizer state"
     )
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
-    lengths = sorted({4, 8, 16, 32, 48, 64, 96, 128, *(stage.frames for stage in stages)})
-    memory = []
-    for stage in (full, frozen):
-        memory.append(memory_model(cfg, net, stage._replace(frames=lengths[-1]), blocks))
+    lengths = sorted(lengths | {4, 8, 16, 32, 48, 64, 96, 128})
+    longest = [kind._replace(frames=lengths[-1]) for kind in kinds]
+    memory = [memory_model(cfg, net, kind, blocks) for kind in longest]
     for n in lengths:
-        whole, part = (count_gmacs(net, stage._replace(frames=n)) for stage in (full, frozen))
+        whole, part = (count_gmacs(net, kind._replace(frames=n)) for kind in kinds)
         whole_mb, part_mb = ((fixed + n // TUBELET * a_step) / 1e6 for fixed, a_step in memory)
         print(f"{n:6} {whole:9.1f} {part:9.1f} {part / whole:6.3f} {whole_mb:9.0f} {part_mb:9.0f}")
 
     precision = "fp32" if cfg.precision == "fp32" else "half precision"
     recomputed = "blocks" if cfg.grad_checkpoint else "nothing"
     print(
-        f"\nmost frames of a micro-batch of one clip, {precision}, {recomputed} recomputed (Table 4)"
+        f"\nmost frames of a micro-batch of one clip, {precision}, {recomputed} recomputed "
+        "(Table 4)"
     )
     for card in sorted(map(float, cfg.gpu_gb), reverse=True):
-        most = [largest_frames(part, card) or "none" for part in memory]
+        most = [largest_frames(of_kind, card) or "none" for of_kind in memory]
         paper = ""
         if card == 16 and cfg.model in TABLE_4:
             paper = "; the paper: full {}, frozen {}".format(*TABLE_4[cfg.model])
@@ -1039,8 +1029,7 @@ def print_table_4(cfg, net, stages, full, frozen, blocks):
         "neither the precision nor what\nis recomputed. Not counted: CUDA's own memory and "
         "workspace, fragmentation, the loader."
     )
-    card = min(map(float, cfg.gpu_gb))
-    if largest_frames(memory[1], card) == 0:
+    if most[1] == "none":  # the smallest card is the last
         raise UserError(
             f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take "
             f"{memory[1][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
@@ -1131,12 +1120,18 @@ def clips_of(cfg, videos, frames, views=None):
     """The clips of a list: random ones of so many frames to train on, or the `views`, (clips,
     squares), of each video."""
     share = cfg.crop_share if cfg.crop else None
-    shape = {"frames": frames, "stride": cfg.stride, "crop_share": share}
-    plan = partial(sample_clip, videos=videos, views=views, **shape)
-    make = partial(data.ClipDataset, videos, plan, cfg.size, cfg.seed, frames=frames)
-    if views is None:
-        return make(replace=True)
-    return make(replace=False, views=math.prod(views))
+    plan = partial(
+        sample_clip,
+        videos=videos,
+        frames=frames,
+        stride=cfg.stride,
+        crop_share=share,
+        views=views,
+    )
+    number = 1 if views is None else math.prod(views)
+    return data.ClipDataset(
+        videos, plan, cfg.size, cfg.seed, replace=views is None, views=number, frames=frames
+    )
 
 
 def test_batches(cfg, ctx, videos, frames, views, failures):
@@ -1215,7 +1210,7 @@ def main(cfg):
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, heads, stages[run.at["stage"]]).to(ctx.device)
     if not run.state and (cfg.init or cfg.init_temporal):
-        source = " and ".join(x for x in (cfg.init, cfg.init_temporal) if x)
+        source = " and ".join(filter(None, (cfg.init, cfg.init_temporal)))
         run.say(common.load_weights(net, init_weights(cfg, net), source))
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation videos, "
@@ -1223,12 +1218,14 @@ def main(cfg):
         f"{micro} clips x {accumulation}; peak lr {cfg.lr:g}; {ctx.precision} on {ctx.device}; "
         f"steps {run.step} to {total}"
     )
+    warmup = cfg.warmup_epochs * epoch_steps
     augmented = partial(
         augment, colour_jitter=cfg.colour_jitter, rand_augment=cfg.rand_augment, flip=cfg.flip
     )
     for stage in stages[run.at["stage"] :]:
         if stage.number > run.at["stage"]:
             run.at |= {"stage": stage.number, "best": -1.0, "curve": []}
+        steps = stage.stop - stage.start
         enter_stage(cfg, ctx, run, net, stage, videos.classes)
         batches = data.training_batches(
             clips_of(cfg, videos, stage.frames), cfg.batch_size, micro, run.step, stage.stop,
@@ -1239,8 +1236,6 @@ def main(cfg):
             stop=stage.stop, total=total, start=stage.start, epoch_zero=stage.start,
             eval_every=cfg.eval_every,
         )  # fmt: skip
-        steps = stage.stop - stage.start
-        warmup = cfg.warmup_epochs * epoch_steps
         if run.evaluation_due():  # the run was stopped between a step and its evaluation
             evaluate_stage(cfg, ctx, run, val_videos, heads, stage)
         while run.step < stage.stop:
@@ -1254,7 +1249,9 @@ def main(cfg):
                     logits = run.model(clips, keys)  # [B, classes]
                     loss = vivit_loss(logits, targets, heads)  # [B]
                 run.backward(loss)
-            run.update(common.cosine(run.step - stage.start, steps, warmup, cfg.lr, cfg.min_lr))
+            # DECISION (restart)
+            done = run.step - stage.start
+            run.update(common.cosine(done, steps, warmup, cfg.lr, cfg.min_lr))
             run.end_step()
             if run.evaluation_due():
                 evaluate_stage(cfg, ctx, run, val_videos, heads, stage)
@@ -1276,8 +1273,8 @@ def enter_stage(cfg, ctx, run, net, stage, classes):
 
 
 def evaluate_stage(cfg, ctx, run, videos, heads, stage):
-    """Validate a step of a stage; at a stage's end also say when it came near its peak, and at the
-    end of all test."""
+    """Validate the model as it is at a step of a stage; at a stage's end also say when it came near
+    its peak, and at the end of all test it."""
     draw = None
     if ctx.rank == 0:
         draw = partial(write_attention, path=run.folder / "attention.png")
@@ -1286,8 +1283,7 @@ def evaluate_stage(cfg, ctx, run, videos, heads, stage):
     also = []
     if run.step == stage.stop:
         near, best = near_peak(run.at["curve"])
-        result["near_peak_epoch"] = near / run.epoch_steps
-        result["best_epoch"] = best / run.epoch_steps
+        result |= {"near_peak_epoch": near / run.epoch_steps, "best_epoch": best / run.epoch_steps}
         result["best_step"] = stage.start + best
         run.at["seconds"] = [*run.at["seconds"], round(time.time() - run.started, 1)]
         if run.step < run.total:

@@ -346,7 +346,7 @@ def sfa_images(seed, path, steps=600, batch=64):
 
     def logits(images):
         still = images[:, None].expand(-1, 2, -1, -1, -1)  # [B, 2, C, H, W]
-        return net.head(net.frames(still)[:, 0])  # [B, classes]
+        return net.head(net.over_space(still)[:, 0])  # [B, classes]
 
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = common.cosine(step, steps, steps // 10, 1e-3)

@@ -97,7 +97,7 @@ def test_eq_1_by_loops():
 def test_eq_2_adapter():
     """Between the transformers, for each time step alone, in stage 2; zero at first, so that nothing has changed."""
     net, video = small(SECOND), clips()
-    x, a = net.frames(video), net.adapter
+    x, a = net.over_space(video), net.adapter
     y = torch.stack([x[:, s] + F.linear(F.gelu(F.linear(x[:, s], a.fc1.weight, a.fc1.bias)), *a.fc2.parameters())
                      for s in range(4)], 1)  # fmt: skip
     assert torch.allclose(net.encode(video), slow_transformer(net.temporal, y), atol=1e-5)
@@ -110,18 +110,18 @@ def test_eq_2_adapter():
 def test_frozen_is_the_same_function_in_any_chunks():
     """No autograd, 1, 3 or all 16 images at a time: the same features as the trained path's, and no gradient."""
     net, video = small(), clips()
-    expected = net.frames(video)
+    expected = net.over_space(video)
     assert expected.requires_grad
     net.enter(SECOND._replace(adapter=False))
     for net.spatial_chunk in (1, 3, 16, 1000):
-        features = net.frames(video)
+        features = net.over_space(video)
         assert not features.requires_grad and torch.allclose(features, expected, atol=1e-5)
     net.enter(FULL)
     net.spatial_chunk, sizes = 3, []
     net.spatial.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     with torch.no_grad():  # evaluation
-        assert torch.allclose(net.frames(video), expected, atol=1e-5)
-    assert sizes == [3, 3, 3, 3, 3, 1] and net.frames(video).requires_grad and sizes[-1] == 16
+        assert torch.allclose(net.over_space(video), expected, atol=1e-5)
+    assert sizes == [3, 3, 3, 3, 3, 1] and net.over_space(video).requires_grad and sizes[-1] == 16
 
 
 def test_only_what_trains_has_gradients_and_optimizer_state():
@@ -169,7 +169,7 @@ def test_drop_path_only_in_training_and_alike_over_time():
     assert torch.allclose(net(clips(), KEYS), net(clips(), KEYS + 1), atol=1e-6)
     net.train()
     still = clips()[:, :1].expand(-1, 8, -1, -1, -1)
-    features = net.frames(still, KEYS)
+    features = net.over_space(still, KEYS)
     assert torch.allclose(features, features[:, :1].expand_as(features), atol=1e-5)
     assert not torch.allclose(net(clips(), KEYS), net(clips(), KEYS + 1), atol=1e-3)
 
@@ -640,7 +640,7 @@ def test_npz_features_of_a_still_clip(form, gelu, how, tmp_path):
     image = clips(3, 1)
     pixels = image[:, 0].numpy().astype(np.float64) / 127.5 - 1
     expected = slow_vit(vit_arrays("original"), pixels, {"exact": "none"}.get(gelu, gelu))
-    features = net.frames(image.expand(-1, 4, -1, -1, -1))
+    features = net.over_space(image.expand(-1, 4, -1, -1, -1))
     assert (features[:, 0] - torch.from_numpy(expected)).abs().max() < 1e-5 * np.abs(expected).max()
     assert torch.equal(features[:, 0], features[:, 1]) and np.std(expected) > 0.1
     assert "loaded 58 (" in message and "left at init 34 (spatial.eps" in message, message
@@ -667,7 +667,7 @@ def test_hub_features_of_a_still_clip(eps, kind, how, tmp_path):
     image = clips(3, 1)
     pixels = image[:, 0] / 127.5 - 1
     expected = (model if kind == "ViTModel" else model.vit)(pixels).last_hidden_state[:, 0]
-    features = net.frames(image.expand(-1, 4, -1, -1, -1))
+    features = net.over_space(image.expand(-1, 4, -1, -1, -1))
     assert (
         features - expected[:, None]
     ).abs().max() < 1e-5 * expected.abs().max() and expected.std() > 0.1
@@ -676,7 +676,7 @@ def test_hub_features_of_a_still_clip(eps, kind, how, tmp_path):
     )  # the epsilon goes with the weights
     again = sfa.ViViT(8, "vivit_toy", frames=4, size=32).eval()
     common.load_weights(again, sfa.init_weights(config("--init", tmp_path / "ours.pt"), again), "x")
-    assert torch.equal(again.frames(image.expand(-1, 4, -1, -1, -1)), features)
+    assert torch.equal(again.over_space(image.expand(-1, 4, -1, -1, -1)), features)
 
 
 def test_image_weights_fit_another_size(tmp_path):

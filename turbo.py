@@ -148,6 +148,8 @@ from data import pixel_target
 # but that its files of ViT-L have 12 layers (--decoder 12x512).
 MODELS = {
     "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64"},
+    # tpt_mae.py's toy, so that its weights can be started from (--recipe toy_tpt)
+    "vit_toy4": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4)},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192"},
     "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384"},  # DECISION (decoder)
     "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "4x512"},
@@ -175,6 +177,10 @@ LONG = {
 }  # fmt: skip
 RECIPES = {
     "toy": TOY,
+    # Few labels, from the weights of tpt_mae.py's toy
+    "toy_tpt": TOY | {
+        "model": "vit_toy4", "size": 32, "frames": 8, "fps": 2.5, "epochs": 12, "eval_every": 4.0,
+    },
     "toy_vl": TOY | {
         "train_list": "toy/narrated/train.jsonl", "val_list": "toy/narrated/val.jsonl",
         "data_root": "toy/narrated/videos", "train_clips": 240, "num_classes": 0,
@@ -422,7 +428,7 @@ class Turbo(nn.Module):
     one by one; so are the blocks. num_classes goes to `add_head`, which TurboText replaces.
     """
 
-    patch = (2, 16, 16)  # frames, height, width of a token (App. A)
+    patch = (2, 16, 16)  # frames, height, width of a token (App. A); the toy's may be smaller
 
     def __init__(
         self,
@@ -444,6 +450,7 @@ class Turbo(nn.Module):
         self.width = spec["width"]
         self.target = target
         self.grad_checkpoint = grad_checkpoint
+        self.patch = spec.get("patch", self.patch)
         p_t, p_h, p_w = self.patch
         self.grid = (frames // p_t, size // p_h, size // p_w)  # tokens in (t, h, w)
         self.num_tokens = math.prod(self.grid)
@@ -1110,7 +1117,7 @@ def check(cfg):
         )
     if cfg.test_crops not in (1, 3):
         raise UserError("--test-crops must be 1 or 3")
-    t, h, _ = Turbo.patch
+    t, h, _ = MODELS[cfg.model].get("patch", Turbo.patch)
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     if cfg.size < h or cfg.size % h:

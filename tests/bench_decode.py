@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import multiprocessing
 import os
 import platform
@@ -296,6 +297,9 @@ def main(argv=None):
         action="store_true",
         help="a small video, one round, PyAV only: does it still run?",
     )
+    parser.add_argument(
+        "--json", type=Path, help="the ratios as a file, of which tests/evidence.py draws bars"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     start, rounds = time.perf_counter(), 1 if args.quick else 3
@@ -337,7 +341,7 @@ def main(argv=None):
             *(f"/ {name}" for name in columns[2:]),
         ]
         print(f"\n| ours | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}")
-        table, used = [], {}
+        table, used, shares = [], {}, []
         for task, name in sorted(
             (full, name) for task, name in rows for full in TASKS if full[0] == task[0]
         ):
@@ -350,10 +354,21 @@ def main(argv=None):
             used.setdefault(task[0], clips)
             cells, ratios = row(clips, rounds, ways)
             table.append((task, ratios))
+            shares.append(
+                {"row": f"{task}, {name}"}
+                | {peer: ratios[peer] for peer in columns[3:] if peer in ratios}
+            )
             print(
                 f"| {task}, {name} | {' | '.join(cells[column] for column in columns)} |",
                 flush=True,
             )
+        if args.json:
+            record = {
+                "command": "python tests/bench_decode.py",
+                "machine": machine(),
+                "rows": shares,
+            }
+            args.json.write_text(json.dumps(record, indent=1))
         if best := [ratios["best"] for _, ratios in table if ratios["best"]]:
             mean = statistics.geometric_mean(best)
             print(

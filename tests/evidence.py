@@ -8,6 +8,7 @@ ends with that.
 
 import argparse
 import json
+import operator
 import os
 import platform
 import resource
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import av
@@ -76,6 +78,44 @@ def best_constant(train, val, patches, masked):
     return statistics.mean(errors)
 
 
+def in_turns(calls, rounds=13):
+    """Median CPU seconds of each call, {name: function} -> {name: seconds}. The calls take turns in
+    this process, and CPU time is counted: what else runs beside them is not."""
+    spent = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            spent[name].append(time.process_time() - start)
+    return {name: statistics.median(times[2:]) for name, times in spent.items()}
+
+
+def training_step(net, loss):
+    """A function that takes a step of AdamW on net's weights. loss: returns the clips' losses."""
+    trained = [weight for weight in net.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step():
+        loss().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def reading(dataset, clips=16):
+    """A function that reads the first so many clips of a data.ClipDataset."""
+    return lambda: [dataset[0, index] for index in range(clips)]
+
+
+def random_clips(cfg, frames):
+    """(clips uint8 [B, T, C, H, W], keys [B], soft labels of 8 classes [B, 8]) of a step."""
+    shape = cfg.batch_size, frames, 3, cfg.size, cfg.size
+    clips = torch.randint(0, 256, shape, dtype=torch.uint8)
+    keys = common.make_key(torch.arange(len(clips)))  # [B]
+    return clips, keys, torch.eye(8)[torch.arange(len(clips)) % 8]  # [B, 8]
+
+
 # ---- turbo.py ------------------------------------------------------------------------------------
 
 
@@ -105,26 +145,24 @@ def turbo_constant(cfg):
     return best_constant(*batches, patches, masked)
 
 
-def turbo_steps(settings, rounds=15):
-    """Median milliseconds of a training step of the toy recipe at each (m, r), in turns, without
-    the loader."""
-    cfg = turbo_flags()
-    shape = cfg.batch_size, cfg.frames, 3, cfg.size, cfg.size
-    clips = torch.randint(0, 256, shape, dtype=torch.uint8)
-    keys = common.make_key(torch.arange(len(clips)))  # [B]
-    labels = torch.eye(8).repeat(2, 1)  # [B, classes]
-    nets = [turbo.build(replace(cfg, recon_ratio=r), 8) for _, r in settings]
-    optimizers = [torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True) for net in nets]
-    times = [[] for _ in settings]
-    for _ in range(rounds):
-        for (m, r), net, optimizer, log in zip(settings, nets, optimizers, times, strict=True):
-            start = time.perf_counter()
+def turbo_seconds(cfg, settings):
+    """({(m, r): CPU seconds of a training step}, CPU seconds of reading its clips)."""
+    clips, keys, labels = random_clips(cfg, cfg.frames)
+
+    def step(m, r):
+        net = turbo.build(replace(cfg, recon_ratio=r), 8)
+
+        def loss():
             logits, prediction, target = net(clips, keys, m, r)
-            turbo.turbo_loss(logits, labels, prediction, target)[0].mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            log.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(log[2:]) for log in times]
+            return turbo.turbo_loss(logits, labels, prediction, target)[0]  # [B]
+
+        return training_step(net, loss)
+
+    videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
+    calls = {setting: step(*setting) for setting in settings}
+    calls["reading"] = reading(turbo.clips_of(cfg, videos), cfg.batch_size)
+    seconds = in_turns(calls)
+    return seconds, seconds.pop("reading")
 
 
 def evaluated(checkpoint, *flags):
@@ -141,8 +179,9 @@ def turbo_rows(seeds, out):
     toy = turbo_flags()
     default = toy.mask_ratio, toy.recon_ratio
     settings = [(0.0, 0.0), default, (0.75, 0.25)]
+    seconds, read = turbo_seconds(toy, settings)
     rows = []
-    for (m, r), milliseconds in zip(settings, turbo_steps(settings), strict=True):
+    for (m, r), step in seconds.items():
         cfg = turbo_flags("--mask-ratio", m, "--recon-ratio", r)
         model = turbo.build(cfg, 8)
         gmacs = 3 * turbo.count_gmacs(cfg, 8, m, r)[0]  # forward and backward
@@ -155,16 +194,27 @@ def turbo_rows(seeds, out):
                 flags = ["--seed", seed]
                 name += " (the default)"
             log = evaluations(run("turbo", folder, *flags), "val_top1")
-            row = {"row": name, "seed": seed, "step_ms": milliseconds}
+            row = {"row": name, "seed": seed, "step_ms": 1000 * step, "read_ms": 1000 * read}
             row["saved_mb"] = turbo.saved_megabytes(model, model.num_tokens, m, r)
             row |= evaluated(folder / "last.pt", "--eval-mask-ratios", "0,0.5,0.75")
             if r > 0:
                 row["constant"] = turbo_constant(turbo_flags(*flags))
+            costs = gmacs / 1000, (step + read) / toy.batch_size  # of a clip
             row["tmacs"] = gmacs * log[-1]["clips"] / 1000
-            row["curve"] = [(gmacs * x["clips"] / 1000, x["val_top1"]) for x in log]
+            row["curve"] = curve(log, costs)
             rows.append(row)
     strip(out / f"turbo-{seeds[0]}" / "recon.png")
     return rows
+
+
+def curve(log, costs, before=(0.0, 0.0)):
+    """(multiply-adds in 10^12, CPU seconds, top-1) at each evaluation of a log. costs: of a clip;
+    before: of what was trained before."""
+    points = []
+    for record in log:
+        spent = [start + cost * record["clips"] for start, cost in zip(before, costs, strict=True)]
+        points.append((*spent, record["val_top1"]))
+    return points
 
 
 def strip(path):
@@ -267,45 +317,91 @@ def tpt_constant(cfg):
     return best_constant(batches(cfg.train_list), batches(cfg.val_list), patches, masked)
 
 
+@cache
 def pretraining(kind, seed, out):
-    """(folder of a pretraining at the toy's budget, its last evaluation, its TMACs, its Config)."""
+    """(folder of a pretraining at the toy's budget, its last evaluation, {frames: its clips}, its
+    Config)."""
     short, stages = KINDS[kind]
     folder = out / f"tpt-{seed}-8-{short}"
     flags = ["--stages", stages, "--budget", 8, "--seed", seed, "--eval-every", 1000]
     last = evaluations(run("tpt_mae", folder, *flags, "--then", ""), "val_mae")[-1]
     cfg = tpt_flags(*flags)
-    gmacs = 0
-    for stage in tpt_mae.schedule(cfg, cfg.train_clips)[0]:
-        gmacs += 3 * stage.steps * stage.batch * tpt_mae.count_gmacs(cfg, 8, stage.frames)[0]
-    return folder, last, gmacs / 1000, cfg
+    plan = tpt_mae.schedule(cfg, cfg.train_clips)[0]
+    return folder, last, {stage.frames: stage.steps * stage.batch for stage in plan}, cfg
+
+
+def tpt_costs():
+    """{frames: (multiply-adds in 10^12, CPU seconds, reading included) of a pretraining clip}."""
+    cfg = tpt_flags()
+    net = tpt_mae.build(cfg, 8)
+    videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
+
+    def step(frames):
+        clips, keys, _ = random_clips(cfg, frames)
+        return training_step(net, lambda: tpt_mae.mae_loss(*net(clips, keys, cfg.mask_ratio)))
+
+    calls = {}
+    for frames in (2, 4, 8):
+        calls[frames] = step(frames)
+        calls[frames, "read"] = reading(tpt_mae.clips_of(cfg, videos, frames), cfg.batch_size)
+    seconds = in_turns(calls)
+    costs = {}
+    for frames in (2, 4, 8):
+        spent = seconds[frames] + seconds[frames, "read"]
+        gmacs = 3 * tpt_mae.count_gmacs(cfg, 8, frames)[0]  # forward and backward
+        costs[frames] = gmacs / 1000, spent / cfg.batch_size
+    return costs
+
+
+def tpt_spent(clips, costs):
+    """(multiply-adds in 10^12, CPU seconds) of a pretraining on {frames: clips}."""
+    each = [[n * cost for cost in costs[frames]] for frames, n in clips.items()]
+    return tuple(map(sum, zip(*each, strict=True)))
 
 
 def tpt_rows(seeds, out):
     rows = []
+    costs = tpt_costs()
     for kind in KINDS:
         for seed in seeds:
-            _, last, tmacs, cfg = pretraining(kind, seed, out)
+            _, last, clips, cfg = pretraining(kind, seed, out)
+            tmacs, seconds = tpt_spent(clips, costs)
             row = {"row": kind, "seed": seed, "error": last["val_mae"], "tmacs": tmacs}
-            rows.append(row | {"constant": tpt_constant(cfg)})
+            rows.append(row | {"seconds": seconds, "constant": tpt_constant(cfg)})
     return rows
+
+
+def few_labels(out, number=300):
+    """A list of the first so many training videos of the toy."""
+    out.mkdir(parents=True, exist_ok=True)
+    few = out / f"tpt-{number}.csv"
+    train = Path("toy/actions/train.csv").read_text().splitlines()
+    few.write_text("\n".join(train[:number]))
+    return few
 
 
 def tpt_ft_rows(seeds, out, labels=300, total=216):
     """Fine-tuning on few labelled clips, evaluated at 1/3, 2/3 and all of 216 steps."""
     rows = []
-    train = Path("toy/actions/train.csv").read_text().splitlines()
-    few = out / f"tpt-{labels}.csv"
-    few.write_text("\n".join(train[:labels]))
+    few = few_labels(out, labels)
     epochs = total // (labels // 16)
-    gmacs = 3 * tpt_mae.count_gmacs(tpt_flags("--recipe", "toy_ft"), 8, 8)[0]
+    costs = tpt_costs()
+    cfg = tpt_flags("--recipe", "toy_ft", "--train-list", few)
+    net = tpt_mae.build(cfg, 8)
+    clips, keys, soft = random_clips(cfg, 8)
+    dataset = tpt_mae.clips_of(cfg, data.VideoList(few, cfg.data_root, 8), 8)
+    step = training_step(net, lambda: tpt_mae.cross_entropy(net(clips, keys), soft))
+    seconds = sum(in_turns({"step": step, "read": reading(dataset, cfg.batch_size)}).values())
+    cost = 3 * tpt_mae.count_gmacs(cfg, 8, 8)[0] / 1000, seconds / cfg.batch_size
     for start in ("scratch", *KINDS):
         for seed in seeds:
             init = []
-            spent = 0
+            spent = (0.0, 0.0)
             short = "--scratch"
             if start != "scratch":
-                folder, _, spent, _ = pretraining(start, seed, out)
+                folder, _, seen, _ = pretraining(start, seed, out)
                 init = ["--init", folder / "last.pt"]
+                spent = tpt_spent(seen, costs)
                 short = f"8-{KINDS[start][0]}"
             flags = ["--recipe", "toy_ft", "--seed", seed, "--train-list", few, *init]
             flags += ["--epochs", epochs, "--eval-every", epochs // 3]
@@ -313,8 +409,40 @@ def tpt_ft_rows(seeds, out, labels=300, total=216):
             log = evaluations(log, "val_top1")
             row = {"row": start, "seed": seed}
             row |= {f"top1_{i + 1}": x["val_top1"] for i, x in enumerate(log)}
-            row["curve"] = [(spent + gmacs * x["clips"] / 1000, x["val_top1"]) for x in log]
+            row["curve"] = curve(log, cost, spent)
             rows.append(row)
+    return rows
+
+
+# ---- tpt_mae.py, then turbo.py -------------------------------------------------------------------
+
+
+def story_rows(seeds, out):
+    """Both ideas, each alone, and neither: a pretraining in stages or at full length, then few
+    labels with token dropout or on all tokens."""
+    few = few_labels(out)
+    shape = ["--recipe", "toy_tpt", "--train-list", few]
+    cfg = turbo_flags(*shape)
+    settings = [(0.0, 0.0), (cfg.mask_ratio, cfg.recon_ratio)]
+    seconds, read = turbo_seconds(cfg, settings)
+    costs = tpt_costs()
+    rows = []
+    for kind in KINDS:
+        for m, r in settings:
+            gmacs = 3 * turbo.count_gmacs(turbo_flags(*shape, "--recon-ratio", r), 8, m, r)[0]
+            cost = gmacs / 1000, (seconds[m, r] + read) / cfg.batch_size
+            tokens = "all tokens" if m == 0 else f"m = {m:g}, r = {r:g}"
+            for seed in seeds:
+                folder, _, clips, _ = pretraining(kind, seed, out)
+                flags = ["--init", folder / "videomae.pth", "--seed", seed]
+                flags += ["--mask-ratio", m, "--recon-ratio", r]
+                log = run("turbo", out / f"story-{KINDS[kind][0]}-{m:g}-{seed}", *shape, *flags)
+                log = evaluations(log, "val_top1")
+                points = curve(log, cost, tpt_spent(clips, costs))
+                row = {"row": f"{kind}, then {tokens}", "seed": seed}
+                row |= {f"top1_{i + 1}": top1 for i, (_, _, top1) in enumerate(points)}
+                tmacs, spent, _ = points[-1]
+                rows.append(row | {"tmacs": tmacs, "seconds": spent, "curve": points})
     return rows
 
 
@@ -371,6 +499,7 @@ def sfa_rows(seeds, out):
     rows = []
     out.mkdir(parents=True, exist_ok=True)
     data.make_toy("toy", "pairs")
+    seconds = sfa_seconds([[], ["--stages", many], [*frozen, "x", "--no-adapter"], [*frozen, "x"]])
     for seed in seeds:
         image = out / f"sfa-image-{seed}.pt"
         if not image.exists():
@@ -384,33 +513,66 @@ def sfa_rows(seeds, out):
         }
         for name, (short, flags) in settings.items():
             log = run("sfa_vivit", out / f"sfa-{short}-{seed}", "--seed", seed, *flags)
-            tmacs = sfa_tmacs(flags)
+            spent = sfa_spent(flags, seconds)
             log = evaluations(log, "near_peak_epoch")
             row = {"row": name, "seed": seed, "top1": log[-1]["val_top1"]}
             if short == "V":
                 row["stage1"] = [x["val_top1"] for x in log if x["stage"] == 1][-1]
             if short in ("I", "III"):
                 row["told"] = torch.load(image, weights_only=True).get("told")
-            row["tmacs"] = tmacs(log[-1]["step"])
-            row["curve"] = [(tmacs(x["step"]), x["val_top1"]) for x in log]
+            row["tmacs"], row["seconds"] = spent(log[-1]["step"])
+            row["curve"] = [(*spent(x["step"]), x["val_top1"]) for x in log]
             rows.append(row)
     return rows
 
 
-def sfa_tmacs(flags):
-    """A function that tells the multiply-adds, in 10^12, of a run's first steps."""
+def sfa_plan(flags):
+    """(Config, Stages) of a run by these flags."""
     cfg = common.parse(sfa_vivit.Config, sfa_vivit.RECIPES, list(map(str, flags)))
-    stages = sfa_vivit.stages_of(cfg, cfg.train_clips // cfg.batch_size)
+    return cfg, sfa_vivit.stages_of(cfg, cfg.train_clips // cfg.batch_size)
+
+
+def kind_of(stage):
+    """What a step of a Stage costs by."""
+    return stage.frames, stage.frozen, stage.adapter
+
+
+def sfa_seconds(settings):
+    """{kind_of(stage): CPU seconds of a step, reading included} of all stages of all settings."""
+    steps = {}
+    reads = {}
+    for flags in settings:
+        cfg, stages = sfa_plan(flags)
+        videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
+        for stage in stages:
+            dataset = sfa_vivit.clips_of(cfg, videos, stage.frames)
+            reads[stage.frames] = reading(dataset, cfg.batch_size)
+            steps[kind_of(stage)] = sfa_step(cfg, stage)
+    seconds = in_turns(steps | reads, rounds=7)
+    return {kind: seconds[kind] + seconds[kind[0]] for kind in steps}
+
+
+def sfa_step(cfg, stage):
+    net = sfa_vivit.build(cfg, (8,), stage)
+    clips, keys, labels = random_clips(cfg, stage.frames)
+    return training_step(net, lambda: sfa_vivit.vivit_loss(net(clips, keys), labels, (8,)))
+
+
+def sfa_spent(flags, seconds):
+    """A function that tells what a run's first steps cost: (multiply-adds in 10^12, CPU seconds).
+    seconds: sfa_seconds."""
+    cfg, stages = sfa_plan(flags)
     with torch.device("meta"):
         net = sfa_vivit.build(cfg, (cfg.num_classes,), stages[-1])
-    costs = [sfa_vivit.count_gmacs(net, stage) for stage in stages]
+    costs = [cfg.batch_size * sfa_vivit.count_gmacs(net, stage) / 1000 for stage in stages]
+    times = [seconds[kind_of(stage)] for stage in stages]
 
-    def tmacs(steps):
+    def spent(steps):
         done = [max(0, min(steps, stage.stop) - stage.start) for stage in stages]
-        clips = [number * cfg.batch_size for number in done]
-        return sum(n * cost for n, cost in zip(clips, costs, strict=True)) / 1000
+        sums = [sum(map(operator.mul, done, each)) for each in (costs, times)]
+        return tuple(sums)
 
-    return tmacs
+    return spent
 
 
 def sfa_g_rows(seeds, out):
@@ -487,8 +649,8 @@ EVIDENCE = {
         "`turbo.py`: Table 1 at toy size. Top-1 in % of 320 held-out videos (chance 12.5) after "
         "the same 1,500 steps at each m, r, tested at three mask ratios; PMAE, the error of "
         "held-out dropped patches, beside that of the best constant (each pixel position's "
-        "training mean); multiply-adds of the whole training; a step of 16 clips, in turns in "
-        "one process; activations that the blocks keep for a clip.",
+        "training mean); multiply-adds of the whole training; CPU time of a step of 16 "
+        "clips, in turns in one process, and of reading them; activations that the blocks keep for a clip.",
         {
             "m, r": ("row", ""),
             "top-1 at m = 0": ("val_top1", ".1f"),
@@ -498,6 +660,7 @@ EVIDENCE = {
             "best constant": ("constant", ".3f"),
             "TMACs": ("tmacs", ".1f"),
             "step ms": ("step_ms", ".0f"),
+            "reading ms": ("read_ms", ".0f"),
             "saved MB": ("saved_mb", ".2f"),
         },
     ),
@@ -532,6 +695,7 @@ EVIDENCE = {
             "masked error": ("error", ".3f"),
             "best constant": ("constant", ".3f"),
             "TMACs": ("tmacs", ".2f"),
+            "CPU s": ("seconds", ".0f"),
         },
     ),
     "tpt_ft": Evidence(
@@ -543,6 +707,22 @@ EVIDENCE = {
             "72 steps": ("top1_1", ".1f"),
             "144": ("top1_2", ".1f"),
             "216": ("top1_3", ".1f"),
+        },
+    ),
+    "story": Evidence(
+        story_rows,
+        "`tpt_mae.py`, then `turbo.py`: do the ideas add up? The pretrainings of `tpt`, then "
+        "`turbo.py --recipe toy_tpt --init .../videomae.pth` on 300 labelled clips, with its "
+        "token dropout or on all tokens, the same steps: top-1 in % of 320 held-out clips "
+        "(chance 12.5) after a third, two thirds and all of them; multiply-adds and CPU seconds "
+        "of one core, reading included, of pretraining and fine-tuning together.",
+        {
+            "pretraining, fine-tuning": ("row", ""),
+            "a third": ("top1_1", ".1f"),
+            "two thirds": ("top1_2", ".1f"),
+            "all": ("top1_3", ".1f"),
+            "TMACs": ("tmacs", ".2f"),
+            "CPU s": ("seconds", ".0f"),
         },
     ),
     "sfa": Evidence(
@@ -557,6 +737,7 @@ EVIDENCE = {
             "its stage 1, on 4 frames": ("stage1", ".1f"),
             "frames' colour and shape %": ("told", ".0f"),
             "TMACs": ("tmacs", ".1f"),
+            "CPU s": ("seconds", ".0f"),
         },
     ),
     "sfa_g": Evidence(
@@ -642,8 +823,18 @@ and a small model's run then ends elsewhere."""
 GREY = "#808080"  # readable on white and on black
 
 
+TITLES = {  # of the pictures, and where their legends are
+    "turbo": ("Turbo: drop tokens", "lower right"),
+    "tpt_ft": ("TPT: lengthen clips", "upper left"),
+    "story": ("TPT, then Turbo", "upper left"),
+    "sfa": ("SFA: freeze", "center right"),
+}
+COSTS = ("multiply-adds of the training, $10^{12}$", "CPU seconds of one core, reading included")
+
+
 def pictures():
-    """tests/evidence/curves.png: accuracy against what the training cost, each seed a line."""
+    """tests/evidence/curves.png and loaders.png. Transparent, in colours that both a white and a
+    black page show."""
     try:
         import matplotlib
     except ImportError:
@@ -653,31 +844,64 @@ def pictures():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = {  # title, place of the legend
-        "turbo": ("Turbo: drop tokens", "lower right"),
-        "tpt_ft": ("TPT: lengthen clips", "upper left"),
-        "sfa": ("SFA: freeze", "center right"),
-    }
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(12, 3.6), constrained_layout=True)
-    for axis, (name, (title, place)) in zip(axes, shown.items(), strict=True):
-        path = FOLDER / f"{name}.json"
-        if not path.exists():
-            continue
-        groups = {}
-        for row in json.loads(path.read_text())["rows"]:
-            groups.setdefault(row["row"], []).append(row["curve"])
-        for (label, curves), colour in zip(groups.items(), pyplot.cm.tab10.colors, strict=False):
-            for i, curve in enumerate(curves):
-                style = {"color": colour, "marker": "o", "markersize": 3, "alpha": 0.8}
-                axis.plot(*zip(*curve, strict=True), label=None if i else label, **style)
-        axis.set_title(title, color=GREY)
-        axis.set_xlabel("multiply-adds of the training, $10^{12}$", color=GREY)
+    found = {name: FOLDER / f"{name}.json" for name in TITLES}
+    found = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+    shape = {"figsize": (4 * len(found), 6.4), "constrained_layout": True, "sharey": "col"}
+    figure, axes = pyplot.subplots(len(COSTS), len(found), squeeze=False, **shape)
+    for column, name in zip(axes.T, found, strict=True):
+        title, place = TITLES[name]
+        for i, axis in enumerate(column):
+            draw_curves(axis, found[name]["rows"], i, pyplot.cm.tab10.colors)
+            axis.set_xlabel(COSTS[i], color=GREY)
+        column[0].set_title(title, color=GREY)
+        column[0].legend(loc=place, fontsize=7, framealpha=0, labelcolor=GREY).set_zorder(0)
+    for axis in axes[:, 0]:
         axis.set_ylabel("top-1 % of held-out videos", color=GREY)
+    save(figure, axes.flat, "curves.png")
+
+    path = FOLDER / "decode.json"
+    if path.exists():
+        figure, axis = pyplot.subplots(figsize=(8, 2.6), constrained_layout=True)
+        draw_bars(axis, json.loads(path.read_text())["rows"], pyplot.cm.tab10.colors)
+        save(figure, [axis], "loaders.png")
+
+
+def draw_curves(axis, rows, cost, colours):
+    """Accuracy against the training's cost number `cost`; each seed is a line, a row a colour."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["row"], []).append(row["curve"])
+    for (label, curves), colour in zip(groups.items(), colours, strict=False):
+        for i, points in enumerate(curves):
+            style = {"color": colour, "marker": "o", "markersize": 3, "alpha": 0.8}
+            spent = [point[cost] for point in points]
+            axis.plot(spent, [point[-1] for point in points], label=None if i else label, **style)
+
+
+def draw_bars(axis, rows, colours):
+    """Our CPU time over each library's: the mean over the rows as a bar, each row as a point."""
+    libraries = [key for key in rows[0] if key != "row"]
+    for y, library in enumerate(reversed(libraries)):
+        ratios = [row[library] for row in rows if library in row]
+        mean = statistics.mean(ratios)
+        axis.barh(y, mean, color=colours[0], alpha=0.6)
+        axis.plot(ratios, [y] * len(ratios), "|", color=GREY, markersize=10)
+        axis.text(0.01, y, f"{mean:.2f}", va="center", color="white", fontweight="bold")
+    axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.set_yticks(range(len(libraries)), reversed(libraries))
+    axis.set_xlabel("CPU time of data.Video over the library's: left of 1 is faster", color=GREY)
+
+
+def save(figure, axes, name):
+    """A figure as a PNG of few colours, which is small."""
+    from PIL import Image
+
+    for axis in axes:
         axis.tick_params(colors=GREY)
         axis.spines[:].set_color(GREY)
-        legend = axis.legend(loc=place, fontsize=7, framealpha=0, labelcolor=GREY)
-        legend.set_zorder(0)
-    figure.savefig(FOLDER / "curves.png", dpi=90, transparent=True)
+    path = FOLDER / name
+    figure.savefig(path, dpi=90, transparent=True)
+    Image.open(path).quantize(128).save(path, optimize=True)
 
 
 def machine():

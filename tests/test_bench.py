@@ -1,6 +1,7 @@
 """tests/bench_decode.py still runs, with PyAV as its only peer, and what it measures are the right frames; and so does
 tests/bench_train.py, whose numbers fit each other and whose FLOPs are those of a count by hand."""
 
+import json
 import re
 import subprocess
 import sys
@@ -30,11 +31,12 @@ def run(*command, timeout):
     return done.stdout
 
 
-def test_decoding_benchmark():
-    out = run("tests/bench_decode.py", "--quick", timeout=60)
+def test_decoding_benchmark(tmp_path):
+    out = run("tests/bench_decode.py", "--quick", "--json", tmp_path / "a.json", timeout=60)
     head, _, *rows = [line for line in out.splitlines() if line.startswith("|")]
     assert [row[:4] for row in rows] == ["| a:", "| b:", "| c:", "| d:"]
     columns = [name.strip() for name in head.split("|")]
+    written = json.loads((tmp_path / "a.json").read_text())["rows"]
     for row, count in zip(rows, (16, 4, 32, 2), strict=True):
         cells = dict(zip(columns, (cell.strip() for cell in row.split("|")), strict=True))
         assert re.fullmatch(
@@ -44,6 +46,11 @@ def test_decoding_benchmark():
             float(cells[f"/ {name}"]) > 0 for name in ("floor", "decode, then crop", "PyAV")
         ), row
         assert cells["/ decord2"] == "not measured"
+        ratios = written.pop(0)
+        assert ratios.pop("row").startswith(row[2:4])
+        assert {name: f"{value:.2f}" for name, value in ratios.items()} == {
+            name: cells[f"/ {name}"].split()[0] for name in ("decode, then crop", "PyAV")
+        }
     # The loader's is a difference of two times, which at this size may come out below zero.
     for line in ("Best peer: geometric mean", "4 views", "2 processes", "Loader"):
         assert re.search(rf"^{line}.* -?\d+\.\d+ ", out, re.MULTILINE), out

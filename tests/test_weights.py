@@ -10,6 +10,7 @@ from torch import nn
 
 import common
 import data
+import tpt_mae
 import turbo
 from common import UserError
 
@@ -443,6 +444,27 @@ def test_what_eps_and_cls_change(tmp_path):
     cls = relative(net.encode(patches, everything)[:, 1:], without)
     print("eps", eps, "cls", cls)
     assert eps < 1e-5 < cls < 0.1
+
+
+@torch.no_grad()
+def test_recipe_toy_tpt_continues_tpt_maes_toy(tmp_path):
+    """Its model sees what the toy of tpt_mae.py saw and, from that one's file, predicts the same pixels."""
+    theirs = common.parse(tpt_mae.Config, tpt_mae.RECIPES, [])
+    mae = tpt_mae.build(theirs, 8).eval()
+    torch.save({"model": tpt_mae.videomae_state(mae)}, tmp_path / "videomae.pth")
+    cfg = common.parse(turbo.Config, turbo.RECIPES, ["--recipe", "toy_tpt"])
+    assert (cfg.size, cfg.frames, cfg.target) == (theirs.size, theirs.budget_frames, theirs.target)
+    assert cfg.fps == data.TOY_SETS["actions"]["fps"] / theirs.stride
+    net = turbo.build(cfg, 8).eval()
+    message = turbo.init_weights(tmp_path / "videomae.pth", net)
+    assert "left at init 3 (cls_token ...), not used 0" in message
+    net.cls_token = nn.Parameter(torch.zeros(1, 0, net.width))
+    clips = torch.randint(256, (2, cfg.frames, 3, cfg.size, cfg.size), dtype=torch.uint8)
+    keys = common.make_key(torch.arange(2))
+    patches, visible, masked, _ = mae.split(clips, keys, 0.75)
+    expected, _ = mae(clips, keys, 0.75)
+    found = net.decode(net.encode(patches, visible), visible, masked)
+    assert relative(found, expected) < 1e-6
 
 
 def train(toy_args, init, out):

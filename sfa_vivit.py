@@ -78,16 +78,16 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 epochs of Table 7.
     length      stage 2's frames are not stated for Tables 1, 5, 6. Here 128 (K400, K600, MiT) and
                 64 (the others): with 8 / frames for stage 1 and half for stage 2 their costs are
-                the 0.56 and 0.62 that Tables 5 and 6 print of L.
+                those that Tables 5 and 6 print of L, 0.56 and 0.62.
     stride      between frames it is the same in all stages, scenic's: 2 on Kinetics and MiT, 1
                 elsewhere. So few frames are a short piece of the video, "short-term context"
                 (Sec. 3.2).
-    short       a video shorter than the clip is spread over it evenly, its frames repeated where
-                they are too few.
+    short       the frames of a clip that is longer than its video are spread evenly over it, and
+                repeat where the video has fewer.
     size        256 of a short side of 288 on SSv2, as scenic has it, and on Something-Else, which
                 are videos of SSv2; 224 of 256 elsewhere. (Table 6's hours a frame are 1.4 and 1.2
-                times those of EPIC-Kitchens; 256 pixels cost 1.3 times 224.) H and g need a
-                multiple of 14: --size 252.
+                times those of EPIC-Kitchens; 256 pixels cost 1.3 times 224.) H and g, whose patches
+                of 14 don't divide 256, take --size 252.
     scale       a test crop is a square of --crop-share of the short side, 224 / 256 or 256 / 288; a
                 training crop, one of that over a scale of 0.9 to 1.33. Left out: scenic draws a
                 scale of the height and another of the width.
@@ -102,7 +102,7 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     drop        layer drop rises linearly to its rate in each of the two transformers, and scales up
                 what it keeps. All time steps of a clip drop the same layers (scenic).
     VMAE        row IV: the temporal transformer's layers are the first of VideoMAE's encoder.
-    peak        "1 % less than the best" (App. E) is one point of top-1.
+    peak        "1 % less than the eventual best performance" (App. E) is one point of top-1.
 Missing: the R+ViT hybrid of Table 8; JFT's image weights (Tables 3 and 8), which are not public;
 VideoMAE's pretraining for row IV (tpt_mae.py, or --init-temporal with published weights); scenic's
 own ViViT checkpoints.
@@ -324,8 +324,8 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
     where `stages` is not frames:epochs, separated by commas, or `freeze` names no part of the
     model.
     """
-    in_all = () if freeze in ("later", "none") else tuple(freeze.split(","))
-    if not {*in_all} <= {"spatial", "temporal"}:
+    always = () if freeze in ("later", "none") else tuple(freeze.split(","))
+    if not {*always} <= {"spatial", "temporal"}:
         raise ValueError(f"--freeze {freeze}: choose from later, spatial, temporal, none")
     planned = []
     start = 0
@@ -335,7 +335,7 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
             raise ValueError(
                 f"--stages {stages} is not frames:epochs for each stage, such as 8:30,128:30"
             )
-        frozen = ("spatial",) if freeze == "later" and number > 0 else in_all
+        frozen = ("spatial",) if freeze == "later" and number > 0 else always
         adapts = adapter and "spatial" in frozen
         stop = start + (max_steps or int(epochs) * epoch_steps)
         planned.append(Stage(number, int(frames), start, stop, frozen, adapts))
@@ -586,8 +586,10 @@ class ViViT(nn.Module):
         positions = self.temporal.positions.detach()
         positions = resize_positions(positions, (before,), (self.steps,))  # [1, 1 + S, D]
         self.temporal.positions = nn.Parameter(positions)
-        if stage.adapter != (self.adapter is not None):
-            self.adapter = Adapter(self.width).to(positions.device) if stage.adapter else None
+        if not stage.adapter:
+            self.adapter = None
+        elif self.adapter is None:
+            self.adapter = Adapter(self.width).to(positions.device)
         self.frozen = stage.frozen
         spatial_trains = "spatial" not in stage.frozen
         # DECISION (frozen): embedding, CLS and positions with the blocks
@@ -842,16 +844,16 @@ def evaluate(model, batches, failures, heads, ctx, views=1, name="val", draw=Non
 
 
 def write_attention(model, clips, path):
-    """Write path.png and path_animated.png: clips (8 time steps of them), and below each the same,
-    lit by where the spatial transformer's CLS looks."""
+    """Write a picture and an animation (data.write_panels): clips, and below each the same, lit by
+    where the spatial transformer's CLS looks."""
     images = model.tubelets(clips).unflatten(0, (len(clips), -1))  # [B, S, N, P]
-    images = images[:, :: -(-model.steps // 8)]
+    images = images[:, :: -(-model.steps // 8)]  # at most 8 time steps
     look = model.spatial.attention(model.embed(images.flatten(0, 1))).float()  # [B S, N]
     light = (look / look.amax(1, keepdim=True)).view(*images.shape[:3], 1)  # [B, S, N, 1]
     side = model.size // model.patch[1]
-    panels = []
-    for x in (images, images * (0.15 + 0.85 * light)):  # [B, S, N, P]
-        panels.append(unpatchify(x.byte(), model.patch, (images.shape[1], side, side)).cpu())
+    grid = images.shape[1], side, side
+    lit = images * (0.15 + 0.85 * light)  # [B, S, N, P]
+    panels = [unpatchify(x.byte(), model.patch, grid).cpu() for x in (images, lit)]
     data.write_panels(path, panels, fps=4)
 
 
@@ -1249,8 +1251,7 @@ def main(cfg):
                     logits = run.model(clips, keys)  # [B, classes]
                     loss = vivit_loss(logits, targets, heads)  # [B]
                 run.backward(loss)
-            # DECISION (restart)
-            done = run.step - stage.start
+            done = run.step - stage.start  # DECISION (restart)
             run.update(common.cosine(done, steps, warmup, cfg.lr, cfg.min_lr))
             run.end_step()
             if run.evaluation_due():

@@ -896,7 +896,7 @@ def test_memory_model_is_what_the_whole_model_saves(frozen):
     assert (work > 0) == frozen and work < 50e6
 
 
-# recipes.md's table: each row of the paper as flags.
+# Each row of the paper's tables and figures as flags.
 IMAGE = ["--init", "L_16.npz"]
 ROWS = {
     "T1 base": ["ssv2", "--stages", "32:35", *IMAGE],

@@ -824,7 +824,7 @@ GREY = "#808080"  # readable on white and on black
 
 
 TITLES = {  # of the pictures, and where their legends are
-    "turbo": ("Turbo: drop tokens", "lower right"),
+    "turbo": ("Turbo: drop tokens (m, r)", "lower right"),
     "tpt_ft": ("TPT: lengthen clips", "upper left"),
     "story": ("TPT, then Turbo", "upper left"),
     "sfa": ("SFA: freeze", "center right"),

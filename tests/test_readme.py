@@ -1,6 +1,7 @@
 """Every command of the README runs, word for word where it can, smaller where it needs data or GPUs; so do its snippets,
 in an empty folder; its numbers are those of tests/evidence."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -140,6 +141,18 @@ def test_evidence_is_what_was_measured():
             assert numbers, line
             for number in numbers:
                 assert f"| {number} " in written, f"{number} of {cells[0]} is not in the tables"
+
+
+def test_bars_are_of_the_benchmarks_table():
+    """Each ratio of decode.json is in its row of benchmarks.md, in the same order."""
+    table = (ROOT / "tests/evidence/benchmarks.md").read_text()
+    for row in json.loads((ROOT / "tests/evidence/decode.json").read_text())["rows"]:
+        name = row.pop("row")
+        line = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        found = re.findall(r"\d+\.\d+", line.removeprefix(f"| {name} "))
+        floor, crop, best, *peers = found
+        assert [f"{ratio:.2f}" for ratio in row.values()] == [crop, *peers], name
+        assert float(best) == max(list(row.values())[1:]) and float(floor) > 1
 
 
 def test_pages_are_short():

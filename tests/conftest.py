@@ -1,7 +1,6 @@
 """What several test files share: the repository on the path, a small toy set, and the scripts' real command line."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -66,22 +65,17 @@ def toy_args(toy):
     ]
 
 
-def command(*args, cwd=ROOT, **options):
+def command(*args, cwd=ROOT, real=False, session=False):
     """Start `python *args` from the repository with one thread; returns the Popen, output captured as text.
 
-    Without further options of Popen a script, and the ranks of torchrun, are forks, which spares them the imports."""
+    It is a fork, which spares it the imports, and so is each rank of torchrun; unless torchrun is to be the real one.
+    session: with a process group of its own."""
     args = [str(arg) for arg in args]
-    if args[0].endswith(".py") and not options:
-        return Forked(args, str(cwd))
-    if args[1] == "torch.distributed.run" and not options:
-        first = next(i for i, arg in enumerate(args) if arg.endswith(".py"))
-        ranks = next(
-            int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc-per-node=")
-        )
-        return Ranks(ranks, args[first:], str(cwd))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *args], cwd=cwd, env=env, **(pipes | options))
+    if args[:2] != ["-m", "torch.distributed.run"] or real:
+        return Forked(args, str(cwd), session)
+    first = next(i for i, arg in enumerate(args) if arg.endswith(".py"))
+    ranks = next(int(arg.partition("=")[2]) for arg in args if arg.startswith("--nproc-per-node="))
+    return Ranks(ranks, args[first:], str(cwd))
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
-"""Scripts as `python script.py` runs them, as forks of a process that has imported torch: 5 seconds less each."""
+"""What `python script.py`, `-c code` or `-m module` runs, as forks of a process that has imported torch: 5 seconds less
+each. What ends otherwise than a fork does, as an interpreter that has its own destructors run, needs a real one."""
 
 import atexit
+import math
 import multiprocessing
 import os
 import runpy
@@ -18,9 +20,11 @@ FORKS.set_forkserver_preload(
 )  # none of our own: a script may have a copy
 
 
-def run_script(args, cwd, files, env):
+def run_script(args, cwd, files, env, session):
     """In the fork: stdout and stderr are files; the script's folder is first on the path, and our own is not there."""
     os.environ.update(env)
+    if session:
+        os.setsid()
     for stream, path in enumerate(files, start=1):
         os.dup2(os.open(path, os.O_WRONLY), stream)
     multiprocessing.set_start_method(
@@ -29,18 +33,36 @@ def run_script(args, cwd, files, env):
     tests = Path(__file__).resolve().parent
     known = [path for path in sys.path if Path(path).resolve() not in (tests, tests.parent)]
     os.chdir(cwd)
-    sys.argv[:] = args
-    sys.path[:] = [str(Path(args[0]).resolve().parent), *known]
-    status = run_main(args[0])
+    if args[0] == "-m":
+        run, (_, name, *rest), first = run_module, args, cwd
+    elif args[0] == "-c":
+        run, (_, name, *rest), first = run_code, args, cwd
+    else:
+        run, (name, *rest), first = run_path, args, Path(args[0]).resolve().parent
+    sys.argv[:] = ["-c" if run is run_code else name, *rest]
+    sys.path[:] = [str(first), *known]
+    status = run_main(run, name)
     atexit._run_exitfuncs()  # multiprocessing would leave without them
     sys.exit(status)
 
 
-def run_main(path):
+def run_path(path):
+    runpy.run_path(path, run_name="__main__")
+
+
+def run_module(name):
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def run_code(code):
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102, as Python itself does
+
+
+def run_main(run, what):
     """What sys.exit was handed; an exception's traceback is printed, and its frames are gone on return, as at an exit:
     with them goes the loader that they hold."""
     try:
-        runpy.run_path(path, run_name="__main__")
+        run(what)
     except SystemExit as stop:
         return stop.code
     except BaseException:  # noqa: BLE001, as Python itself at the end of a program
@@ -51,25 +73,35 @@ def run_main(path):
 class Forked:
     """As much of subprocess.Popen as the tests use."""
 
-    def __init__(self, args, cwd, **env):
+    def __init__(self, args, cwd, session=False, **env):
         self.folder = tempfile.TemporaryDirectory()  # gone with this object
         self.outputs = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         for path in self.outputs:
             path.touch()
-        self.process = FORKS.Process(target=run_script, args=(args, cwd, self.outputs, env))
+        self.process = FORKS.Process(
+            target=run_script, args=(args, cwd, self.outputs, env, session)
+        )
         self.process.start()
         self.pid, self.kill = self.process.pid, self.process.kill
+        self.terminate = self.process.terminate
 
     def poll(self):
         return self.process.exitcode
 
     returncode = property(poll)
 
+    def wait_for(self, word, times=1, timeout=math.inf):
+        """Until stdout has the word that often, or the end, or for that many seconds; returns stdout."""
+        deadline = time.monotonic() + timeout
+        text = self.outputs[0].read_text()
+        while text.count(word) < times and self.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+            text = self.outputs[0].read_text()
+        return text
+
     def first_line(self):
         """Of stdout, as soon as it is there; "" at the end."""
-        while self.poll() is None and "\n" not in self.outputs[0].read_text():
-            time.sleep(0.01)
-        return self.outputs[0].read_text().partition("\n")[0]
+        return self.wait_for("\n").partition("\n")[0]
 
     def communicate(self, timeout=None):
         self.process.join(timeout)

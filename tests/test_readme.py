@@ -4,7 +4,6 @@ in an empty folder; its numbers are those of tests/evidence."""
 import json
 import re
 import shlex
-import subprocess
 
 import evidence
 import pytest
@@ -100,9 +99,7 @@ def test_commands_run_in_order(folder):
 
 
 def torchrun(line, folder):
-    return command(
-        "-m", "torch.distributed.run", *shlex.split(line)[1:], cwd=folder, stdin=subprocess.DEVNULL
-    )  # real
+    return command("-m", "torch.distributed.run", *shlex.split(line)[1:], cwd=folder, real=True)
 
 
 def test_files_named_in_the_readme_exist():

@@ -24,7 +24,8 @@ die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 {patch}
 turbo.main(common.parse(turbo.Config, turbo.RECIPES))
 """
-SMALL = ["--batch-size", "8", "--eval-every", "1000", "--log-every", "3"]
+SMALL = ["--size", "32", "--frames", "4", "--batch-size", "8", "--eval-every", "1000",
+         "--log-every", "3"]  # fmt: skip
 HALF_WRITTEN = """
 def save(state, file):
     torch_save(state, file), file.flush(), os.truncate(file.name, os.path.getsize(file.name) // 2), die()
@@ -138,35 +139,34 @@ def test_ten_kills(tmp_path):
     between sync and rename, one while the toy videos are made. Same weights and logged losses as never killed."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 2**32))
     print(f"KILL_SEED={seed}")
-    rng, steps, deaths = random.Random(seed), [], 0
-    args = ["--max-steps", "120", "--workers", "2", "--save-minutes", "0.005", "--micro-batch", "4"]
+    rng, total = random.Random(seed), 60
+    args = ["--max-steps", total, "--workers", 2, "--batch-size", 4, "--micro-batch", 2]
+    args += ["--save-minutes", 0.002]
     for patch in (TOY_HALF_MADE, HALF_WRITTEN, NOT_RENAMED):
         process = drive(tmp_path, *args, "--out", tmp_path / "cut", patch=patch)
         process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL
-        deaths += 1
     start = time.time()
     process = drive(tmp_path, *args, "--out", tmp_path / "whole")
     process.first_line()
-    ready = (
-        time.time() - start
-    )  # until the first step; a life below gets up to a tenth of the steps done
+    ready = time.time() - start  # the steps begin
     finish(process)
-    training = time.time() - start - ready
-    while deaths < 10:
+    step = (time.time() - start - ready) / total
+    steps = []
+    for _ in range(7):
         process = drive(tmp_path, *args, "--out", tmp_path / "cut")
-        time.sleep(max(0.0, ready + rng.uniform(-0.05, 0.12) * training))
+        # Each of its times ends at the next line of the run, however slow the machine was before: a line when the steps
+        # begin, and one at each third of them. So seven lives are at most 42 of the steps.
+        lines, part = divmod(rng.uniform(-3, 6), 3)
+        process.wait_for("\n", 1 + lines)
+        process.wait_for("\n", 2 + lines, timeout=part * step if lines >= 0 else part / 3 * ready)
         assert process.poll() is None, "the run ended before its kill"
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
-        deaths += 1
-        steps.append(
-            torch.load(tmp_path / "cut/last.pt", weights_only=True)["at"]["step"]
-            if (tmp_path / "cut/last.pt").exists()
-            else 0
-        )
+        last = tmp_path / "cut/last.pt"
+        steps.append(torch.load(last, weights_only=True)["at"]["step"] if last.exists() else 0)
     print("checkpoints after the kills at steps", steps)
-    assert steps == sorted(steps) and steps[-1] < 120
+    assert steps == sorted(steps) and steps[-1] < total
     finish(drive(tmp_path, *args, "--out", tmp_path / "cut"))
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
@@ -272,9 +272,9 @@ def test_signal_saves_and_leaves(work, number):
     """A signal between two steps: saved, said, status 128 + number; the same command continues from that step."""
     out = work / f"signal-{int(number)}"
     args = ["--max-steps", "4000", "--workers", "2", "--log-every", "1", "--out", out]
-    process = drive(work, *args, start_new_session=True)
-    while "loss" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
+    process = drive(work, *args, session=True)
+    process.wait_for("loss")
+    assert process.poll() is None, process.communicate()
     os.killpg(process.pid, number)  # as a terminal does: to the loader's processes too
     stdout, err = process.communicate(timeout=60)
     assert (
@@ -294,9 +294,9 @@ def test_signal_on_two_ranks(work):
     """SIGTERM to torchrun: both ranks stop at the same step, and rank 0 saves it."""
     out = work / "signal-two"
     process = drive(work, "--max-steps", "4000", "--workers", "0", "--log-every", "1", "--out", out, ranks=2,
-                    start_new_session=True)  # fmt: skip
-    while "loss" not in process.stdout.readline():
-        assert process.poll() is None, process.stderr.read()
+                    real=True)  # fmt: skip
+    process.wait_for("loss")
+    assert process.poll() is None, process.communicate()
     process.terminate()
     stdout, _ = process.communicate(timeout=60)
     assert "stopped at step" in stdout and (out / "last.pt").exists()

@@ -646,33 +646,41 @@ def _sdpa(q, k, v, causal):
     return torch.cat([F.scaled_dot_product_attention(*piece, is_causal=causal) for piece in pieces])
 
 
-class ProjectQKV(torch.autograd.Function):
-    """x W^T + b in three parts, views of one product: x [B, N, D], W [3D, D], biases [D] -> q, k,
-    v, [B, N, D] each.
+class Project(torch.autograd.Function):
+    """x W^T + b in as many parts as there are biases, views of one product: x [B, N, D], W [E, D],
+    biases [E / parts] or None -> [B, N, E / parts] each.
 
-    By itself, autograd would copy the parts' gradients into one tensor, which is a tenth of a
-    block's traffic. Here each is multiplied where it lies.
+    Autograd's gradients, with a fifth less of a block's traffic. Those of parts are multiplied
+    where they lie; autograd would copy them into one tensor. In half precision a bias's is summed
+    over a clip's tokens first: compiled, the kernel that writes GELU's gradient does it on the way.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, q_bias, v_bias):
-        bias = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])  # [3D]
+    def forward(ctx, x, weight, *biases):
+        zero = torch.zeros_like(biases[0])  # [E / parts]
+        bias = torch.cat([zero if part is None else part for part in biases])  # [E]
         x, weight, bias = (tensor.to(working_type(x)) for tensor in (x, weight, bias))
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias).chunk(3, dim=-1)  # [B, N, D] each
+        return F.linear(x, weight, bias).chunk(len(biases), dim=-1)  # [B, N, E / parts] each
 
     @staticmethod
     def backward(ctx, *gradients):
         x, weight = ctx.saved_tensors
-        q, k, v = (gradient.flatten(0, 1) for gradient in gradients)  # [B N, D] each
-        weights = weight.chunk(3)  # [D, D] each
-        dx = q @ weights[0]  # [B N, D]
-        dx = torch.addmm(dx, k, weights[1])
-        dx = torch.addmm(dx, v, weights[2])
+        parts = [gradient.flatten(0, 1) for gradient in gradients]  # [B N, E / parts] each
+        first, *others = zip(parts, weight.chunk(len(parts)), strict=True)
+        dx = first[0] @ first[1]  # [B N, D]
+        for part, rows in others:
+            dx = torch.addmm(dx, part, rows)  # [B N, D]
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = torch.cat([part.T @ x.flatten(0, 1) for part in (q, k, v)])  # [3D, D]
-        return dx.view_as(x), dweight, q.sum(0), v.sum(0)
+            dweight = torch.cat([part.T @ x.flatten(0, 1) for part in parts])  # [E, D]
+        dbiases = [None] * len(parts)
+        for i, part in enumerate(parts):
+            if ctx.needs_input_grad[2 + i]:
+                if x.dtype.itemsize < 4:  # half precision
+                    part = gradients[i].sum(1, dtype=torch.float32)  # [B, E / parts]
+                dbiases[i] = part.sum(0)  # [E / parts]
+        return dx.view_as(x), dweight, *dbiases
 
 
 class Attention(nn.Module):
@@ -700,7 +708,8 @@ class Attention(nn.Module):
 
     def project(self, x):
         """Tokens [B, N, D] -> queries, keys and values, [B, N, H, d] each."""
-        parts = ProjectQKV.apply(x, self.qkv.weight, self.q_bias, self.v_bias)  # [B, N, D] each
+        biases = (self.q_bias, None, self.v_bias)
+        parts = Project.apply(x, self.qkv.weight, *biases)  # [B, N, D] each
         return [part.unflatten(2, (self.heads, -1)) for part in parts]
 
 
@@ -721,7 +730,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        return self.fc2(self.act(self.fc1(x)))  # [B, N, D]
+        (x,) = Project.apply(x, self.fc1.weight, self.fc1.bias)  # [B, N, hidden]
+        return self.fc2(self.act(x))  # [B, N, D]
 
 
 def drop_path(x, rate, keys, purpose):
@@ -771,12 +781,21 @@ class Block(nn.Module):
         self.register_buffer("purposes", torch.tensor(purposes), persistent=False)
         self.register_buffer("rate", torch.tensor(drop_path, dtype=torch.float64), persistent=False)
 
-    @region
     def forward(self, x, keys=None):
+        return self.add_branches(x, keys)[0]  # [B, N, D]
+
+    @region
+    def add_branches(self, x, keys):
+        """The block's output, and what is between the branches, [B, N, D] each.
+
+        The latter is returned for the compiler's sake, which then keeps it for the backward pass.
+        Otherwise it adds it up again there, and reads both of its terms for each norm's gradients.
+        """
         branch = self.attn(self.norm1(x))  # [B, N, D]
-        x = x + drop_path(branch, self.rate, keys, self.purposes[0])  # [B, N, D]
-        branch = self.mlp(self.norm2(x))  # [B, N, D]
-        return x + drop_path(branch, self.rate, keys, self.purposes[1])  # [B, N, D]
+        between = x + drop_path(branch, self.rate, keys, self.purposes[0])  # [B, N, D]
+        branch = self.mlp(self.norm2(between))  # [B, N, D]
+        x = between + drop_path(branch, self.rate, keys, self.purposes[1])  # [B, N, D]
+        return x, between.detach()
 
 
 def working_type(x):

@@ -1447,6 +1447,18 @@ def test_projection_to_qkv(frozen):
     assert joins.sizes == ([] if frozen else [3 * D * D])
 
 
+def test_gradients_of_biases_are_sums_in_float32():
+    """Of 3 x 257 tokens in bf16, whose gradients are 1: neither 257 nor 771 is a bf16. A frozen bias has none."""
+    weight = randn(7, 4, grad=True)
+    for frozen in (False, True):
+        bias = torch.zeros(7, requires_grad=not frozen)
+        with torch.autocast("cpu", torch.bfloat16):
+            (out,) = common.Project.apply(torch.randn(3, 257, 4), weight, bias)
+        assert out.dtype == torch.bfloat16
+        out.sum().backward()
+        assert bias.grad is None if frozen else bias.grad.tolist() == [771.0] * 7
+
+
 # ---- Counting --------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,10 @@ import pytest
 import small
 import torch
 from conftest import ROOT, command
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from waits import Waits
@@ -398,6 +401,32 @@ def test_each_stage_has_graphs_of_its_own_sizes(monkeypatch):
         counts.append(found)
     assert counts == [[counts[0][0], 0, 0]] * 5 and 3 <= counts[0][0] <= 6, counts
     assert backend.sizes and not any(isinstance(size, torch.SymInt) for size in backend.sizes)
+
+
+def test_a_block_keeps_the_sum_between_its_branches():
+    """Of tokens, [B, N, D], its backward pass is handed the gradient, the block's input and that sum: it isn't handed
+    what attention gave, a product [B N, D], to add it to the input again."""
+    B, N, D = 2, 24, 64
+    handed = []
+
+    def note(graph, inputs):
+        handed.extend(tuple(x.shape) for x in inputs)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        bw_compiler=note,
+        partition_fn=lambda *args, **options: min_cut_rematerialization_partition(
+            *args, **options | {"compiler": "inductor"}
+        ),
+        decompositions=select_decomp_table(),
+    )
+    block = common.Block(D, 2).train()
+    common.compile_model(block, BF16, True, backend)
+    x = torch.randn(B, N, D, dtype=torch.bfloat16, requires_grad=True)
+    with BF16.autocast():
+        block(x, None).float().sum().backward()
+    assert handed.count((B, N, D)) == 3, handed
 
 
 def test_evaluation_is_not_compiled():

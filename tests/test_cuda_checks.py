@@ -159,6 +159,33 @@ def test_the_reason_of_a_script_that_fails():
     )
 
 
+# Rank 0's checks take 8 s; what waits for another rank gives up after 5 s, unless it was given a time.
+SLOW_CHECKS = """
+import sys, time
+from datetime import timedelta
+sys.path[:0] = [{root!r} + "/tests"]
+import cuda_checks
+import torch.distributed as dist
+new_group = dist.new_group
+def impatient(backend, timeout=timedelta(seconds=5)):
+    return new_group(backend=backend, timeout=timeout)
+dist.new_group = impatient
+cuda_checks.check_all = lambda *args: time.sleep(8)
+cuda_checks.main(["--device", "cpu", "--only", "augmentation", "--json", "values.json"])
+"""
+
+
+def test_other_ranks_wait_for_the_checks(tmp_path):
+    """However long rank 0's take."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(SLOW_CHECKS.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", driver]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "0 of 0 checks FAILED" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_this_folder_does_not_hide_the_package_of_the_same_name(installed, tmp_path):
     """torch imports NVIDIA's `cuda` if it can. A program of tests/ finds that package, or none; not tests/cuda.py."""

@@ -1090,6 +1090,7 @@ FAST_CODECS = ("h264", "hevc", "vp9", "av1")
 CHROMA = {"yuv420p": (1, 1), "yuv422p": (1, 0), "yuv444p": (0, 0), "gray": (0, 0), "gbrp": (0, 0)}
 PLANAR = {name + depth: CHROMA[name] for name, depth in product(CHROMA, ("", "10le", "12le"))}
 PLANAR |= {name.replace("yuv", "yuvj"): shift for name, shift in CHROMA.items()}
+EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
 
 
 class VideoError(Exception):
@@ -1368,22 +1369,19 @@ def _convert(out, frame, box, scaler):
     """
     h, w = out.shape[1:]
     whole = box == (0, 0, frame.width, frame.height)
-    view = _view(frame, box)
-    if whole and not (view and frame.interlaced_frame):
+    view = None if whole and not frame.interlaced_frame else _view(frame, box)
+    if whole and view is None:
         # it knows where its chroma samples sit, which a view can't be told: half a pixel
         view = frame
     elif view is None:
         # The box cuts chroma samples in half: colours first, at full size, takes 3 to 10 times as
         # long.
-        exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
-        rgb = VideoReformatter().reformat(frame, format="gbrp", interpolation=exact, threads=1)
+        rgb = VideoReformatter().reformat(frame, format="gbrp", interpolation=EXACT, threads=1)
         view = _view(rgb, box)
-    flags = Interpolation.BILINEAR
-    if (view.width, view.height) == (w, h):
-        # Without a change of size swscale takes a shortcut that repeats chroma samples, and
-        # leaves the last columns of gbrp unwritten unless the width is a multiple of 16 (FFmpeg
-        # 8.1). This flag keeps it off.
-        flags |= Interpolation.ACCURATE_RND
+    # Without a change of size swscale takes a shortcut that repeats chroma samples, and leaves
+    # the last columns of gbrp unwritten unless the width is a multiple of 16 (FFmpeg 8.1). EXACT
+    # keeps it off.
+    flags = EXACT if (view.width, view.height) == (w, h) else Interpolation.BILINEAR
     rgb = scaler.reformat(view, w, h, "gbrp", interpolation=flags, threads=1)
     for channel, plane in zip((1, 2, 0), _planes(rgb), strict=True):
         out[channel] = plane  # [h, w]
@@ -3297,10 +3295,11 @@ def _toy_write(path, frames, fps):
     # same error.
     coding = {"preset": "faster", "mbtree": "0", "crf": "32"}
     height, width = frames.shape[1:3]
+    scaler = VideoReformatter()
     with _encoder(path, "libx264", fps, width, height, coding=coding) as (_, write):
         for image in frames:
             rgb = av.VideoFrame.from_ndarray(image, format="rgb24")
-            write(rgb.reformat(format="yuv420p", threads=1))
+            write(scaler.reformat(rgb, format="yuv420p", threads=1))
 
 
 def _toy_frames(rng, low, high, fps):

@@ -389,7 +389,7 @@ def sample_clip(video, index, view, key, frames, fps, sampling, crop, test_views
     they are drawn (Sec. 4.3), and anew for each crop. A single one is in the middle.
     """
     start = uniform(key, "start").item()
-    ends = uniform(key, "span", 2).tolist()
+    ends = uniform(key, "span", 2).tolist() if sampling == "span" else None
     if test_views is None:
         box = training_box(video.info, key, crop)
     else:

@@ -500,6 +500,7 @@ def main():
           f"{ctx.precision}", flush=True)  # fmt: skip
     if "tpt" in methods and find_spec("transformers"):
         import_module("transformers.models.videomae.modeling_videomae")
+    gc.freeze()  # what is imported stays: `prepare` need not look through it for each row
     chosen = [
         (f"{method}, {title}", rows) for method, title, rows in groups(level) if method in methods
     ]

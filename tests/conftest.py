@@ -68,8 +68,8 @@ def toy_args(toy):
 def command(*args, cwd=ROOT, real=False, session=False):
     """Start `python *args` from the repository with one thread; returns the Popen, output captured as text.
 
-    It is a fork, which spares it the imports, and so is each rank of torchrun; unless torchrun is to be the real one.
-    session: with a process group of its own."""
+    It is a fork, which spares it the imports, and so is each rank of torchrun, unless `real`: then
+    torchrun starts them itself. session: with a process group of its own."""
     args = [str(arg) for arg in args]
     if args[:2] != ["-m", "torch.distributed.run"] or real:
         return Forked(args, str(cwd), session)

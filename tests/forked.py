@@ -1,5 +1,5 @@
-"""What `python script.py`, `-c code` or `-m module` runs, as forks of a process that has imported torch: 5 seconds less
-each. What ends otherwise than a fork does, as an interpreter that has its own destructors run, needs a real one."""
+"""What `python script.py`, `-c code` or `-m module` runs, as forks of a process that has imported
+torch: 5 seconds less each. A test of how an interpreter ends needs a real one."""
 
 import atexit
 import math
@@ -55,7 +55,7 @@ def run_module(name):
 
 
 def run_code(code):
-    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102, as Python itself does
+    exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102
 
 
 def run_main(run, what):
@@ -91,7 +91,7 @@ class Forked:
     returncode = property(poll)
 
     def wait_for(self, word, times=1, timeout=math.inf):
-        """Until stdout has the word that often, or the end, or for that many seconds; returns stdout."""
+        """Until stdout has the word that often, or the end, or for `timeout` s; returns stdout."""
         deadline = time.monotonic() + timeout
         text = self.outputs[0].read_text()
         while text.count(word) < times and self.poll() is None and time.monotonic() < deadline:

@@ -3,8 +3,6 @@ tests/bench_train.py, whose numbers fit each other and whose FLOPs are those of 
 
 import json
 import re
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from itertools import groupby
@@ -20,19 +18,13 @@ import data
 import tpt_mae
 import turbo
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = common.Context(0, 1, torch.device("cpu"), "fp32")
 
 
-def run(*command, timeout):
-    done = subprocess.run([sys.executable, *command], check=False, cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_decoding_benchmark(tmp_path):
-    out = run("tests/bench_decode.py", "--quick", "--json", tmp_path / "a.json", timeout=60)
+def test_decoding_benchmark(cli, tmp_path):
+    values = tmp_path / "a.json"
+    code, out, err = cli("tests/bench_decode.py", "--quick", "--json", values, timeout=60)
+    assert code == 0, err[-2000:]
     head, _, *rows = [line for line in out.splitlines() if line.startswith("|")]
     assert [row[:4] for row in rows] == ["| a:", "| b:", "| c:", "| d:"]
     columns = [name.strip() for name in head.split("|")]
@@ -56,11 +48,11 @@ def test_decoding_benchmark(tmp_path):
         assert re.search(rf"^{line}.* -?\d+\.\d+ ", out, re.MULTILINE), out
 
 
-def test_training_benchmark():
+def test_training_benchmark(cli):
     """Its real command line with toy models: all rows, each number there, sums and ratios as the columns say."""
-    where, command, _, *lines = run(
-        "tests/bench_train.py", "--tiny", "--rounds", "1", timeout=300
-    ).splitlines()
+    code, out, err = cli("tests/bench_train.py", "--tiny", "--rounds", "1", timeout=300)
+    assert code == 0, err[-2000:]
+    where, command, _, *lines = out.splitlines()
     assert re.search(r"\d cores, \d+ threads; torch \d.*, fp32$", where)
     assert (
         command.startswith("`python tests/bench_train.py --tiny --rounds 1`: ")

@@ -155,8 +155,9 @@ def test_ten_kills(tmp_path):
     steps = []
     for _ in range(7):
         process = drive(tmp_path, *args, "--out", tmp_path / "cut")
-        # Each of its times ends at the next line of the run, however slow the machine was before: a line when the steps
-        # begin, and one at each third of them. So seven lives are at most 42 of the steps.
+        # Each of its times ends at the next line of the run, however slow the machine was before:
+        # a line when the steps begin, and one at each third of them. So seven lives take at most 42
+        # of the steps.
         lines, part = divmod(rng.uniform(-3, 6), 3)
         process.wait_for("\n", 1 + lines)
         process.wait_for("\n", 2 + lines, timeout=part * step if lines >= 0 else part / 3 * ready)

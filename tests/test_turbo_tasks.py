@@ -331,8 +331,8 @@ def language_model(tmp_path_factory):
 
 
 def test_encode_text_then_train(vl, language_model, tmp_path, cli, fails, narrated, capsys):
-    """Each sentence's first token by the frozen model, in the list's order; checked when training opens it. What loads
-    transformers runs in this process, which has it already."""
+    """Each sentence's first token by the frozen model, in the list's order; checked when training
+    opens it. What loads transformers runs in this process, which has it already."""
     flags = ["turbo.py", *vl, "--text-model", language_model]
     fails([*flags], "no features of the sentences", "--task encode_text")
     turbo.main(config(*flags[1:], "--task", "encode_text"))

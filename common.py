@@ -2215,9 +2215,9 @@ def gpu_clips(gmacs):
     """Clips a second that an H100 trains, an estimate: 35 % of the 989 TFLOP/s in
     bf16 of its data sheet.
 
-    gmacs: multiply-adds of a training step on one clip, in 1e9. The share is about what three
-    steps give whose kernels were counted one by one, without a GPU: VideoMAE-B 32 %, AVION's ViT-B
-    40 %, Turbo 33 %.
+    gmacs: multiply-adds of a training step on one clip, in 1e9. The share is a little less than
+    three steps give whose kernels were counted one by one, without a GPU: VideoMAE-B 38 %, AVION's
+    ViT-B 46 %, Turbo 37 %.
     """
     return 0.35 * 989e12 / (2e9 * gmacs)
 

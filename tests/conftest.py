@@ -28,6 +28,20 @@ def pytest_cmdline_main(config):
         config.option.numprocesses, config.option.dist = 2, "worksteal"
 
 
+# Begun last, one of these would keep one of the two processes busy alone.
+LONG = (
+    "test_ten_kills",
+    "test_commands_run_in_order",
+    "test_all_of_it_runs_without_a_gpu",
+    "test_training_benchmark",
+    "test_two_ranks_compiled",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.name not in LONG)
+
+
 # A tiny model on the toy videos: what a test of the loop needs, in a second or two a run.
 TINY = [
     "--epochs",

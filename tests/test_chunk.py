@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from fractions import Fraction
@@ -15,9 +14,8 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import command
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import data
 from common import UserError
 
@@ -407,20 +405,8 @@ def test_encoder_refuses(tmp_path, monkeypatch):
 
 def start(src, dst, until):
     """Start the real command, and wait until a chunk is there."""
-    args = [
-        sys.executable,
-        ROOT / "data.py",
-        "chunk",
-        src,
-        dst,
-        "--seconds",
-        "1",
-        "--workers",
-        "1",
-        "--crf",
-        "10",
-    ]
-    process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = ["--seconds", 1, "--workers", 1, "--crf", 10]
+    process = command("data.py", "chunk", src, dst, *flags)
     deadline = time.monotonic() + 60
     while not list(dst.rglob(until)):
         assert time.monotonic() < deadline
@@ -436,7 +422,7 @@ def test_resume(tmp_path, number):
     src.mkdir()
     source = make(src / "v.mp4", n=250, w=640, h=360, preset="ultrafast")
     process = start(src, dst, "2.mp4")
-    process.send_signal(number)
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     assert "Traceback" not in err

@@ -13,7 +13,6 @@ import random
 import re
 import resource
 import signal
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -1132,29 +1131,20 @@ def read_damaged(folder, count, seed):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
-def test_damaged_files(tmp_path):
+def test_damaged_files(tmp_path, cli):
     """Each of 600 damaged files gives a VideoError, or the frames of the whole file, or those that a plain decode of
     the damaged file gives at that time: never others, a crash, a hang, or much memory."""
     code = f"import test_decode; test_decode.read_damaged({str(tmp_path)!r}, 600, 1)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        check=False,
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, (lines[-1:], done.stderr[-2000:])
+    status, out, err = cli("-c", code, cwd=ROOT / "tests")
+    lines = out.splitlines()
+    assert status == 0, (lines[-1:], err[-2000:])
     fates = [line.split("] ")[1] for line in lines]
     assert len(fates) == 600
     # Some damage no decoder notices (one in 9,000 such files of H.264, one in 450 of HEVC, where a slice may end early
     # and leave the rest of the frame as it was), and what it then gives depends on what it has decoded before.
     assert fates.count("wrong") <= 4, [line for line in lines if "wrong" in line]
     assert fates.count("error") > 150 and fates.count("whole") > 100
-    assert not re.search("libav|h264|hevc|mov,|matroska", done.stderr), (
-        "FFmpeg's messages are silenced"
-    )
+    assert not re.search("libav|h264|hevc|mov,|matroska", err), "FFmpeg's messages are silenced"
 
 
 def in_child(function, *args, seconds=30):
@@ -1263,7 +1253,7 @@ def test_other_processes(videos, method):
     )
 
 
-def test_the_reader_can_be_lifted_out(videos, tmp_path):
+def test_the_reader_can_be_lifted_out(videos, tmp_path, cli):
     """The class, and what it names at the top of the module, run on their own."""
     source = (ROOT / "data.py").read_text()
     tree = ast.parse(source)
@@ -1320,12 +1310,8 @@ def test_the_reader_can_be_lifted_out(videos, tmp_path):
     code = (
         f"import lifted; print(lifted.Video({str(videos('h264.mp4'))!r}).read([5], 8).sum().item())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == str(data.read_clip(videos("h264.mp4"), [5], 8).sum().item()), (
-        done.stderr
-    )
+    _, out, err = cli("-c", code, cwd=tmp_path)
+    assert out.strip() == str(data.read_clip(videos("h264.mp4"), [5], 8).sum().item()), err
     assert lines < 600, lines
 
 

@@ -801,7 +801,7 @@ class Block(nn.Module):
 def working_type(x):
     """The type in which autocast has products of `x` computed; where it is off, x's own."""
     device = x.device.type  # meta, where things are counted, has no autocast
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 

@@ -823,11 +823,11 @@ and a small model's run then ends elsewhere."""
 GREY = "#808080"  # readable on white and on black
 
 
-TITLES = {  # of the pictures, and where their legends are
-    "turbo": ("Turbo: drop tokens (m, r)", "lower right"),
-    "tpt_ft": ("TPT: lengthen clips", "upper left"),
-    "story": ("TPT, then Turbo", "upper left"),
-    "sfa": ("SFA: freeze", "center right"),
+TITLES = {  # of the pictures, and where their legends are: in which row, and where in it
+    "turbo": ("Turbo: drop tokens (m, r)", 0, "lower right"),
+    "tpt_ft": ("TPT: lengthen clips", 0, "upper left"),
+    "story": ("TPT, then Turbo", 1, "upper left"),
+    "sfa": ("SFA: freeze", 0, "center right"),
 }
 COSTS = ("multiply-adds of the training, $10^{12}$", "CPU seconds of one core, reading included")
 
@@ -849,12 +849,12 @@ def pictures():
     shape = {"figsize": (4 * len(found), 6.4), "constrained_layout": True, "sharey": "col"}
     figure, axes = pyplot.subplots(len(COSTS), len(found), squeeze=False, **shape)
     for column, name in zip(axes.T, found, strict=True):
-        title, place = TITLES[name]
+        title, row, place = TITLES[name]
         for i, axis in enumerate(column):
             draw_curves(axis, found[name]["rows"], i, pyplot.cm.tab10.colors)
             axis.set_xlabel(COSTS[i], color=GREY)
         column[0].set_title(title, color=GREY)
-        column[0].legend(loc=place, fontsize=7, framealpha=0, labelcolor=GREY).set_zorder(0)
+        column[row].legend(loc=place, fontsize=7, framealpha=0, labelcolor=GREY).set_zorder(0)
     for axis in axes[:, 0]:
         axis.set_ylabel("top-1 % of held-out videos", color=GREY)
     save(figure, axes.flat, "curves.png")

@@ -143,6 +143,12 @@ def test_evidence_is_what_was_measured():
             assert numbers, line
             for number in numbers:
                 assert f"| {number} " in written, f"{number} of {cells[0]} is not in the tables"
+    together = text.split("## Together")[1].split("\n## ")[0]
+    numbers = re.findall(r"\d+\.\d+|\d+(?= s\b)", together)
+    assert len(numbers) > 12
+    written += (ROOT / "tests/evidence/benchmarks.md").read_text()
+    for number in numbers:
+        assert f"| {number} " in written, f"{number} of Together is not in the tables"
 
 
 def test_bars_are_of_the_benchmarks_table():

@@ -167,7 +167,7 @@ CLASSIFIED = TUNED | {  # App. B.3  # DECISION (classify)
 }  # fmt: skip
 RECIPES = {
     "toy": TOY | {
-        "epochs": 20, "freeze_temperature": False, "skip_duplicates": True,
+        "epochs": 20, "eval_every": 3, "freeze_temperature": False, "skip_duplicates": True,
         "text_lr": 0.05,  # DECISION (toy)
     },
     "toy_mir": TOY_TUNED | {

@@ -167,7 +167,7 @@ TOY = UNREGULARISED | {  # no flips: to move left is another class than to move 
     # A small model has minutes: it would not learn the normalised target, nor, from positions as
     # small as VideoMAE's, the order of what happens.
     "target": "pixels", "position_scale": 5.0,
-    "epochs": 15, "warmup_epochs": 1.0, "eval_every": 5.0, "lr": 1e-3, "clip_grad": 1.0,
+    "epochs": 15, "warmup_epochs": 1.0, "eval_every": 2.5, "lr": 1e-3, "clip_grad": 1.0,
     "crop": "centre", "workers": 2, "log_every": 50, "gpus": 1,
 }  # fmt: skip
 LONG = {

@@ -177,9 +177,9 @@ RECIPES = {
     "ego4d": PRETRAINED | {"train_clips": 4_000_000},
     # DECISION (corpus): --train-list rephrased.pkl narrated.pkl
     "ego4d_llm": PRETRAINED | {"train_clips": 8_000_000},
-    # App. B.1: 112 clips on each of 8 GPUs. Here 2 x 56, though --plan finds 24 GB enough for 112.
+    # App. B.1: 112 clips on each of 8 GPUs
     "ego4d_llm_l14": PRETRAINED | {
-        "train_clips": 8_000_000, "model": "clip_l14", "batch_size": 896, "micro_batch": 56,
+        "train_clips": 8_000_000, "model": "clip_l14", "batch_size": 896,
     },
     "ek100_mir": TUNED | {"loss": "max_margin"},  # DECISION (epochs)
     # App. B.2, B.3: 24 clips on each of 8 GPUs
@@ -206,7 +206,7 @@ class Config(common.RunConfig):
 
     model: str = opt("clip_b16", "encoder sizes", list(MODELS))
     frames: int = opt(4, "frames a clip (App. B)", within="[1, inf)")
-    eval_frames: int = opt(0, "at test (Table 2: 16); 0: --frames", free=True, within="[0, inf)")
+    eval_frames: int = opt(0, "at test (Table 2: 16); 0: --frames", free=True)
     size: int = opt(224, "height and width of a clip, in pixels (App. B)")
     embed_dim: int = opt(256, "width of what is compared (App. B.1)", within="[1, inf)")
     loss: str = opt("infonce", "what trains", ["infonce", "max_margin", "cross_entropy"])
@@ -228,13 +228,13 @@ class Config(common.RunConfig):
     weight_decay: float = opt(0.01, "weight decay (App. B.1)")  # DECISION (decay)
     clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped")
     # DECISION (toy)
-    text_lr: float = opt(1.0, "factor of the text encoder's rate; 0: frozen", within="[0, inf)")
+    text_lr: float = opt(1.0, "factor of the text encoder's rate; 0: frozen")
     # DECISION (rate)
     drop_path: float = opt(0.0, "stochastic depth of each block of the video's", within="[0, 1)")
     dropout: float = opt(0.0, "dropout before the classifier (App. B.3)", within="[0, 1)")
     label_smoothing: float = opt(0.0, "share spread over all classes (App. B.3)", within="[0, 1)")
-    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)", within="[0, inf)")
-    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off", within="[0, inf)")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)")
+    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off")
     # DECISION (crop)
     crop: bool = opt(True, "random resized crops in training (App. B); off: the centre square")
     crop_min: float = opt(0.5, "least share of the area in a crop (App. B)", within="(0, inf)")
@@ -286,11 +286,6 @@ def max_margin_loss(video, text, margin=0.2, same=None):
     return (terms * ~same).sum(1) / max(1, 2 * (len(own) - 1))  # [B]
 
 
-def cross_entropy(logits, labels):
-    """-log of the probability of the labels, soft ones: [B, A] each -> [B]."""
-    return -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
-
-
 def batch_loss(cfg, video, text, ids, scale):
     """The loss of the global batch, a pair at a time, [B], as a Config has it: features [B, E],
     int64 ids [B], equal where texts are; scale: 1 / temperature, []."""
@@ -336,8 +331,8 @@ def global_backward(run, batches, loss_fn):
     """Add to the gradients those of the mean loss of the global batch.
 
     batches: this rank's (clips [b, T, C, H, W], keys [b], tokens [b, L], ids [b]). The two passes
-    are common.cached_step's, which needs no `run`: it calls `encode` in both, and loss_fn with what
-    that gives, by name, of all ranks.
+    are common.cached_step's: it calls `encode` in both, and loss_fn with what that gives, by name,
+    of all ranks.
     """
 
     def encode(batch):
@@ -345,7 +340,7 @@ def global_backward(run, batches, loss_fn):
         video, text, scale = run.model(clips, tokens, keys)  # [b, E] each, []
         return {"video": video, "text": text, "ids": ids, "scale": scale}
 
-    loss, _ = run.cached_backward(encode, batches, loss_fn)  # [B / ranks]
+    loss, _ = common.cached_step(run.ctx, run.model, encode, batches, loss_fn, run.scaler)
     run.note(loss)
 
 
@@ -847,14 +842,15 @@ def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
 def encode_clips(cfg, ctx, model, videos):
     """Features of the centre clips of a list, float32 [V, E] on the CPU ([V, D] of a classifier);
     which could be read, bool [V]; lines of those that could not. Ranks share the work."""
-    failures = data.Failures(len(videos), cfg.max_bad)
-    batches = test_batches(cfg, ctx, videos, failures)
+    failures = common.Failures(len(videos), cfg.max_bad)
+    clips = clips_of(cfg, videos, train=False)
+    encode = lambda batch: model.encode_video(batch.clips)
     out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)  # [V, E + 1]
-    for index, x in common.run_model(model.encode_video, batches, ctx):
+    for index, x in data.each_video(cfg, ctx, clips, encode, failures):
         rows = index.to(ctx.device)  # [B]
         out[rows] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
     out = ctx.sum(out).cpu()
-    unread = failures.collect(ctx, 0)
+    unread = failures.unread(ctx)
     if not out[:, -1].any():
         raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
     return out[:, :-1], out[:, -1] > 0, unread
@@ -1122,10 +1118,9 @@ def encoder_bytes(cfg, tokens, width, depth, heads, causal=False):
     """Bytes that an encoder's blocks hold of one clip, or text, of so many tokens in training."""
     kind = "plain" if cfg.attention == "plain" else "sdpa"
     block = Block(width, heads, act=STYLES["clip"].act, kind=kind, causal=causal)
-    options = {"half": cfg.precision != "fp32", "grad_checkpoint": cfg.grad_checkpoint}
 
     def measure(n):
-        return common.block_bytes(block, depth, (n, width), **options)
+        return common.block_bytes(cfg, block, depth, (n, width))
 
     return at_length(measure, tokens)
 
@@ -1137,14 +1132,13 @@ def memory(cfg, net, tokens):
     pixels = 3 * cfg.frames * cfg.size**2
     clip = common.pixel_bytes(mixup=cfg.mixup) * pixels
     clip += encoder_bytes(cfg, tokens, spec["width"], spec["depth"], spec["heads"])
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    half = cfg.precision != "fp32"
-    state = common.state_bytes(trained, optimizer=cfg.optimizer, half=half)
+    trained = common.parameter_count(net, trained=True)
+    state = common.state_bytes(cfg, trained, optimizer=cfg.optimizer)
     if isinstance(net, VideoCLIP):
         clip += encoder_bytes(cfg, 77, *spec["text"], causal=True)
         # All clips of a step wait for their turn, as bytes.
         state += cfg.batch_size / cfg.gpus * pixels
-    group = 2 if cfg.mixup or cfg.cutmix else 1  # whole pairs
+    group = common.clips_together(cfg)
     return common.Phase(cfg.recipe, cfg.batch_size, cfg.micro_batch, state, clip, group)
 
 
@@ -1175,8 +1169,8 @@ def print_plan(cfg):
             forward += text
     tokens = cfg.frames // net.visual.patch[0] * (cfg.size // net.visual.patch[1]) ** 2
     kept = 1 + num_kept(tokens, cfg.patch_dropout)
-    whole = sum(p.numel() for p in net.parameters()) / 1e6
-    visual = sum(p.numel() for p in net.visual.parameters()) / 1e6
+    whole = common.parameter_count(net) / 1e6
+    visual = common.parameter_count(net.visual) / 1e6
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
     chunk = data.largest_chunk(cfg.batch_size, 1, 500, 4)
     print(
@@ -1202,20 +1196,14 @@ def print_plan(cfg):
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
-    common.check_ranges(cfg)
-    side = MODELS[cfg.model]["patch"]
+    common.check_flags(cfg, MODELS[cfg.model]["patch"])
     tubelet = MODELS[cfg.model].get("tubelet", 1)
     if cfg.frames % tubelet or cfg.eval_frames % tubelet:
         token = f"{tubelet}, the frames of a token of --model {cfg.model}"
         raise UserError(f"--frames and --eval-frames must be multiples of {token}")
-    if cfg.size < side or cfg.size % side:
-        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {side} pixels")
     if cfg.contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing):
         flags = "--mixup, --cutmix, --dropout and --label-smoothing"
         raise UserError(f"{flags} are for --loss cross_entropy: a text can't be mixed")
-    if cfg.min_lr > cfg.lr:
-        end = f"--min-lr {cfg.min_lr:g}, where the cosine ends,"
-        raise UserError(f"{end} is above the peak, --lr {cfg.lr:g}")
     if cfg.contrastive and cfg.batch_size < 2:
         batch = f"--batch-size {cfg.batch_size}"
         raise UserError(f"{batch} has no negatives; --loss {cfg.loss} compares clips")
@@ -1223,7 +1211,6 @@ def check(cfg):
         raise UserError('--task search needs --query "what to look for"')
     if cfg.task == "predict" and not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
-    common.check_gpus(cfg)
     pretrained = [name for name in RECIPES if name.startswith("ego4d")]
     tuned = [name for name in RECIPES if name.startswith("ek100")]
     common.need_init(cfg, pretrained, "CLIP's weights")
@@ -1239,8 +1226,7 @@ def open_list(cfg, flag, ctx):
     for path in paths or ("",):
         data.need_list(flag, path, ctx, "a list of narrated clips, .pkl, .csv or .jsonl")
     videos = data.read_captions(paths, root, cfg.max_bad, kind=Narrations)
-    if videos.left_out and ctx.rank == 0:
-        print(videos.check_left_out(cfg.max_bad))
+    videos.check_left_out(cfg.max_bad, ctx)
     return videos
 
 
@@ -1248,9 +1234,6 @@ def open_lists(cfg, ctx):
     """(training, validation) Narrations, Actions or None."""
     videos = open_list(cfg, "--train-list", ctx)
     val_videos = open_list(cfg, "--val-list", ctx)
-    if len(videos) < cfg.batch_size:
-        batch = f"--batch-size of {cfg.batch_size}"
-        raise UserError(f"{videos.path}: {len(videos)} clips are less than one {batch}")
     actions = open_actions(cfg, [val_videos] if cfg.contrastive else [videos, val_videos])
     # What evaluation needs is opened now, so that what is wrong is said now, and not after an
     # epoch.
@@ -1289,24 +1272,16 @@ def clips_of(cfg, videos, train):
     )
 
 
-def test_batches(cfg, ctx, videos, failures):
-    """Batches of the centre clip of each readable entry, once over all ranks."""
-    clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    return data.test_batches(clips_of(cfg, videos, train=False), clips, cfg.workers, ctx, failures)
-
-
 def trained_model(cfg, state):
-    """(cfg, model) of a checkpoint of ours, whose shape is its own."""
-    keys = ("model", "frames", "size", "embed_dim", "loss", "seed")
-    cfg = replace(cfg, **{key: state["config"][key] for key in keys})
+    """The model of a checkpoint of ours."""
     tokenizer = BPETokenizer(state["merges"])
     if cfg.merges and read_merges(cfg.merges) != tokenizer.merges:
         flag = f"--merges {cfg.merges}"
         raise UserError(f"it was trained with other merges than {flag}; leave that flag out")
-    return cfg, build(cfg, state["style"], tokenizer.size, len(state["classes"]))
+    return build(cfg, state["style"], tokenizer.size, len(state["classes"]))
 
 
-def published_model(cfg, source, start):
+def published_model(cfg, start):
     """(cfg, model) of published weights, as read_init has them; what they tell of its shape goes
     before the flags."""
     weights = start["model"]
@@ -1316,45 +1291,43 @@ def published_model(cfg, source, start):
         cfg = replace(cfg, loss="infonce", embed_dim=len(weights["visual_projection.weight"]))
     tokenizer = BPETokenizer(cfg.merges or ())
     net = build(cfg, start["style"], tokenizer.size, cfg.num_classes)
-    weights = fit_weights(start, net, replace(cfg, init=source))
-    common.load_weights(net, weights, source)
+    weights = fit_weights(start, net, cfg)
+    common.load_weights(net, weights, cfg.init)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
     if missing:
         why = f"has no {missing[0]} that fits; its --embed-dim and --loss must be the file's"
-        raise UserError(f"{source}: {why}")
+        raise UserError(f"{cfg.init}: {why}")
     return cfg, net.eval()
 
 
-def open_model(source, cfg, ctx):
+def open_model(cfg, ctx):
     """(cfg, model, tokenizer, names of its classes) of a trained or a published model."""
-    start = read_init(source)
+    start = read_init(cfg.init)
     if "config" in start:
-        keys = ("style", "merges", "classes")
-        opened = partial(trained_model, cfg)
-        cfg, net, _ = common.open_trained(source, "avion.py", keys, opened, start)
+        settings = "model", "frames", "size", "embed_dim", "loss", "seed"
+        more = "style", "merges", "classes"
+        cfg, net, _ = common.open_trained(cfg, "avion.py", settings, more, trained_model, start)
     else:
-        cfg, net = published_model(cfg, source, start)
+        cfg, net = published_model(cfg, start)
     tokenizer = BPETokenizer(start.get("merges", cfg.merges or ()))
     return cfg, net.to(ctx.device), tokenizer, start.get("classes", ())
 
 
 def use(cfg, ctx):
     """--task eval, predict, features, search: a trained or published model."""
-    folder = cfg.out or f"runs/avion-{cfg.recipe}"
-    source = cfg.init or f"{folder}/best.pt"
-    cfg, net, tokenizer, names = open_model(source, cfg, ctx)
+    cfg, net, tokenizer, names = open_model(cfg, ctx)
     if cfg.task == "search":
         return search(cfg, ctx, net, tokenizer)
     if cfg.task == "predict":
         return predict(cfg, ctx, net, tokenizer, names)
     videos = open_list(cfg, "--val-list", ctx)
-    if cfg.task == "features":  # in the list's order: of length 1, or CLS of a classifier
-        failures = data.Failures(len(videos), cfg.max_bad)
-        parts = common.run_model(net.encode_video, test_batches(cfg, ctx, videos, failures), ctx)
-        return common.write_features(folder, (len(videos), net.embed_dim), parts, failures, ctx)
+    if cfg.task == "features":  # of length 1, or CLS of a classifier
+        clips = clips_of(cfg, videos, train=False)
+        encode = lambda batch: net.encode_video(batch.clips)
+        return data.write_features(cfg, ctx, clips, encode, net.embed_dim)
     actions = Actions(names) if names else open_actions(cfg, [videos])
     result = evaluate(cfg, ctx, net, videos, actions, tokenizer)
-    common.print_result(source, cfg.val_list, result, ctx)
+    common.print_result(cfg, ctx, result)
 
 
 def predict(cfg, ctx, net, tokenizer, names):
@@ -1367,12 +1340,12 @@ def predict(cfg, ctx, net, tokenizer, names):
         lists = [] if cfg.actions else [open_list(cfg, "--val-list", ctx)]
         names = open_actions(cfg, lists).names
     videos = data.Captions((path, 0.0, math.inf, "") for path in cfg.input)
-    failures = data.Failures(len(videos), 1.0)
     vectors = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
-    features = common.run_model(net.encode_video, test_batches(cfg, ctx, videos, failures), ctx)
-    # [B, A] each
-    shares = ((index, class_logits(net, x, vectors).softmax(-1)) for index, x in features)
-    common.print_predictions(videos, shares, names, failures)
+
+    def shares(batch):  # [B, A]
+        return class_logits(net, net.encode_video(batch.clips), vectors).softmax(-1)
+
+    data.print_predictions(cfg, ctx, clips_of(cfg, videos, train=False), shares, names)
 
 
 def search(cfg, ctx, net, tokenizer):
@@ -1477,22 +1450,21 @@ def say_result(run, metric):
 @common.in_one_line
 def main(cfg):
     check(cfg)
-    cfg = common.without_random(cfg)
+    cfg = common.settled(cfg, "avion")
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
     if cfg.task != "train":
         return use(cfg, ctx)
-    micro, accumulation = common.micro_batches(cfg, ctx, pairs=bool(cfg.mixup or cfg.cutmix))
+    micro, accumulation = common.micro_batches(cfg, ctx)
     videos, val_videos, actions = open_lists(cfg, ctx)
     classes = len(actions.names) if actions else 0
     sentences = len(val_videos.sentences) if cfg.contrastive else 0
-    epoch_steps = len(videos) // cfg.batch_size
+    epoch_steps = common.steps_of_epoch(videos.path, len(videos), cfg.batch_size, what="clips")
     total = cfg.max_steps or cfg.epochs * epoch_steps
     warmup = cfg.warmup_epochs * epoch_steps
 
-    at = {"best": -1.0}
-    run = common.Trainer(cfg, ctx, "avion", at=at, train_list=videos, val_list=val_videos)
+    run = common.Trainer(cfg, ctx, train_list=videos, val_list=val_videos)
     net, tokenizer, style = open_start(cfg, run, classes)
     net = net.to(ctx.device)
     groups = parameter_groups(net, cfg.weight_decay, cfg.text_lr)
@@ -1508,13 +1480,9 @@ def main(cfg):
     augment = data.flip if cfg.flip else None  # DECISION (classify)
     dataset = clips_of(cfg, videos, train=True)
     batches = data.training_batches(
-        dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augment
+        cfg, ctx, dataset, cfg.batch_size, micro, run.step, total, augment
     )
-    failures = data.Failures(len(videos), cfg.max_bad)
-    run.begin(
-        batches, failures, cfg.batch_size, micro, epoch_steps,
-        stop=total, total=total, eval_every=cfg.eval_every,
-    )  # fmt: skip
+    run.begin(batches, cfg.batch_size, micro, epoch_steps, stop=total)
     metric = "val_map" if cfg.contrastive else "val_action"
     related = cfg.loss == "max_margin" and videos.classified
     loss_fn = partial(batch_loss, cfg)
@@ -1541,7 +1509,8 @@ def main(cfg):
                 clips, labels = data.mix(batch.clips, labels, step, cfg.mixup, cfg.cutmix)
                 keys = data.to_device(batch.keys, ctx.device)  # [b]
                 with run.forward():
-                    loss = cross_entropy(run.model(clips, keys), labels)  # [b]
+                    logits = run.model(clips, keys)  # [b, A]
+                    loss = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
                 run.backward(loss)
         run.update(lr)
         if cfg.contrastive:

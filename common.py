@@ -9,7 +9,7 @@
     7. Optimisation       cosine schedule, parameter groups, loss scaling
     8. A run              folder, log, checkpoints that can't be lost, signals; the loop's chores
     9. Contrastive step   InfoNCE over the global batch, at any number of ranks and micro-batches
-    10. Tasks             evaluation, prediction, features: what they share
+    10. Evaluation        means over all videos of a list
     11. Counting          multiply-adds, saved activations and memory of a real model, for --plan
 
 Shapes: B clips, T frames, C colours, N tokens, K kept tokens, D width, H heads, P pixel values in
@@ -19,6 +19,7 @@ a patch.
 import argparse
 import atexit
 import contextlib
+import copy
 import dataclasses
 import difflib
 import faulthandler
@@ -36,6 +37,7 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -70,10 +72,9 @@ class UserError(SystemExit):
 # What is wrong with them is said in one line before anything is read or computed.
 
 
-def opt(default, help, choices=None, free=False, within=""):
+def opt(default, help, choices=None, free=False, within="[0, inf)"):
     """A Config field: its default, meaning and source. free: may differ when a run is resumed
-    (paths, machine). within: the interval of its values, such as
-    "[0, 1)", which `check_ranges` heeds."""
+    (paths, machine). within: the interval of a number, which `check_ranges` heeds."""
     meta = {"help": help, "choices": choices, "free": free, "within": within}
     return dataclasses.field(default=default, metadata=meta)
 
@@ -93,10 +94,8 @@ class RunConfig:
     )
     val_list: str = opt("", "list of validation videos", free=True)
     data_root: str = opt("", "folder that the lists' paths are relative to", free=True)
-    train_clips: int = opt(0, "size of the training set, for --plan", free=True, within="[0, inf)")
-    num_classes: int = opt(
-        0, "number of classes; 0: as many as the training list has", within="[0, inf)"
-    )
+    train_clips: int = opt(0, "size of the training set, for --plan", free=True)
+    num_classes: int = opt(0, "number of classes; 0: as many as the training list has")
     input: tuple = opt((), "videos for --task predict", free=True)
     out: str = opt("", "run folder; empty: runs/<script>-<recipe>", free=True)
     init: str = opt("", "weights to start from: see the header; `random`: none, and mean it")
@@ -104,12 +103,8 @@ class RunConfig:
         "auto", "auto: continue the run folder's last.pt if it is there; or a checkpoint", free=True
     )
     overwrite: bool = opt(False, "start anew in a run folder that holds another run", free=True)
-    max_steps: int = opt(
-        0, "number of optimizer steps instead of its epochs; 0: by epochs", within="[0, inf)"
-    )
-    micro_batch: int = opt(
-        0, "clips that one process holds at once; 0: batch / ranks", free=True, within="[0, inf)"
-    )
+    max_steps: int = opt(0, "number of optimizer steps instead of its epochs; 0: by epochs")
+    micro_batch: int = opt(0, "clips that one process holds at once; 0: batch / ranks", free=True)
     grad_checkpoint: bool = opt(
         False, "recompute blocks in backward: less memory, more time", free=True
     )
@@ -120,22 +115,15 @@ class RunConfig:
         "auto", "auto: the device's best", ["auto", "fp32", "bf16", "fp16"], free=True
     )
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
-    workers: int = opt(
-        8, "loader processes a rank; 0: load in the training process", free=True, within="[0, inf)"
-    )
+    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
     max_bad: float = opt(
-        0.01,
-        "share of an epoch's videos (at least 1) that may be unreadable",
-        free=True,
-        within="[0, inf)",
+        0.01, "share of an epoch's videos (at least 1) that may be unreadable", free=True
     )
     max_skipped: int = opt(
         20, "updates skipped for a non-finite loss or gradient before the run stops", free=True
     )
-    seed: int = opt(0, "key of every random draw")
-    eval_every: float = opt(
-        1, "epochs between evaluations; the last step is always evaluated", within="[0, inf)"
-    )
+    seed: int = opt(0, "key of every random draw", within="(-inf, inf)")
+    eval_every: float = opt(1, "epochs between evaluations; the last step is always evaluated")
     log_every: int = opt(20, "steps between log records", within="[1, inf)")
     save_minutes: float = opt(10.0, "minutes between checkpoints, besides one an epoch", free=True)
     tensorboard: bool = opt(
@@ -144,7 +132,9 @@ class RunConfig:
     plan: bool = opt(
         False, "print what would run (cost, memory, steps) without data or GPU, and exit", free=True
     )
-    gpus: int = opt(8, "GPUs that --plan counts memory for (the paper's)", free=True)
+    gpus: int = opt(
+        8, "GPUs that --plan counts memory for (the paper's)", free=True, within="[1, inf)"
+    )
     gpu_gb: tuple = opt(
         ("24", "80"), "GB of the cards that --plan fits micro-batches into", free=True
     )
@@ -154,17 +144,31 @@ def check_ranges(cfg):
     """UserError where the value of a flag lies outside of its interval."""
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
-        within = field.metadata["within"]
-        if not within:
+        if type(value) not in (int, float):
             continue
+        within = field.metadata["within"]
         low, high = (float(end) for end in within[1:-1].split(","))
         inside = low <= value if within[0] == "[" else low < value
         inside &= value <= high if within[-1] == "]" else value < high  # not inside: NaN
         if not inside:
             flag = f"--{field.name.replace('_', '-')}"
-            words = {"(0, inf)": "above 0", "[1, inf)": "above 0", "[0, inf)": "at least 0"}
+            words = {"(0, inf)": "above 0", "[0, inf)": "at least 0", "[1, inf)": "at least 1"}
             words["(0, 1e6]"] = "above 0 and at most 1000000"
             raise UserError(f"{flag} must be {words.get(within, f'in {within}')}, not {value}")
+
+
+def check_flags(cfg, patch):
+    """UserError where flags can't work in any script. patch: pixels of its height and width."""
+    check_ranges(cfg)
+    if cfg.min_lr > cfg.lr:
+        raise UserError(
+            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
+        )
+    if cfg.size < patch or cfg.size % patch:
+        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {patch} pixels")
+    for card in cfg.gpu_gb:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", card) or not float(card):
+            raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 24")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -218,6 +222,22 @@ def parse(config_class, recipes, argv=None):
     return config_class(**flags)
 
 
+def two_numbers(flag, text):
+    """(8, 512) of "8x512"; UserError where a flag's text has another form."""
+    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
+        raise UserError(
+            f"{flag} {text} is not two numbers above 0 with an x between them, such as 8x512 or 5x3"
+        )
+    return tuple(map(int, text.split("x")))
+
+
+def check_decoder(text):
+    """UserError where a --decoder is not layers x width, in heads of 64."""
+    _, width = two_numbers("--decoder", text)
+    if width > 64 and width % 64:
+        raise UserError(f"--decoder {text}: a width of {width} is not in heads of 64")
+
+
 def need_init(cfg, recipes, source):
     """UserError where one of `recipes`, which start from `source` (in words), would train
     from random weights unasked: it would run for days and end far below the paper.
@@ -229,20 +249,26 @@ def need_init(cfg, recipes, source):
         )
 
 
-def without_random(cfg):
-    """The Config after its check: `--init random` has been asked for, and
-    is done by loading nothing."""
-    return dataclasses.replace(cfg, init="") if cfg.init == "random" else cfg
+def settled(cfg, name):
+    """The Config after its check: --out is a folder, --init what a task reads, by default the
+    folder's best.pt, and `--init random`, which has been asked for, is done by loading nothing."""
+    init = "" if cfg.init == "random" else cfg.init
+    out = Path(cfg.out or f"runs/{name}-{cfg.recipe}")
+    if cfg.task in ("eval", "predict", "features", "search"):
+        init = init or str(out / "best.pt")
+    return dataclasses.replace(cfg, init=init, out=str(out))
 
 
-def micro_batches(cfg, ctx, pairs=False, repeated=1):
+def clips_together(cfg, repeated=1):
+    """How many clips stay in one micro-batch: the `repeated` ones of a video; where mixup or cutmix
+    take clip 2i's partner to be clip 2i+1, those of two."""
+    mixing = cfg.mixup or getattr(cfg, "cutmix", 0)
+    return 2 * repeated if mixing else repeated
+
+
+def micro_batches(cfg, ctx, repeated=1):
     """(micro-batch, accumulation steps) of a rank, from the global --batch-size;
-    UserError where it doesn't divide.
-
-    pairs: mixup takes clip 2i's partner to be clip 2i+1, so that micro-batches must
-    hold whole pairs. repeated: clips of a video, which stay together; pairs are then
-    of clips of different videos.
-    """
+    UserError where it doesn't divide. repeated: clips of a video."""
     per_rank, rest = divmod(cfg.batch_size, ctx.world)
     micro = cfg.micro_batch or per_rank
     if rest or micro < 1 or per_rank < 1 or per_rank % micro:
@@ -255,13 +281,26 @@ def micro_batches(cfg, ctx, pairs=False, repeated=1):
             f"--micro-batch {micro} (default: batch / ranks) is not a multiple of "
             f"--repeated {repeated}"
         )
-    if pairs and micro // repeated % 2:
+    if micro % clips_together(cfg, repeated):
         unit = f"a multiple of {2 * repeated} (two videos x --repeated)" if repeated > 1 else "even"
         raise UserError(
             f"mixup and cutmix pair clips, so --micro-batch must be {unit}, not {micro}; "
             "or --mixup 0 --cutmix 0"
         )
     return micro, per_rank // micro
+
+
+def steps_of_epoch(source, entries, batch_size, repeated=1, what="videos"):
+    """Optimizer steps of a pass over a list's entries, `repeated` clips of each; UserError, which
+    names their source and what they are, where they are less than one batch."""
+    steps = entries * repeated // batch_size
+    if not steps:
+        times = f" x --repeated {repeated}" if repeated > 1 else ""
+        raise UserError(
+            f"{source}: {entries} {what}{times} are less than one --batch-size of {batch_size} "
+            "clips"
+        )
+    return steps
 
 
 # ---- 2. Processes --------------------------------------------------------------------------------
@@ -337,8 +376,8 @@ class Context:
         return kind(model, device_ids=ids, **options)
 
     def sync(self, model, last):
-        """Context of one micro-batch's backward pass: gradients are exchanged
-        in the last one only."""
+        """Context of one micro-batch's forward pass: gradients are exchanged
+        in the backward pass of the last one only."""
         return contextlib.nullcontext() if self.world == 1 or last else model.no_sync()
 
 
@@ -1464,18 +1503,22 @@ def load_checkpoint(path):
         raise UserError(f"{path}: not a readable checkpoint ({why})") from error
 
 
-def open_trained(source, script, keys, build, state=None):
-    """(cfg, model, state) of a checkpoint of `script` that has `keys`: build(state)
-    -> (cfg, model), here loaded. state: the checkpoint, where it has been read.
+def open_trained(cfg, script, settings, more, build, state=None):
+    """(cfg, model, state) of --init, a checkpoint of `script`: cfg with the checkpoint's own
+    `settings`, of which build(cfg, state) makes the model, here loaded. more: what else the state
+    must have. state: the checkpoint, where it has been read.
 
     UserError, one line that names the file, where it is damaged, another script's, or of a version
-    whose settings or weights differ; and where `build` refuses, which may check the settings.
+    whose settings or weights differ; where `build` refuses, which may check the settings; and where
+    --task lacks what it reads.
     """
+    source = cfg.init
     state = load_checkpoint(source) if state is None else state
-    if not isinstance(state, dict) or not {"model", "config", *keys} <= set(state):
+    if not isinstance(state, dict) or not {"model", "config", *more} <= set(state):
         raise UserError(f"{source}: not a checkpoint of {script}")
     try:
-        cfg, model = build(state)
+        cfg = dataclasses.replace(cfg, **{name: state["config"][name] for name in settings})
+        model = build(cfg, state)
         model.load_state_dict(state["model"])
     except torch.OutOfMemoryError:  # a RuntimeError that is no fault of the file
         raise
@@ -1484,6 +1527,10 @@ def open_trained(source, script, keys, build, state=None):
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{source}: not a checkpoint of this version of {script} ({why})") from None
+    if cfg.task == "predict" and not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
+    if cfg.task in ("eval", "features") and not cfg.val_list:
+        raise UserError(f"--task {cfg.task} needs --val-list")
     return cfg, model.eval(), state
 
 
@@ -1550,6 +1597,57 @@ class Meter:
             self.sums.copy_(sums)
 
 
+class Failures:
+    """The videos of an epoch that could not be read, over workers and ranks: too
+    many of them end the run."""
+
+    def __init__(self, n, fraction):
+        self.limit = max(1, int(fraction * n))
+        self.new = []
+        self.lines = {}  # {video: why} of this epoch
+        self.epoch = 0
+
+    def add(self, batch, size):
+        """Note a training batch's failures; UserError where even its
+        replacements could not be read."""
+        self.new += batch.failures
+        if len(batch.labels) < size:
+            raise UserError(
+                f"no replacement found for a clip (--max-bad): {'; '.join(batch.failures[:3])}"
+            )
+
+    def collect(self, ctx, epoch):
+        """Exchange the failures since the last call; every rank calls it, at an epoch's end at the
+        latest. Returns a line of each video that is new in this epoch; UserError past the limit."""
+        if epoch != self.epoch:
+            self.lines = {}
+            self.epoch = epoch
+        found = {}
+        for part in ctx.gather(self.new):
+            for line in part:
+                video, _, _ = line.partition(": ")
+                found[video] = line
+        new = {video: line for video, line in found.items() if video not in self.lines}
+        self.new = []
+        self.lines |= new
+        if len(self.lines) > self.limit:
+            raise UserError(
+                f"{len(self.lines)} videos could not be read in epoch {epoch}, "
+                f"more than the {self.limit} that --max-bad allows: "
+                f"{'; '.join([*self.lines.values()][:5])}"
+            )
+        return list(new.values())
+
+    def unread(self, ctx):
+        """An evaluation's lines of what could not be read, which are printed; every rank must call
+        it."""
+        lines = self.collect(ctx, 0)
+        if ctx.rank == 0:
+            for line in lines:
+                print(f"unreadable, not scored: {line}")
+        return lines
+
+
 def versions():
     return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
@@ -1570,10 +1668,10 @@ class Run:
     between two steps; a second Ctrl-C kills.
     """
 
-    def __init__(self, cfg, ctx, name):
+    def __init__(self, cfg, ctx):
         self.cfg = cfg
         self.ctx = ctx
-        self.folder = Path(cfg.out or f"runs/{name}-{cfg.recipe}")
+        self.folder = Path(cfg.out)
         self.lists = {}  # digests of what is in them, by their flags' names
         self.batch_size = cfg.batch_size  # for the log's rate; a trainer in stages sets each one's
         self.started = self.saved = self.logged = self.advanced = time.time()
@@ -1817,9 +1915,9 @@ class Run:
 class Trainer(Run):
     """A run's training: its state, and what its loop has to do beside the method.
 
-        run = Trainer(cfg, ctx, "sfa", train_list=videos)   # new, or goes on
+        run = Trainer(cfg, ctx, train_list=videos)          # new, or goes on
         run.prepare(net, optimizer, classes=names)          # weights; compiled, over ranks
-        run.begin(batches, failures, stop=stage.stop, ...)  # a stage: its batches, its steps
+        run.begin(batches, stop=stage.stop, ...)            # a stage: its batches, its steps
         while run.step < run.stop:
             for batch in run.micro_batches():               # counts waits, unreadable videos
                 with run.forward():                         # autocast
@@ -1835,10 +1933,10 @@ class Trainer(Run):
     evaluated, what is best, and what a script adds.
     """
 
-    def __init__(self, cfg, ctx, name, names=("loss",), at=None, **lists):
+    def __init__(self, cfg, ctx, names=("loss",), at=None, **lists):
         """names: the values a clip that `backward` is given, the loss first. at: what a script
         counts, as it is at the start. lists: see `resume`."""
-        super().__init__(cfg, ctx, name)
+        super().__init__(cfg, ctx)
         self.videos = lists["train_list"]
         self.meter = Meter(ctx.device, *names)
         self.at = {"step": 0, "evaluated": 0, "best": -math.inf, "skipped": 0, "last": {}}
@@ -1870,26 +1968,26 @@ class Trainer(Run):
         self.model = None  # the one of the stage before lets go of the parameters first
         self.model = self.ctx.wrap(net)
 
-    def begin(self, batches, failures, batch_size, micro_batch, epoch_steps, stop, total, start=0,
-              epoch_zero=0, eval_every=1):  # fmt: skip
-        """Start, or go on, to train up to step `stop` of `total`
+    def begin(self, batches, batch_size, micro_batch, epoch_steps, stop, total=0, start=0,
+              epoch_zero=0):  # fmt: skip
+        """Start, or go on, to train up to step `stop` of `total` (0: it is the last)
         on `batches`, a rank's micro-batches.
 
-        batch_size: clips a step over all ranks. failures: a data.Failures. Epochs have
-        `epoch_steps` steps, counted from step `epoch_zero`, and end with a checkpoint. Evaluations
-        are `eval_every` epochs apart, and come after step `start`.
+        batch_size: clips a step over all ranks. Epochs have `epoch_steps` steps, counted from step
+        `epoch_zero`, and end with a checkpoint. Evaluations are --eval-every epochs apart, and come
+        after step `start`.
         """
         self.batches = batches
-        self.failures = failures
+        self.failures = Failures(len(self.videos), self.cfg.max_bad)
         self.batch_size = batch_size
         self.micro_batch = micro_batch
         self.accumulation = batch_size // self.ctx.world // micro_batch
         self.start = start
         self.stop = stop
-        self.total = total
+        self.total = total or stop
         self.epoch_steps = epoch_steps
         self.epoch_zero = epoch_zero
-        self.eval_steps = max(1, round(eval_every * epoch_steps))
+        self.eval_steps = max(1, round(self.cfg.eval_every * epoch_steps))
 
     @property
     def step(self):
@@ -1897,20 +1995,22 @@ class Trainer(Run):
         return self.at["step"]
 
     def micro_batches(self):
-        """Yields this rank's micro-batches of a step. Ranks exchange gradients in the
-        last one's backward pass only."""
+        """Yields this rank's micro-batches of a step."""
         self.indices = []
         for i in range(self.accumulation):
             batch = next(self.batches)
             self.wait(batch.waited)
             self.failures.add(batch, self.micro_batch)
             self.indices.append(batch.index)
-            with self.ctx.sync(self.model, last=i == self.accumulation - 1):
-                yield batch
+            self.last = i == self.accumulation - 1
+            yield batch
 
+    @contextlib.contextmanager
     def forward(self):
-        """Context of a forward pass and its loss: half precision where --precision says so."""
-        return self.ctx.autocast()
+        """Context of a micro-batch's forward pass and loss: half precision where --precision says
+        so. Ranks exchange gradients in the backward pass of a step's last one only."""
+        with self.ctx.sync(self.model, self.last), self.ctx.autocast():
+            yield
 
     def backward(self, loss, *values):
         """Add to the gradients what this micro-batch has of the global batch's mean loss.
@@ -1923,11 +2023,6 @@ class Trainer(Run):
         mean = loss.sum() * poison * self.ctx.world / self.batch_size
         self.scaler.scale(mean).backward()
         self.note(loss, *values)
-
-    def cached_backward(self, encode, batches, loss_fn):
-        """The same for a loss over the whole global batch: see `cached_step`.
-        -> losses, own losses: [B] each."""
-        return cached_step(self.ctx, self.model, encode, batches, loss_fn, self.scaler)
 
     def note(self, loss, *values):
         """Give the log [B] values of the clips that were fetched since the last note."""
@@ -2096,82 +2191,55 @@ def cached_step(ctx, model, encode, batches, loss_fn, scaler):
     return losses[start : start + own].detach(), torch.cat(own_losses)
 
 
-# ---- 10. Tasks: evaluation, prediction, features -------------------------------------------------
-# What the tasks beside training share. Each takes a rank's part of a list, and what it yields a
-# batch at a time; the numbers are those of all ranks. A video that could not be read is named, and
-# counted in no result.
+# ---- 10. Evaluation ------------------------------------------------------------------------------
+# Each rank evaluates its part of a list; the numbers are those of all ranks. A video that could not
+# be read is named, and counted in no result. (Predictions and features: data.py, Tasks.)
 
 
-class Sums:
-    """An evaluation's sums by name, over this rank's batches, and at the end over all ranks."""
+class Evaluation:
+    """Means by name of what is added for each video of a list, over all ranks; and in `failures`
+    the videos that could not be read."""
 
-    def __init__(self, ctx, *names):
+    def __init__(self, cfg, ctx, videos):
         self.ctx = ctx
-        zero = torch.zeros((), dtype=torch.float64, device=ctx.device)
-        self.sums = {name: zero.clone() for name in names}
+        self.failures = Failures(len(videos), cfg.max_bad)
+        self.sums = {}  # on the device
+        self.counts = Counter()
 
     def add(self, name, values):
-        """values: a tensor, an array or a number."""
-        self.sums[name] += torch.as_tensor(values).double().sum()
+        """values: [B], one a video."""
+        self.sums[name] = self.sums.get(name, 0.0) + values.double().sum()
+        self.counts[name] += len(values)
 
-    def read(self):
-        """{name: number}; every rank must call it."""
-        totals = self.ctx.sum(torch.stack([*self.sums.values()]))
-        return dict(zip(self.sums, totals.tolist(), strict=True))
+    def add_hits(self, scores, labels, suffix=""):
+        """Top-1 and top-k in % (k = 5, or all classes if fewer): scores [B, classes], labels
+        [B]."""
+        k = min(5, scores.shape[1])
+        hits = 100 * (scores.topk(k).indices == labels[:, None])  # [B, k]
+        self.add(f"top1{suffix}", hits[:, 0])
+        self.add(f"top{k}{suffix}", hits.amax(1))
 
-
-@torch.no_grad()
-def run_model(call, batches, ctx):
-    """Yields (index int64 [B], call(clips)) of each batch."""
-    for batch in batches:
-        with ctx.autocast():
-            output = call(batch.clips)
-        yield batch.index, output
-
-
-def write_features(folder, shape, parts, failures, ctx):
-    """Write folder/features.npy, float32 [videos, width], over all ranks; NaN for videos
-    that could not be read.
-
-    parts yields this rank's (index int64 [B], vectors [B, width]); failures is
-    the data.Failures that it fills.
-    """
-    path = Path(folder) / "features.npy"
-    if ctx.rank == 0:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new_array(path, shape, np.float32, np.nan)
-    ctx.barrier()
-    rows = np.lib.format.open_memmap(path, "r+")  # [videos, width]
-    for index, vectors in parts:
-        rows[index[: len(vectors)].numpy()] = vectors.float().cpu().numpy()
-    rows.flush()
-    unread = failures.collect(ctx, 0)
-    if ctx.rank == 0:
-        missing = f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""
-        print(f"{path}: {shape[0]} x {shape[1]}{missing}")
+    def result(self, name="val"):
+        """{name_score: mean}; name_clips videos count, name_unread could not be read. Every rank
+        must call it."""
+        unread = self.failures.unread(self.ctx)
+        sums = Counter()
+        counts = Counter()
+        own = {score: total.item() for score, total in self.sums.items()}
+        for others, numbers in self.ctx.gather((own, self.counts)):
+            sums.update(others)
+            counts.update(numbers)
+        if not counts:
+            raise UserError(f"--val-list: no video could be read: {'; '.join(unread[:3])}")
+        means = {f"{name}_{score}": total / counts[score] for score, total in sums.items()}
+        return means | {f"{name}_clips": max(counts.values()), f"{name}_unread": len(unread)}
 
 
-def print_predictions(videos, parts, classes, failures):
-    """Print the five likeliest classes of each video. UserError names what could not be read.
-
-    videos: a VideoList. parts yields (index int64 [B], shares [B, classes]); failures is the
-    data.Failures that it fills.
-    """
-    for index, shares in parts:
-        shares, order = shares.sort(-1, descending=True)
-        for i, share, best in zip(index.tolist(), shares.tolist(), order.tolist(), strict=False):
-            words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
-            print(f"{videos.video(i)}: {', '.join(words)}")
-    if failures.new:
-        raise UserError("; ".join(failures.new))
-
-
-def print_result(source, path, result, ctx, how=""):
-    """Print what --task eval found: source, the checkpoint; path, the list; how, in words."""
+def print_result(cfg, ctx, result, how=""):
+    """Print what --task eval found; how, in words."""
     if ctx.rank == 0:
         words = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
-        print(f"{source} on {path}{how}: {words}")
+        print(f"{cfg.init} on {cfg.val_list}{how}: {words}")
 
 
 # ---- 11. Counting, for --plan --------------------------------------------------------------------
@@ -2252,17 +2320,28 @@ class Phase(NamedTuple):
     flag: str = "--micro-batch"  # that sets `micro`
 
 
-def state_bytes(trained, frozen=0, optimizer="adamw", half=True):
+def parameter_count(module, trained=None):
+    """How many parameters a module has; trained: of those that are trained, or are not."""
+    return sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
+
+
+def state_bytes(cfg, trained, frozen=0, optimizer="adamw"):
     """Bytes of a model's state: of a trained parameter weight, gradient, AdamW's two moments or
     SGD's one, autocast's copy of the weight in half precision (a bucket that GPUs exchange is the
     gradients themselves); of a frozen one the weight, in half precision the copy too. trained,
     frozen: numbers of parameters."""
     moments = {"adamw": 8, "sgd": 4}[optimizer]
-    copy = 2 if half else 0
+    copy = 0 if cfg.precision == "fp32" else 2
     return trained * (8 + moments + copy) + frozen * (4 + copy)
 
 
-def block_bytes(block, depth, shape, *args, half=True, grad_checkpoint=False):
+def on_cpu(module):
+    """A copy of a module, which may be on the meta device, to measure on the CPU; its values are
+    whatever they are."""
+    return copy.deepcopy(module).to_empty(device="cpu")
+
+
+def block_bytes(cfg, block, depth, shape, *args):
     """Bytes that `depth` blocks like `block` hold of one clip in training, inputs
     [1, *shape] with shape (N, D).
 
@@ -2270,14 +2349,16 @@ def block_bytes(block, depth, shape, *args, half=True, grad_checkpoint=False):
     that autocast's copies of weights don't count. Recomputed blocks keep their inputs. One block
     more is at work, in backward, with gradients that are a third of what it saved.
     """
+    half = cfg.precision != "fp32"
     dtype = torch.bfloat16 if half else torch.float32  # of a block's input: see run_blocks
+    block = on_cpu(block)
     saved = []
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         for clips in (1, 2):
             x = torch.randn(clips, *shape, dtype=dtype, requires_grad=True)
             saved.append(saved_bytes(block, x, *args))
     one = saved[1] - saved[0]
-    kept = dtype.itemsize * math.prod(shape) if grad_checkpoint else one
+    kept = dtype.itemsize * math.prod(shape) if cfg.grad_checkpoint else one
     return depth * kept + one * 4 / 3
 
 
@@ -2304,12 +2385,3 @@ def print_memory(cfg, phases):
             f"{per_gpu // micro} times a step: {gigabytes:.1f} GB a GPU, an estimate; "
             f"largest {phase.flag} in {', '.join(fits)}"
         )
-
-
-def check_gpus(cfg):
-    """UserError where --gpus or --gpu-gb, which print_memory reads, make no sense."""
-    if cfg.gpus < 1:
-        raise UserError("--gpus must be above 0")
-    for card in cfg.gpu_gb:
-        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", card) or not float(card):
-            raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 24")

@@ -56,6 +56,7 @@ from tqdm import tqdm
 from common import (
     LIST_SPEED,
     LOADER_ADVICE,
+    Failures,
     UserError,
     gather_tokens,
     gpu_clips,
@@ -65,6 +66,7 @@ from common import (
     replacing,
     uniform,
     unpatchify,
+    writing,
 )
 
 try:
@@ -464,17 +466,18 @@ class Captions:
         first, stop = self._ends[index], self._ends[index + 1]
         return self.texts[first + int(u * (stop - first))]
 
-    def check_left_out(self, share):
-        """A note on the rows that were left out, "" if there is none. They are as unreadable videos
-        are: UserError where there are more than one and more than this share (--max-bad), or no
-        others."""
+    def check_left_out(self, share, ctx=None):
+        """What rows were left out is printed, where there is a Context. They are as unreadable
+        videos are: UserError where there are more than one and more than this share (--max-bad), or
+        no others."""
         if not self.left_out:
-            return ""
+            return
         n = len(self) + len(self.left_out)
         found = f"{self.left_out[0]} ({len(self.left_out)} such of {n} rows"
         if len(self.left_out) > max(1, int(share * n)) or not len(self):
             raise UserError(f"{found}, --max-bad {share:g})")
-        return f"left out: {found})"
+        if ctx and ctx.rank == 0:
+            print(f"left out: {found})")
 
 
 def read_captions(paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions):
@@ -670,6 +673,18 @@ def need_list(flag, path, ctx, what="a file of one video a line, `path label` or
             except OSError as error:
                 raise UserError(f"can't make the toy videos: {error}") from None
         ctx.barrier()
+
+
+def need_lists(cfg, ctx, *what):
+    """need_list of both lists of a training."""
+    need_list("--train-list", cfg.train_list, ctx, *what)
+    need_list("--val-list", cfg.val_list, ctx, *what)
+
+
+def need_classes(videos):
+    """UserError where a classifier has nothing to tell apart."""
+    if len(videos.classes) < 2:
+        raise UserError(f"{videos.path}: all videos are of one class; a classifier needs two")
 
 
 def need_videos(videos, max_bad, root="--data-root"):
@@ -2055,7 +2070,7 @@ def open_video(path, reader=Video):
 # processes do so ahead of the steps, in an order that a step's number gives. What watches over
 # these processes may be skipped, `_end_workers` and `_start_worker`, `_watched` and
 # `_trouble`: it turns one that hangs or dies into a message. To lift: ClipDataset,
-# GlobalBatches, make_loader, Failures.
+# GlobalBatches, make_loader; common.Failures.
 
 # seconds that a loader process may spend on one video before the run stops and names it
 LOADER_PATIENCE = 300.0
@@ -2264,7 +2279,7 @@ def every_sample(n, batch_size, rank=0, world=1):
     return [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
 
 
-def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx, augment=None):
+def training_batches(cfg, ctx, dataset, batch_size, micro_batch, start, stop, augment=None):
     """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see
     GlobalBatches. augment: see make_loader."""
     views = dataset.views  # clips of a video, which stay together
@@ -2278,20 +2293,21 @@ def training_batches(dataset, batch_size, micro_batch, start, stop, workers, ctx
         ctx.rank,
         ctx.world,
     )
-    return make_loader(dataset, order, workers, ctx.device, augment)
+    return make_loader(dataset, order, cfg.workers, ctx.device, augment)
 
 
-def test_batches(dataset, clips, workers, ctx, failures, shared=True):
+def test_batches(cfg, ctx, dataset, failures, shared=True):
     """Yields batches, on the device, that hold each readable video once, view by view, at most
-    `clips` at a time. What can't be read goes to `failures`.
+    --micro-batch clips at a time. What can't be read goes to `failures`.
 
     shared: all ranks have the same videos, and each takes its part of
     them; else a rank has its own.
     """
+    clips = cfg.micro_batch or cfg.batch_size // ctx.world
     rank = ctx.rank if shared else 0
     world = ctx.world if shared else 1
     order = every_sample(len(dataset), max(1, clips // dataset.views), rank, world)
-    for batch in make_loader(dataset, order, workers, ctx.device):
+    for batch in make_loader(dataset, order, cfg.workers, ctx.device):
         failures.new += batch.failures
         if len(batch.labels):
             yield batch
@@ -2475,46 +2491,54 @@ def _ahead(batches, device):
         ready = following
 
 
-class Failures:
-    """The videos of an epoch that could not be read, over workers and ranks: too
-    many of them end the run."""
+# --------------------------------------------------------------------------------------------------
+# Tasks
+# --------------------------------------------------------------------------------------------------
+# What a trained model is asked beside its metric: features and predictions. `call` is what the
+# model says of a Batch, a row a video.
 
-    def __init__(self, n, fraction):
-        self.limit = max(1, int(fraction * n))
-        self.new = []
-        self.lines = {}  # {video: why} of this epoch
-        self.epoch = 0
 
-    def add(self, batch, size):
-        """Note a training batch's failures; UserError where even its
-        replacements could not be read."""
-        self.new += batch.failures
-        if len(batch.labels) < size:
-            raise UserError(
-                f"no replacement found for a clip (--max-bad): {'; '.join(batch.failures[:3])}"
-            )
+@torch.no_grad()
+def each_video(cfg, ctx, dataset, call, failures):
+    """Yields (index int64 [B], call(batch) [B, ...]) of this rank's part of the videos."""
+    for batch in test_batches(cfg, ctx, dataset, failures):
+        with ctx.autocast():
+            output = call(batch)
+        yield batch.index[: len(output)], output
 
-    def collect(self, ctx, epoch):
-        """Exchange the failures since the last call; every rank calls it, at an epoch's end at the
-        latest. Returns a line of each video that is new in this epoch; UserError past the limit."""
-        if epoch != self.epoch:
-            self.lines = {}
-            self.epoch = epoch
-        found = {}
-        for part in ctx.gather(self.new):
-            for line in part:
-                video, _, _ = line.partition(": ")
-                found[video] = line
-        new = {video: line for video, line in found.items() if video not in self.lines}
-        self.new = []
-        self.lines |= new
-        if len(self.lines) > self.limit:
-            raise UserError(
-                f"{len(self.lines)} videos could not be read in epoch {epoch}, "
-                f"more than the {self.limit} that --max-bad allows: "
-                f"{'; '.join([*self.lines.values()][:5])}"
-            )
-        return list(new.values())
+
+def write_features(cfg, ctx, dataset, call, width):
+    """--task features: the run folder's features.npy, float32 [videos, width], in the list's order;
+    NaN for videos that could not be read. call(batch) -> [B, width]."""
+    path = Path(cfg.out) / "features.npy"
+    shape = len(dataset), width
+    if ctx.rank == 0:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new_array(path, shape, np.float32, np.nan)
+    ctx.barrier()
+    rows = np.lib.format.open_memmap(path, "r+")  # [videos, width]
+    failures = Failures(len(dataset), cfg.max_bad)
+    for index, vectors in each_video(cfg, ctx, dataset, call, failures):
+        rows[index.numpy()] = vectors.float().cpu().numpy()
+    rows.flush()
+    unread = failures.collect(ctx, 0)
+    if ctx.rank == 0:
+        missing = f"; NaN for {len(unread)}: {'; '.join(unread)}" if unread else ""
+        print(f"{path}: {shape[0]} x {shape[1]}{missing}")
+
+
+def print_predictions(cfg, ctx, dataset, call, classes):
+    """--task predict: print the five likeliest classes of each video. call(batch) -> probabilities
+    [B, classes]. UserError names what could not be read."""
+    failures = Failures(len(dataset), 1.0)
+    for index, shares in each_video(cfg, ctx, dataset, call, failures):
+        shares, order = shares.sort(-1, descending=True)
+        for i, share, best in zip(index.tolist(), shares.tolist(), order.tolist(), strict=True):
+            words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
+            print(f"{dataset.videos.video(i)}: {', '.join(words)}")
+    if failures.new:
+        raise UserError("; ".join(failures.new))
 
 
 # --------------------------------------------------------------------------------------------------

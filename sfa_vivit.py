@@ -201,18 +201,14 @@ class Config(common.RunConfig):
 
     model: str = opt("vivit_l", "model size (Sec. 4.2)", list(MODELS))
     temporal_depth: int = opt(
-        0,
-        "layers of the temporal transformer; 0: as the model and the recipe have",
-        within="[0, inf)",
+        0, "layers of the temporal transformer; 0: as the model and the recipe have"
     )
     gelu: str = opt(
         "exact",
         "exact, as the hub's and timm's ViTs; tanh: its approximation (scenic)",
         ["exact", "tanh"],
     )
-    head_std: float = opt(
-        0.0, "standard deviation of the classifier's weights at init (scenic: 0)", within="[0, inf)"
-    )
+    head_std: float = opt(0.0, "standard deviation of the classifier's weights at init (scenic: 0)")
     stages: str = opt(
         "8:35,64:35", "frames:epochs of each stage, such as 8:30,32:10,128:10 (Sec. 3.2, App. D)"
     )
@@ -243,13 +239,11 @@ class Config(common.RunConfig):
         128, "clips per optimizer step over all ranks (Table 7)", within="[1, inf)"
     )
     optimizer: str = opt("sgd", "sgd: with momentum 0.9 (Table 7)", ["sgd", "adamw"])
-    lr: float = opt(0.5, "peak learning rate (Table 7's base one), as used", within="[0, inf)")
-    min_lr: float = opt(0.0, "learning rate at the end of the cosine (scenic)", within="[0, inf)")
-    warmup_epochs: float = opt(
-        2.5, "epochs of linear warm-up, of each stage (Table 7)", within="[0, inf)"
-    )
-    weight_decay: float = opt(0.0, "weight decay (scenic)", within="[0, inf)")
-    clip_grad: float = opt(1.0, "largest gradient norm; 0: not clipped (scenic)", within="[0, inf)")
+    lr: float = opt(0.5, "peak learning rate (Table 7's base one), as used")
+    min_lr: float = opt(0.0, "learning rate at the end of the cosine (scenic)")
+    warmup_epochs: float = opt(2.5, "epochs of linear warm-up, of each stage (Table 7)")
+    weight_decay: float = opt(0.0, "weight decay (scenic)")
+    clip_grad: float = opt(1.0, "largest gradient norm; 0: not clipped (scenic)")
     drop_path: float = opt(
         0.0,
         "stochastic layer drop of the last block, rising linearly (Table 7)",
@@ -258,7 +252,7 @@ class Config(common.RunConfig):
     label_smoothing: float = opt(
         0.0, "share of a label spread over all classes (Table 7)", within="[0, 0.99]"
     )
-    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (Table 7)", within="[0, inf)")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (Table 7)")
     colour_jitter: float = opt(0.0, "probability of colour jitter (Table 7)", within="[0, 1]")
     rand_augment: float = opt(
         0.0, "magnitude of 2 layers of RandAugment, scenic's; 0: off (Table 7)", within="[0, 20]"
@@ -286,15 +280,16 @@ class Config(common.RunConfig):
     )
 
     max_steps: int = opt(
-        0,
-        "number of optimizer steps of each stage instead of its epochs; 0: by epochs",
-        within="[0, inf)",
+        0, "number of optimizer steps of each stage instead of its epochs; 0: by epochs"
     )
     eval_every: float = opt(
         1, "epochs between evaluations; a stage's last step is always evaluated", within="[1, inf)"
     )
     gpus: int = opt(
-        64, "GPUs that --plan counts memory for (the paper: 64 TPUs of 16 GB)", free=True
+        64,
+        "GPUs that --plan counts memory for (the paper: 64 TPUs of 16 GB)",
+        free=True,
+        within="[1, inf)",
     )
     gpu_gb: tuple = opt(
         ("11", "16", "24", "80"),
@@ -801,46 +796,32 @@ def fit_positions(cfg, net, weights):
 
 
 @torch.no_grad()
-def evaluate(model, batches, failures, heads, ctx, views=1, name="val", draw=None):
+def evaluate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", draw=None):
     """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each
-    alone (Table 6); and the loss (Fig. 4). Every readable video counts once, at any number of
-    ranks; `unread` of them could not be.
+    alone (Table 6); and the loss (Fig. 4). The logits of a video's `views`, (clips, squares) of
+    `frames` frames, are averaged (scenic). Every readable video of a list counts once, at any
+    number of ranks; `unread` of them could not be.
 
-    batches: of test clips, on the device, view by view; the logits of a video's `views` are
-    averaged (scenic). failures: what they fill. heads: numbers of classes. draw(model, clips): a
-    picture of the first ones.
+    heads: numbers of classes. draw(net, clips): a picture of the first ones.
     """
-    model.eval()
-    k = min(5, math.prod(heads))
-    alone = ["verb", "noun"] if len(heads) == 2 else []
-    sums = common.Sums(ctx, "clips", "loss", "top1", f"top{k}", *alone)
-    for batch in batches:
+    found = common.Evaluation(cfg, ctx, videos)
+    net.eval()
+    for batch in data.test_batches(cfg, ctx, clips_of(cfg, videos, frames, views), found.failures):
         with ctx.autocast():
-            logits = model(batch.clips)  # [V B, classes]
+            logits = net(batch.clips)  # [V B, classes]
             if draw:
-                draw(model, batch.clips[:4])
+                draw(net, batch.clips[:4])
                 draw = None
-        logits = logits.float().unflatten(0, (views, -1)).mean(0)  # [B, classes]
+        logits = logits.float().unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
-        hits = joint_scores(logits, heads).topk(k).indices == labels[:, None]  # [B, k]
-        sums.add("clips", len(labels))
-        sums.add("loss", vivit_loss(logits, soft_targets(labels, heads, 0.0), heads))
-        sums.add("top1", hits[:, 0])
-        sums.add(f"top{k}", hits.any(1))
-        if alone:
-            parts = zip(alone, logits.split(heads, 1), head_labels(labels, heads), strict=True)
-            for word, scores, own in parts:
-                sums.add(word, scores.argmax(1) == own)
-    unread = failures.collect(ctx, 0)
-    found = sums.read()
-    model.train()
-    clips = found.pop("clips")
-    loss = found.pop("loss")
-    if not clips:
-        raise UserError(f"--val-list: no video could be read: {'; '.join(unread[:3])}")
-    result = {f"{name}_{word}": 100 * hits / clips for word, hits in found.items()}
-    result |= {f"{name}_loss": loss / clips, f"{name}_clips": int(clips)}
-    return result | {f"{name}_unread": len(unread)}
+        found.add_hits(joint_scores(logits, heads), labels)
+        if len(heads) == 2:
+            parts = zip(logits.split(heads, 1), head_labels(labels, heads), strict=True)
+            for word, (scores, own) in zip(("verb", "noun"), parts, strict=True):
+                found.add(word, 100 * (scores.argmax(1) == own))
+        found.add("loss", vivit_loss(logits, soft_targets(labels, heads, 0.0), heads))
+    net.train()
+    return found.result(name)
 
 
 def write_attention(model, clips, path):
@@ -893,10 +874,9 @@ def block_memory(cfg):
     """A function of (depth, tokens): the bytes that so many blocks hold of one sequence. It
     measures each pair once."""
     spec = MODELS[cfg.model]
-    half = cfg.precision != "fp32"
-    block = Block(spec["width"], spec["heads"], spec["mlp"] / spec["width"], kind="sdpa")
-    measure = partial(common.block_bytes, block, half=half, grad_checkpoint=cfg.grad_checkpoint)
-    return cache(lambda depth, tokens: measure(depth, (tokens, spec["width"])))
+    width = spec["width"]
+    block = Block(width, spec["heads"], spec["mlp"] / width, kind="sdpa")
+    return cache(lambda depth, tokens: common.block_bytes(cfg, block, depth, (tokens, width)))
 
 
 def memory_model(cfg, net, stage, blocks):
@@ -908,10 +888,9 @@ def memory_model(cfg, net, stage, blocks):
     one block.
     """
     net.enter(stage)
-    half = cfg.precision != "fp32"
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    kept = sum(p.numel() for p in net.parameters()) - trained
-    fixed = common.state_bytes(trained, kept, cfg.optimizer, half)
+    trained = common.parameter_count(net, trained=True)
+    kept = common.parameter_count(net, trained=False)
+    fixed = common.state_bytes(cfg, trained, kept, cfg.optimizer)
     augmented = cfg.rand_augment or cfg.colour_jitter
     a_step = common.pixel_bytes(augmented, cfg.mixup) * TUBELET * 3 * cfg.size**2
     a_step += blocks(len(net.temporal.blocks), 64) / 64  # as of 64 time steps
@@ -919,7 +898,7 @@ def memory_model(cfg, net, stage, blocks):
         a_step += 3 * 4 * net.width  # its input, its hidden layer before and after the GELU
     if "spatial" in stage.frozen:
         fixed += cfg.spatial_chunk * blocks(0, 1 + net.tokens)
-        if half:
+        if cfg.precision != "fp32":
             fixed -= 4 * kept  # in half alone: without the 4 bytes of float32
     else:
         a_step += blocks(len(net.spatial.blocks), 1 + net.tokens)
@@ -965,7 +944,7 @@ def print_plan(cfg):
         )
         fixed, a_step = memory_model(cfg, net, stage, blocks)
         clip = stage.frames // TUBELET * a_step
-        group = 2 if cfg.mixup else 1
+        group = common.clips_together(cfg)
         phases.append(common.Phase(name, cfg.batch_size, cfg.micro_batch, fixed, clip, group))
     print(
         f"cost      {' + '.join(f'{share:.3f}' for share in shares)} = {sum(shares):.3f} of "
@@ -980,7 +959,7 @@ def print_model(name, net):
     """The parameters of each part of the model."""
 
     def millions(part):
-        return sum(p.numel() for p in part.parameters()) / 1e6
+        return common.parameter_count(part) / 1e6
 
     parts = {
         "spatial": millions(net.patch_embed) + millions(net.spatial),
@@ -1043,14 +1022,11 @@ def print_table_4(cfg, net, lengths, kinds, blocks):
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
-    common.check_ranges(cfg)
+    common.check_flags(cfg, MODELS[cfg.model]["patch"])
     try:
         stages = stages_of(cfg, 1)
     except ValueError as error:
         raise UserError(str(error)) from None
-    patch = MODELS[cfg.model]["patch"]
-    if cfg.size < patch or cfg.size % patch:
-        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {patch} pixels")
     for stage in stages:
         if stage.frames % TUBELET:
             raise UserError(
@@ -1067,11 +1043,6 @@ def check(cfg):
             "weights or a stage 1's checkpoint, or train a stage 1 (--freeze later); --init random "
             "if that is what you want"
         )
-    if cfg.min_lr > cfg.lr:
-        raise UserError(
-            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
-        )
-    common.check_gpus(cfg)
     pretrained = [name for name in RECIPES if name != "toy"]
     common.need_init(cfg, pretrained, "an image ViT's weights (.npz or hub folder), or a stage 1's")
 
@@ -1095,24 +1066,16 @@ def read_list(cfg, ctx, path, classes=None):
     to."""
     if cfg.labels == "epic":
         videos = read_epic(path, cfg.data_root, cfg.max_bad)
-        if videos.left_out and ctx.rank == 0:
-            print(videos.check_left_out(cfg.max_bad))
+        videos.check_left_out(cfg.max_bad, ctx)
         return videos
     return data.VideoList(path, cfg.data_root, 0 if classes else cfg.num_classes, classes)
 
 
 def open_lists(cfg, ctx):
     """(training, validation) lists."""
-    data.need_list("--train-list", cfg.train_list, ctx)
-    data.need_list("--val-list", cfg.val_list, ctx)
+    data.need_lists(cfg, ctx)
     videos = read_list(cfg, ctx, cfg.train_list)
-    if len(videos.classes) < 2:
-        raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
-    if len(videos) < cfg.batch_size:
-        raise UserError(
-            f"{cfg.train_list}: {len(videos)} videos are less than one --batch-size of "
-            f"{cfg.batch_size}"
-        )
+    data.need_classes(videos)
     val_videos = read_list(cfg, ctx, cfg.val_list, videos.classes)
     data.need_videos(val_videos, cfg.max_bad)
     return videos, val_videos
@@ -1136,79 +1099,54 @@ def clips_of(cfg, videos, frames, views=None):
     )
 
 
-def test_batches(cfg, ctx, videos, frames, views, failures):
-    """Batches of the views of each readable video, once over all ranks."""
-    clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    dataset = clips_of(cfg, videos, frames, views)
-    return data.test_batches(dataset, clips, cfg.workers, ctx, failures)
-
-
-def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", draw=None):
-    """`evaluate` a list, in the `views` of each of its videos."""
-    failures = data.Failures(len(videos), cfg.max_bad)
-    batches = test_batches(cfg, ctx, videos, frames, views, failures)
-    return evaluate(net, batches, failures, heads, ctx, math.prod(views), name, draw)
-
-
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape and its crops read from its own
     checkpoint."""
-    folder = cfg.out or f"runs/sfa-{cfg.recipe}"
-    source = cfg.init or f"{folder}/best.pt"
-    shape = "model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels"
+    settings = "model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels"
 
-    def saved(state):
-        own = replace(cfg, **{key: state["config"][key] for key in shape})
-        return own, build(own, heads_of(own, state["classes"]), Stage(*state["stage"]))
+    def saved(own, state):
+        heads = heads_of(own, state["classes"])
+        return build(own, heads, Stage(*state["stage"])).to(ctx.device)
 
-    cfg, net, state = common.open_trained(source, "sfa_vivit.py", ("classes", "stage"), saved)
+    more = "classes", "stage"
+    cfg, net, state = common.open_trained(cfg, "sfa_vivit.py", settings, more, saved)
     classes = state["classes"]
     frames = Stage(*state["stage"]).frames
     heads = heads_of(cfg, classes)
-    net = net.to(ctx.device)
     if cfg.task == "predict":
-        if not cfg.input:
-            raise UserError("--task predict needs --input video.mp4 ...")
-        videos = data.VideoList.of(cfg.input)
-        failures = data.Failures(len(cfg.input), 1.0)
-        batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
-        outputs = common.run_model(net, batches, ctx)  # [B, classes] each
-        shares = ((index, joint_scores(logits, heads).exp()) for index, logits in outputs)
-        return common.print_predictions(videos, shares, classes, failures)
-    if not cfg.val_list:
-        raise UserError(f"--task {cfg.task} needs --val-list")
+        clips = clips_of(cfg, data.VideoList.of(cfg.input), frames, (1, 1))
+        shares = lambda batch: joint_scores(net(batch.clips), heads).exp()  # [B, classes]
+        return data.print_predictions(cfg, ctx, clips, shares, classes)
     videos = read_list(cfg, ctx, cfg.val_list, classes)
     if cfg.task == "features":
-        # float32 [videos, D]: CLS of a video's centre clip, in the list's order
-        failures = data.Failures(len(videos), cfg.max_bad)
-        batches = test_batches(cfg, ctx, videos, frames, (1, 1), failures)
-        features = common.run_model(net.encode, batches, ctx)  # [B, D] each
-        return common.write_features(folder, (len(videos), net.width), features, failures, ctx)
+        clips = clips_of(cfg, videos, frames, (1, 1))
+        cls = lambda batch: net.encode(batch.clips)  # [B, D]
+        return data.write_features(cfg, ctx, clips, cls, net.width)
     views = cfg.views, cfg.crops
-    result = validate(cfg, ctx, net, videos, heads, frames, views, "test")
+    result = evaluate(cfg, ctx, net, videos, heads, frames, views, "test")
     how = f", {frames} frames, {cfg.views} x {cfg.crops} views"
-    common.print_result(source, cfg.val_list, result, ctx, how)
+    common.print_result(cfg, ctx, result, how)
 
 
 @common.in_one_line
 def main(cfg):
     check(cfg)
-    cfg = common.without_random(cfg)
+    cfg = common.settled(cfg, "sfa")
     cfg = replace(cfg, temporal_depth=temporal_layers(cfg))  # for the log and the checkpoint
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
     if cfg.task != "train":
         return use(cfg, ctx)
-    micro, accumulation = common.micro_batches(cfg, ctx, pairs=cfg.mixup > 0)
+    micro, accumulation = common.micro_batches(cfg, ctx)
     videos, val_videos = open_lists(cfg, ctx)
     heads = heads_of(cfg, videos.classes)
-    epoch_steps = len(videos) // cfg.batch_size
+    epoch_steps = common.steps_of_epoch(cfg.train_list, len(videos), cfg.batch_size)
     stages = stages_of(cfg, epoch_steps)
     total = stages[-1].stop
 
     at = {"stage": 0, "best": -1.0, "curve": [], "seconds": []}
-    run = common.Trainer(cfg, ctx, "sfa", at=at, train_list=videos, val_list=val_videos)
+    run = common.Trainer(cfg, ctx, at=at, train_list=videos, val_list=val_videos)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, heads, stages[run.at["stage"]]).to(ctx.device)
     if not run.state and (cfg.init or cfg.init_temporal):
@@ -1230,13 +1168,12 @@ def main(cfg):
         steps = stage.stop - stage.start
         enter_stage(cfg, ctx, run, net, stage, videos.classes)
         batches = data.training_batches(
-            clips_of(cfg, videos, stage.frames), cfg.batch_size, micro, run.step, stage.stop,
-            cfg.workers, ctx, augmented,
+            cfg, ctx, clips_of(cfg, videos, stage.frames), cfg.batch_size, micro, run.step,
+            stage.stop, augmented,
         )  # fmt: skip
         run.begin(
-            batches, data.Failures(len(videos), cfg.max_bad), cfg.batch_size, micro, epoch_steps,
+            batches, cfg.batch_size, micro, epoch_steps,
             stop=stage.stop, total=total, start=stage.start, epoch_zero=stage.start,
-            eval_every=cfg.eval_every,
         )  # fmt: skip
         if run.evaluation_due():  # the run was stopped between a step and its evaluation
             evaluate_stage(cfg, ctx, run, val_videos, heads, stage)
@@ -1264,7 +1201,7 @@ def enter_stage(cfg, ctx, run, net, stage, classes):
     torch.manual_seed(cfg.seed)  # for the adapter
     net.enter(stage, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(ctx.precision))
     optimizer = common.optimizer(cfg.optimizer, common.param_groups(net, cfg.weight_decay), cfg.lr)
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    trained = common.parameter_count(net, trained=True)
     run.say(
         f"stage {stage.number + 1}: {stage.frames} frames, frozen: "
         f"{', '.join(stage.frozen) or 'nothing'}; {trained / 1e6:.1f} M parameters train; "
@@ -1279,7 +1216,7 @@ def evaluate_stage(cfg, ctx, run, videos, heads, stage):
     draw = None
     if ctx.rank == 0:
         draw = partial(write_attention, path=run.folder / "attention.png")
-    result = validate(cfg, ctx, run.net, videos, heads, stage.frames, draw=draw)
+    result = evaluate(cfg, ctx, run.net, videos, heads, stage.frames, draw=draw)
     run.at["curve"] = [*run.at["curve"], [run.step - stage.start, result["val_top1"]]]
     also = []
     if run.step == stage.stop:
@@ -1291,7 +1228,7 @@ def evaluate_stage(cfg, ctx, run, videos, heads, stage):
             also = [f"stage{stage.number + 1}.pt"]  # for other stages 2 (--init)
         elif cfg.views * cfg.crops > 1:
             views = cfg.views, cfg.crops
-            result |= validate(cfg, ctx, run.net, videos, heads, stage.frames, views, "test")
+            result |= evaluate(cfg, ctx, run.net, videos, heads, stage.frames, views, "test")
     run.evaluated(result, "val_top1", also=also, stage=stage.number + 1)
 
 

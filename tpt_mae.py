@@ -14,7 +14,7 @@ from the weights of the one before. Then the encoder is fine-tuned to classify.
     Sec. 3.2.1, 3.2.2, the search        search_space, search_schedule (--task search_schedule)
     Sec. 5.3, long and short cycle       Segment, lay_out (--cycle; Table 5)
     Sec. 4, recipe                       Config, RECIPES
-    Sec. 4, sampling and views           sample_clip, count_hits (--test-views)
+    Sec. 4, sampling and views           sample_clip, evaluate (--test-views)
     Table 3, backbones                   DividedBlock, TrajectoryBlock (--backbone)
     Table 6, learning rate cycles        learning_rate (--lr-cycles, --decay)
     Table 7, batch a stage               schedule (--stage-batch)
@@ -101,7 +101,6 @@ int64 [B], number the clips: masks and drop path are hashed from them (common.ma
 
 import math
 import os
-import re
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import combinations, pairwise, product
@@ -112,6 +111,7 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
@@ -200,10 +200,7 @@ class Config(common.RunConfig):
     then_val_list: str = opt("", "its validation videos", free=True)
     then_data_root: str = opt("", "folder that its lists' paths are relative to", free=True)
     then_micro_batch: int = opt(
-        0,
-        "its --micro-batch; 0: its recipe's, and at most this run's",
-        free=True,
-        within="[0, inf)",
+        0, "its --micro-batch; 0: its recipe's, and at most this run's", free=True
     )
     then_of: str = opt("", "set by --then: a digest of the pretraining that the weights are from")
 
@@ -216,20 +213,15 @@ class Config(common.RunConfig):
     budget: float = opt(400.0, "epochs of --budget-frames a clip (Sec. 4)", within="(0, 1e6]")
     budget_frames: int = opt(16, "frames of a clip in the budget (Sec. 3.2.1)", within="(0, 1e6]")
     cycle: str = opt(
-        "long",
-        "each stage once, or in many short rounds (Table 5)",
-        ["long", "short"],
+        "long", "each stage once, or in many short rounds (Table 5)", ["long", "short"]
     )
     order: str = opt("progressive", "order of the stages (Table 5)", ["progressive", "random"])
     lr_cycles: int = opt(
-        0,
-        "cycles of the learning rate; 0: one a stage, or one for a short cycle (Table 6)",
-        within="[0, inf)",
+        0, "cycles of the learning rate; 0: one a stage, or one for a short cycle (Table 6)"
     )
     decay: str = opt("cosine", "how a cycle's learning rate falls (Table 6)", ["cosine", "step"])
     stage_batch: str = opt(
-        "",
-        "each stage's batch: 512,512,512,1024; empty: --batch-size (Table 7)",
+        "", "each stage's batch: 512,512,512,1024; empty: --batch-size (Table 7)"
     )
     stage_lr: str = opt("", "peak rate of each stage; empty: --lr x its batch / --batch-size")
     repeated: str = opt("1", "clips of a video from one decode, of each stage: 4,2,1,1 (Sec. 5.4)")
@@ -238,9 +230,7 @@ class Config(common.RunConfig):
     frames: int = opt(0, "frames a clip in fine-tuning")
     size: int = opt(224, "height and width of a clip, in pixels (Sec. 4)")
     sampling: str = opt(
-        "segments",
-        "by --stride, or one a segment (Sec. 4)",
-        ["stride", "segments"],
+        "segments", "by --stride, or one a segment (Sec. 4)", ["stride", "segments"]
     )
     stride: int = opt(4, "frames from one of a clip to the next (VideoMAE)", within="[1, inf)")
     mask_ratio: float = opt(0.9, "share of places masked in all frames (Sec. 3.1)", within="[0, 1)")
@@ -248,31 +238,24 @@ class Config(common.RunConfig):
     target: str = opt("normalized", "what is predicted of a patch", ["normalized", "pixels"])
 
     clips_per_second: float = opt(
-        0.0,
-        "measured at the longest stage (log.jsonl), for the hours of --plan",
-        free=True,
-        within="[0, inf)",
+        0.0, "measured at the longest stage (log.jsonl), for the hours of --plan", free=True
     )
     epochs: int = opt(0, "passes over the training list in fine-tuning")
     batch_size: int = opt(
-        1024,
-        "clips a step, of all ranks and repeats (Sec. 4)",
-        within="[1, inf)",
+        1024, "clips a step, of all ranks and repeats (Sec. 4)", within="[1, inf)"
     )
     # DECISION (lr): VideoMAE's rule
     lr: float = opt(
         1.5e-4 * 1024 / 256, "peak rate, as used: not scaled by --batch-size", within="(0, inf)"
     )
-    min_lr: float = opt(1e-5 * 1024 / 256, "where --lr's cosine ends (VideoMAE)", within="[0, inf)")
+    min_lr: float = opt(1e-5 * 1024 / 256, "where --lr's cosine ends (VideoMAE)")
     warmup_epochs: float = opt(40.0, "epochs of budget or fine-tuning that warm up (Sec. 4)")
-    weight_decay: float = opt(0.05, "AdamW's weight decay (Sec. 4)", within="[0, inf)")
+    weight_decay: float = opt(0.05, "AdamW's weight decay (Sec. 4)")
     beta2: float = opt(0.95, "AdamW's second beta (VideoMAE)", within="[0, 1)")
     layer_decay: float = opt(
-        1.0,
-        "a layer's rate over the next one's (VideoMAE)",
-        within="(0, inf)",
+        1.0, "a layer's rate over the next one's (VideoMAE)", within="(0, inf)"
     )
-    clip_grad: float = opt(0.0, "largest gradient norm; 0: any (VideoMAE)", within="[0, inf)")
+    clip_grad: float = opt(0.0, "largest gradient norm; 0: any (VideoMAE)")
     drop_path: float = opt(
         0.0,
         "stochastic depth of the last block in fine-tuning, rising linearly (VideoMAE)",
@@ -280,8 +263,8 @@ class Config(common.RunConfig):
     )
     head_dropout: float = opt(0.0, "dropout before the head (VideoMAE: 0.5 for H)", within="[0, 1)")
     label_smoothing: float = opt(0.0, "share of a label that all get (VideoMAE)", within="[0, 1)")
-    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (VideoMAE)", within="[0, inf)")
-    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off (VideoMAE)", within="[0, inf)")
+    mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (VideoMAE)")
+    cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off (VideoMAE)")
     rand_augment: float = opt(0.0, "its magnitude, 4 layers; 0: off (VideoMAE)", within="[0, 10]")
     erase: float = opt(0.0, "probability of random erasing (VideoMAE)", within="[0, 1)")
     crop: bool = opt(True, "multi-scale crops, in fine-tuning random resized ones (VideoMAE)")
@@ -293,7 +276,7 @@ class Config(common.RunConfig):
         "a stage's epochs between evaluations; its end (in a short cycle: the run's) is one too",
         within="[1, inf)",
     )
-    gpus: int = opt(64, "GPUs that --plan counts memory for (Sec. 4)", free=True)
+    gpus: int = opt(64, "GPUs that --plan counts memory for (Sec. 4)", free=True, within="[1, inf)")
 
     @property
     def pretraining(self):
@@ -330,7 +313,7 @@ def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
             rows.append((int(frames), float(percent) if colon else 100 / len(parts)))
     except ValueError:
         raise ValueError(
-            "not frames:percent,frames:percent, such as 2:25,4:25,8:25,16:25",
+            "not frames:percent,frames:percent, such as 2:25,4:25,8:25,16:25"
         ) from None
     lengths, shares = zip(*rows, strict=True)
     whole = sum(shares)
@@ -342,7 +325,7 @@ def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
             raise ValueError(f"{odd} (a single one is repeated)")
     if ordered and any(a >= b for a, b in pairwise(lengths)):
         raise ValueError(
-            "the numbers of frames must rise from stage to stage, unless --order is random",
+            "the numbers of frames must rise from stage to stage, unless --order is random"
         )
     stages = []
     for frames, percent in rows:
@@ -351,7 +334,7 @@ def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
         if not epochs:
             raise ValueError(
                 f"{percent:g} % of --budget {budget:g} is no epoch of {frames} frames "
-                "after rounding",
+                "after rounding"
             )
         stages.append((frames, percent, epochs))
     return stages
@@ -480,13 +463,7 @@ def search_space(frames=(2, 4, 8, 12, 16), most=4, portions=(6.25, 12.5, 25.0, 5
 def mae_loss(prediction, target):
     """Sec. 3.1: the mean squared error, a clip at a time: [B, R, P] twice -> [B]."""
     # DECISION (target): R, of the masked tokens alone
-    return nn.functional.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))  # [B]
-
-
-def cross_entropy(logits, labels):
-    """Fine-tuning's loss, with labels that mixup and smoothing leave soft: [B, classes] twice ->
-    [B]."""
-    return -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
+    return F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))  # [B]
 
 
 def sample_clip(
@@ -831,7 +808,7 @@ def image_weights(image, net, path):
     own = net.state_dict()
     if "positions" not in own:
         raise UserError(
-            f"{path}: an image ViT's weights bring their own positions: --positions learned",
+            f"{path}: an image ViT's weights bring their own positions: --positions learned"
         )
     weights = common.vit_for_video(image, net.patch[0], data.IMAGENET_MEAN, data.IMAGENET_STD)
     table = weights.pop("pos_embed")[:, 1:]  # [1, h w, D], without CLS
@@ -871,7 +848,7 @@ def init_weights(path, net):
         other = other or ours - theirs
     if other:
         raise UserError(
-            f"{path}: weights of another backbone than this --backbone (by {min(other)})",
+            f"{path}: weights of another backbone than this --backbone (by {min(other)})"
         )
     if isinstance(net, Classifier):
         unused = ["decoder.", "encoder_to_decoder.", "mask_token", "norm.", "cls_token"]
@@ -950,8 +927,7 @@ def one_each(flag, text, count, kind):
         values = []
     if len(values) not in (1, count) or not all(0 < value < math.inf for value in values):
         raise UserError(
-            f"{flag} {text}: not one number above 0, "
-            f"or one for each of {count} stages, with commas",
+            f"{flag} {text}: not one number above 0, or one for each of {count} stages, with commas"
         )
     return values * (count // len(values))
 
@@ -970,12 +946,10 @@ def schedule(cfg, n):
     for row, batch, lr, repeated in zip(rows, batches, rates, repeats, strict=True):
         if batch % repeated:
             raise UserError(
-                f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos",
+                f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos"
             )
-        epoch_steps = n // (batch // repeated)
-        if not epoch_steps:
-            source = "--train-clips" if cfg.plan else cfg.train_list
-            raise UserError(f"{source}: {n} videos are less than one batch of {batch} clips")
+        source = "--train-clips" if cfg.plan else cfg.train_list
+        epoch_steps = common.steps_of_epoch(source, n, batch, repeated)
         steps = row[2] * epoch_steps
         if cfg.pretraining:
             # The budget counts clips, of which a pass shows `repeated` a video; fine-tuning's
@@ -995,7 +969,7 @@ def schedule(cfg, n):
     segments = lay_out(steps, rounds, cfg.order, cycles, cfg.seed, frames)
     if cycles > len(segments):
         raise UserError(
-            f"--lr-cycles {cycles} are more than the {len(segments)} segments that share them out",
+            f"--lr-cycles {cycles} are more than the {len(segments)} segments that share them out"
         )
     return stages, segments
 
@@ -1011,7 +985,7 @@ def shorten(stages, max_steps):
         steps = round(max_steps * done / total) - taken
         if not steps:
             raise UserError(
-                f"--max-steps {max_steps} leaves one of {len(stages)} stages without a step",
+                f"--max-steps {max_steps} leaves one of {len(stages)} stages without a step"
             )
         short.append(stage._replace(steps=steps))
         taken += steps
@@ -1022,7 +996,7 @@ def micro_batch_of(cfg, stage, ctx):
     """(clips of a micro-batch, accumulation steps) of a stage on this rank."""
     micro = min(cfg.micro_batch, stage.batch // ctx.world)  # 0 stays 0: all of the rank's
     of_stage = replace(cfg, batch_size=stage.batch, micro_batch=micro)
-    return common.micro_batches(of_stage, ctx, cfg.mixup + cfg.cutmix > 0, stage.repeated)
+    return common.micro_batches(of_stage, ctx, stage.repeated)
 
 
 def clips_of(cfg, videos, frames, views=None, repeated=1, number=0):
@@ -1045,51 +1019,12 @@ def clips_of(cfg, videos, frames, views=None, repeated=1, number=0):
     return make(cfg.seed, replace=False, views=math.prod(views))
 
 
-def test_batches(cfg, ctx, videos, failures, views=(1, 1)):
-    """Batches of the views of each readable video, once over all ranks."""
-    clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    dataset = clips_of(cfg, videos, longest(cfg), views)
-    return data.test_batches(dataset, clips, cfg.workers, ctx, failures)
+def test_clips(cfg, videos, views=(1, 1)):
+    """The `views`, (clips, squares), of each video of a list, at full length."""
+    return clips_of(cfg, videos, longest(cfg), views)
 
 
 # ---- Evaluation and pictures ---------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sum_errors(net, batches, mask_ratio, ctx, picture=None):
-    """A pretrained model's masked error over all ranks' batches: {"clips": number, "mae": sum of
-    mae_loss, a squared error}."""
-    sums = common.Sums(ctx, "clips", "mae")
-    for batch in batches:
-        keys = batch.keys.to(ctx.device)  # [B]
-        with ctx.autocast():
-            prediction, target = net(batch.clips, keys, mask_ratio)  # [B, R, P] each
-        sums.add("clips", len(keys))
-        sums.add("mae", mae_loss(prediction, target))
-        if picture and ctx.rank == 0:
-            write_recon(net, batch.clips[:4], keys[:4], prediction[:4], mask_ratio, picture)
-            picture = None
-    return sums.read()
-
-
-@torch.no_grad()
-def count_hits(net, batches, views, ctx):
-    """A classifier's hits over all ranks' batches: {"clips": number of videos, "top1": hits,
-    "top5": hits}; of fewer than 5 classes, top-k of all.
-
-    A video's `views` are merged by the mean of their softmax (Sec. 4); they lie in one batch, so no
-    name is looked up."""
-    k = min(5, net.head.out_features)
-    sums = common.Sums(ctx, "clips", "top1", f"top{k}")
-    for batch in batches:
-        with ctx.autocast():
-            logits = net(batch.clips, batch.keys)  # [V B, classes]
-        shares = logits.float().softmax(-1).unflatten(0, (views, -1)).mean(0)  # [B, classes]
-        hits = shares.topk(k).indices == batch.labels[: len(shares), None]  # [B, k]
-        sums.add("clips", len(hits))
-        sums.add("top1", hits[:, 0])
-        sums.add(f"top{k}", hits.any(1))
-    return sums.read()
 
 
 def write_recon(net, clips, keys, prediction, mask_ratio, path):
@@ -1098,39 +1033,34 @@ def write_recon(net, clips, keys, prediction, mask_ratio, path):
     grid = patches.shape[1] // net.places, *net.grid[1:]  # of this many frames
     visible, masked = common.tube_split(keys, grid[0], net.places, mask_ratio)  # [B, K], [B, R]
     data.write_reconstruction(
-        path,
-        patches,
-        visible,
-        masked,
-        prediction,
-        net.target,
-        net.patch,
-        grid,
-        fps=5,
+        path, patches, visible, masked, prediction, net.target, net.patch, grid, fps=5
     )
 
 
-def validate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
-    """Evaluate a list in the `views`, (clips, squares), of each video. Every readable one counts
+@torch.no_grad()
+def evaluate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
+    """A pretrained model's masked error; a classifier's top-1 and top-5 in %, where the softmax of
+    a video's `views`, (clips, squares), is averaged (Sec. 4). Every readable video of a list counts
     once, at any number of ranks; `unread` of them could not be, in one view or more."""
-    failures = data.Failures(len(videos), cfg.max_bad)
-    batches = test_batches(cfg, ctx, videos, failures, views)
+    found = common.Evaluation(cfg, ctx, videos)
     net.eval()
-    if cfg.pretraining:
-        scale = 1
-        found = sum_errors(net, batches, cfg.mask_ratio, ctx, picture)
-    else:
-        scale = 100  # %
-        found = count_hits(net, batches, math.prod(views), ctx)
+    for batch in data.test_batches(cfg, ctx, test_clips(cfg, videos, views), found.failures):
+        if cfg.pretraining:
+            keys = batch.keys.to(ctx.device)  # [B]
+            with ctx.autocast():
+                prediction, target = net(batch.clips, keys, cfg.mask_ratio)  # [B, R, P] each
+            found.add("mae", mae_loss(prediction, target))
+            if picture and ctx.rank == 0:
+                write_recon(net, batch.clips[:4], keys[:4], prediction[:4], cfg.mask_ratio, picture)
+                picture = None
+        else:
+            with ctx.autocast():
+                logits = net(batch.clips)  # [V B, classes]
+            shares = logits.float().softmax(-1)  # [V B, classes]
+            shares = shares.unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
+            found.add_hits(shares, batch.labels[: len(shares)])
     net.train()
-    clips = found.pop("clips")
-    unread = failures.collect(ctx, 0)
-    if unread and ctx.rank == 0:
-        print("\n".join(f"unreadable, not scored: {line}" for line in unread))
-    if not clips:
-        raise UserError(f"{videos.path}: no video could be read: {'; '.join(unread[:3])}")
-    result = {f"{name}_{score}": scale * total / clips for score, total in found.items()}
-    return result | {f"{name}_clips": int(clips), f"{name}_unread": len(unread)}
+    return found.result(name)
 
 
 # ---- The plan ------------------------------------------------------------------------------------
@@ -1161,20 +1091,11 @@ def count_gmacs(cfg, classes, frames):
 def memory(cfg):
     """A common.Phase of each stage: the model's state, and what a clip adds, its pixels and the
     blocks' memory."""
-    half = cfg.precision != "fp32"
     kind = "plain" if cfg.attention == "plain" else "sdpa"
-    measure = partial(common.block_bytes, half=half, grad_checkpoint=cfg.grad_checkpoint)
-    spec = MODELS[cfg.model]
     with torch.device("meta"):
-        net = build(cfg, cfg.num_classes or 2)
-    state = common.state_bytes(sum(p.numel() for p in net.parameters()), half=half)
-    encoder = BLOCKS[cfg.backbone](spec["width"], spec["heads"], kind=kind)
-    word = "fine-tuning"
-    if cfg.pretraining:
-        word = "pretraining"
-        width = net.encoder_to_decoder.out_features
-        layers = net.decoder.blocks
-        decoder = Block(width, layers[0].attn.heads, kind=kind)
+        net = build(replace(cfg, attention=kind), cfg.num_classes or 2)
+    state = common.state_bytes(cfg, common.parameter_count(net))
+    word = "pretraining" if cfg.pretraining else "fine-tuning"
     flag = "--then-micro-batch" if cfg.then_of else "--micro-batch"
     phases = []
     for stage in schedule(cfg, cfg.train_clips)[0]:
@@ -1184,14 +1105,14 @@ def memory(cfg):
         clip = pixel * tokens * net.patch_embed.in_features
         if cfg.pretraining:
             clip *= 2  # as much again: the prediction in half precision and float32, its gradient
-            clip += measure(decoder, len(layers), (tokens, width))
+            shape = tokens, net.encoder_to_decoder.out_features
+            blocks = net.decoder.blocks
+            clip += common.block_bytes(cfg, blocks[0], len(blocks), shape)
         extra = [] if net.joint else [None, steps]
-        visible = steps * visible_places(cfg, net)
-        clip += measure(encoder, spec["depth"], (visible, net.width), *extra)
+        shape = steps * visible_places(cfg, net), net.width
+        clip += common.block_bytes(cfg, net.blocks[0], len(net.blocks), shape, *extra)
         micro = min(cfg.micro_batch, stage.batch // cfg.gpus)
-        group = stage.repeated  # clips that stay together, as common.micro_batches has it
-        if cfg.mixup or cfg.cutmix:
-            group *= 2
+        group = common.clips_together(cfg, stage.repeated)
         name = f"{word} on {stage.frames} frames"
         phases.append(common.Phase(name, stage.batch, micro, state, clip, group, flag))
     return phases
@@ -1266,7 +1187,7 @@ def print_saving(full, frames, totals, gmacs):
         less, embedded = (100 - 1e8 * a / (clips * b) for a, b in zip(totals, gmacs, strict=True))
         print(
             f"against   {full} frames only at {words}: {less:.1f} % fewer multiply-adds, "
-            f"embedded {embedded:.1f} %",
+            f"embedded {embedded:.1f} %"
         )
 
 
@@ -1290,43 +1211,26 @@ def print_plans(cfg):
 # ---- The tasks -----------------------------------------------------------------------------------
 
 
-def two_numbers(flag, text):
-    """(4, 512) of "4x512"; UserError where a flag's text has another form."""
-    if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text):
-        raise UserError(
-            f"{flag} {text} is not two numbers above 0 with an x between them, "
-            "such as 4x512 or 5x3",
-        )
-    return tuple(map(int, text.split("x")))
-
-
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
-    common.check_ranges(cfg)
-    if cfg.min_lr > cfg.lr:
-        raise UserError(
-            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}",
-        )
     t, h, _ = MODELS[cfg.model]["patch"]
-    if cfg.size < h or cfg.size % h:
-        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
+    common.check_flags(cfg, h)
     places = (cfg.size // h) ** 2
     whole, flag = cfg.epochs, "--epochs"
     if cfg.pretraining:
         whole, flag = cfg.budget, "--budget"
         if cfg.epochs or cfg.frames:
             raise UserError(
-                "--stages decide frames and epochs: leave out --frames and --epochs, "
-                "or --stages ''",
+                "--stages decide frames and epochs: leave out --frames and --epochs, or --stages ''"
             )
         if cfg.positions == "learned":
             raise UserError(
                 "--positions learned is for fine-tuning from an image model; "
-                "pretraining has fixed ones",
+                "pretraining has fixed ones"
             )
         if not int(cfg.mask_ratio * places):
             raise UserError(
-                f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places",
+                f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places"
             )
     elif cfg.epochs <= 0 or cfg.frames < t or cfg.frames % t:
         raise UserError(
@@ -1336,16 +1240,13 @@ def check(cfg):
     if not 0 <= cfg.warmup_epochs < whole:
         raise UserError(
             f"--warmup-epochs {cfg.warmup_epochs:g} must be at least 0 and less than "
-            f"{flag} {whole:g}",
+            f"{flag} {whole:g}"
         )
-    _, width = two_numbers("--decoder", cfg.decoder or MODELS[cfg.model]["decoder"])
-    if width > 64 and width % 64:
-        raise UserError(f"--decoder {cfg.decoder}: a width of {width} is not in heads of 64")
-    two_numbers("--test-views", cfg.test_views)
+    common.check_decoder(cfg.decoder or MODELS[cfg.model]["decoder"])
+    common.two_numbers("--test-views", cfg.test_views)
     stage_rows(cfg)
     common.need_init(cfg, ["ssv2_ft", "k400_ft"], "weights pretrained on videos")
     common.need_init(cfg, ["ssv2_sup"], "an image ViT's weights (.npz or hub folder)")
-    common.check_gpus(cfg)
     if (cfg.then_train_list == "") != (cfg.then_val_list == ""):
         raise UserError("--then-train-list and --then-val-list need each other")
     if cfg.then:
@@ -1355,11 +1256,10 @@ def check(cfg):
 def open_lists(cfg, ctx):
     """(training list, validation list, Stages, Segments) of a training; refuses what can't work
     before a folder is made."""
-    data.need_list("--train-list", cfg.train_list, ctx)
-    data.need_list("--val-list", cfg.val_list, ctx)
+    data.need_lists(cfg, ctx)
     videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
-    if len(videos.classes) < 2 and not cfg.pretraining:
-        raise UserError(f"{cfg.train_list}: all videos are of one class; a classifier needs two")
+    if not cfg.pretraining:
+        data.need_classes(videos)
     val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
     root = "--then-data-root" if cfg.then_of and cfg.then_train_list else "--data-root"
     data.need_videos(val_videos, cfg.max_bad, root)
@@ -1371,49 +1271,41 @@ def open_lists(cfg, ctx):
 
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
-    source = cfg.init or f"{cfg.out}/best.pt"
-    shape = (
+    settings = (
         "model backbone decoder positions stages budget budget_frames order frames epochs "
         "warmup_epochs size sampling stride mask_ratio target seed"
     )
 
-    def saved(state):
-        its_own = {name: state["config"][name] for name in shape.split()}
-        own = replace(cfg, then="", **its_own)
+    def saved(own, state):
         check(own)
-        return own, build(own, len(state["classes"])).to(ctx.device)
+        return build(own, len(state["classes"])).to(ctx.device)
 
-    cfg, net, state = common.open_trained(source, "tpt_mae.py", ("classes",), saved)
+    cfg, net, state = common.open_trained(
+        replace(cfg, then=""), "tpt_mae.py", settings.split(), ["classes"], saved
+    )
     classes = state["classes"]
     if cfg.task == "predict":
         return predict(cfg, ctx, net, classes)
-    if not cfg.val_list:
-        raise UserError(f"--task {cfg.task} needs --val-list")
     videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     if cfg.task == "features":
-        # float32 [videos, D]: the mean of the tokens of a video's centre clip, in the list's order
-        failures = data.Failures(len(videos), cfg.max_bad)
-        batches = test_batches(cfg, ctx, videos, failures)
-        features = common.run_model(net.features, batches, ctx)  # [B, D] each
-        return common.write_features(cfg.out, (len(videos), net.width), features, failures, ctx)
+        features = lambda batch: net.features(batch.clips)  # the tokens' mean, [B, D]
+        return data.write_features(cfg, ctx, test_clips(cfg, videos), features, net.width)
     views = "1x1" if cfg.pretraining else cfg.test_views  # the masked error is of one view
-    result = validate(cfg, ctx, net, videos, two_numbers("--test-views", views))
-    common.print_result(source, cfg.val_list, result, ctx, f", views {views}")
+    result = evaluate(cfg, ctx, net, videos, common.two_numbers("--test-views", views))
+    common.print_result(cfg, ctx, result, f", views {views}")
 
 
 @torch.no_grad()
 def predict(cfg, ctx, net, classes):
     """Print the likeliest classes of each --input video; a pretrained model's reconstructions are
     drawn."""
-    if not cfg.input:
-        raise UserError("--task predict needs --input video.mp4 ...")
-    videos, failures = data.VideoList.of(cfg.input), data.Failures(len(cfg.input), 1.0)
-    batches = test_batches(cfg, ctx, videos, failures)
+    videos = data.VideoList.of(cfg.input)
+    clips = test_clips(cfg, videos)
     if not cfg.pretraining:
-        outputs = common.run_model(net, batches, ctx)  # [B, classes] each
-        shares = ((index, logits.float().softmax(-1)) for index, logits in outputs)
-        return common.print_predictions(videos, shares, classes, failures)
-    for number, batch in enumerate(batches):
+        shares = lambda batch: net(batch.clips).float().softmax(-1)  # [B, classes]
+        return data.print_predictions(cfg, ctx, clips, shares, classes)
+    failures = common.Failures(len(videos), 1.0)
+    for number, batch in enumerate(data.test_batches(cfg, ctx, clips, failures)):
         keys = batch.keys.to(ctx.device)  # [B]
         with ctx.autocast():
             prediction, _ = net(batch.clips, keys, cfg.mask_ratio)  # [B, R, P]
@@ -1460,14 +1352,14 @@ def search_trials(cfg):
     if not cfg.then:
         raise UserError(
             "--task search_schedule ranks by fine-tuned accuracy: "
-            "--then says which recipe fine-tunes",
+            "--then says which recipe fine-tunes"
         )
     try:
         lengths = [int(part) for part in cfg.search_frames.split(",")]
         space = search_space(lengths, cfg.search_stages)
     except ValueError:
         raise UserError(
-            f"--search-frames {cfg.search_frames} is not a list such as 2,4,8,12,16",
+            f"--search-frames {cfg.search_frames} is not a list such as 2,4,8,12,16"
         ) from None
     trials = [replace(cfg, task="train", stages=text) for text in space]
     for trial in trials:
@@ -1510,18 +1402,13 @@ def train(cfg, ctx):
     classes = len(videos.classes)
     total = segments[-1].stop
     counts = {"clips": 0, "frames": 0}
-    run = common.Trainer(cfg, ctx, "tpt_mae", at=counts, train_list=videos, val_list=val_videos)
+    run = common.Trainer(cfg, ctx, at=counts, train_list=videos, val_list=val_videos)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, classes).to(ctx.device)
     if not run.state and cfg.init:
         run.say(common.load_weights(net, init_weights(cfg.init, net), cfg.init))
     groups = common.param_groups(
-        net,
-        cfg.weight_decay,
-        cfg.layer_decay,
-        net.layer_of,
-        len(net.blocks),
-        ("positions",),
+        net, cfg.weight_decay, cfg.layer_decay, net.layer_of, len(net.blocks), ("positions",)
     )
     # DECISION (carry): one optimizer for all stages
     optimizer = common.optimizer("adamw", groups, cfg.lr, (0.9, cfg.beta2))
@@ -1529,7 +1416,8 @@ def train(cfg, ctx):
     pixel_loss = common.compiled(mae_loss, ctx, cfg.compile)
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation videos, {classes} classes; "
-        f"{len(segments)} stages; {ctx.precision} on {ctx.device}; steps {run.step} to {total}"
+        f"{len(stages)} stages in {len(segments)} segments; {ctx.precision} on {ctx.device}; steps "
+        f"{run.step} to {total}"
     )
     whole = cfg.budget if cfg.pretraining else cfg.epochs
     warmup = cfg.warmup_epochs / whole  # DECISION (warmup)
@@ -1559,7 +1447,7 @@ def train(cfg, ctx):
                         loss = pixel_loss(prediction, target)  # [B]
                     else:
                         logits = run.model(clips, keys)  # [B, classes]
-                        loss = cross_entropy(logits, labels)  # [B]
+                        loss = F.cross_entropy(logits.float(), labels, reduction="none")  # [B]
                 run.backward(loss)
             run.update(lr)
             run.at["clips"] += stage.batch
@@ -1589,27 +1477,12 @@ def begin_segment(cfg, ctx, run, videos, stage, segment, total):
     clips = clips_of(cfg, videos, stage.frames, repeated=stage.repeated, number=segment.stage)
     change = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip, erase=cfg.erase)
     batches = data.training_batches(
-        clips,
-        stage.batch,
-        micro,
-        start - zero,
-        segment.stop - zero,
-        cfg.workers,
-        ctx,
-        change,
+        cfg, ctx, clips, stage.batch, micro, start - zero, segment.stop - zero, change
     )
     run.begin(
-        batches,
-        data.Failures(len(videos), cfg.max_bad),
-        batch_size=stage.batch,
-        micro_batch=micro,
-        epoch_steps=stage.epoch_steps,
-        stop=segment.stop,
-        total=total,
-        start=segment.start,
-        epoch_zero=zero,
-        eval_every=cfg.eval_every,
-    )
+        batches, stage.batch, micro, stage.epoch_steps,
+        stop=segment.stop, total=total, start=segment.start, epoch_zero=zero,
+    )  # fmt: skip
     if start < segment.stop:
         run.say(
             f"steps {start} to {segment.stop}: {stage.frames}-frame clips; batch {stage.batch} = "
@@ -1620,10 +1493,10 @@ def begin_segment(cfg, ctx, run, videos, stage, segment, total):
 def evaluate_step(cfg, ctx, run, videos):
     """Validate the weights as they are; a fine-tuned model's last ones in --test-views too. Log and
     save."""
-    result = validate(cfg, ctx, run.net, videos, picture=run.folder / "recon.png")
+    result = evaluate(cfg, ctx, run.net, videos, picture=run.folder / "recon.png")
     if run.step == run.total and cfg.test_views != "1x1" and not cfg.pretraining:
-        views = two_numbers("--test-views", cfg.test_views)  # DECISION (views)
-        result |= validate(cfg, ctx, run.net, videos, views, "test")
+        views = common.two_numbers("--test-views", cfg.test_views)  # DECISION (views)
+        result |= evaluate(cfg, ctx, run.net, videos, views, "test")
     metric = "val_mae" if cfg.pretraining else "val_top1"
     clips = run.at["clips"]
     frames = run.at["frames"]
@@ -1633,14 +1506,11 @@ def evaluate_step(cfg, ctx, run, videos):
 @common.in_one_line
 def main(cfg):
     check(cfg)
-    cfg = common.without_random(cfg)
-    searching = cfg.task == "search_schedule"
-    name = f"tpt_mae-{cfg.recipe}-search" if searching else f"tpt_mae-{cfg.recipe}"
-    cfg = replace(cfg, out=str(Path(cfg.out or f"runs/{name}")))
+    cfg = common.settled(cfg, "tpt_mae")
     if cfg.plan:
         return print_plans(cfg)
     ctx = common.launch(cfg.precision)
-    if searching:
+    if cfg.task == "search_schedule":
         return search_schedule(cfg, ctx)
     if cfg.task == "train":
         return train_then(cfg, ctx)

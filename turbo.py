@@ -113,7 +113,6 @@ reconstructed ones (the paper's N_i, N_r), D width, D' the decoder's, P numbers 
 of the joint space of video and text, W of a sentence's features, S sentences.
 """
 
-import copy
 import math
 import os
 import re
@@ -266,29 +265,23 @@ class Config(common.RunConfig):
     temperature: float = opt(  # DECISION (cosine)
         0.07, "divides the products of Eq. 2", within="(0, inf)"
     )
-    eval_fps: float = opt(
-        0.0, "frames a second of a clip at test, if not --fps (Sec. 5.2: 16)", within="[0, inf)"
-    )
+    eval_fps: float = opt(0.0, "frames a second of a clip at test, if not --fps (Sec. 5.2: 16)")
 
     epochs: int = opt(100, "passes over the training list (Table 6)", within="[1, inf)")
     batch_size: int = opt(16, "clips per optimizer step over all ranks (Figure 3)")
-    lr: float = opt(1e-3, "peak learning rate at this batch, as used", within="[0, inf)")
-    min_lr: float = opt(
-        1e-6, "learning rate at the end of the cosine (VideoMAE)", within="[0, inf)"
-    )
-    warmup_epochs: float = opt(10.0, "epochs of linear warm-up (Table 6)", within="[0, inf)")
-    weight_decay: float = opt(0.05, "AdamW's weight decay (Table 6)", within="[0, inf)")
-    clip_grad: float = opt(
-        0.0, "largest gradient norm; 0: not clipped (VideoMAE)", within="[0, inf)"
-    )
+    lr: float = opt(1e-3, "peak learning rate at this batch, as used")
+    min_lr: float = opt(1e-6, "learning rate at the end of the cosine (VideoMAE)")
+    warmup_epochs: float = opt(10.0, "epochs of linear warm-up (Table 6)")
+    weight_decay: float = opt(0.05, "AdamW's weight decay (Table 6)")
+    clip_grad: float = opt(0.0, "largest gradient norm; 0: not clipped (VideoMAE)")
     drop_path: float = opt(
         0.1, "stochastic depth of the last block, rising linearly (Table 6)", within="[0, 1)"
     )
     label_smoothing: float = opt(
         0.1, "share of a label spread over all classes (Table 6)", within="[0, 1)"
     )
-    mixup: float = opt(0.8, "Beta parameter of mixup; 0: off (Table 6)", within="[0, inf)")
-    cutmix: float = opt(1.0, "Beta parameter of cutmix; 0: off (Table 6)", within="[0, inf)")
+    mixup: float = opt(0.8, "Beta parameter of mixup; 0: off (Table 6)")
+    cutmix: float = opt(1.0, "Beta parameter of cutmix; 0: off (Table 6)")
     rand_augment: float = opt(  # DECISION (RandAug)
         9.0, "magnitude of RandAugment; 0: off (Table 6)", within="[0, 10]"
     )
@@ -366,7 +359,7 @@ def turbo_loss(logits, labels, prediction, target):
     costs the other loss. logits [B, classes]; labels soft, [B, classes]; prediction and target [B,
     R, P].
     """
-    ce = -(labels * logits.float().log_softmax(-1)).sum(-1)  # [B]
+    ce = F.cross_entropy(logits.float(), labels, reduction="none")  # [B]
     pmae = partial_mae(prediction, target)  # [B]
     return ce / math.log(logits.shape[1]) + pmae, ce, pmae
 
@@ -574,11 +567,11 @@ def eval_ratios(cfg):
 
 
 @torch.no_grad()
-def over_views(call, clips, keys, m, views, ctx):
-    """The mean over a video's views of call(clips, keys, m), [V B, D] -> float32 [B, D]."""
+def over_views(cfg, ctx, call, m, batch):
+    """The mean over a video's test views of call(clips, keys, m), [V B, D] -> float32 [B, D]."""
     with ctx.autocast():
-        outputs = call(clips, keys.to(ctx.device), m)  # [V B, D], view by view
-    return outputs.float().unflatten(0, (views, -1)).mean(0)  # [B, D]
+        outputs = call(batch.clips, batch.keys.to(ctx.device), m)  # [V B, D], view by view
+    return outputs.float().unflatten(0, (cfg.test_clips * cfg.test_crops, -1)).mean(0)  # [B, D]
 
 
 @torch.no_grad()
@@ -591,45 +584,21 @@ def evaluate(cfg, ctx, net, videos, picture=None):
     Every readable video of a VideoList counts once, at any number of ranks; `val_unread` of them
     could not be. picture: where to draw the first ones, or None.
     """
-    k = min(5, len(videos.classes))
-    views = cfg.test_clips * cfg.test_crops
-    ratios = eval_ratios(cfg)
-    suffixes = [""] + [f"@{m:g}" for m in ratios[1:]]
-    names = [f"top{n}{suffix}" for suffix in suffixes for n in (1, k)]
-    sums = common.Sums(ctx, "clips", "mae", *names)
-    failures = data.Failures(len(videos), cfg.max_bad)
-    for batch in test_batches(cfg, ctx, videos, failures):
-        size = len(batch.labels) // views  # the first `size` clips are the first view of each video
-        labels = batch.labels[:size]  # [B]
-        keys = batch.keys.to(ctx.device)  # [V B]
-        sums.add("clips", size)
-        for m, suffix in zip(ratios, suffixes, strict=True):
-            shares = over_views(net.probabilities, batch.clips, keys, m, views, ctx)  # [B, classes]
-            hit = shares.topk(k).indices == labels[:, None]  # [B, k]
-            sums.add(f"top1{suffix}", hit[:, 0])
-            sums.add(f"top{k}{suffix}", hit.any(1))
+    found = common.Evaluation(cfg, ctx, videos)
+    for batch in data.test_batches(cfg, ctx, test_clips(cfg, videos), found.failures):
+        for i, m in enumerate(eval_ratios(cfg)):
+            shares = over_views(cfg, ctx, net.probabilities, m, batch)  # [B, classes]
+            found.add_hits(shares, batch.labels[: len(shares)], f"@{m:g}" if i else "")
+        clips = batch.clips[: len(shares)]  # [B, T, C, H, W]: the first view of each video
+        keys = batch.keys[: len(shares)].to(ctx.device)  # [B]
         if cfg.recon_ratio > 0:
             with ctx.autocast():
-                _, prediction, target = net(
-                    batch.clips[:size], keys[:size], cfg.mask_ratio, cfg.recon_ratio
-                )  # [B, R, P] each
-            sums.add("mae", partial_mae(prediction, target))
+                _, prediction, target = net(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
+            found.add("mae", partial_mae(prediction, target))
         if picture:
-            write_recon(
-                net, batch.clips[:size][:4], keys[:size][:4], cfg.mask_ratio, cfg.fps, picture
-            )
+            write_recon(net, clips[:4], keys[:4], cfg.mask_ratio, cfg.fps, picture)
             picture = None
-    unread = failures.collect(ctx, 0)
-    found = sums.read()
-    clips = found.pop("clips")
-    pmae = found.pop("mae")
-    if not clips:
-        raise UserError(f"--val-list: no video could be read: {'; '.join(unread[:3])}")
-    result = {f"val_{name}": 100 * hits / clips for name, hits in found.items()}
-    result |= {"val_clips": int(clips), "val_unread": len(unread)}
-    if cfg.recon_ratio > 0:
-        result["val_mae"] = pmae / clips
-    return result
+    return found.result()
 
 
 @torch.no_grad()
@@ -834,8 +803,7 @@ def align_features(cfg, ctx, net, captions, failures, picture=None):
     dataset = data.ClipDataset(
         videos, plan, cfg.size, cfg.seed, replace=False, views=views, frames=cfg.frames
     )
-    clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    for batch in data.test_batches(dataset, clips, cfg.workers, ctx, failures, shared=False):
+    for batch in data.test_batches(cfg, ctx, dataset, failures, shared=False):
         keys = batch.keys.to(ctx.device)  # [V B]
         with ctx.autocast():
             vectors = net.features(batch.clips, keys, eval_ratios(cfg)[0])  # [V B, E]
@@ -870,9 +838,9 @@ def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
     counts it (Sec. 5.2). `val_chance` is the R@1 of a random second. Sentences that are not
     alignable (data.read_captions) or of unreadable videos don't count. text: features [sentences,
     W]. picture: see `evaluate`."""
-    failures = data.Failures(len(captions.names), cfg.max_bad)
+    failures = common.Failures(len(captions.names), cfg.max_bad)
     features = align_features(cfg, ctx, net, captions, failures, picture)
-    sums = common.Sums(ctx, "sentences", "hits", "chance", "outside")
+    totals = np.zeros(4)
     for video, rows in features.items():
         own = np.flatnonzero(captions.video_of == video)  # [S]
         start, end = captions.start[own], captions.end[own]
@@ -880,21 +848,19 @@ def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
         sentences = net.embed_text(words).cpu()  # [S, E]
         hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
         inside = np.minimum(np.ceil(end), len(rows) - 1) - np.floor(start) + 1  # [S], in seconds
-        sums.add("sentences", len(own))
-        sums.add("hits", hits)
-        sums.add("chance", (inside.clip(0) / len(rows)).sum())
-        sums.add("outside", start >= len(rows))
-    unread = failures.collect(ctx, 0)
-    found = sums.read()
-    count = found["sentences"]
+        chance = inside.clip(0) / len(rows)  # [S]
+        outside = start >= len(rows)  # [S]: after the video's end
+        totals += len(own), hits.sum(), chance.sum(), outside.sum()
+    unread = failures.unread(ctx)
+    count, hits, chance, outside = ctx.sum(torch.from_numpy(totals).to(ctx.device)).tolist()
     if not count:
         raise UserError(f"{captions.path}: no video could be read: {'; '.join(unread[:3])}")
     return {
-        "val_recall1": 100 * found["hits"] / count,
-        "val_chance": 100 * found["chance"] / count,
+        "val_recall1": 100 * hits / count,
+        "val_chance": 100 * chance / count,
         "val_clips": int(count),
         "val_unread": len(unread),
-        "val_outside": int(found["outside"]),  # sentences after their video's end
+        "val_outside": int(outside),
     }
 
 
@@ -911,7 +877,7 @@ TABLE_1 = {
 }
 
 
-def count_gmacs(cfg, classes, m, r, text_width=0):
+def count_gmacs(cfg, outputs, m, r):
     """(GMACs of a clip's forward pass counted here, the same with all patches embedded) at (m, r).
 
     The paper's GFLOPs include embedding every patch; a step needs only the visible ones. The
@@ -919,56 +885,47 @@ def count_gmacs(cfg, classes, m, r, text_width=0):
     """
     with torch.device("meta"):
         cfg = replace(cfg, recon_ratio=r, attention="sdpa", grad_checkpoint=False)
-        model = build(cfg, classes, text_width)
+        model = build(cfg, outputs)
         clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
         inputs = [clips, torch.zeros(1, dtype=torch.int64), m, r]
         if cfg.objective == "align":
-            inputs.append(torch.empty(0, text_width))  # no sentences: what is counted is a clip's
+            inputs.append(torch.empty(0, outputs))  # no sentences: what is counted is a clip's
         here = common.count_macs(model, *inputs)
     dropped = model.num_tokens - token_counts(model.num_tokens, m, r)[0]
     return here, here + dropped * model.patch_embed.in_features * model.width / 1e9
 
 
 def training_blocks(model, tokens, m, r):
-    """[(a block on the CPU, how many such, (N, D) of its input)]: what a clip of `tokens` passes in
-    training. The model itself may be on the meta device."""
+    """[(blocks, (N, D) of their input)]: what a clip of `tokens` passes in training."""
     visible, recon = token_counts(tokens, m, r)
-    passed = [(model.blocks, visible + 1, model.width)]  # 1: CLS
+    passed = [(model.blocks, (visible + 1, model.width))]  # 1: CLS
     if r > 0:
         width = model.mask_token.shape[-1]
-        passed.append((model.decoder.blocks, visible + recon, width))
-    found = []
-    for blocks, n, width in passed:
-        block = copy.deepcopy(blocks[0]).to_empty(device="cpu")
-        found.append((block, len(blocks), (n, width)))
-    return found
+        passed.append((model.decoder.blocks, (visible + recon, width)))
+    return passed
 
 
 def saved_megabytes(model, tokens, m, r):
     """MB that all blocks store for the backward pass of one clip of `tokens` in fp32, from one
     real block each."""
     total = 0
-    for block, depth, shape in training_blocks(model, tokens, m, r):
-        total += depth * common.saved_bytes(block, torch.zeros(1, *shape))
+    for blocks, shape in training_blocks(model, tokens, m, r):
+        block = common.on_cpu(blocks[0])
+        total += len(blocks) * common.saved_bytes(block, torch.zeros(1, *shape))
     return total / 1e6
 
 
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     m, r = cfg.mask_ratio, cfg.recon_ratio
-    classes = cfg.num_classes or 2
-    text_width = 0
+    outputs = cfg.num_classes or 2
     if cfg.objective == "align":
-        classes = 0
-        text_width = 256 if cfg.text_model == "hashing" else 768  # as MPNet's
+        outputs = 256 if cfg.text_model == "hashing" else 768  # as MPNet's
     with torch.device("meta"):
-        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes, text_width)
-    total = 0
-    decoder = 0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel()
-        if name.startswith(PARTS["decoder"]):
-            decoder += parameter.numel()
+        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), outputs)
+    total = common.parameter_count(model)
+    starts = PARTS["decoder"]
+    decoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(starts))
     visible, recon = token_counts(model.num_tokens, m, r)
     steps = cfg.max_steps or cfg.train_clips * cfg.repeated // cfg.batch_size * cfg.epochs
     millions = f"{total / 1e6:.1f} M parameters, {decoder / 1e6:.1f} M of them the decoder's"
@@ -980,21 +937,18 @@ def print_plan(cfg):
         f"{cfg.batch_size}: {steps} steps, peak lr {cfg.lr:g}"
     )
 
-    half = cfg.precision != "fp32"
     clip = common.pixel_bytes(cfg.rand_augment, cfg.mixup) * cfg.frames * 3 * cfg.size**2
-    for block, depth, shape in training_blocks(model, model.num_tokens, m, r):
-        clip += common.block_bytes(
-            block, depth, shape, half=half, grad_checkpoint=cfg.grad_checkpoint
-        )
-    group = cfg.repeated * (2 if cfg.mixup or cfg.cutmix else 1)  # as common.micro_batches has it
-    state = common.state_bytes(total, half=half)
+    for blocks, shape in training_blocks(model, model.num_tokens, m, r):
+        clip += common.block_bytes(cfg, blocks[0], len(blocks), shape)
+    group = common.clips_together(cfg, cfg.repeated)
+    state = common.state_bytes(cfg, total)
     phase = common.Phase("training", cfg.batch_size, cfg.micro_batch, state, clip, group)
     common.print_memory(cfg, [phase])
-    forward, _ = count_gmacs(cfg, classes, m, r, text_width)
+    forward, _ = count_gmacs(cfg, outputs, m, r)
     passes = 4 if cfg.grad_checkpoint else 3
     data.print_cores([(cfg.frames, passes * forward, cfg.repeated)])
     print_figure_2(cfg, model)
-    print_table_1(cfg, model.num_tokens, classes, text_width)
+    print_table_1(cfg, model.num_tokens, outputs)
 
 
 def print_figure_2(cfg, model):
@@ -1011,18 +965,18 @@ def print_figure_2(cfg, model):
         print(f"{frames:6} {whole:9.0f} {ours:20.0f} {whole / ours:5.2f}x")
 
 
-def print_table_1(cfg, tokens, classes, text_width):
+def print_table_1(cfg, tokens, outputs):
     """Multiply-adds of Table 1's rows and of this run, beside the paper's where this is its
     model."""
     what = '(its "GFLOPs" are multiply-adds; matrix products only)'
     print(f"\nGMACs of a clip, forward, beside Table 1 left {what}")
     print("    m     r  visible  recon     here  all embedded   paper  cheaper")
     own = (cfg.mask_ratio, cfg.recon_ratio)
-    shape = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, classes)
+    shape = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, outputs)
     is_paper = shape == ("vit_b", "4x384", 16, 224, 101)
-    base, _ = count_gmacs(cfg, classes, 0.0, 0.0, text_width)
+    base, _ = count_gmacs(cfg, outputs, 0.0, 0.0)
     for m, r in dict.fromkeys([*TABLE_1, own]):
-        here, embedded = count_gmacs(cfg, classes, m, r, text_width)
+        here, embedded = count_gmacs(cfg, outputs, m, r)
         visible, recon = token_counts(tokens, m, r)
         paper = f"{TABLE_1[m, r]:.1f}" if is_paper and (m, r) in TABLE_1 else "-"
         note = "  <- this run" if (m, r) == own else ""
@@ -1096,8 +1050,7 @@ def init_weights(path, net):
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
     common.need_init(cfg, FROM_VIDEOMAE, "VideoMAE's weights")
-    common.check_gpus(cfg)
-    common.check_ranges(cfg)
+    common.check_flags(cfg, Turbo.patch[1])
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", cfg.eval_mask_ratios):
         raise UserError(
             f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9"
@@ -1111,17 +1064,11 @@ def check(cfg):
         raise UserError(
             f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]"
         )
-    if cfg.min_lr > cfg.lr:
-        raise UserError(
-            f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
-        )
     if cfg.test_crops not in (1, 3):
         raise UserError("--test-crops must be 1 or 3")
     t, h, _ = MODELS[cfg.model].get("patch", Turbo.patch)
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
-    if cfg.size < h or cfg.size % h:
-        raise UserError(f"--size {cfg.size} is not a multiple of the patch's {h} pixels")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
     if token_counts(tokens, max(ratios), 0)[0] == 0:
         raise UserError(
@@ -1131,12 +1078,7 @@ def check(cfg):
         raise UserError(
             f"--recon-ratio {cfg.recon_ratio} is none of {tokens} tokens; 0: no decoder"
         )
-    decoder = cfg.decoder or MODELS[cfg.model]["decoder"]
-    sizes = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", decoder)
-    if not sizes or (int(sizes[2]) > 64 and int(sizes[2]) % 64):
-        raise UserError(
-            f"--decoder {cfg.decoder} is not layers x width, such as 8x512, in heads of 64"
-        )
+    common.check_decoder(cfg.decoder or MODELS[cfg.model]["decoder"])
     if cfg.objective == "align":
         check_alignment(cfg)
 
@@ -1156,9 +1098,9 @@ def check_alignment(cfg):
         )
 
 
-def build(cfg, classes, text_width=0):
-    """The model that a Config describes: for `classes` classes, or sentences' features of
-    text_width."""
+def build(cfg, outputs):
+    """The model that a Config describes; outputs: the number of classes, or the width of
+    sentences' features."""
     options = {
         "model": cfg.model,
         "decoder": cfg.decoder,
@@ -1172,8 +1114,8 @@ def build(cfg, classes, text_width=0):
         "position_scale": cfg.position_scale,
     }
     if cfg.objective == "align":
-        return TurboText(text_width, **options)
-    return Turbo(classes, **options)
+        return TurboText(outputs, **options)
+    return Turbo(outputs, **options)
 
 
 def captions_of(cfg, path):
@@ -1183,17 +1125,11 @@ def captions_of(cfg, path):
     return data.read_captions([path], cfg.data_root, cfg.max_bad, reach)  # DECISION (when)
 
 
-def folder_of(cfg):
-    return cfg.out or f"runs/turbo-{cfg.recipe}"
-
-
-def text_folder(cfg):
-    return cfg.text_features or folder_of(cfg)
-
-
 def open_text(cfg, captions, width=0):
     """The features of a list's sentences, float16 [sentences, W]."""
-    return data.open_text(captions, cfg.text_model, text_folder(cfg), width)  # DECISION (sentence)
+    return data.open_text(
+        captions, cfg.text_model, cfg.text_features or cfg.out, width
+    )  # DECISION (sentence)
 
 
 def write_texts(cfg, ctx):
@@ -1207,38 +1143,32 @@ def write_texts(cfg, ctx):
     if ctx.rank == 0:
         lists = [captions_of(cfg, path) for path in paths]  # all, before hours of work on the first
         for captions in lists:
-            data.write_text(captions, cfg.text_model, text_folder(cfg), ctx.device)
+            folder = cfg.text_features or cfg.out
+            data.write_text(captions, cfg.text_model, folder, ctx.device)
 
 
 def open_lists(cfg, ctx):
-    """(training list, validation list, features of its sentences): VideoLists and None, or Pairs,
-    Captions and float16 [sentences, W]."""
+    """(training list, validation list, features of its sentences, steps of an epoch): VideoLists
+    and None, or Pairs, Captions and float16 [sentences, W]."""
     what = "a file of one video a line, `path label` or `path,label`; or captions"
-    data.need_list("--train-list", cfg.train_list, ctx, what)
-    data.need_list("--val-list", cfg.val_list, ctx, what)
-    align = cfg.objective == "align"
-    if align:
+    data.need_lists(cfg, ctx, what)
+    if cfg.objective == "align":
         captions = captions_of(cfg, cfg.train_list)
+        captions.check_left_out(cfg.max_bad, ctx)
         videos = Pairs(captions, open_text(cfg, captions))
     else:
         videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
-        if len(videos.classes) < 2:
-            raise UserError(
-                f"{cfg.train_list}: all videos are of one class; a classifier needs two"
-            )
-    if len(videos) * cfg.repeated < cfg.batch_size:
-        few = f"{len(videos)} videos x --repeated {cfg.repeated}"
-        raise UserError(
-            f"{cfg.train_list}: {few} are less than one --batch-size of {cfg.batch_size}"
-        )
-    if align:
+        data.need_classes(videos)
+    epoch_steps = common.steps_of_epoch(cfg.train_list, len(videos), cfg.batch_size, cfg.repeated)
+    if cfg.objective == "align":
         val_videos = captions_of(cfg, cfg.val_list)
+        val_videos.check_left_out(cfg.max_bad, ctx)
         val_text = open_text(cfg, val_videos, videos.features.shape[1])
     else:
         val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
         val_text = None
     data.need_videos(val_videos, cfg.max_bad)
-    return videos, val_videos, val_text
+    return videos, val_videos, val_text, epoch_steps
 
 
 def clips_of(cfg, videos, test_views=None):
@@ -1255,19 +1185,8 @@ def clips_of(cfg, videos, test_views=None):
     return kind(videos, plan, cfg.size, cfg.seed, replace=training, views=views, frames=cfg.frames)
 
 
-def test_batches(cfg, ctx, videos, failures):
-    """Batches of the test clips of each readable video, once over all ranks."""
-    clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    dataset = clips_of(cfg, videos, (cfg.test_clips, cfg.test_crops))
-    return data.test_batches(dataset, clips, cfg.workers, ctx, failures)
-
-
-def of_videos(cfg, ctx, call, videos, failures):
-    """Yields (index, mean over a video's views of call(clips, keys, m)) of each batch of videos."""
-    m = eval_ratios(cfg)[0]
-    views = cfg.test_clips * cfg.test_crops
-    for batch in test_batches(cfg, ctx, videos, failures):
-        yield batch.index, over_views(call, batch.clips, batch.keys, m, views, ctx)
+def test_clips(cfg, videos):
+    return clips_of(cfg, videos, (cfg.test_clips, cfg.test_crops))
 
 
 def validate(cfg, ctx, net, videos, text, picture=None):
@@ -1293,21 +1212,6 @@ def evaluate_step(cfg, ctx, run, videos, text):
     run.evaluated(result, METRIC[cfg.objective])
 
 
-def start(cfg, ctx, videos, val_videos, text_width):
-    """A new run, or one to go on with."""
-    # In the log ce is without its weight, lambda_CE; nce is with its own, lambda_NCE.
-    names = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}[cfg.objective]
-    run = common.Trainer(cfg, ctx, "turbo", names, train_list=videos, val_list=val_videos)
-    if run.state and run.state["text_width"] != text_width:
-        widths = f"{run.state['text_width']}, not {text_width}"
-        raise UserError(f"{run.folder}: trained on text features of width {widths}")
-    if cfg.objective == "align":
-        for captions in (videos.captions, val_videos):
-            if captions.left_out:
-                run.say(captions.check_left_out(cfg.max_bad))
-    return run
-
-
 def say_result(cfg, run, classes):
     """The line that a run ends with."""
     last = run.at["last"]
@@ -1329,58 +1233,53 @@ def say_result(cfg, run, classes):
 
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
-    source = cfg.init or f"{folder_of(cfg)}/best.pt"
-    keys = (
+    settings = (
         "model", "decoder", "frames", "fps", "size", "mask_ratio", "recon_ratio", "target", "seed",
         "objective", "sampling", "text_model", "eval_fps", "position_scale",
     )  # fmt: skip
 
-    def saved(state):
-        own = replace(cfg, **{key: state["config"][key] for key in keys})
+    def saved(own, state):
         check(own)
-        return own, build(own, len(state["classes"]), state["text_width"])
+        return build(own, state["text_width"] or len(state["classes"])).to(ctx.device)
 
-    cfg, net, state = common.open_trained(source, "turbo.py", ("classes", "text_width"), saved)
-    net = net.to(ctx.device)
+    more = "classes", "text_width"
+    cfg, net, state = common.open_trained(cfg, "turbo.py", settings, more, saved)
     classes = state["classes"]
     align = cfg.objective == "align"
+    m = eval_ratios(cfg)[0]
     if cfg.task == "predict":
-        if not cfg.input:
-            raise UserError("--task predict needs --input video.mp4 ...")
         if align:
             raise UserError(
                 "--task predict needs a classifier; of a video-language model take --task features"
             )
-        videos = data.VideoList.of(cfg.input)
-        failures = data.Failures(len(videos), 1.0)
-        shares = of_videos(cfg, ctx, net.probabilities, videos, failures)  # [B, classes] each
-        return common.print_predictions(videos, shares, classes, failures)
-    if not cfg.val_list:
-        raise UserError(f"--task {cfg.task} needs --val-list")
-    if cfg.task == "features":  # CLS, or vectors of the joint space
+        clips = test_clips(cfg, data.VideoList.of(cfg.input))
+        shares = partial(over_views, cfg, ctx, net.probabilities, m)
+        return data.print_predictions(cfg, ctx, clips, shares, classes)
+    if cfg.task == "features":
+
+        def features(batch):
+            """CLS [B, D], or unit vectors of the joint space [B, E]."""
+            x = over_views(cfg, ctx, net.features, m, batch)
+            return F.normalize(x, dim=-1) if align else x
+
         videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes or None)
-        failures = data.Failures(len(videos), cfg.max_bad)
-        vectors = of_videos(cfg, ctx, net.features, videos, failures)  # [B, D] or [B, E] each
-        if align:
-            vectors = ((index, F.normalize(x, dim=-1)) for index, x in vectors)
-        shape = len(videos), net.feature_width
-        return common.write_features(folder_of(cfg), shape, vectors, failures, ctx)
+        clips = test_clips(cfg, videos)
+        return data.write_features(cfg, ctx, clips, features, net.feature_width)
     if align:
         videos = captions_of(cfg, cfg.val_list)
-        if videos.left_out and ctx.rank == 0:
-            print(videos.check_left_out(cfg.max_bad))
+        videos.check_left_out(cfg.max_bad, ctx)
         text = open_text(cfg, videos, state["text_width"])
     else:
         videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
         text = None
     result = validate(cfg, ctx, net, videos, text)
-    common.print_result(source, cfg.val_list, result, ctx, f", m = {cfg.eval_mask_ratios}")
+    common.print_result(cfg, ctx, result, f", m = {cfg.eval_mask_ratios}")
 
 
 @common.in_one_line
 def main(cfg):
     check(cfg)
-    cfg = common.without_random(cfg)
+    cfg = common.settled(cfg, "turbo")
     if cfg.plan:
         return print_plan(cfg)
     ctx = common.launch(cfg.precision)
@@ -1388,22 +1287,22 @@ def main(cfg):
         return write_texts(cfg, ctx)
     if cfg.task != "train":
         return use(cfg, ctx)
-    mixing = cfg.mixup > 0 or cfg.cutmix > 0  # of two clips: pairs stay in one micro-batch
-    micro, accumulation = common.micro_batches(cfg, ctx, mixing, cfg.repeated)
-    videos, val_videos, val_text = open_lists(cfg, ctx)
+    micro, accumulation = common.micro_batches(cfg, ctx, cfg.repeated)
+    videos, val_videos, val_text, epoch_steps = open_lists(cfg, ctx)
     if cfg.objective == "align":
         classes = []
         text_width = videos.features.shape[1]
     else:
         classes = videos.classes
         text_width = 0
-    epoch_steps = len(videos) * cfg.repeated // cfg.batch_size
     total = cfg.max_steps or cfg.epochs * epoch_steps
     warmup = cfg.warmup_epochs * epoch_steps
 
-    run = start(cfg, ctx, videos, val_videos, text_width)
+    # In the log ce is without its weight, lambda_CE; nce is with its own, lambda_NCE.
+    names = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}[cfg.objective]
+    run = common.Trainer(cfg, ctx, names, train_list=videos, val_list=val_videos)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
-    net = build(cfg, len(classes), text_width).to(ctx.device)
+    net = build(cfg, text_width or len(classes)).to(ctx.device)
     if cfg.init and not run.state:
         run.say(init_weights(cfg.init, net))
     optimizer = common.optimizer("adamw", common.param_groups(net, cfg.weight_decay), cfg.lr)
@@ -1422,19 +1321,9 @@ def main(cfg):
     dataset = clips_of(cfg, videos)
     augmented = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip)
     batches = data.training_batches(
-        dataset, cfg.batch_size, micro, run.step, total, cfg.workers, ctx, augmented
+        cfg, ctx, dataset, cfg.batch_size, micro, run.step, total, augmented
     )
-    failures = data.Failures(len(videos), cfg.max_bad)
-    run.begin(
-        batches,
-        failures,
-        cfg.batch_size,
-        micro,
-        epoch_steps,
-        stop=total,
-        total=total,
-        eval_every=cfg.eval_every,
-    )
+    run.begin(batches, cfg.batch_size, micro, epoch_steps, stop=total)
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
         evaluate_step(cfg, ctx, run, val_videos, val_text)
@@ -1456,7 +1345,9 @@ def main(cfg):
                 keys = data.to_device(batch.keys, ctx.device)  # [B]
                 sentences = videos.sentences_of(batch, cfg.repeated)  # [B], as the loader drew them
                 pairs.append((batch.clips, keys, *videos.texts(sentences, ctx.device)))
-            nce, pmae = run.cached_backward(encode, pairs, contrast)  # [B] each
+            nce, pmae = common.cached_step(
+                ctx, run.model, encode, pairs, contrast, run.scaler
+            )  # [B] each
             run.note(nce + pmae, nce, pmae)
         run.update(common.cosine(run.step, total, warmup, cfg.lr, cfg.min_lr))
         run.end_step()

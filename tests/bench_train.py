@@ -136,7 +136,7 @@ def turbo_class(cfg, ctx, videos):
 
 def turbo_text(cfg, ctx, videos):
     net, words = (
-        turbo.build(cfg, 0, 768),
+        turbo.build(cfg, 768),
         torch.randn(1, 768, device=ctx.device),
     )  # mpnet-base's width
     partial_mae = common.compiled(turbo.partial_mae, ctx)

@@ -53,7 +53,7 @@ def load(script, out, recipe):
     """(model, config, classes) of a run's last checkpoint."""
     state = common.load_checkpoint(Path(out) / "last.pt")
     cfg = common.parse(script.Config, script.RECIPES, ["--recipe", recipe, "--workers", "2"])
-    model = script.build(cfg, len(state["classes"]), state["text_width"]).eval()
+    model = script.build(cfg, state["text_width"] or len(state["classes"])).eval()
     model.load_state_dict(state["model"])
     return model, cfg, state["classes"]
 
@@ -126,7 +126,8 @@ def turbo_flags(*flags):
 def turbo_batches(cfg, path):
     """A function that returns the test clips of a list, batch by batch."""
     videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
-    return lambda: turbo.test_batches(cfg, common.launch(), videos, data.Failures(len(videos), 0.0))
+    failures = common.Failures(len(videos), 0.0)
+    return lambda: data.test_batches(cfg, common.launch(), turbo.test_clips(cfg, videos), failures)
 
 
 @torch.no_grad()
@@ -237,8 +238,9 @@ def turbo_long_rows(seeds, out):
         reverse = [classes.index("+".join(reversed(name.split("+")))) for name in classes]
         hits = []
         videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
-        failures = data.Failures(len(videos), 0.0)
-        for batch in turbo.test_batches(cfg, common.launch(), videos, failures):
+        failures = common.Failures(len(videos), 0.0)
+        clips = turbo.test_clips(cfg, videos)
+        for batch in data.test_batches(cfg, common.launch(), clips, failures):
             logits, _, _ = model(batch.clips, batch.keys, 0.0, 0.0)
             shares = logits.softmax(-1).unflatten(0, (cfg.test_clips, -1)).mean(0)  # [B, classes]
             for share, label in zip(shares, batch.labels.tolist(), strict=False):
@@ -263,7 +265,7 @@ def turbo_vl_rows(seeds, out):
         text = torch.from_numpy(turbo.open_text(cfg, captions)).float()  # [sentences, W]
         # of "a red square moves left"
         actors = [captions.text(i).split()[1:3] for i in range(len(captions))]
-        failures = data.Failures(1, 0.0)
+        failures = common.Failures(1, 0.0)
         features = turbo.align_features(cfg, common.launch(), model, captions, failures)
         hits = []
         chances = []
@@ -298,13 +300,14 @@ def tpt_flags(*flags):
 
 @torch.no_grad()
 def tpt_constant(cfg):
-    """`best_constant` on the tokens that tpt_mae.sum_errors scores."""
+    """`best_constant` on the tokens that tpt_mae.evaluate scores."""
     model = tpt_mae.build(cfg, cfg.num_classes)
 
     def batches(path):
         videos = data.VideoList(path, cfg.data_root, cfg.num_classes)
-        return lambda: tpt_mae.test_batches(
-            cfg, common.launch(), videos, data.Failures(len(videos), 0.0)
+        failures = common.Failures(len(videos), 0.0)
+        return lambda: data.test_batches(
+            cfg, common.launch(), tpt_mae.test_clips(cfg, videos), failures
         )
 
     def patches(batch):

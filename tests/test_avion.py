@@ -773,9 +773,8 @@ def test_a_checkpoint_keeps_its_style(tiny, told, args, tmp_path):
         ]
         avion.main(dataclasses.replace(config(*flags), **small))
         for folder in (out, again):
-            net = avion.open_model(
-                folder / "last.pt", config("--task", "eval"), common.launch("fp32")
-            )[1]
+            trained = config("--task", "eval", "--init", folder / "last.pt")
+            net = avion.open_model(trained, common.launch("fp32"))[1]
             encoder = net.visual
             assert type(encoder.blocks[0].mlp.act).__name__ == act and encoder.ln_pre.eps == eps
             clips = torch.randint(0, 256, (1, 4, 3, 32, 32), dtype=torch.uint8)
@@ -1419,7 +1418,8 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
 
 
 def test_every_flag_is_read():
-    source = (ROOT / "avion.py").read_text() + (ROOT / "common.py").read_text()
+    names = "avion.py", "common.py", "data.py"
+    source = "".join((ROOT / name).read_text() for name in names)
     for field in dataclasses.fields(avion.Config):
         assert re.search(rf"\bcfg\.{field.name}\b", source) or field.name in ("embed_dim",), (
             field.name

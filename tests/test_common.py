@@ -94,13 +94,14 @@ def many_keys(n, *parts):
 
 
 def test_a_full_card_is_no_fault_of_the_checkpoint(tmp_path):
-    torch.save({"model": {}, "config": {}}, tmp_path / "a.pt")
+    cfg = common.RunConfig(init=tmp_path / "a.pt")
+    torch.save({"model": {}, "config": {}}, cfg.init)
 
-    def build(state):
+    def build(cfg, state):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        common.open_trained(tmp_path / "a.pt", "turbo.py", (), build)
+        common.open_trained(cfg, "turbo.py", (), (), build)
 
 
 def test_mix_is_splitmix64():
@@ -795,7 +796,8 @@ def test_user_error_is_one_line_and_status_1(cli):
 
 def sizes(batch, micro, world, pairs=False):
     return common.micro_batches(
-        SimpleNamespace(batch_size=batch, micro_batch=micro), SimpleNamespace(world=world), pairs
+        SimpleNamespace(batch_size=batch, micro_batch=micro, mixup=float(pairs)),
+        SimpleNamespace(world=world),
     )
 
 
@@ -1032,7 +1034,7 @@ def start(tmp_path):
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
     yield lambda ctx=CPU, **settings: common.Run(
-        RunConfig(**{"out": str(tmp_path / "run"), **settings}), ctx, "script"
+        RunConfig(**{"out": str(tmp_path / "run"), **settings}), ctx
     )
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
@@ -1070,7 +1072,7 @@ def test_new_run_describes_itself(start):
 
 def test_default_folder(start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    start(out="")
+    start(out=common.settled(common.RunConfig(), "script").out)
     assert (tmp_path / "runs/script-toy/log.jsonl").exists()
 
 

@@ -363,7 +363,7 @@ def test_a_full_disk_is_one_line(tmp_path):
             tmp_path / "x.png", [torch.zeros(64, 64, 3, dtype=torch.uint8)], "png", 5
         )
     cfg = turbo.Config(out=str(tmp_path))
-    run = common.Run(cfg, common.Context(0, 1, CPU, "fp32"), "turbo")
+    run = common.Run(cfg, common.Context(0, 1, CPU, "fp32"))
     with pytest.raises(UserError, match="log.jsonl: can't write it .No space left"):
         run.log({"val_top1": 1.0}, 1, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log.jsonl"]
@@ -373,10 +373,11 @@ def test_an_array_on_a_full_disk_is_no_bus_error(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import common
+import data
 from types import SimpleNamespace
+cfg = SimpleNamespace(out={str(tmp_path)!r})
 ctx = SimpleNamespace(rank=0, barrier=lambda: None)
-common.write_features({str(tmp_path)!r}, (10000, 100), [], None, ctx)
+data.write_features(cfg, ctx, range(10000), None, 100)
 """
     _, err, status = in_small(tmp_path, "1m", sys.executable, "-c", code)
     assert (

@@ -1089,8 +1089,9 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
 
 
 def test_every_flag_is_read():
-    """Each field of Config is read as cfg.<field>, in the script or in the parts of common.py that take the config."""
-    source = (ROOT / "sfa_vivit.py").read_text() + (ROOT / "common.py").read_text()
+    """Each field of Config is read as cfg.<field>, in the script or where common.py and data.py take the config."""
+    names = "sfa_vivit.py", "common.py", "data.py"
+    source = "".join((ROOT / name).read_text() for name in names)
     for field in dataclasses.fields(sfa.Config):
         assert re.search(rf"\bcfg\.{field.name}\b", source), field.name
 
@@ -1541,7 +1542,7 @@ def test_views_are_averaged_as_logits(trained, pairs):
     net = sfa.build(cfg, (8,), Stage(*state["stage"]))
     net.load_state_dict(state["model"])
     videos, ctx, hits, loss = data.VideoList(pairs / "val.csv", pairs), common.launch("fp32"), 0, 0
-    result = sfa.validate(cfg, ctx, net, videos, (8,), 16, (2, 1), "test")
+    result = sfa.evaluate(cfg, ctx, net, videos, (8,), 16, (2, 1), "test")
     net.eval()
     for i in range(8):
         with data.Video(videos.video(i)) as video:
@@ -1649,7 +1650,7 @@ def test_epic_scores_by_hand(kitchen, tmp_path):
         def forward(self, clips):
             return logits.expand(len(clips), -1)
 
-    result = sfa.validate(cfg, common.launch("fp32"), Fixed(), videos, sfa.EPIC, 4)
+    result = sfa.evaluate(cfg, common.launch("fp32"), Fixed(), videos, sfa.EPIC, 4)
     shares = [result[f"val_{word}"] for word in ("top1", "top5", "verb", "noun", "clips", "unread")]
     assert shares == [25, 75, 75, 50, 4, 0]
 

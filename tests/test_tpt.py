@@ -297,10 +297,10 @@ def test_test_views():
     views = [sample(cfg, 4, FILM, v, None, (2, 3))[0] for v in (0, 3)]
     assert views == [[0, 25, 50, 75], [12, 37, 62, 87]]
     assert sample(cfg, 4, FILM, 0, None, (1, 1)) == ([12, 37, 62, 87], (40, 0, 240, 240))
-    assert tpt_mae.two_numbers("--test-views", cfg.test_views) == (2, 3)
+    assert common.two_numbers("--test-views", cfg.test_views) == (2, 3)
     for text in ("5", "5x", "x3", "0x3", "5x3x1", "5x-3"):
         with pytest.raises(UserError, match=f"--test-views {text} is not"):
-            tpt_mae.two_numbers("--test-views", text)
+            common.two_numbers("--test-views", text)
 
 
 # ---- VideoMAE --------------------------------------------------------------------------------------------------------
@@ -889,13 +889,13 @@ def test_plan_of_the_headline(capsys, counted, monkeypatch):
     assert float(saved) == pytest.approx(100 * (1 - 8 * two / sixteen), abs=0.06)
 
 
-def block_by_hand(block, depth, shape, *args, half=True, grad_checkpoint=False):
+def block_by_hand(cfg, block, depth, shape, *args):
     """Of each token and channel 32 bytes a block, all in half precision: the inputs of the two norms and their outputs, 2
     each, q, k and v, 6, attention's output, 2, the MLP before and after GELU, 8 each. One block more is in backward: its
     32, its output, 2, and the gradients of that, 2, and of the MLP after GELU, 8, less its input, which is kept already.
     """
-    assert half and block.mlp.fc1.in_features == shape[1]
-    return (depth * (2 if grad_checkpoint else 32) + 42) * shape[0] * shape[1]
+    assert cfg.precision != "fp32" and block.mlp.fc1.in_features == shape[1]
+    return (depth * (2 if cfg.grad_checkpoint else 32) + 42) * shape[0] * shape[1]
 
 
 MEMORY = re.compile(
@@ -914,8 +914,9 @@ def printed_memory(capsys, *argv):
 def test_memory_of_every_phase(capsys, monkeypatch):
     """Each stage and --then's fine-tuning, of ViT-L on 64 and on 8 GPUs; all by hand.
     A pixel of a fine-tuning's clip takes 7 bytes more for RandAugment and 4 for mixup."""
-    real = common.block_bytes(common.Block(128, 2, kind="sdpa"), 4, (64, 128))
-    assert real == pytest.approx(block_by_hand(common.Block(128, 2), 4, (64, 128)), rel=0.05)
+    cfg = config("--recipe", "k400")
+    real = common.block_bytes(cfg, common.Block(128, 2, kind="sdpa"), 4, (64, 128))
+    assert real == pytest.approx(block_by_hand(cfg, common.Block(128, 2), 4, (64, 128)), rel=0.05)
     monkeypatch.setattr(common, "block_bytes", block_by_hand)
     flags = ["--recipe", "k400", "--model", "vit_l", "--then", "ssv2_ft"]
     *found, last = printed_memory(capsys, *flags)
@@ -1101,8 +1102,9 @@ def test_micro_batch_of_what_comes_after(flags, micro, grad_checkpoint):
 
 
 def test_every_flag_is_read():
-    """Each field of Config is read as cfg.<field>, in the script or in the parts of common.py that take the config."""
-    source = (ROOT / "tpt_mae.py").read_text() + (ROOT / "common.py").read_text()
+    """Each field of Config is read as cfg.<field>, in the script or where common.py and data.py take the config."""
+    names = "tpt_mae.py", "common.py", "data.py"
+    source = "".join((ROOT / name).read_text() for name in names)
     for field in dataclasses.fields(tpt_mae.Config):
         if not field.name.startswith("then_"):  # by name: test_what_comes_after
             assert re.search(rf"\bcfg\.{field.name}\b", source), field.name
@@ -1265,7 +1267,7 @@ def test_augmentation_is_of_training_only_and_in_order(lists, tmp_path, monkeypa
     monkeypatch.setattr(
         tpt_mae.Classifier,
         "forward",
-        lambda net, clips, keys: (
+        lambda net, clips, keys=None: (
             seen.append((net.training, (clips[..., :4] == torch.arange(4)).all().item())),
             forward(net, clips, keys),
         )[1],
@@ -1337,7 +1339,7 @@ def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
         ):
             (tmp_path / "val.csv").write_text("\n".join([*labels, f"{cut} 0"]))
             videos = data.VideoList(tmp_path / "val.csv", num_classes=8)
-            result = tpt_mae.validate(cfg, ctx, net, videos, views)
+            result = tpt_mae.evaluate(cfg, ctx, net, videos, views)
             assert re.search(
                 rf"^unreadable, not scored: {cut}: .+", capsys.readouterr().out, re.MULTILINE
             )
@@ -1410,7 +1412,7 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--mask-ratio", "nan"], ["--mask-ratio must be in [0, 1)"]),
         (["--warmup-epochs", 8], ["--warmup-epochs 8", "--budget 8"]),
         (["--lr-cycles", 4], ["--lr-cycles 4", "3 segments"]),
-        (["--search-stages", 0], ["--search-stages must be above 0"]),
+        (["--search-stages", 0], ["--search-stages must be at least 1"]),
         (
             ["--budget-frames", 7, "--stages", "2:50,4:50"],
             ["--frames 7"],
@@ -1954,18 +1956,18 @@ def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
 
 def test_signal_in_the_last_evaluation(lists, tmp_path, monkeypatch):
     """What comes after the run is not begun; the same command goes on with it."""
-    validate = tpt_mae.validate
+    evaluate = tpt_mae.evaluate
     signalled = lambda *args, **more: (
         signal.raise_signal(signal.SIGTERM),
-        validate(*args, **more),
+        evaluate(*args, **more),
     )[1]
-    monkeypatch.setattr(tpt_mae, "validate", signalled)
+    monkeypatch.setattr(tpt_mae, "evaluate", signalled)
     args = [*lists, *PRETRAIN, "--then", "toy_ft", "--max-steps", 1, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit) as end:
         tpt_mae.main(config(*args))
     assert end.value.code == 128 + signal.SIGTERM and not (tmp_path / "run_ft").exists()
     assert (tmp_path / "run" / "videomae.pth").exists()
-    monkeypatch.setattr(tpt_mae, "validate", validate)
+    monkeypatch.setattr(tpt_mae, "evaluate", evaluate)
     assert "val_top1" in tpt_mae.main(config(*args))
 
 

@@ -411,8 +411,9 @@ def test_decisions_of_the_header_are_tagged_where_they_are_made():
 
 
 def test_every_flag_is_read():
-    """Each field of Config is read as cfg.<field>, in the script or in the parts of common.py that take the config."""
-    source = (ROOT / "turbo.py").read_text() + (ROOT / "common.py").read_text()
+    """Each field of Config is read as cfg.<field>, in the script or where common.py and data.py take the config."""
+    names = "turbo.py", "common.py", "data.py"
+    source = "".join((ROOT / name).read_text() for name in names)
     for field in dataclasses.fields(turbo.Config):
         assert re.search(rf"\bcfg\.{field.name}\b", source), field.name
 

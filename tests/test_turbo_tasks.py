@@ -38,7 +38,7 @@ def vl(narrated, tmp_path):
 
 
 def text_file(cfg, captions):
-    return data.text_file(captions, cfg.text_model, turbo.text_folder(cfg))
+    return data.text_file(captions, cfg.text_model, cfg.text_features or cfg.out)
 
 
 def records(folder):
@@ -495,8 +495,8 @@ def test_the_picture_plays_at_the_rate_of_the_clips_at_test(vl, tmp_path):
     """Its animation shows --eval-fps frames a second: that is what the model is shown."""
     cfg = config(*vl, "--eval-fps", 8, "--batch-size", 20)
     captions = turbo.captions_of(cfg, cfg.val_list)
-    model = turbo.build(cfg, 0, 256).eval()
-    failures = data.Failures(len(captions.names), 0.0)
+    model = turbo.build(cfg, 256).eval()
+    failures = common.Failures(len(captions.names), 0.0)
     turbo.align_features(cfg, common.launch(), model, captions, failures, tmp_path / "recon.png")
     with av.open(str(tmp_path / "recon_animated.png")) as file:
         assert cfg.fps != 8 and file.streams.video[0].average_rate == 8
@@ -509,7 +509,7 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
     cfg = config(*vl, "--val-list", tmp_path / "val.json", "--eval-fps", 8, "--batch-size", 20)
     torch.manual_seed(0)
     model, rng, align, rows, text = (
-        turbo.build(cfg, 0, 256).eval(),
+        turbo.build(cfg, 256).eval(),
         np.random.default_rng(0),
         {},
         [],
@@ -548,7 +548,7 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
     assert len(found) > 5 and 5 < sum(hits) < len(hits) and outside > 2
     (tmp_path / "val.json").write_text(json.dumps(align))
     captions, ctx = turbo.captions_of(cfg, cfg.val_list), common.launch()
-    features = turbo.align_features(cfg, ctx, model, captions, data.Failures(2, 0.0))
+    features = turbo.align_features(cfg, ctx, model, captions, common.Failures(2, 0.0))
     for n, expected in enumerate(rows):
         assert torch.allclose(features[n], expected, atol=1e-5) and expected.std(0).max() > 1e-3
     result = turbo.validate(cfg, ctx, model, captions, np.stack(text))
@@ -889,7 +889,7 @@ def test_plan_counts_the_model_that_trains(capsys, monkeypatch):
         cfg = config("--recipe", recipe, "--plan")
         turbo.main(cfg)
         with torch.device("meta"):
-            expected = sum(p.numel() for p in turbo.build(cfg, classes, width).parameters())
+            expected = sum(p.numel() for p in turbo.build(cfg, width or classes).parameters())
         assert f": {expected / 1e6:.1f} M parameters" in capsys.readouterr().out
 
 

@@ -892,6 +892,26 @@ class Decoder(nn.Module):
         return self.head(self.norm(x[:, x.shape[1] - count :]))  # [B, R, P]
 
 
+class Autoencoder(nn.Module):
+    """VideoMAE's way from encoded tokens to pixels, of a model that has its `encoder_to_decoder`,
+    `mask_token` [1, 1, D'], `decoder_positions` [1, N, D'] and `decoder`."""
+
+    def decode(self, tokens, visible, masked):
+        """Predicted pixels [B, R, P] of the tokens `masked` [B, R], from encoded visible tokens
+        [B, K, D] (no CLS)."""
+        x = self.add_mask_tokens(tokens, visible, masked)  # [B, K + R, D']
+        return self.decoder(x, masked.shape[1], self.grad_checkpoint)  # [B, R, P]
+
+    @region
+    def add_mask_tokens(self, tokens, visible, masked):
+        """The decoder's input: encoded visible tokens, and for each masked one the mask token, with
+        their positions. [B, K, D] -> [B, K + R, D']."""
+        x = self.encoder_to_decoder(tokens)  # [B, K, D']
+        positions = self.decoder_positions.to(x.dtype)  # [1, N, D']
+        hidden = self.mask_token.to(x.dtype) + gather_tokens(positions, masked)  # [B, R, D']
+        return torch.cat([x + gather_tokens(positions, visible), hidden], dim=1)  # [B, K + R, D']
+
+
 def patchify(clip, patch):
     """Cut [B, T, C, H, W] into non-overlapping patches (p_t, p_h, p_w): [B, N, P], same dtype.
 

@@ -118,6 +118,7 @@ import common
 import data
 from common import (
     Attention,
+    Autoencoder,
     Block,
     Decoder,
     UserError,
@@ -605,7 +606,7 @@ class Encoder(nn.Module):
         return len(self.blocks) + 1
 
 
-class VideoMAE(Encoder):
+class VideoMAE(Encoder, Autoencoder):
     """Masked autoencoder of clips (Sec. 3.1), of any length up to `frames`. options: Encoder's.
 
         net = VideoMAE("vit_b")
@@ -636,19 +637,6 @@ class VideoMAE(Encoder):
         self.init_parameters()
         # PyTorch's default: VideoMAE inits its encoder and decoder alone
         self.encoder_to_decoder.reset_parameters()
-
-    def decode(self, tokens, visible, masked):
-        """Encoded visible tokens [B, K, D] -> predicted pixels [B, R, P] of the masked ones."""
-        x = self.fill(tokens, visible, masked)  # [B, K + R, D']
-        return self.decoder(x, masked.shape[1], self.grad_checkpoint)  # [B, R, P]
-
-    @common.region
-    def fill(self, tokens, visible, masked):
-        """The decoder's input, visible tokens and then a mask token for each masked one."""
-        x = self.encoder_to_decoder(tokens)  # [B, K, D']
-        positions = self.decoder_positions.to(x.dtype)  # [1, N, D']
-        hidden = self.mask_token.to(x.dtype) + gather_tokens(positions, masked)  # [B, R, D']
-        return torch.cat([x + gather_tokens(positions, visible), hidden], dim=1)  # [B, K + R, D']
 
     def features(self, clips):
         """clips 0-255 [B, T, C, H, W] -> the normed tokens' mean [B, D]: nothing is masked."""

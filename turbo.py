@@ -10,7 +10,7 @@ classification, video-language training, and long video, which then fits end to 
     paper                                   here
     Sec. 3.2, operations (1), (2), (3)      token_dropout
     Sec. 3.1, z = ViT([v_CLS, v_1 ...])     Turbo.encode
-    Sec. 3.2, Partial Masked Autoencoder    Turbo.decode
+    Sec. 3.2, Partial Masked Autoencoder    partial_mae, common.Autoencoder
     the MAE target (VideoMAE's)             pixel_target
     Eq. 1                                   turbo_loss
     Eq. 2                                   nce_loss, TurboText
@@ -131,6 +131,7 @@ from torch import nn
 import common
 import data
 from common import (
+    Autoencoder,
     Block,
     Decoder,
     UserError,
@@ -413,9 +414,9 @@ def augment(clips, keys, rand_augment, flip):
 # ---- The model -----------------------------------------------------------------------------------
 
 
-class Turbo(nn.Module):
+class Turbo(Autoencoder):
     """ViT encoder on the visible tokens, classifier on its CLS, light decoder on visible +
-    reconstructed tokens (Fig. 1).
+    reconstructed tokens (Fig. 1; `decode`, VideoMAE's).
 
     Module names follow VideoMAE's checkpoints. Methods marked `common.region` are compiled on CUDA,
     one by one; so are the blocks. num_classes goes to `add_head`, which TurboText replaces.
@@ -518,21 +519,6 @@ class Turbo(nn.Module):
         x = self.embed(patches, visible)  # [B, 1 + K, D]
         x = common.run_blocks(self.blocks, x, keys, self.grad_checkpoint)  # [B, 1 + K, D]
         return self.norm(x)  # [B, 1 + K, D]
-
-    @common.region
-    def add_mask_tokens(self, tokens, visible, recon):
-        """The decoder's input: encoded visible tokens, and for each reconstructed one the mask
-        token, with their positions. [B, K, D] -> [B, K + R, D']."""
-        x = self.encoder_to_decoder(tokens)  # [B, K, D']
-        positions = self.decoder_positions.to(x.dtype)  # [1, N, D']
-        masked = self.mask_token.to(x.dtype) + gather_tokens(positions, recon)  # [B, R, D']
-        return torch.cat([x + gather_tokens(positions, visible), masked], dim=1)  # [B, K + R, D']
-
-    def decode(self, tokens, visible, recon):
-        """Predicted pixels [B, R, P] of the tokens `recon` [B, R], from encoded visible tokens [B,
-        K, D] (no CLS)."""
-        x = self.add_mask_tokens(tokens, visible, recon)  # [B, K + R, D']
-        return self.decoder(x, recon.shape[1], self.grad_checkpoint)  # [B, R, P]
 
     def autoencode(self, clips, keys, m, r):
         """The method (Fig. 1): 0-255 clips [B, T, C, H, W], keys int64 [B] -> CLS [B, D],

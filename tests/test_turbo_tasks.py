@@ -865,8 +865,10 @@ ROWS = {
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_paper_has_a_plan(name, capsys, monkeypatch):
-    """The memory is measured by the plan in test_turbo.py, and below; here, for its time, it is not."""
+    """The memory is measured by the plan in test_turbo.py, and below; here, for its time, it is not;
+    and of Table 1's rows, which are counted there, only the first is."""
     monkeypatch.setattr(common, "saved_bytes", lambda *args: 1e6)
+    monkeypatch.setattr(turbo, "TABLE_1", {(0.0, 0.0): turbo.TABLE_1[0.0, 0.0]})
     for n, flags in enumerate(ROWS[name]):
         if n or name not in (
             "Table 4 and progress",

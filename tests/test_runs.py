@@ -139,9 +139,9 @@ def test_ten_kills(tmp_path):
     between sync and rename, one while the toy videos are made. Same weights and logged losses as never killed."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 2**32))
     print(f"KILL_SEED={seed}")
-    rng, total = random.Random(seed), 60
+    rng, total = random.Random(seed), 66
     args = ["--max-steps", total, "--workers", 2, "--batch-size", 4, "--micro-batch", 2]
-    args += ["--save-minutes", 0.002]
+    args += ["--save-minutes", 0.0005]
     for patch in (TOY_HALF_MADE, HALF_WRITTEN, NOT_RENAMED):
         process = drive(tmp_path, *args, "--out", tmp_path / "cut", patch=patch)
         process.communicate(timeout=120)
@@ -150,17 +150,19 @@ def test_ten_kills(tmp_path):
     process = drive(tmp_path, *args, "--out", tmp_path / "whole")
     process.first_line()
     ready = time.time() - start  # the steps begin
+    process.wait_for("loss")
+    first = time.time() - start - ready  # three of them, and the loader's start
     finish(process)
-    step = (time.time() - start - ready) / total
+    three = 3 * (time.time() - start - ready) / total
     steps = []
     for _ in range(7):
         process = drive(tmp_path, *args, "--out", tmp_path / "cut")
-        # Each of its times ends at the next line of the run, however slow the machine was before:
-        # a line when the steps begin, and one at each third of them. So seven lives take at most 42
-        # of the steps.
-        lines, part = divmod(rng.uniform(-3, 6), 3)
-        process.wait_for("\n", 1 + lines)
-        process.wait_for("\n", 2 + lines, timeout=part * step if lines >= 0 else part / 3 * ready)
+        # At a drawn time between two lines that the run prints: when the steps begin, and at each
+        # third of them. The next line is the latest, however slow the machine was before, so that
+        # the seven lives take at most 7 x 9 steps.
+        lines, part = rng.randrange(4), rng.random()
+        process.wait_for("\n", lines)
+        process.wait_for("\n", lines + 1, timeout=part * (ready, first, three, three)[lines])
         assert process.poll() is None, "the run ended before its kill"
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)

@@ -245,11 +245,10 @@ def counted():
     """turbo.count_gmacs, once for each model and pair of ratios that the tests below share."""
     known, count = {}, turbo.count_gmacs
 
-    def look_up(cfg, classes, m, r, text_width=0):
-        net = (cfg.model, cfg.decoder, cfg.frames, cfg.size, cfg.objective)
-        key = (*net, classes, m, r, text_width)
+    def look_up(cfg, outputs, m, r):
+        key = (cfg.model, cfg.decoder, cfg.frames, cfg.size, outputs, m, r)
         if key not in known:
-            known[key] = count(cfg, classes, m, r, text_width)
+            known[key] = count(cfg, outputs, m, r)
         return known[key]
 
     return look_up

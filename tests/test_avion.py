@@ -1455,7 +1455,7 @@ def test_recipes_that_start_from_other_weights_need_them(args, tmp_path, capsys)
 
 
 LLM = ["--recipe", "ego4d_llm"]
-ROWS = {  # recipes.md P2: Tables 1-4, Fig. 6, Fig. 3; F2 and F5 need hardware, and T5, F7 are tpt_mae.py's
+ROWS = {  # every row of the paper: Tables 1-4, Fig. 6, Fig. 3; F2 and F5 need hardware, and T5, F7 are tpt_mae.py's
     "T1 original": (["--recipe", "ego4d"], "9765 steps"),
     "T1 LLM": (LLM, "19530 steps"),
     "T2 zero-shot B": (["--recipe", "ego4d", "--eval-frames", 16], "784"),

@@ -819,7 +819,7 @@ def test_impossible_flags(vl, flags, words):
     assert "\n" not in str(error.value)
 
 
-# ---- recipes.md P1: every row of the paper's tables ------------------------------------------------------------------
+# ---- Every row of the paper's tables ---------------------------------------------------------------------------------
 
 ROWS = {
     "Table 1": [
@@ -896,7 +896,7 @@ def test_plan_counts_the_model_that_trains(capsys, monkeypatch):
 
 
 def test_plan_memory_falls_with_dropout_and_grows_with_frames():
-    """numbers.md, section 2, on real CPU tensors (SDPA): linear in frames; ordered by what is dropped."""
+    """What is kept for the backward pass, of real CPU tensors (SDPA): linear in frames; ordered by what is dropped."""
     with torch.device("meta"):
         model = turbo.Turbo(2, "vit_s")
     saved = lambda frames, m, r: turbo.saved_megabytes(model, frames // 2 * 196, m, r)

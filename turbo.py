@@ -1036,7 +1036,8 @@ def init_weights(path, net):
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
     common.need_init(cfg, FROM_VIDEOMAE, "VideoMAE's weights")
-    common.check_flags(cfg, Turbo.patch[1])
+    t, h, _ = MODELS[cfg.model].get("patch", Turbo.patch)
+    common.check_flags(cfg, h)
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", cfg.eval_mask_ratios):
         raise UserError(
             f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9"
@@ -1052,7 +1053,6 @@ def check(cfg):
         )
     if cfg.test_crops not in (1, 3):
         raise UserError("--test-crops must be 1 or 3")
-    t, h, _ = MODELS[cfg.model].get("patch", Turbo.patch)
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     tokens = cfg.frames // t * (cfg.size // h) ** 2

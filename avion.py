@@ -882,9 +882,10 @@ def class_vectors(model, texts, tokenizer, ctx):
 def class_logits(model, features, classes):
     """Logits [V, A], on the CPU, of features [V, E] or [V, D] and class_vectors."""
     features = features.float().cpu()
-    if isinstance(model, VideoCLIP):
-        return model.logit_scale.exp().cpu() * features @ classes.T  # [V, A]
-    return F.linear(features, classes, model.head.bias.cpu())  # [V, A]
+    with torch.autocast("cpu", enabled=False):  # float32, also where the model is in half precision
+        if isinstance(model, VideoCLIP):
+            return model.logit_scale.exp().cpu() * features @ classes.T  # [V, A]
+        return F.linear(features, classes, model.head.bias.cpu())  # [V, A]
 
 
 def _batches_of_queries(similarity, relevancy, rows=256):

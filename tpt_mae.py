@@ -1494,11 +1494,14 @@ def evaluate_step(cfg, ctx, run, videos):
 @common.in_one_line
 def main(cfg):
     check(cfg)
+    searching = cfg.task == "search_schedule"
+    if searching and not cfg.out:
+        cfg = replace(cfg, out=f"runs/tpt_mae-{cfg.recipe}-search")  # beside the training's folder
     cfg = common.settled(cfg, "tpt_mae")
     if cfg.plan:
         return print_plans(cfg)
     ctx = common.launch(cfg.precision)
-    if cfg.task == "search_schedule":
+    if searching:
         return search_schedule(cfg, ctx)
     if cfg.task == "train":
         return train_then(cfg, ctx)

@@ -20,6 +20,7 @@ import unicodedata
 import zipfile
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -2080,3 +2081,12 @@ def test_keyed_dropout(tiny):
     )
     torch.testing.assert_close(net(clips[1:], keys[1:]), net(clips, keys)[1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(net(clips), net.head(encoder(clips)), atol=1e-6, rtol=1e-6)
+
+
+def test_scores_of_classes_are_single_precision():
+    """Where the model runs in half precision too: a score is printed to its tenth of a percent."""
+    head, features = torch.nn.Linear(4, 3), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = avion.class_logits(SimpleNamespace(head=head), features, head.weight.detach())
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, features @ head.weight.T + head.bias)

@@ -1879,6 +1879,14 @@ def test_search_ranks_and_resumes(lists, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[-1].endswith("--stages 2:50,8:50")
 
 
+def test_search_has_a_folder_of_its_own(monkeypatch):
+    """Its trials are not among the files of the training that comes after it."""
+    monkeypatch.setattr(tpt_mae, "search_schedule", lambda cfg, ctx: cfg.out)
+    search = config("--task", "search_schedule")
+    assert tpt_mae.main(search) == "runs/tpt_mae-toy-search"
+    assert tpt_mae.main(dataclasses.replace(search, out="mine")) == "mine"
+
+
 def test_copying_three_files_runs(cli, lists, tmp_path):
     """tpt_mae.py + common.py + data.py in an empty folder are enough."""
     for name in ("tpt_mae.py", "common.py", "data.py"):

@@ -25,6 +25,13 @@ def config(*argv):
     return common.parse(turbo.Config, turbo.RECIPES, list(map(str, argv)))
 
 
+def test_size_is_whole_patches_of_the_model():
+    turbo.check(config("--recipe", "toy_tpt", "--size", "24"))  # patches of 4 pixels
+    for recipe, patch in (("toy_tpt", 4), ("toy", 16)):
+        with pytest.raises(UserError, match=rf"--size.* {patch} pixels"):
+            turbo.check(config("--recipe", recipe, "--size", "22"))
+
+
 def small(**changes):
     """A tiny Turbo on 4 x 32 x 32 clips (2 x 2 x 2 = 8 tokens), in eval mode, with non-trivial biases and norms."""
     torch.manual_seed(0)

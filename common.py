@@ -1940,7 +1940,7 @@ class Trainer(Run):
         run.begin(batches, stop=stage.stop, ...)            # a stage: its batches, its steps
         while run.step < run.stop:
             for batch in run.micro_batches():               # counts waits, unreadable videos
-                with run.forward():                         # autocast
+                with run.forward():                         # autocast; exchange over ranks
                     loss = loss_fn(run.model(batch.clips))  # [B]
                 run.backward(loss)                          # of the global batch's mean, guarded
             run.update(lr)                                  # clip, step, zero

@@ -675,7 +675,8 @@ class PairDataset(data.ClipDataset):
 
 def sample_pair(video, sentence, key, captions, frames, fps, crop):
     """(frames, box) of a training clip around the time of a sentence, by its number (Sec. 4.2)."""
-    start, end = captions.start[sentence], captions.end[sentence]
+    start = captions.start[sentence]
+    end = captions.end[sentence]
     chosen = data.moment_frames(video, start, end, frames, fps, uniform(key, "start").item())
     return chosen, training_box(video.info, key, crop)
 
@@ -829,7 +830,8 @@ def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
     totals = np.zeros(4)
     for video, rows in features.items():
         own = np.flatnonzero(captions.video_of == video)  # [S]
-        start, end = captions.start[own], captions.end[own]
+        start = captions.start[own]
+        end = captions.end[own]
         words = torch.from_numpy(text[own]).float().to(ctx.device)  # [S, W]
         sentences = net.embed_text(words).cpu()  # [S, E]
         hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
@@ -903,7 +905,8 @@ def saved_megabytes(model, tokens, m, r):
 
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
-    m, r = cfg.mask_ratio, cfg.recon_ratio
+    m = cfg.mask_ratio
+    r = cfg.recon_ratio
     outputs = cfg.num_classes or 2
     if cfg.objective == "align":
         outputs = 256 if cfg.text_model == "hashing" else 768  # as MPNet's
@@ -940,7 +943,8 @@ def print_plan(cfg):
 def print_figure_2(cfg, model):
     """What the blocks save for backward at several lengths of a clip, with and without token
     dropout."""
-    m, r = cfg.mask_ratio, cfg.recon_ratio
+    m = cfg.mask_ratio
+    r = cfg.recon_ratio
     what = "MB that the blocks alone save for backward, a clip in fp32"
     print(f"\nFigure 2 (drawn, without numbers): {what}")
     print(f"{'frames':>6} {'m = 0':>9} {f'm = {m:g}, r = {r:g}':>20} {'less':>6}")
@@ -1293,7 +1297,8 @@ def main(cfg):
         run.say(init_weights(cfg.init, net))
     optimizer = common.optimizer("adamw", common.param_groups(net, cfg.weight_decay), cfg.lr)
     run.prepare(net, optimizer, classes=classes, text_width=text_width)
-    m, r = cfg.mask_ratio, cfg.recon_ratio
+    m = cfg.mask_ratio
+    r = cfg.recon_ratio
     loss_of = common.compiled(turbo_loss, ctx, cfg.compile)
     error_of = common.compiled(partial_mae, ctx, cfg.compile)
     encode = partial(encode_pairs, model=run.model, m=m, r=r, error_of=error_of)

@@ -712,7 +712,8 @@ class Project(torch.autograd.Function):
             dx = torch.addmm(dx, part, rows)  # [B N, D]
         dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = torch.cat([part.T @ x.flatten(0, 1) for part in parts])  # [E, D]
+            products = [part.T @ x.flatten(0, 1) for part in parts]  # [E / parts, D] each
+            dweight = torch.cat(products) if others else products[0]  # [E, D], not copied if whole
         dbiases = [None] * len(parts)
         for i, part in enumerate(parts):
             if ctx.needs_input_grad[2 + i]:

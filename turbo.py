@@ -1040,6 +1040,7 @@ def init_weights(path, net):
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
     common.need_init(cfg, FROM_VIDEOMAE, "VideoMAE's weights")
+    common.need_init(cfg, ["toy_tpt"], "tpt_mae.py's toy (runs/tpt_mae-toy/videomae.pth)")
     t, h, _ = MODELS[cfg.model].get("patch", Turbo.patch)
     common.check_flags(cfg, h)
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", cfg.eval_mask_ratios):

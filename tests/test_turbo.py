@@ -26,10 +26,11 @@ def config(*argv):
 
 
 def test_size_is_whole_patches_of_the_model():
-    turbo.check(config("--recipe", "toy_tpt", "--size", "24"))  # patches of 4 pixels
+    init = ["--init", "random"]
+    turbo.check(config("--recipe", "toy_tpt", "--size", "24", *init))  # patches of 4 pixels
     for recipe, patch in (("toy_tpt", 4), ("toy", 16)):
         with pytest.raises(UserError, match=rf"--size.* {patch} pixels"):
-            turbo.check(config("--recipe", recipe, "--size", "22"))
+            turbo.check(config("--recipe", recipe, "--size", "22", *init))
 
 
 def small(**changes):
@@ -433,14 +434,16 @@ def test_recipes_only_set_known_fields_of_the_right_type():
 
 
 def test_recipes_of_the_paper_need_weights():
-    """Every one but the toys starts from VideoMAE (Sec. 4.2, 5.1.1, 5.3): random weights only where they are asked for."""
+    """Every one but the toys starts from VideoMAE (Sec. 4.2, 5.1.1, 5.3): random weights only where they are asked for.
+    So does the toy that goes on from tpt_mae.py's."""
     for name in turbo.RECIPES:
         flags = ["--recipe", name]
-        if name.startswith("toy"):
+        if name.startswith("toy") and name != "toy_tpt":
             turbo.check(config(*flags))
             continue
+        source = "tpt_mae.py's toy" if name == "toy_tpt" else "VideoMAE's weights"
         with pytest.raises(
-            UserError, match=f"--recipe {name} starts from VideoMAE's weights.*--init random"
+            UserError, match=f"--recipe {name} starts from {source}.*--init random"
         ) as error:
             turbo.main(config(*flags))
         assert "\n" not in str(error.value)

@@ -891,6 +891,14 @@ def segment_frames(info, n, u):
     return [a + int(p * (b - a)) for a, b, p in zip(edges[:-1], edges[1:], places, strict=True)]
 
 
+def _end_within(video, start, end):
+    """`end`, or the video's if that is earlier; ValueError where nothing is between start and it."""
+    end = video.clamp(end)
+    if not 0 <= start < end:
+        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
+    return end
+
+
 def between_frames(video, start, end, n, u=0.5):
     """n frames between two times in seconds, one in each of n equal segments (AVION):
     u = 0.5, or [n] draws as jitter.
@@ -898,9 +906,7 @@ def between_frames(video, start, end, n, u=0.5):
     An end behind the video's is the video's. Frames repeat if there are fewer than n between the
     two. ValueError where nothing is between them.
     """
-    end = video.clamp(end)
-    if not 0 <= start < end:
-        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
+    end = _end_within(video, start, end)
     return video.at(start + (np.arange(n) + np.asarray(u)) * (end - start) / n)
 
 
@@ -912,8 +918,7 @@ def moment_frames(video, start, end, n, fps, u=0.5):
     that is shorter, it is spread over it, and frames may repeat. ValueError where
     nothing is between the times.
     """
-    if not (0 <= start < end and video.clamp(end) > start):
-        raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")
+    _end_within(video, start, end)
     room = end - start - n / fps
     stop = video.clamp(max(0, start + room * (u if room > 0 else 0.5)) + n / fps)
     begin = max(0, stop - n / fps)
@@ -981,6 +986,13 @@ def centre_box(info):
     return crop_box(info, 1, 3)
 
 
+def _placed(info, w, h, left, top):
+    """(x, y, w, h) of a box of w x h pixels, at an even place by two draws."""
+    x = 2 * int(left * ((info.width - w) // 2 + 1))
+    y = 2 * int(top * ((info.height - h) // 2 + 1))
+    return x, y, w, h
+
+
 def random_box(info, key, share=1.0):
     """A square anywhere, of `share` of the short side: simple random crop (AVION,
     Sec. 4.2; AlexNet, DeiT III).
@@ -989,10 +1001,7 @@ def random_box(info, key, share=1.0):
     """
     short = min(info.width, info.height)
     side = min(max(2, round(share * short / 2) * 2), short)
-    left, top = uniform(key, "crop", 2).tolist()
-    x = 2 * int(left * ((info.width - side) // 2 + 1))
-    y = 2 * int(top * ((info.height - side) // 2 + 1))
-    return x, y, side, side
+    return _placed(info, side, side, *uniform(key, "crop", 2).tolist())
 
 
 def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
@@ -1008,9 +1017,7 @@ def random_resized_box(info, key, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), tries
         w = 2 * max(1, round(math.sqrt(area * aspect) / 2))
         h = 2 * max(1, round(math.sqrt(area / aspect) / 2))
         if w <= info.width and h <= info.height:
-            x = 2 * int(left * ((info.width - w) // 2 + 1))
-            y = 2 * int(top * ((info.height - h) // 2 + 1))
-            return x, y, w, h
+            return _placed(info, w, h, left, top)
     return centre_box(info)
 
 
@@ -2700,9 +2707,9 @@ def _affine(x, matrix):
     """
     n, T, C, H, W = x.shape
     index, weight, inside = _bicubic(matrix, H, W)
-    pixels = x.flatten(1, 2).flatten(2).transpose(1, 2)  # [n, H W, T C]
+    pixels = x.permute(0, 3, 4, 1, 2)  # [n, H, W, T, C]
     pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-    pixels = pixels.flatten(0, 1)  # [n H W, T C]
+    pixels = pixels.view(-1, T * C)  # [n H W, T C]
     out = F.embedding_bag(index, pixels, mode="sum", per_sample_weights=weight)  # [n H W, T C]
     # 1e-3 makes good for what float32 lost, where the exact sum is a whole
     # number and would be rounded down.
@@ -2759,25 +2766,32 @@ def _by_operation(clips, plans):
     return out
 
 
+LEVELS = torch.arange(256)
+
+
+def _inverted_from(threshold):
+    return torch.where(LEVELS < threshold, LEVELS, 255 - LEVELS)
+
+
+def _dark_raised_by(addition):
+    return torch.where(LEVELS < 128, (LEVELS + addition).clamp(max=255), LEVELS)
+
+
 # timm's operations that grow with the magnitude ("inc1"): the function, and its values for v,
 # magnitude / 10, in 0 .. 1, with a random sign, and frames of w x h pixels. Many are the same for
 # every pixel: a table, made of all the levels. 0 bits left of a colour, at magnitude 10, are black,
 # as with the PIL of VideoMAE's time; newer ones raise an error.
-LEVELS = torch.arange(256)
-RAND_AUGMENT = {
+ANY_MAGNITUDE = {
     "AutoContrast": (_autocontrast, lambda v, w, h: ()),
     "Equalize": (_equalize, lambda v, w, h: ()),
     "Invert": (_look_up, lambda v, w, h: 255 - LEVELS),
+}
+RAND_AUGMENT = {
+    **ANY_MAGNITUDE,
     "Rotate": (_affine, lambda v, w, h: _rotation(30 * v, w, h)),
     "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (16 << int(4 * abs(v))))),
-    "Solarize": (
-        _look_up,
-        lambda v, w, h: torch.where(LEVELS < 256 - int(256 * abs(v)), LEVELS, 255 - LEVELS),
-    ),
-    "SolarizeAdd": (
-        _look_up,
-        lambda v, w, h: torch.where(LEVELS < 128, LEVELS + int(110 * abs(v)), LEVELS),
-    ),
+    "Solarize": (_look_up, lambda v, w, h: _inverted_from(256 - int(256 * abs(v)))),
+    "SolarizeAdd": (_look_up, lambda v, w, h: _dark_raised_by(int(110 * abs(v)))),
     "Color": (_colour, lambda v, w, h: [1 + 0.9 * v]),
     "Contrast": (_contrast, lambda v, w, h: [1 + 0.9 * v]),
     "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 1 + 0.9 * v)),
@@ -2827,23 +2841,15 @@ def rand_augment(clips, keys, magnitude=7, layers=4, deviation=0.5):
 # clip's T frames, one below the other, are one of w x h pixels here: what they count over a frame
 # they count over the clip, and Sharpness mixes the rows where two frames meet.
 SCENIC_AUGMENT = {
-    "AutoContrast": (_autocontrast, lambda v, w, h: ()),
-    "Equalize": (_equalize, lambda v, w, h: ()),
-    "Invert": (_look_up, lambda v, w, h: 255 - LEVELS),
+    **ANY_MAGNITUDE,
     "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (256 >> int(4 * v)))),
-    "Solarize": (
-        _look_up,
-        lambda v, w, h: torch.where(LEVELS < int(256 * v) % 256, LEVELS, 255 - LEVELS),
-    ),
+    "Solarize": (_look_up, lambda v, w, h: _inverted_from(int(256 * v) % 256)),
     "Color": (_colour, lambda v, w, h: [0.1 + 1.8 * v]),
     "Contrast": (_look_up, lambda v, w, h: _blend(min(255, w * h // 256), LEVELS, 0.1 + 1.8 * v)),
     "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 0.1 + 1.8 * v)),
     "Sharpness": (_sharpness, lambda v, w, h: [0.1 + 1.8 * v]),
     "Cutout": None,  # needs a place: see below
-    "SolarizeAdd": (
-        _look_up,
-        lambda v, w, h: torch.where(LEVELS < 128, (LEVELS + int(110 * v)).clamp(max=255), LEVELS),
-    ),
+    "SolarizeAdd": (_look_up, lambda v, w, h: _dark_raised_by(int(110 * v))),
 }
 
 
@@ -3022,13 +3028,8 @@ def mix(clips, targets, step_key, mixup, cutmix):
         # the area that was really replaced
         lam = 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (H * W)
     else:
-        even, odd = clips.unflatten(0, (-1, 2)).unbind(1)  # [B / 2, T, C, H, W] each
-        even = even.float()
-        odd = odd.float()
-        mixed = torch.empty(clips.shape, device=clips.device)  # [B, T, C, H, W]
-        torch.lerp(even, odd, 1 - lam, out=mixed[0::2])
-        torch.lerp(odd, even, 1 - lam, out=mixed[1::2])
-        clips = mixed
+        mixed = clips.to(torch.float32, copy=True)  # [B, T, C, H, W]
+        clips = mixed.lerp_(swap(clips).float(), 1 - lam)
     return clips, targets.lerp(swap(targets), 1 - lam)
 
 
@@ -3123,9 +3124,9 @@ def write_panels(path, panels, fps, marked=None, columns=8):
         panel[..., edge] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None]
     video = torch.stack(framed, 1)  # [B, panels, T, C, H, W]
     strip = video[:, :, :: -(-T // columns)].permute(0, 1, 4, 2, 5, 3)  # [B, panels, H, T, W, C]
-    _write_images(path, [strip.flatten(3, 4).flatten(0, 2)], "png", fps)  # [B panels H, T W, C]
+    _write_images(path, [strip.flatten(3, 4).flatten(0, 2)], fps)  # [B panels H, T W, C]
     movie = video.permute(2, 0, 4, 1, 5, 3).flatten(3, 4).flatten(1, 2)  # [T, B H, panels W, C]
-    _write_images(path.with_stem(path.stem + "_animated"), list(movie), "apng", fps)
+    _write_images(path.with_stem(path.stem + "_animated"), list(movie), fps)
 
 
 @contextmanager
@@ -3142,17 +3143,15 @@ def _encoder(path, codec, rate, width, height, pixels="yuv420p", coding=None, **
         file.mux(stream.encode())  # what waits in the encoder
 
 
-def _write_images(path, images, codec, fps):
-    """Write uint8 [H, W, 3] images as one PNG or APNG, whole or not at all."""
-    if codec == "png":
-        opening = {"format": "image2", "options": {"update": "1"}}
-    else:
-        opening = {"format": "apng", "options": {"plays": "0"}}
+def _write_images(path, images, fps):
+    """Write uint8 [H, W, 3] images as one APNG, which is a plain PNG where it is one image;
+    whole or not at all."""
+    opening = {"format": "apng", "options": {"plays": "0"}}
     height, width = images[0].shape[:2]
     rate = Fraction(fps).limit_denominator(1000)
     with (
         replacing(path) as temporary,
-        _encoder(temporary, codec, rate, width, height, "rgb24", **opening) as (_, write),
+        _encoder(temporary, "apng", rate, width, height, "rgb24", **opening) as (_, write),
     ):
         for image in images:
             write(av.VideoFrame.from_ndarray(image.contiguous().numpy(), format="rgb24"))
@@ -3467,17 +3466,15 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
             raise FileExistsError(
                 f"{target} is there and is no toy set: choose another folder, or remove it"
             )
-        for leftover in root.glob(f".{which}.tmp*"):
-            # of a process that was killed: nobody else is at work here
-            shutil.rmtree(leftover)
-        new = root / f".{which}.tmp-new"
-        old = root / f".{which}.tmp-old"
-        _toy_fill(new, which, seed, counts, workers)
-        (new / "version.json").write_text(json.dumps(wanted))
+        room = root / f".{which}.tmp"
+        # of a process that was killed: nobody else is at work here
+        shutil.rmtree(room, ignore_errors=True)
+        _toy_fill(room / "new", which, seed, counts, workers)
+        (room / "new" / "version.json").write_text(json.dumps(wanted))
         if made is not None:
-            target.rename(old)
-        new.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+            target.rename(room / "old")
+        (room / "new").rename(target)
+        shutil.rmtree(room, ignore_errors=True)
     return target
 
 
@@ -3496,7 +3493,7 @@ def _toy_fill(folder, which, seed, counts, workers):
     jobs = []
     for split, count in counts.items():
         jobs += [(split, index) for index in range(count)]
-    doing = f"making toy videos in {folder.parent / which}"
+    doing = f"making toy videos in {folder.parents[1] / which}"
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         made = pool.map(lambda job: _toy_video(folder, which, seed, *job), jobs)
         made = list(tqdm(made, doing, len(jobs), unit="video", disable=None))

@@ -359,9 +359,7 @@ def test_a_full_disk_is_one_line(tmp_path):
         common.save_atomic(tmp_path / "last.pt", {"a": torch.zeros(1000)})
     assert common.load_checkpoint(tmp_path / "last.pt") == {"a": 1}
     with pytest.raises(UserError, match="x.png: can't write it .No space left"):
-        data._write_images(
-            tmp_path / "x.png", [torch.zeros(64, 64, 3, dtype=torch.uint8)], "png", 5
-        )
+        data._write_images(tmp_path / "x.png", [torch.zeros(64, 64, 3, dtype=torch.uint8)], 5)
     cfg = turbo.Config(out=str(tmp_path))
     run = common.Run(cfg, common.Context(0, 1, CPU, "fp32"))
     with pytest.raises(UserError, match="log.jsonl: can't write it .No space left"):

@@ -429,7 +429,7 @@ def test_killed_while_making(small, tmp_path, seconds):
         target=data.make_toy, args=(tmp_path, "actions")
     )  # 1,920 videos: takes seconds
     child.start()
-    while not (seconds == 0 or (tmp_path / ".actions.tmp-new" / "videos").is_dir()):
+    while not (seconds == 0 or (tmp_path / ".actions.tmp" / "new" / "videos").is_dir()):
         time.sleep(0.005)
     time.sleep(seconds)
     child.kill()

@@ -1178,7 +1178,7 @@ def _droppable(packet, codec, prefix):
         if codec == "h264" and nal[0] & 31 in (1, 5):
             return nal[0] & 0x60 == 0
         if codec == "hevc" and nal[0] >> 1 < 32:
-            return nal[0] >> 1 < 16 and nal[0] >> 1 & 1 == 0
+            return nal[0] & 0xE2 == 0
     return False
 
 
@@ -1205,17 +1205,6 @@ def _clean_start(packet, codec, prefix, first):
     return False
 
 
-def _parameter_sets(extra):
-    """The sequence parameter sets in the header of H.264 in mp4 or mkv (avcC)."""
-    sets = set()
-    at = 6
-    for _ in range(extra[5] & 31):
-        start = at + 2
-        at = start + int.from_bytes(extra[at:start])
-        sets.add(extra[start:at])
-    return sets
-
-
 def _only_frames(sps):
     """frame_mbs_only_flag of an H.264 sequence parameter set (7.3.2.1.1): no picture
     under it is a single field."""
@@ -1235,7 +1224,7 @@ def _only_frames(sps):
         return int(bits[at - zeros - 1 : at], 2) - 1
 
     number()  # its id
-    if raw[1] in (100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135):
+    if raw[1] not in (66, 77, 88):  # any profile but Baseline, Main and Extended
         chroma = number()
         if chroma == 3:
             flag()
@@ -1273,55 +1262,54 @@ def _may_be_turned(path):
     with open(path, "rb") as file:
         is_mkv = file.read(4) == b"\x1aE\xdf\xa3"
         file.seek(0)
-        return (_mkv_may_turn if is_mkv else _mp4_may_turn)(file)
-
-
-def _mp4_may_turn(file):
-    """Looks at the matrices (a, b, u, c, d, ...) of the film and of all tracks, in the box moov."""
-    unit = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0"
-    start = 0
-    for _ in range(64):
-        file.seek(start)
-        head = file.read(16)
-        size = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4], "big")
-        if head[4:8] == b"moov" and 8 < size < KEEP_BYTES:
-            file.seek(start)
-            moov = file.read(size)
-            # Every place that holds the name counts: it is the header's, or chance,
-            # which costs no more than a frame.
-            matrices = []
-            for name, offset in ((b"mvhd", 36), (b"tkhd", 40)):
-                for part in moov.split(name)[1:]:
-                    # version 1 has three numbers of 8 bytes, not 4
-                    at = offset + 12 if part[:1] == b"\1" else offset
-                    matrices.append(part[at : at + len(unit)])
-            return len(matrices) < 2 or any(matrix != unit for matrix in matrices)
-        start += max(size, 8)
+        for _ in range(64):
+            name, size = (_mkv_element if is_mkv else _mp4_element)(file)
+            if name == b"\x18\x53\x80\x67":  # mkv's Segment: go into it
+                continue
+            if not 0 <= size < 1 << 40:  # the end, or unknown
+                return True
+            if name == b"\x16T\xaek":  # mkv's Tracks: is there an element Projection?
+                return size > KEEP_BYTES or b"\x76\x70" in file.read(size)
+            if name == b"moov":
+                return size > KEEP_BYTES or _moov_may_turn(file.read(size))
+            file.seek(size, os.SEEK_CUR)
     return True
 
 
-def _mkv_may_turn(file):
-    """Goes from element to element up to Tracks, and looks there for an element Projection."""
+def _mp4_element(file):
+    """(name, bytes behind its head) of the box that begins here in an mp4 file."""
+    size = int.from_bytes(file.read(4)) - 8
+    name = file.read(4)
+    if size == 1 - 8:  # it stands behind the name
+        size = int.from_bytes(file.read(8)) - 16
+    return name, size
 
-    def number():
+
+def _mkv_element(file):
+    """(name, bytes behind its head) of the element that begins here in an mkv file."""
+    numbers = []
+    for _ in range(2):
         # as many more bytes as it has zeros in front; they and the one behind them are its mark
         first = file.read(1)
-        more = 8 - int.from_bytes(first).bit_length()
-        return first + file.read(more), more
+        numbers.append(first + file.read(8 - int.from_bytes(first).bit_length()))
+    name, size = numbers
+    return name, int.from_bytes(size) - (1 << 7 * len(size))
 
-    for _ in range(64):
-        name, _ = number()
-        size, more = number()
-        size = int.from_bytes(size) - (1 << 7 * (more + 1))
-        if name == b"\x18\x53\x80\x67":  # Segment: go into it
-            continue
-        # end, Cluster, unknown size
-        if name in (b"", b"\x1fC\xb6u") or not 0 <= size < (1 << 7 * (more + 1)) - 1:
-            return True
-        if name == b"\x16T\xaek":  # Tracks
-            return size > KEEP_BYTES or b"\x76\x70" in file.read(size)
-        file.seek(size, os.SEEK_CUR)
-    return True
+
+def _moov_may_turn(moov):
+    """Looks at the matrices (a, b, u, c, d, ...) of the film and of all tracks in an mp4's header.
+
+    Every place that holds the name counts: it is the header's, or chance, which costs no more
+    than a frame.
+    """
+    unit = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0"
+    names = 0
+    straight = 0
+    # version 1 has three numbers of 8 bytes, not 4
+    for before in rb"mvhd(\x00.{35}|\x01.{47})", rb"tkhd(\x00.{39}|\x01.{51})":
+        names += moov.count(before[:4])
+        straight += len(re.findall(before + unit, moov, re.DOTALL))
+    return names < 2 or straight < names
 
 
 def _side_data(frame):
@@ -1440,9 +1428,11 @@ class Video:
             raise VideoError(self.path, "the file is empty (0 bytes)")
         try:
             with _errors(self.path, "can't be opened"):
-                self._fast = fast and self._index(OPEN_FAST)
+                self._fast = fast
+                if fast:
+                    self._index(OPEN_FAST)
                 if not self._fast:
-                    self._fast = self._index(OPEN)
+                    self._index(OPEN)
                 self._describe()
         except VideoError:
             self.close()
@@ -1490,7 +1480,7 @@ class Video:
         return container, stream
 
     def _index(self, options):
-        """List the packets in decode order. True if they tell the frames: each
+        """List the packets in decode order. `_fast` stays True if they tell the frames: each
         holds one, at a time of its own.
 
         That is what mp4 and mkv ask of these codecs, but for H.264 that may hold fields,
@@ -1501,10 +1491,14 @@ class Video:
         self._container, self._stream = self._open(options)
         self._decoder = self._stream.codec_context
         self._codec = self._decoder.codec.canonical_name
-        safe, sets = self._read_header()
-        if options is OPEN_FAST and not safe:
-            return False
-        safe, gaps = self._list_packets(safe, sets)
+        self._prefix = 0
+        self._drop = False
+        self._sets = set()  # H.264's sequence parameter sets
+        if self._fast:
+            self._fast = self._read_header()
+            if not self._fast:
+                return
+        gaps = self._list_packets()
         missing = len(self._stream.index_entries) - len(self._rows) - gaps
         if missing > 0 and self._container.format.name == FAST_CONTAINERS[0]:
             raise VideoError(
@@ -1513,46 +1507,44 @@ class Video:
             )
         if not self._rows:
             raise VideoError(self.path, "no frame in its video stream")
-        if not safe or gaps or self._starts[:1] != [0]:
-            return False
-        if any(pts is None for pts, _, _ in self._rows):
-            return False
-        try:
-            if not all(map(_only_frames, sets)):
-                return False
-        except (ValueError, LookupError):  # cut short, which decoders forgive
-            return False
+        if gaps or self._starts[:1] != [0] or any(pts is None for pts, _, _ in self._rows):
+            self._fast = False
+        if not self._fast:
+            return
         shown = sorted((pts, n) for n, (pts, _, hidden) in enumerate(self._rows) if not hidden)
         self._pts = [pts for pts, _ in shown]
         self._order = [n for _, n in shown]
-        return 0 < len(shown) == len(set(self._pts))
+        try:
+            self._fast = all(map(_only_frames, self._sets))
+        except (ValueError, LookupError):  # cut short, which decoders forgive
+            self._fast = False
+        if not 0 < len(shown) == len(set(self._pts)):
+            self._fast = False
 
     def _read_header(self):
-        """(whether packets of this container and codec can tell the frames, H.264's sequence
-        parameter sets). Fills `_prefix`, bytes of a NAL unit's length, and `_drop`, whether
-        `_droppable` knows frames that may be left out."""
-        self._prefix = 0
-        self._drop = False
-        fast_container = self._container.format.name in FAST_CONTAINERS
-        if self._options is not OPEN_FAST or not fast_container or self._codec not in FAST_CODECS:
-            return False, set()
+        """Whether packets of this container and codec can tell the frames. Fills `_prefix`, bytes
+        of a NAL unit's length; `_drop`, whether `_droppable` knows frames that may be left out;
+        and `_sets`."""
+        if self._container.format.name not in FAST_CONTAINERS or self._codec not in FAST_CODECS:
+            return False
         if self._codec not in ("h264", "hevc"):
-            return True, set()
+            return True
         extra = self._decoder.extradata or b""
         at = 4 if self._codec == "h264" else 21
         if len(extra) <= at or extra[0] != 1:  # its NAL units are not behind lengths
-            return False, set()
+            return False
         self._prefix = (extra[at] & 3) + 1
         if self._codec == "h264":
             self._drop = True
-            return True, _parameter_sets(extra)
-        self._drop = extra[21] >> 3 & 7 == 1  # with one temporal layer
-        return True, set()
+            self._sets.update(map(bytes, islice(_nals(extra[6:], 2), extra[5] & 31)))
+        else:
+            self._drop = extra[21] >> 3 & 7 == 1  # with one temporal layer
+        return True
 
-    def _list_packets(self, safe, sets):
-        """(whether they still can tell the frames, how many are empty). Fills `_rows`, (pts, dts,
-        hidden) of each packet; `_starts`, those at which decoding may begin; and `_packets`, None
-        where they take more than KEEP_BYTES."""
+    def _list_packets(self):
+        """How many packets are empty. Fills `_rows`, (pts, dts, hidden) of each other one;
+        `_starts`, those at which decoding may begin; and `_packets`, None where they take more
+        than KEEP_BYTES."""
         self._packets = []
         self._rows = []
         self._starts = []
@@ -1562,27 +1554,29 @@ class Video:
             if not packet.size:
                 gaps += 1
                 continue
-            if packet.is_keyframe and safe:
-                safe = self._note_keyframe(packet, sets)
+            if packet.is_keyframe and self._fast:
+                self._note_keyframe(packet)
             self._rows.append((packet.pts, packet.dts, packet.is_discard))
             size += packet.size
             if size > KEEP_BYTES:
                 self._packets = None
             if self._packets is not None:
                 self._packets.append(packet)
-        return safe, gaps
+        return gaps
 
-    def _note_keyframe(self, packet, sets):
-        """Adds to `_starts` and sets; False where packets from here on don't tell the frames."""
+    def _note_keyframe(self, packet):
+        """Adds to `_starts` and `_sets`, or finds that packets from here on don't tell the
+        frames."""
         if self._codec == "h264":
             for nal in _nals(packet, self._prefix):
                 if nal[0] & 31 == 7:
-                    sets.add(bytes(nal))
+                    self._sets.add(bytes(nal))
         if _clean_start(packet, self._codec, self._prefix, first=not self._rows):
             self._starts.append(len(self._rows))
         elif self._codec == "hevc":  # BLA and no_output_of_prior_pics hide frames around them
-            return False
-        return not packet.has_sidedata("new_extradata")
+            self._fast = False
+        if packet.has_sidedata("new_extradata"):
+            self._fast = False
 
     def _count(self):
         """Decode the whole video, for the number of its frames and their
@@ -1632,8 +1626,8 @@ class Video:
         tick = float(self._stream.time_base)
         # as the header says
         fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
-        pts = np.array([np.nan if pts is None else pts for pts in self._pts])  # [num_frames]
-        known = n > 1 and (np.diff(pts) >= 0).all() and pts[-1] > pts[0]
+        pts = np.array(self._pts, np.float64)  # [num_frames], NaN for None
+        known = (np.diff(pts) >= 0).all() and pts[-1] > pts[0]
         self.times = (pts - pts[0]) * tick if known else np.arange(n) / fps  # [num_frames]
         # the header is not right, or the rate varies
         if known and abs((n - 1) / fps - self.times[-1]) > 2 * tick:
@@ -1912,11 +1906,9 @@ class WholeFrames(Video):
     (AVION, Fig. 8a)."""
 
     def read_views(self, views):
-        try:
+        with _errors(self.path, "can't be decoded"):
             # uint8 [T, 3, h, w] each
             return [read_clip_decode_then_crop(self.path, *view) for view in views]
-        except (av.FFmpegError, LookupError, ValueError, RuntimeError) as error:
-            raise VideoError(self.path, f"can't be decoded ({error})") from error
 
 
 # --------------------------------------------------------------------------------------------------

@@ -514,6 +514,12 @@ def test_matrix_of_zeros(videos, tmp_path):
     assert torch.equal(data.read_clip(path, [5], 32), data.read_clip(videos("h264.mp4"), [5], 32))
 
 
+def test_header_of_an_absurd_size(tmp_path):
+    """An element of 2^55 bytes, behind which no file system can seek: a frame must tell."""
+    (tmp_path / "a.mkv").write_bytes(b"\x1aE\xdf\xa3" + b"\x01\x80" + bytes(6))
+    assert data._may_be_turned(tmp_path / "a.mkv")
+
+
 def test_metadata_that_is_no_text(tmp_path):
     """Neither reader stumbles over a title in another encoding than UTF-8."""
     made = make(tmp_path / "made.mkv", n=3)

@@ -36,8 +36,10 @@ import zlib
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import chain, dropwhile, groupby, islice, pairwise, product, starmap, tee
@@ -2069,7 +2071,7 @@ def open_video(path, reader=Video):
 # processes do so ahead of the steps, in an order that a step's number gives. What watches over
 # these processes may be skipped, `_end_workers` and `_start_worker`, `_watched` and
 # `_trouble`: it turns one that hangs or dies into a message. To lift: ClipDataset,
-# GlobalBatches, make_loader; common.Failures.
+# global_batches, make_loader; common.Failures.
 
 # seconds that a loader process may spend on one video before the run stops and names it
 LOADER_PATIENCE = 300.0
@@ -2106,29 +2108,27 @@ class Batch(NamedTuple):
         return self._replace(clips=move(self.clips), labels=move(self.labels))
 
 
+@dataclass(eq=False)
 class ClipDataset(torch.utils.data.Dataset):
     """Clips of videos (VideoList or Captions), decoded at `size`.
 
-    plan(video, index, view, key) -> (frames, box) says what to read of an open Video or Chunks;
-    ValueError if it is too short.
-    views: clips of a video that one decode serves (repeated sampling; test views), each with a key
-    of its own.
     replace: an unreadable video's place is taken by another, drawn from the sample's own key
     (training). Otherwise the sample is left out of its batch (evaluation). Both are reported in
     Batch.failures; nothing is repeated or black.
-    reader: of open_video.
     """
 
-    def __init__(self, videos, plan, size, seed, replace, views=1, frames=16, reader=Video):
-        self.videos = videos
-        self.plan = plan
-        self.size = size
-        self.seed = seed
-        self.replace = replace
-        self.views = views
-        self.frames = frames
-        self.reader = reader
-        self.watch = None
+    videos: VideoList | Captions
+    # (video, index, view, key) -> (frames, box): what to read of an open Video or Chunks;
+    # ValueError if it is too short
+    plan: Callable
+    size: int
+    seed: int
+    replace: bool
+    # clips of a video that one decode serves (repeated sampling; test views), each with its own key
+    views: int = 1
+    frames: int = 16
+    reader: type = Video  # of open_video
+    watch = None  # what its loader processes are at
 
     def __len__(self):
         return len(self.videos)
@@ -2145,25 +2145,9 @@ class ClipDataset(torch.utils.data.Dataset):
     def __getitem__(self, item):
         """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys
         int64 [V], index, failures)."""
-        sample = self._load(*item)
-        self._report(sample[3], busy=False)
-        return sample
-
-    def _report(self, index, busy):
-        """Tell the trainer which video this loader process is at, and since when; done
-        with it: minus the second."""
-        if self.watch is not None:
-            since = time.monotonic() if busy else -time.monotonic()
-            worker = torch.utils.data.get_worker_info().id
-            self.watch[worker, 1:] = torch.tensor([index, since], dtype=torch.float64)
-
-    def plans(self, video, index, keys):
-        """`plan` of each view of a sample, keys int64 [V]. Views that depend on each
-        other: a subclass says how."""
-        return [self.plan(video, index, view, key) for view, key in enumerate(keys)]
-
-    def _load(self, epoch, index):
+        epoch, index = item
         keys = make_key(self.seed, epoch, index, torch.arange(self.views))  # [V]
+        clips = None
         failures = []
         for attempt in range(10 if self.replace else 1):
             if attempt:
@@ -2177,10 +2161,24 @@ class ClipDataset(torch.utils.data.Dataset):
                     except ValueError as error:  # a clip that this video is too short for
                         raise VideoError(path, str(error)) from error
                     clips = video.read_views([(frames, self.size, box) for frames, box in plans])
-                return clips, int(self.videos.labels[index]), keys, index, failures
+                break
             except VideoError as error:
                 failures.append(str(error))
-        return None, -1, keys, index, failures
+        self._report(index, busy=False)
+        return clips, int(self.videos.labels[index]), keys, index, failures
+
+    def _report(self, index, busy):
+        """Tell the trainer which video this loader process is at, and since when; done
+        with it: minus the second."""
+        if self.watch is not None:
+            since = time.monotonic() if busy else -time.monotonic()
+            worker = torch.utils.data.get_worker_info().id
+            self.watch[worker, 1:] = torch.tensor([index, since], dtype=torch.float64)
+
+    def plans(self, video, index, keys):
+        """`plan` of each view of a sample, keys int64 [V]. Views that depend on each
+        other: a subclass says how."""
+        return [self.plan(video, index, view, key) for view, key in enumerate(keys)]
 
 
 def collate(samples):
@@ -2231,44 +2229,26 @@ def join(pieces, views, device):
     return Batch(*columns, failures)
 
 
-class GlobalBatches:
+def global_batches(n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
     """The (epoch, index) lists of one rank's micro-batches, from step `start` to
     step `stop`, through all epochs.
 
     Step s of an epoch takes entries s * batch ... of a permutation of (seed, epoch); a rank
     takes its slice of them and cuts it into micro-batches. So the same clips meet in a step
     at any number of ranks, micro-batches and workers, and there is no position to save but
-    the step. What an epoch has left over at its end is left for the next shuffle. UserError
-    where `start` lies behind `stop`.
+    the step. What an epoch has left over at its end is left for the next shuffle.
     """
-
-    def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
-        if start > stop:
-            raise UserError(
-                f"the checkpoint is of step {start}, and this run has {stop}: "
-                "is its --train-list shorter now?"
-            )
-        self.n = n
-        self.batch_size = batch_size
-        self.micro_batch = micro_batch
-        self.seed = seed
-        self.start = start
-        self.stop = stop
-        self.rank = rank
-        self.world = world
-
-    def __iter__(self):
-        per_rank = self.batch_size // self.world
-        per_epoch = self.n // self.batch_size
-        shuffled = None
-        for step in range(self.start, self.stop):
-            epoch, i = divmod(step, per_epoch)
-            if shuffled != epoch:
-                order = permutation(make_key(self.seed, epoch), "shuffle", self.n)
-                shuffled = epoch
-            first = i * self.batch_size + self.rank * per_rank
-            for micro in order[first : first + per_rank].split(self.micro_batch):
-                yield [(epoch, index) for index in micro.tolist()]
+    per_rank = batch_size // world
+    per_epoch = n // batch_size
+    shuffled = None
+    for step in range(start, stop):
+        epoch, i = divmod(step, per_epoch)
+        if shuffled != epoch:
+            order = permutation(make_key(seed, epoch), "shuffle", n)
+            shuffled = epoch
+        first = i * batch_size + rank * per_rank
+        for micro in order[first : first + per_rank].split(micro_batch):
+            yield [(epoch, index) for index in micro.tolist()]
 
 
 def every_sample(n, batch_size, rank=0, world=1):
@@ -2280,9 +2260,14 @@ def every_sample(n, batch_size, rank=0, world=1):
 
 def training_batches(cfg, ctx, dataset, batch_size, micro_batch, start, stop, augment=None):
     """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see
-    GlobalBatches. augment: see make_loader."""
+    global_batches. augment: see make_loader. UserError where `start` lies behind `stop`."""
+    if start > stop:
+        raise UserError(
+            f"the checkpoint is of step {start}, and this run has {stop}: "
+            "is its --train-list shorter now?"
+        )
     views = dataset.views  # clips of a video, which stay together
-    order = GlobalBatches(
+    order = global_batches(
         len(dataset),
         batch_size // views,
         micro_batch // views,
@@ -2727,15 +2712,18 @@ def _black_out(x, box):
     return x.masked_fill(inside[:, None, None], 0)
 
 
+def _to_device_at_once(parts, device):
+    return to_device(torch.cat(parts), device).split([len(part) for part in parts])
+
+
 def _by_operation(clips, plans):
     """Apply to clip i the operations of plans[i], one after the other: (function,
-    its values for this clip) each.
+    its values for this clip) each, which this takes off the list.
 
     An operation is called once for many clips, because a GPU takes as long to begin one as to do
     it: for all that have come to it in their plans, the one first to which most have come.
     `_affine` has more kernels than others, and waits until four times as many have.
     """
-    plans = [list(plan) for plan in plans]
     calls = []
     while any(plans):
         came = Counter(plan[0][0] for plan in plans if plan)
@@ -2749,10 +2737,8 @@ def _by_operation(clips, plans):
     if not calls:
         return out
     # What all calls need goes to the device in two copies.
-    rows = to_device(torch.cat([chosen for _, chosen, _ in calls]), clips.device)
-    rows = rows.split([len(chosen) for _, chosen, _ in calls])
-    numbers = to_device(torch.cat([values.flatten() for *_, values in calls]), clips.device)
-    numbers = numbers.split([values.numel() for *_, values in calls])
+    rows = _to_device_at_once([chosen for _, chosen, _ in calls], clips.device)
+    numbers = _to_device_at_once([values.flatten() for *_, values in calls], clips.device)
     for (function, _, values), row, number in zip(calls, rows, numbers, strict=True):
         out.index_copy_(0, row, function(out.index_select(0, row), number.view(values.shape)))
     return out
@@ -2949,13 +2935,13 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     normalised later, so the noise is mapped back to pixels, mean + std N(0, 1), and what falls
     outside 0 .. 255, 3 %, is cut off.
     """
-    chosen = (uniform(keys, "erase") < p).tolist()
+    chosen = (uniform(keys, "erase") < p).nonzero().flatten().tolist()
     draws = uniform(keys, "erase.box", 40).unflatten(-1, (10, 4)).tolist()
     T, C, H, W = clips.shape[1:]
     out = clips.clone(memory_format=torch.contiguous_format)
     boxes = []
-    for i in range(len(out)):
-        box = _erased_box(draws[i], H, W) if chosen[i] else None
+    for i in chosen:
+        box = _erased_box(draws[i], H, W)
         if box:
             y, x, h, w = box
             boxes.append((T * C * h * w, int(keys[i]), h, w, (i * T * C * H + y) * W + x))
@@ -3077,9 +3063,8 @@ def write_reconstruction(path, patches, visible, masked, prediction, target, pat
     patches = patches.float()  # [B, N, P]
     prediction = prediction.float().unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
     places = masked[..., None].expand(-1, -1, patches.shape[-1])  # [B, R, P]
-    mean = 255 * torch.tensor(IMAGENET_MEAN).to(patches)  # [3]
-    std = 255 * torch.tensor(IMAGENET_STD).to(patches)  # [3]
-    scales = [(mean, std)]
+    painted = lambda pixels: patches.scatter(1, places, pixels.flatten(2))  # [B, N, P]
+    panels = [patches, painted(torch.full_like(prediction, 128))]
     if target == "normalized":
         seen = gather_tokens(patches, visible).unflatten(-1, (-1, 3))  # [B, K, P/3, 3]
         hidden = gather_tokens(patches, masked).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
@@ -3087,12 +3072,12 @@ def write_reconstruction(path, patches, visible, masked, prediction, target, pat
         std = seen.std(2, keepdim=True).mean((1, 2), keepdim=True)  # [B, 1, 1, 3]
         true_mean = hidden.mean(2, keepdim=True)  # [B, R, 1, 3]
         true_std = hidden.std(2, keepdim=True)  # [B, R, 1, 3]
-        scales = [(mean, std), (true_mean, true_std)]
-    grey = torch.full_like(prediction, 128).flatten(2)  # [B, R, P]
-    panels = [patches, patches.scatter(1, places, grey)]
-    for mean, std in scales:
-        pixels = (prediction * std + mean).flatten(2)  # [B, R, P]
-        panels.append(patches.scatter(1, places, pixels))
+        panels.append(painted(prediction * std + mean))
+        panels.append(painted(prediction * true_std + true_mean))
+    else:
+        mean = 255 * torch.tensor(IMAGENET_MEAN).to(patches)  # [3]
+        std = 255 * torch.tensor(IMAGENET_STD).to(patches)  # [3]
+        panels.append(painted(prediction * std + mean))
     # [B, T, C, H, W] each
     panels = [unpatchify(panel.clamp(0, 255).byte(), patch, grid).cpu() for panel in panels]
     write_panels(path, panels, fps, marked=3)
@@ -3335,10 +3320,10 @@ def _toy_script(which, seed, split, index):
         motion = _toy_deal(list(TOY_MOTIONS), index, seed, split)
         scenes = [(motion, actor, 4 * fps)]
     elif which == "pairs":
-        first = _toy_deal(list(range(8)), index, seed, split)
+        first = _toy_deal(TOY_RING, index, seed, split)
         n = _toy_frames(rng, 1.9, 5.6, fps)
-        following = TOY_RING[(first + 1) % 8]
-        scenes = [(TOY_RING[first], actor, n), (following, actor, 38 - n)]
+        following = TOY_RING[(TOY_RING.index(first) + 1) % 8]
+        scenes = [(first, actor, n), (following, actor, 38 - n)]
     else:
         scenes = [(None, actor, _toy_frames(rng, 1.5, 3, fps))]
         for motion in _toy_deal(TOY_RECIPES, index, seed, split):

@@ -69,7 +69,7 @@ def clips(args, ctx, root, loader, batch, workers, steps, frames=0):
     cfg = avion.Config(frames=frames or args.frames, size=args.size, loader=loader)
     videos = data.read_captions(args.list, root)
     dataset = avion.clips_of(cfg, videos, train=True)
-    schedule = data.GlobalBatches(len(videos), batch, batch, 0, 0, steps)
+    schedule = data.global_batches(len(videos), batch, batch, 0, 0, steps)
     return data.make_loader(dataset, schedule, workers, ctx.device)
 
 

@@ -375,7 +375,7 @@ def data_wait(variant, videos, batch, workers):
     """Mean seconds that a step waits for its clips while `workers` processes read."""
     first, steps, waits = max(1, workers), max(3, 2 * workers), []
     dataset = data.ClipDataset(videos, variant.plan, variant.shape[-1], 0, replace=True)
-    schedule = data.GlobalBatches(len(videos), batch, batch, 0, 0, first + steps)
+    schedule = data.global_batches(len(videos), batch, batch, 0, 0, first + steps)
     batches = data.make_loader(dataset, schedule, workers, variant.ctx.device)
     for _ in range(first):
         ready = next(batches)

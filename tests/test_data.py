@@ -636,7 +636,7 @@ def test_repeated_views(toy, workers):
     videos = data.VideoList(toy / "train.csv", toy)
     dataset = data.ClipDataset(videos, plain_plan, 32, seed=3, replace=True, views=3)
     whole, halves = (
-        list(data.make_loader(dataset, data.GlobalBatches(16, 8, micro, 3, 0, 2), workers, CPU))
+        list(data.make_loader(dataset, data.global_batches(16, 8, micro, 3, 0, 2), workers, CPU))
         for micro in (8, 4)
     )
     for batch in whole:
@@ -725,7 +725,7 @@ def test_workers_live_across_epochs(toy):
     """The same two processes from the first batch to the last of three epochs, and none left afterwards."""
     videos = data.VideoList(toy / "train.csv", toy)
     dataset, pids = data.ClipDataset(videos, plain_plan, 32, seed=0, replace=True), set()
-    for _ in data.make_loader(dataset, data.GlobalBatches(16, 8, 8, 0, 0, 6), 2, CPU):
+    for _ in data.make_loader(dataset, data.global_batches(16, 8, 8, 0, 0, 6), 2, CPU):
         pids.add(tuple(dataset.watch[:, 0].tolist()))
     both = {pid for row in pids for pid in row if pid}
     assert len(both) == 2

@@ -37,7 +37,7 @@ def one_frame(video, index, view, key):
 ctx = common.launch()
 videos = data.VideoList({toy!r} + "/train.csv", {toy!r})
 dataset = data.ClipDataset(videos, one_frame, {size}, 0, replace=True)
-schedule = data.GlobalBatches(16, 16, 8 // ctx.world, 0, 0, 1000, ctx.rank, ctx.world)
+schedule = data.global_batches(16, 16, 8 // ctx.world, 0, 0, 1000, ctx.rank, ctx.world)
 batches = data.make_loader(dataset, schedule, {workers}, ctx.device)
 next(batches)
 if {workers}:
@@ -337,9 +337,12 @@ def test_a_shorter_list_is_another_run(toy, toy_args, tmp_path, cli, fails):
 
 def test_a_step_behind_the_last_is_said():
     """What is left of that for runs that kept no digest."""
-    data.GlobalBatches(16, 4, 4, 0, 4, 4)
+    cfg = turbo.Config(workers=0)
+    ctx = common.Context(0, 1, CPU, "fp32")
+    dataset = data.ClipDataset(range(16), first_frame, 32, 0, replace=True)
+    data.training_batches(cfg, ctx, dataset, 4, 4, 4, 4)
     with pytest.raises(UserError, match="step 8.* 4.*--train-list"):
-        data.GlobalBatches(16, 4, 4, 0, 8, 4)
+        data.training_batches(cfg, ctx, dataset, 4, 4, 8, 4)
 
 
 # ---- A full disk -----------------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_samples_do_not_depend_on_workers_or_ranks(work):
     dataset = turbo.clips_of(cfg, videos)
 
     def epoch(workers, rank=0, world=1):
-        schedule = data.GlobalBatches(len(videos), 24, 12, 0, 0, 4, rank, world)
+        schedule = data.global_batches(len(videos), 24, 12, 0, 0, 4, rank, world)
         return list(data.make_loader(dataset, schedule, workers, torch.device("cpu")))
 
     reference = epoch(0)

@@ -821,17 +821,18 @@ class Block(nn.Module):
         self.register_buffer("purposes", torch.tensor(purposes), persistent=False)
         self.register_buffer("rate", torch.tensor(drop_path, dtype=torch.float64), persistent=False)
 
-    def forward(self, x, keys=None):
-        return self.add_branches(x, keys)[0]  # [B, N, D]
+    def forward(self, x, keys=None, *more):
+        return self.add_branches(x, keys, *more)[0]  # [B, N, D]
 
     @region
-    def add_branches(self, x, keys):
-        """The block's output, and what is between the branches, [B, N, D] each.
+    def add_branches(self, x, keys, *more):
+        """The block's output, and what is between the branches, [B, N, D] each. more: what
+        attention takes beside tokens.
 
         The latter is returned for the compiler's sake, which then keeps it for the backward pass.
         Otherwise it adds it up again there, and reads both of its terms for each norm's gradients.
         """
-        branch = self.attn(self.norm1(x))  # [B, N, D]
+        branch = self.attn(self.norm1(x), *more)  # [B, N, D]
         between = x + drop_path(branch, self.rate, keys, self.purposes[0])  # [B, N, D]
         branch = self.mlp(self.norm2(between))  # [B, N, D]
         x = between + drop_path(branch, self.rate, keys, self.purposes[1])  # [B, N, D]
@@ -846,13 +847,13 @@ def working_type(x):
     return x.dtype
 
 
-def run_blocks(blocks, x, keys=None, grad_checkpoint=False, **options):
+def run_blocks(blocks, x, keys=None, grad_checkpoint=False, *more):
     """Apply blocks in turn; grad_checkpoint stores a block's input only and recomputes the
     rest in the backward pass.
 
     The recomputation draws the same drop path because draws are keyed: no generator
     state to save and restore.
-    options: what else each block takes. Under autocast the tokens that blocks add to are in half
+    more: what else each block takes. Under autocast the tokens that blocks add to are in half
     precision, as VideoMAE's and CLIP's: embeddings and, on CUDA, what LayerNorm gives are float32,
     and would lift all blocks' sums, which are most of a step's traffic.
     """
@@ -869,7 +870,7 @@ def run_blocks(blocks, x, keys=None, grad_checkpoint=False, **options):
             )
         else:
             call = block
-        x = call(x, keys, **options)
+        x = call(x, keys, *more)
     return x  # [B, N, D]
 
 

@@ -130,17 +130,19 @@ from common import (
 )
 from data import pixel_target
 
-# Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); frames, height,
-# width of a token. In minutes a small model learns where and when only if positions stand out from
+TUBELET = 2  # frames of a token (Sec. 3.1)
+
+# Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); height and width
+# of a token. In minutes a small model learns where and when only if positions stand out from
 # the pixels: the toy's are 5 x VideoMAE's. DECISION (decoder): 12 layers, as the files of L and H
 # have.
 MODELS = {
-    "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4),
+    "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": 4,
                 "position_scale": 5.0, "head_std": 0.1},  # DECISION (toy)
-    "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192", "patch": (2, 16, 16)},
-    "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384", "patch": (2, 16, 16)},
-    "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "12x512", "patch": (2, 16, 16)},
-    "vit_h": {"width": 1280, "depth": 32, "heads": 16, "decoder": "12x640", "patch": (2, 16, 16)},
+    "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192", "patch": 16},
+    "vit_b": {"width": 768, "depth": 12, "heads": 12, "decoder": "4x384", "patch": 16},
+    "vit_l": {"width": 1024, "depth": 24, "heads": 16, "decoder": "12x512", "patch": 16},
+    "vit_h": {"width": 1280, "depth": 32, "heads": 16, "decoder": "12x640", "patch": 16},
 }  # fmt: skip
 
 TOY = {"train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv",
@@ -299,7 +301,7 @@ SETTINGS = (
 # ---- The paper's ideas ---------------------------------------------------------------------------
 
 
-def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
+def plan_stages(text, budget, full=16, ordered=True):
     """Sec. 3.2.1: "2:25,4:25,8:25,16:25" (frames:percent) as a list of (frames, percent, epochs).
 
     budget: in epochs of `full` frames a clip. Frames alone, "2,4,16", share it evenly (Table 4).
@@ -321,8 +323,8 @@ def plan_stages(text, budget, full=16, tubelet=2, ordered=True):
     if not abs(whole - 100) < 0.05 or min(shares) <= 0:  # 0.05: thirds are written 33.33
         raise ValueError(f"the percentages must be above 0 and sum to 100, not {whole:g}")
     for frames in lengths:
-        if frames < 1 or (frames > 1 and frames % tubelet):
-            odd = f"{frames} frames are not a multiple of the token's {tubelet}"
+        if frames < 1 or (frames > 1 and frames % TUBELET):
+            odd = f"{frames} frames are not a multiple of the token's {TUBELET}"
             raise ValueError(f"{odd} (a single one is repeated)")
     if ordered and any(a >= b for a, b in pairwise(lengths)):
         raise ValueError(
@@ -477,7 +479,6 @@ def sample_clip(
     stride=4,
     crop=data.multi_scale_box,
     views=None,
-    tubelet=2,
 ):
     """(frames, box) to read of an open `video`, for a clip of `frames` frames (Sec. 4);
     data.ClipDataset's `plan`.
@@ -503,7 +504,7 @@ def sample_clip(
             chosen = data.view_frames(info, frames, stride, clip, views[0])
         box = data.crop_box(info, square, views[1])
     if frames == 1:  # DECISION (single)
-        chosen = chosen * tubelet
+        chosen = chosen * TUBELET
     return chosen, box
 
 
@@ -540,12 +541,12 @@ class Encoder(nn.Module):
         super().__init__()
         spec = MODELS[model]
         self.width = spec["width"]
-        self.patch = spec["patch"]
+        self.patch = TUBELET, spec["patch"], spec["patch"]
         self.kind = attention
         self.grad_checkpoint = grad_checkpoint
         # Tokens in (t, h, w) of the longest clip. A shorter one's positions are the first of them:
         # the table is one-dimensional, so that no stage has to interpolate it.
-        self.grid = time_steps(frames, model), size // self.patch[1], size // self.patch[2]
+        self.grid = time_steps(frames), size // self.patch[1], size // self.patch[2]
         self.places = math.prod(self.grid[1:])
         self.num_tokens = math.prod(self.grid)
         self.patch_embed = nn.Linear(math.prod(self.patch) * 3, self.width)  # = VideoMAE's Conv3d
@@ -581,10 +582,10 @@ class Encoder(nn.Module):
         (tubes), unless attention is joint.
         """
         x = self.embed(patches, visible)  # [B, K, D]
-        options = {}
+        more = []
         if not self.joint:
-            options["steps"] = patches.shape[1] // self.places
-        return common.run_blocks(self.blocks, x, keys, self.grad_checkpoint, **options)  # [B, K, D]
+            more.append(patches.shape[1] // self.places)  # time steps
+        return common.run_blocks(self.blocks, x, keys, self.grad_checkpoint, *more)  # [B, K, D]
 
     @common.region
     def embed(self, patches, visible=None):
@@ -715,19 +716,23 @@ class DividedBlock(Block):
         self.temporal_attn = Attention(dim, heads, kind)  # of B K sequences, 12,544 of 64 clips
         self.temporal_fc = nn.Linear(dim, dim)
 
-    @common.region
     def forward(self, x, keys=None, steps=1):
+        B, N, D = x.shape
+        x = self.add_time(x, keys, steps)  # [B, N, D]
+        if keys is not None:  # all steps of a clip drop the same branches
+            keys = keys.repeat_interleave(steps)  # [B S]
+        # Over space, each step is to a Block a clip by itself.
+        return super().forward(x.reshape(B * steps, -1, D), keys).reshape(B, N, D)
+
+    @common.region
+    def add_time(self, x, keys, steps):
+        """[B, N, D] with the branch of attention over time added."""
         B, N, D = x.shape
         grid = self.temporal_norm(x).unflatten(1, (steps, -1))  # [B, S, K, D]
         time = self.temporal_attn(grid.transpose(1, 2).flatten(0, 1))  # [B K, S, D]
         time = time.unflatten(0, (B, -1)).transpose(1, 2).reshape(B, N, D)  # [B, N, D]
         time = self.temporal_fc(time)  # [B, N, D]
-        x = x + common.drop_path(time, self.rate, keys, self.purposes[2])  # [B, N, D]
-        space = self.attn(self.norm1(x).reshape(B * steps, -1, D))  # [B S, K, D]
-        space = space.reshape(B, N, D)  # [B, N, D]
-        x = x + common.drop_path(space, self.rate, keys, self.purposes[0])  # [B, N, D]
-        hidden = self.mlp(self.norm2(x))  # [B, N, D]
-        return x + common.drop_path(hidden, self.rate, keys, self.purposes[1])  # [B, N, D]
+        return x + common.drop_path(time, self.rate, keys, self.purposes[2])  # [B, N, D]
 
 
 class TrajectoryAttention(Attention):
@@ -771,13 +776,6 @@ class TrajectoryBlock(Block):
     def __init__(self, dim, heads, kind="auto", **options):
         super().__init__(dim, heads, kind=kind, **options)
         self.attn = TrajectoryAttention(dim, heads, kind)
-
-    @common.region
-    def forward(self, x, keys=None, steps=1):
-        attended = self.attn(self.norm1(x), steps)  # [B, N, D]
-        x = x + common.drop_path(attended, self.rate, keys, self.purposes[0])  # [B, N, D]
-        hidden = self.mlp(self.norm2(x))  # [B, N, D]
-        return x + common.drop_path(hidden, self.rate, keys, self.purposes[1])  # [B, N, D]
 
 
 BLOCKS = {
@@ -830,11 +828,11 @@ def init_weights(path, net):
         weights = common.videomae_weights(state)
         if "pos_embed" in weights:
             weights["positions"] = weights.pop("pos_embed")  # upstream's name of learned ones
-    theirs, ours = block_parts(weights), block_parts(own)
-    other = theirs - ours
-    if theirs and not image:
-        other = other or ours - theirs
-    if other:
+    theirs = block_parts(weights)
+    other = theirs - block_parts(own)
+    if not image:
+        other = theirs ^ block_parts(own)
+    if theirs and other:
         raise UserError(
             f"{path}: weights of another backbone than this --backbone (by {min(other)})"
         )
@@ -869,9 +867,9 @@ def videomae_state(net):
 # ---- From flags to model and stages --------------------------------------------------------------
 
 
-def time_steps(frames, model):
+def time_steps(frames):
     """Tokens in time of so many frames; a single frame fills a tubelet."""
-    return math.ceil(frames / MODELS[model]["patch"][0])
+    return math.ceil(frames / TUBELET)
 
 
 def build(cfg, num_classes, frames=0):
@@ -894,10 +892,9 @@ def stage_rows(cfg):
     """(frames, percent, epochs) of each stage; fine-tuning has one."""
     if not cfg.pretraining:
         return [(cfg.frames, 100.0, cfg.epochs)]
-    tubelet = MODELS[cfg.model]["patch"][0]
     rising = cfg.order == "progressive"
     try:
-        return plan_stages(cfg.stages, cfg.budget, cfg.budget_frames, tubelet, rising)
+        return plan_stages(cfg.stages, cfg.budget, cfg.budget_frames, rising)
     except ValueError as error:
         raise UserError(f"--stages {cfg.stages}: {error}") from None
 
@@ -964,19 +961,18 @@ def schedule(cfg, n):
 
 def shorten(stages, max_steps):
     """The Stages with so many steps in all, shared out as before."""
-    total = sum(stage.steps for stage in stages)
     short = []
-    done = 0  # steps up to here, of the whole schedule and of the short one
-    taken = 0
+    total = sum(stage.steps for stage in stages)
+    done = 0  # steps of the stages before, in the whole schedule
     for stage in stages:
+        first = round(max_steps * done / total)
         done += stage.steps
-        steps = round(max_steps * done / total) - taken
+        steps = round(max_steps * done / total) - first
         if not steps:
             raise UserError(
                 f"--max-steps {max_steps} leaves one of {len(stages)} stages without a step"
             )
         short.append(stage._replace(steps=steps))
-        taken += steps
     return short
 
 
@@ -998,13 +994,16 @@ def clips_of(cfg, videos, frames, views=None, repeated=1, number=0):
         stride=cfg.stride,
         crop=crop if cfg.crop else None,
         views=views,
-        tubelet=MODELS[cfg.model]["patch"][0],
     )
-    make = partial(data.ClipDataset, videos, sample, cfg.size, frames=frames)
-    if views is None:
-        seed = common.make_key(cfg.seed, "stage", number).item()
-        return make(seed, replace=True, views=repeated)
-    return make(cfg.seed, replace=False, views=math.prod(views))
+    training = views is None
+    seed = cfg.seed
+    if training:
+        seed = common.make_key(seed, "stage", number).item()
+    else:
+        repeated = math.prod(views)
+    return data.ClipDataset(
+        videos, sample, cfg.size, seed, replace=training, views=repeated, frames=frames
+    )
 
 
 def test_clips(cfg, videos, views=(1, 1)):
@@ -1015,11 +1014,13 @@ def test_clips(cfg, videos, views=(1, 1)):
 # ---- Evaluation and pictures ---------------------------------------------------------------------
 
 
-def write_recon(net, clips, keys, prediction, mask_ratio, path):
-    """Write path.png, path_animated.png: what the encoder saw, and the prediction [B, R, P]."""
-    patches = patchify(clips, net.patch)  # [B, N, P]
-    grid = patches.shape[1] // net.places, *net.grid[1:]  # of this many frames
-    visible, masked = common.tube_split(keys, grid[0], net.places, mask_ratio)  # [B, K], [B, R]
+@torch.no_grad()
+def write_recon(net, clips, keys, mask_ratio, path):
+    """Write path.png, path_animated.png: what the encoder saw of clips, and what the decoder made
+    of the rest."""
+    patches, visible, masked, _ = net.split(clips, keys, mask_ratio)
+    prediction, _ = net(clips, keys, mask_ratio)  # [B, R, P]
+    grid = clips.shape[1] // TUBELET, *net.grid[1:]  # of this many frames
     data.write_reconstruction(
         path, patches, visible, masked, prediction, net.target, net.patch, grid, fps=5
     )
@@ -1037,10 +1038,10 @@ def evaluate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
             keys = batch.keys.to(ctx.device)  # [B]
             with ctx.autocast():
                 prediction, target = net(batch.clips, keys, cfg.mask_ratio)  # [B, R, P] each
+                if picture and ctx.rank == 0:
+                    write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, picture)
+                    picture = None
             found.add("mae", mae_loss(prediction, target))
-            if picture and ctx.rank == 0:
-                write_recon(net, batch.clips[:4], keys[:4], prediction[:4], cfg.mask_ratio, picture)
-                picture = None
         else:
             with ctx.autocast():
                 logits = net(batch.clips)  # [V B, classes]
@@ -1087,7 +1088,7 @@ def memory(cfg):
     flag = "--then-micro-batch" if cfg.then_of else "--micro-batch"
     phases = []
     for stage in schedule(cfg, cfg.train_clips)[0]:
-        steps = time_steps(stage.frames, cfg.model)
+        steps = time_steps(stage.frames)
         tokens = steps * net.places
         pixel = common.pixel_bytes(cfg.rand_augment or cfg.erase, cfg.mixup)
         clip = pixel * tokens * net.patch_embed.in_features
@@ -1136,7 +1137,7 @@ def print_plan(cfg):
         total_embedded += clips * embedded / 1e6
         frames += clips * stage.frames
         loads.append((stage.frames, (4 if cfg.grad_checkpoint else 3) * gmacs, stage.repeated))
-        steps = time_steps(stage.frames, cfg.model)
+        steps = time_steps(stage.frames)
         print(
             f"{stage.frames:6} {stage.percent:7.2f} {stage.epochs:7} {stage.steps:8} "
             f"{stage.batch:6} {stage.lr:8.3g} {stage.repeated:8} "
@@ -1201,9 +1202,9 @@ def print_plans(cfg):
 
 def check(cfg):
     """Refuse settings that can't work, by the flag's name, before anything is read or made."""
-    t, h, _ = MODELS[cfg.model]["patch"]
-    common.check_flags(cfg, h)
-    places = (cfg.size // h) ** 2
+    patch = MODELS[cfg.model]["patch"]
+    common.check_flags(cfg, patch)
+    places = (cfg.size // patch) ** 2
     whole, flag = cfg.epochs, "--epochs"
     if cfg.pretraining:
         whole, flag = cfg.budget, "--budget"
@@ -1220,10 +1221,10 @@ def check(cfg):
             raise UserError(
                 f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places"
             )
-    elif cfg.epochs <= 0 or cfg.frames < t or cfg.frames % t:
+    elif cfg.epochs <= 0 or cfg.frames < TUBELET or cfg.frames % TUBELET:
         raise UserError(
             f"without --stages, --epochs {cfg.epochs} must be above 0 and --frames {cfg.frames} "
-            f"a multiple of the token's {t} frames"
+            f"a multiple of the token's {TUBELET} frames"
         )
     if not 0 <= cfg.warmup_epochs < whole:
         raise UserError(
@@ -1283,7 +1284,6 @@ def use(cfg, ctx):
     common.print_result(cfg, ctx, result, f", views {views}")
 
 
-@torch.no_grad()
 def predict(cfg, ctx, net, classes):
     """Print the likeliest classes of each --input video; a pretrained model's reconstructions are
     drawn."""
@@ -1294,12 +1294,10 @@ def predict(cfg, ctx, net, classes):
         return data.print_predictions(cfg, ctx, clips, shares, classes)
     failures = common.Failures(len(videos), 1.0)
     for number, batch in enumerate(data.test_batches(cfg, ctx, clips, failures)):
-        keys = batch.keys.to(ctx.device)  # [B]
-        with ctx.autocast():
-            prediction, _ = net(batch.clips, keys, cfg.mask_ratio)  # [B, R, P]
         path = Path(cfg.out) / f"predict_{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_recon(net, batch.clips, keys, prediction, cfg.mask_ratio, path)
+        with ctx.autocast():
+            write_recon(net, batch.clips, batch.keys.to(ctx.device), cfg.mask_ratio, path)
         print(f"{path}: {', '.join(videos.video(i) for i in batch.index.tolist())}")
     if failures.new:
         raise UserError("; ".join(failures.new))
@@ -1317,16 +1315,14 @@ def following(cfg):
     names += [field.name for field in fields(cfg) if field.metadata["free"]]
     same = {name: getattr(cfg, name) for name in names}
     if cfg.then_train_list:
-        same["train_list"] = cfg.then_train_list
-        same["val_list"] = cfg.then_val_list
-        same["data_root"] = cfg.then_data_root
-        same |= {"train_clips": new.train_clips, "num_classes": 0}  # as many as that list has
-    same |= {"task": "train", "then": "", "resume": "auto"}
-    same |= {"init": f"{cfg.out}/last.pt", "out": f"{cfg.out}_ft"}
-    same["clips_per_second"] = 0.0  # it was measured in pretraining
+        same |= {"train_list": cfg.then_train_list, "val_list": cfg.then_val_list}
+        same |= {"data_root": cfg.then_data_root, "train_clips": new.train_clips}
+        same["num_classes"] = 0  # as many as that list has
     micro = [size for size in (new.micro_batch, cfg.micro_batch) if size]
     same["micro_batch"] = cfg.then_micro_batch or min(micro, default=0)
-    same["grad_checkpoint"] = new.grad_checkpoint or cfg.grad_checkpoint
+    same["clips_per_second"] = 0.0  # it was measured in pretraining
+    same |= {"task": "train", "then": "", "resume": "auto"}
+    same |= {"init": f"{cfg.out}/last.pt", "out": f"{cfg.out}_ft"}
     same["frames"] = cfg.budget_frames if cfg.pretraining else cfg.frames
     # By this <out>_ft tells whose weights it has, and refuses to go on after another pretraining.
     settings = [getattr(cfg, name) for name in SETTINGS.split()]

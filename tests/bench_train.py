@@ -201,11 +201,11 @@ class Hub(Variant):
         spec, plan = tpt_mae.MODELS[cfg.model], tpt_mae.clips_of(cfg, videos, 16).plan
         layers, width = map(int, spec["decoder"].split("x"))
         net = VideoMAEForPreTraining(VideoMAEConfig(
-            image_size=cfg.size, patch_size=spec["patch"][1], hidden_size=spec["width"],
+            image_size=cfg.size, patch_size=spec["patch"], hidden_size=spec["width"],
             num_hidden_layers=spec["depth"], num_attention_heads=spec["heads"], intermediate_size=4 * spec["width"],
             decoder_num_hidden_layers=layers, decoder_hidden_size=width, use_mean_pooling=False,
             decoder_num_attention_heads=max(1, width // 64), decoder_intermediate_size=4 * width))  # fmt: skip
-        self.places = (cfg.size // spec["patch"][1]) ** 2
+        self.places = (cfg.size // spec["patch"]) ** 2
         super().__init__(
             ctx, net, cfg, 16, plan, lambda model, pixels, masks: model(pixels, masks).loss
         )

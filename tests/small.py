@@ -16,7 +16,7 @@ CLASSES = 8
 TWO = {"width": 64, "depth": 2, "heads": 2}
 turbo.MODELS["two"] = TWO | {"decoder": "2x64"}
 avion.MODELS["two"] = TWO | {"patch": 16, "text": (64, 2, 1), "tubelet": 2, "position_scale": 3.0}
-tpt_mae.MODELS["two"] = TWO | {"decoder": "2x64", "patch": (2, 8, 8)}
+tpt_mae.MODELS["two"] = TWO | {"decoder": "2x64", "patch": 8}
 sfa_vivit.MODELS["two"] = TWO | {"mlp": 128, "patch": 16, "temporal": 2}
 
 

@@ -548,8 +548,8 @@ def test_flash_is_kept_from_a_token_a_sequence(card, backbone, calls, kind):
     """Encoder of two blocks: those that attend over time have a sequence a token."""
     flash = card(9, 0)
     net = tpt_mae.Classifier(8, "two", 4, 32, backbone=backbone, attention=kind).to(torch.bfloat16)
-    steps = {} if backbone == "joint" else {"steps": 2}
-    common.run_blocks(net.blocks, on_card(2, 32, 64), **steps)
+    steps = [] if backbone == "joint" else [2]
+    common.run_blocks(net.blocks, on_card(2, 32, 64), None, False, *steps)
     assert len(flash.shapes) == calls
 
 
@@ -592,7 +592,7 @@ def test_trajectories_of_many_clips_stay_below_the_limit(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
     block = tpt_mae.TrajectoryBlock(768, 12).to("meta")
-    assert block(torch.empty(64, 1568, 768, device="meta"), steps=8).shape == (64, 1568, 768)
+    assert block(torch.empty(64, 1568, 768, device="meta"), None, 8).shape == (64, 1568, 768)
     assert max(rows) <= 65_535 and sum(rows) == 64 * 8 * 12 + 64 * 1568 * 12
 
 

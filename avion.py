@@ -93,16 +93,13 @@ seed, epoch and entry, one a clip: all draws of a clip are made from its key (co
 
 import gzip
 import html
-import json
 import math
 import os
 import re
-import sys
 import unicodedata
-import zipfile
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from itertools import chain, groupby, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -548,8 +545,7 @@ def build(cfg, style, vocabulary=49408, classes=0):
 def read_merges(path):
     """The merges, `left right` strings, of CLIP's file (gzip or plain; the first line is a header);
     UserError."""
-    known = {*_BYTES.values(), *(f"{symbol}</w>" for symbol in _BYTES.values())}
-    ends = False
+    known = set(_SYMBOLS)
     try:
         raw = Path(path).read_bytes()
         if raw[:2] == b"\x1f\x8b":
@@ -558,14 +554,13 @@ def read_merges(path):
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"--merges {path}: can't be read ({error})") from None
     lines = lines[1 : 1 + 49152 - 256 - 2]  # CLIP uses no more of its file
-    merges = [line for line in lines if line]
+    merges = list(filter(None, lines))
     for line in merges:
         left, _, right = line.partition(" ")
         if left not in known or right not in known:
             raise UserError(f"--merges {path}: {line[:40]!r} is not two symbols known by then")
         known.add(left + right)
-        ends |= right.endswith("</w>")
-    if not ends:
+    if not any(line.endswith("</w>") for line in merges):
         why = "no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6"
         raise UserError(f"--merges {path}: {why}")
     return merges
@@ -576,34 +571,22 @@ def read_merges(path):
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 _BYTES = {byte: chr(byte) for byte in _PRINTABLE}
 _BYTES |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
-
+_SYMBOLS = [*_BYTES.values(), *(f"{symbol}</w>" for symbol in _BYTES.values())]
 
 # Curly quotes -> straight ones, as CLIP's cleaning (ftfy) has them: "don\u2019t" is "don't".
 _CURLY = "\u02bc\u2018\u2019\u201a\u201b", "\u201c\u201d\u201e\u201f"  # single, double
 _STRAIGHT = str.maketrans(_CURLY[0] + _CURLY[1], "'" * 5 + '"' * 4)
 
 
-@lru_cache(1)
-def word_patterns():
-    """What CLIP cuts a text into: its own two marks, English endings, letters, single digits, and
-    runs of anything else (marks, emoji). -> a pattern for any text, and its like for texts in
-    ASCII, six times as fast."""
-    spans = {"L": "", "N": ""}  # letters and numbers, which `re` has no classes for
-    every = map(chr, range(sys.maxunicode + 1))
-    for kind, run in groupby(every, key=lambda c: unicodedata.category(c)[0]):
-        if kind in spans:
-            first, *rest = run
-            spans[kind] += f"{first}-{rest[-1]}" if rest else first
-    # Unicode's white space (Python's has \x1c-\x1f too); and U+0345, which CLIP drops because its
-    # pattern ignores case.
-    space = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0345"
-    return [
-        re.compile(
-            rf"<\|startoftext\|>|<\|endoftext\|>|'(?:[sſtmd]|re|ve|ll)|"
-            rf"[{letter}]+|[{number}]|[^{space}{letter}{number}]+"
-        )
-        for space, letter, number in ((space, spans["L"], spans["N"]), ("\t-\r ", "a-z", "0-9"))
-    ]
+# Unicode's white space (Python's has \x1c-\x1f too); and U+0345, which CLIP drops because its
+# pattern ignores case.
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\u0345"
+# What CLIP cuts a text into: its own two marks, English endings, letters, single digits, and runs
+# of anything else (marks, emoji).
+_WORDS = re.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'(?:[sſtmd]|re|ve|ll)|"
+    rf"[^\W\d_]+|\d|(?:[^\w{_SPACE}]|_)+"
+)
 
 
 class BPETokenizer:
@@ -620,14 +603,12 @@ class BPETokenizer:
         self.merges = read_merges(merges) if isinstance(merges, (str, Path)) else list(merges)
         self.context = context
         self.ranks = {tuple(pair.split(" ")): n for n, pair in enumerate(self.merges)}
-        vocabulary = [*_BYTES.values(), *(symbol + "</w>" for symbol in _BYTES.values())]
-        vocabulary += [pair.replace(" ", "") for pair in self.merges]
+        vocabulary = _SYMBOLS + [pair.replace(" ", "") for pair in self.merges]
         vocabulary += ["<|startoftext|>", "<|endoftext|>"]
         self.ids = {symbol: n for n, symbol in enumerate(vocabulary)}
         self.size = len(vocabulary)
         self.start = self.ids["<|startoftext|>"]
         self.end = self.ids["<|endoftext|>"]
-        self.words, self.ascii_words = word_patterns()
         self.word_ids = lru_cache(1 << 18)(self._word_ids)
 
     def _word_ids(self, word):
@@ -654,8 +635,10 @@ class BPETokenizer:
         text = html.unescape(html.unescape(text))
         if not text.isascii():
             text = unicodedata.normalize("NFC", text.translate(_STRAIGHT))
-        text = text.strip().lower()
-        words = (self.ascii_words if text.isascii() else self.words).findall(text)
+            # To CLIP a number is a word, to Python's patterns only a digit is: not a Roman one.
+            numbers = {c for c in text if unicodedata.category(c) in ("Nl", "No")}
+            text = "".join(f" {c} " if c in numbers else c for c in text)
+        words = _WORDS.findall(text.strip().lower())
         return [i for word in words for i in self.word_ids(word)]
 
     def __call__(self, texts):
@@ -664,10 +647,7 @@ class BPETokenizer:
         nothing behind the end is ever looked at."""
         rows = [[self.start, *self.encode(text)[: self.context - 2], self.end] for text in texts]
         length = min(self.context, -(-max(map(len, rows)) // 16) * 16)
-        out = np.zeros((len(rows), length), np.int64)  # [B, L]
-        for place, row in zip(out, rows, strict=True):
-            place[: len(row)] = row
-        return torch.from_numpy(out)
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows])  # [B, L]
 
 
 def text_ids(tokens, context=77):
@@ -840,20 +820,22 @@ def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
 
 
 def encode_clips(cfg, ctx, model, videos):
-    """Features of the centre clips of a list, float32 [V, E] on the CPU ([V, D] of a classifier);
-    which could be read, bool [V]; lines of those that could not. Ranks share the work."""
+    """Features of the centre clips of a list, float32 [V, E] on the CPU ([V, D] of a classifier),
+    of those that could be read; which these are, int64 [V]; lines of the others. Ranks share the
+    work."""
     failures = common.Failures(len(videos), cfg.max_bad)
     clips = clips_of(cfg, videos, train=False)
     encode = lambda batch: model.encode_video(batch.clips)
-    out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)  # [V, E + 1]
+    out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)  # [all, E + 1]
     for index, x in data.each_video(cfg, ctx, clips, encode, failures):
         rows = index.to(ctx.device)  # [B]
         out[rows] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
     out = ctx.sum(out).cpu()
     unread = failures.unread(ctx)
-    if not out[:, -1].any():
+    (rows,) = out[:, -1].nonzero(as_tuple=True)  # [V]
+    if not len(rows):
         raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
-    return out[:, :-1], out[:, -1] > 0, unread
+    return out[rows, :-1], rows, unread
 
 
 @torch.no_grad()
@@ -888,19 +870,15 @@ def class_logits(model, features, classes):
         return F.linear(features, classes, model.head.bias.cpu())  # [V, A]
 
 
-def _batches_of_queries(similarity, relevancy, rows=256):
-    """Yields (similarities, relevancies in float64, [b, S] each, their first row): queries in
-    blocks, so that a matrix as large as EK-100's costs little memory beside itself."""
-    similarity, relevancy = np.asarray(similarity), np.asarray(relevancy)
+def _queries(similarity, relevancy):
+    """(similarities, relevancies in float64) of each query, [S] each: a query at a time, so that
+    a matrix as large as EK-100's costs little memory beside itself."""
+    similarity = np.asarray(similarity)
+    relevancy = np.asarray(relevancy, np.float64)
     if similarity.shape != relevancy.shape or similarity.ndim != 2:
         shapes = f"similarity is {similarity.shape}, relevancy {relevancy.shape}"
         raise ValueError(f"{shapes}; both should be [Q, S]")
-    for i in range(0, len(similarity), rows):
-        yield (
-            np.array(similarity[i : i + rows], order="C"),
-            np.array(relevancy[i : i + rows], np.float64, order="C"),
-            i,
-        )
+    return zip(similarity, relevancy, strict=True)
 
 
 def mean_average_precision(similarity, relevancy):
@@ -911,17 +889,16 @@ def mean_average_precision(similarity, relevancy):
     k, fractions too, over k: AP = sum over hits of that, over the number of hits. Ties fall as
     there. ValueError: a query without a hit.
     """
-    total = 0.0
+    found = []
     rank = np.arange(1, similarity.shape[1] + 1)  # [S]
-    for s, r, first in _batches_of_queries(similarity, relevancy):
-        ranked = np.take_along_axis(r, (-s).argsort(1), 1)  # [b, S]
-        hits = ranked == 1  # [b, S]
-        if not hits.any(1).all():
-            query = first + hits.any(1).argmin()
+    for query, (s, r) in enumerate(_queries(similarity, relevancy)):
+        ranked = r[(-s).argsort()]  # [S]
+        hits = ranked == 1  # [S]
+        if not hits.any():
             raise ValueError(f"query {query} has no item of relevancy 1: its AP is not defined")
-        precision = ranked.cumsum(1) / rank  # [b, S]
-        total += ((precision * hits).sum(1) / hits.sum(1)).sum()
-    return float(total / len(similarity))
+        precision = ranked.cumsum() / rank  # [S]
+        found.append((precision * hits).sum() / hits.sum())
+    return float(np.mean(found))
 
 
 def ndcg(similarity, relevancy):
@@ -931,18 +908,15 @@ def ndcg(similarity, relevancy):
     Sum of relevancy / log2(1 + rank) over as many ranks as the query has items of relevancy > 0,
     over the same in the best order. Ties fall as there. ValueError: a query without such an item.
     """
-    total = 0.0
+    found = []
     discount = np.log2(np.arange(2, similarity.shape[1] + 2))  # [S]
-    for s, r, first in _batches_of_queries(similarity, relevancy):
-        ranked = np.take_along_axis(r, s.argsort(1)[:, ::-1], 1)  # [b, S]
-        best = np.sort(r, axis=1)[:, ::-1]  # [b, S]
-        if not (best[:, 0] > 0).all():
-            query = first + (best[:, 0] > 0).argmin()
+    for query, (s, r) in enumerate(_queries(similarity, relevancy)):
+        ranked = r[s.argsort()[::-1]]  # [S]
+        best = np.sort(r)[::-1]  # [S]
+        if best[0] <= 0:
             raise ValueError(f"query {query} has no relevant item: its nDCG is not defined")
-        gain = (ranked * (best > 0) / discount).sum(1)  # [b]
-        ideal = (best / discount).sum(1)  # [b]
-        total += (gain / ideal).sum()
-    return float(total / len(similarity))
+        found.append((ranked * (best > 0) / discount).sum() / (best / discount).sum())
+    return float(np.mean(found))
 
 
 def retrieval_metrics(similarity, relevancy, fractions=True):
@@ -991,9 +965,7 @@ def evaluate(cfg, ctx, model, videos, actions, tokenizer):
     mixed up.
     """
     model.eval()
-    features, read, unread = encode_clips(cfg, ctx, model, videos)  # [V, E], [V]
-    rows = read.nonzero()[:, 0]  # [V]: of those that could be read
-    features = features[rows]  # [V, E]
+    features, rows, unread = encode_clips(cfg, ctx, model, videos)  # [V, E], [V]
     result = {}
     if isinstance(model, VideoCLIP):
         result |= retrieval(model, features, rows, videos, tokenizer, ctx)
@@ -1014,26 +986,13 @@ def read_init(path):
     """What --init holds, told apart by content: {"model": weights by our names, "style": a key of
     STYLES} and, of a checkpoint of ours, the rest of it. No code of it is run; UserError where
     it is none of the known forms."""
-    names = ()
-    state = {}
-    if Path(path).is_file() and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        state = common.torchscript_weights(path)
-    elif names:
-        # AVION's files keep their best score as a numpy float, which is data too.
-        scalar = np.float64().__reduce__()[0]
-        allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-        with torch.serialization.safe_globals([*allowed, np.dtype, type(np.dtype(np.float64))]):
-            state = common.load_checkpoint(path)
-        if isinstance(state, dict) and {"model", "config"} <= state.keys():
-            if "style" not in state:
-                raise UserError(f"{path}: not a checkpoint of avion.py")
-            return state
-        state = state.get("state_dict") if isinstance(state, dict) else None  # AVION's
-    state = state or common.read_weights(path)
-    return {"model": common.clip_weights(state), "style": style_of(state, path)}
+    state = common.read_state(path)
+    if isinstance(state, dict) and {"model", "config"} <= state.keys():
+        if "style" not in state:
+            raise UserError(f"{path}: not a checkpoint of avion.py")
+        return state
+    weights = common.weights_of(state, path)
+    return {"model": common.clip_weights(weights), "style": style_of(weights, path)}
 
 
 def style_of(state, path):
@@ -1041,15 +1000,8 @@ def style_of(state, path):
     marks = ("temporal_embedding", "image_projection", "fc_cls.weight")
     if any(name.endswith(marks) for name in state):
         return "avion"  # DECISION (style)
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    config = folder / "config.json"
-    if not config.is_file():
-        return "clip"
-    try:
-        settings = json.loads(config.read_text())
-        act = settings.get("vision_config", settings).get("hidden_act")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{config}: not the settings of a CLIP model ({error})") from None
+    settings = common.hub_settings(path)
+    act = settings.get("vision_config", settings).get("hidden_act")
     return "gelu" if act == "gelu" else "clip"
 
 
@@ -1060,10 +1012,9 @@ def fit_weights(start, net, cfg):
     weights = dict(start["model"])
     own = net.state_dict()
     if "visual.patch_embed.weight" in weights:
-        width = len(weights["visual.patch_embed.weight"])
-        zeros = torch.zeros(1, width)  # [1, D]  # DECISION (temporal)
+        zeros = torch.zeros(1, net.visual.width)  # [1, D]  # DECISION (temporal)
         time = weights.get("visual.temporal_embedding", zeros)  # [before, D]
-        steps = cfg.frames // net.visual.patch[0]
+        steps = len(net.visual.temporal_embedding)
         weights["visual.temporal_embedding"] = stretch_time(time, steps)  # [steps, D]
     projection = weights.get("visual_projection.weight", ())
     if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
@@ -1210,8 +1161,6 @@ def check(cfg):
         raise UserError(f"{batch} has no negatives; --loss {cfg.loss} compares clips")
     if cfg.task == "search" and not cfg.query.strip():
         raise UserError('--task search needs --query "what to look for"')
-    if cfg.task == "predict" and not cfg.input:
-        raise UserError("--task predict needs --input video.mp4 ...")
     pretrained = [name for name in RECIPES if name.startswith("ego4d")]
     tuned = [name for name in RECIPES if name.startswith("ek100")]
     common.need_init(cfg, pretrained, "CLIP's weights")
@@ -1363,13 +1312,11 @@ def search(cfg, ctx, net, tokenizer):
     windows = []
     for path in paths:
         windows += windows_of(path, cfg.window)
-    # [windows, E], [windows]
-    features, read, _ = encode_clips(cfg, ctx, net, data.Captions(windows))
-    scores = features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]  # [windows]
-    scores = scores.masked_fill(~read, -math.inf)
+    features, rows, _ = encode_clips(cfg, ctx, net, data.Captions(windows))  # [V, E], [V]
+    scores = features @ encode_texts(net, [cfg.query], tokenizer, ctx)[0]  # [V]
     shown = []
-    for i in scores.argsort(descending=True)[: int(read.sum())].tolist():
-        path, start, end, _ = windows[i]
+    for i in scores.argsort(descending=True).tolist():
+        path, start, end, _ = windows[rows[i]]
         if any(path == p and start < e and s < end for p, s, e in shown):
             continue
         shown.append((path, start, end))
@@ -1497,10 +1444,7 @@ def main(cfg):
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
                 tokens = tokenizer(texts)  # [b, L]
-                ids = batch.keys  # [b], each another: nobody asks
-                if cfg.skip_duplicates:
-                    ids = text_ids(tokens)  # [b]
-                inputs = batch.keys, tokens, ids
+                inputs = batch.keys, tokens, text_ids(tokens)  # [b], [b, L], [b]
                 pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
             global_backward(run, pairs, loss_fn)
         else:  # a sum over clips: gradients of micro-batches add up

@@ -169,6 +169,10 @@ def check_flags(cfg, patch):
     for card in cfg.gpu_gb:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", card) or not float(card):
             raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 24")
+    if cfg.task == "predict" and not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
+    if cfg.task in ("eval", "features") and not cfg.val_list:
+        raise UserError(f"--task {cfg.task} needs --val-list")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1074,13 +1078,12 @@ def read_npz(path):
         raise UserError(f"{path}: not a readable .npz file of arrays ({why})") from error
 
 
-def read_weights(path):
-    """The tensors of a file of weights, by their names in it, on the CPU. Told apart by content; no
-    code of it is run.
+def read_state(path):
+    """What a file of weights holds, on the CPU: their tensors by name; of a file by torch.save all
+    of its dict. Told apart by content; no code of it is run.
 
-    path: a file by torch.save with the weights at its top, under `model` (ours, VideoMAE's) or
-    `module`; a .safetensors file, or a hub folder with model.safetensors; numpy's .npz
-    (Google's ViTs). UserError where it is none of these.
+    path: a file by torch.save; a TorchScript archive; a .safetensors file, or a hub folder with
+    model.safetensors; numpy's .npz (Google's ViTs). UserError where it is none of these.
     """
     path = Path(path)
     if path.is_dir():
@@ -1096,17 +1099,42 @@ def read_weights(path):
             names = file.namelist()
         if names and all(name.endswith(".npy") for name in names):
             return read_npz(path)
-    state = load_checkpoint(path)
-    for name in ("model", "module"):
+        if any(name.endswith("/constants.pkl") for name in names):
+            return torchscript_weights(path)
+    return load_checkpoint(path)
+
+
+def read_weights(path):
+    """The tensors of a file of weights, by their names in it, on the CPU: see read_state."""
+    return weights_of(read_state(path), path)
+
+
+def weights_of(state, path):
+    """The tensors of what read_state gives: at its top, under `model` (ours, VideoMAE's), `module`
+    or `state_dict` (AVION's). UserError where there are none."""
+    for name in ("model", "module", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(name), dict):
             state = state[name]
     weights = {}
     if isinstance(state, dict):
         weights = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
     if not weights:
-        where = "neither at its top nor under model or module"
+        where = "neither at its top nor under model, module or state_dict"
         raise UserError(f"{path}: no weights are in it, {where}")
     return weights
+
+
+def hub_settings(path):
+    """The config.json beside a hub model's weights, a file or their folder; {} without one."""
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    config = folder / "config.json"
+    if not config.is_file():
+        return {}
+    try:
+        return dict(json.loads(config.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{config}: not the settings of a model ({error})") from None
 
 
 def videomae_weights(state):
@@ -1504,11 +1532,14 @@ def new_array(path, shape, dtype, value=0):
 def load_checkpoint(path):
     """A checkpoint's dict, on the CPU; UserError names a file that is missing, damaged or unsafe.
 
-    Never runs code from the file: tensors, plain data, and argparse.Namespace,
-    which upstream's training files carry.
+    Never runs code from the file: tensors, plain data, argparse.Namespace, which upstream's
+    training files carry, and numpy's scalars: AVION's keep their best score as one.
     """
+    scalar = np.float64().__reduce__()[0]
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    allowed += [argparse.Namespace, np.dtype, type(np.dtype(np.float64))]
     try:
-        with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+        with open(path, "rb") as file, torch.serialization.safe_globals(allowed):
             # An open file: of a path torch would heed the name.
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -1531,8 +1562,7 @@ def open_trained(cfg, script, settings, more, build, state=None):
     must have. state: the checkpoint, where it has been read.
 
     UserError, one line that names the file, where it is damaged, another script's, or of a version
-    whose settings or weights differ; where `build` refuses, which may check the settings; and where
-    --task lacks what it reads.
+    whose settings or weights differ; or where `build` refuses, which may check the settings.
     """
     source = cfg.init
     state = load_checkpoint(source) if state is None else state
@@ -1549,10 +1579,6 @@ def open_trained(cfg, script, settings, more, build, state=None):
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{source}: not a checkpoint of this version of {script} ({why})") from None
-    if cfg.task == "predict" and not cfg.input:
-        raise UserError("--task predict needs --input video.mp4 ...")
-    if cfg.task in ("eval", "features") and not cfg.val_list:
-        raise UserError(f"--task {cfg.task} needs --val-list")
     return cfg, model.eval(), state
 
 

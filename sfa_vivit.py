@@ -119,14 +119,12 @@ P pixel values of a tubelet, V views of a video. In a transformer, B and N are i
 sequences of N tokens over space, B of S over time.
 """
 
-import json
 import math
 import os
 import time
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 # Idle threads sleep: on the CPU the loader needs their cores.
@@ -684,18 +682,9 @@ def image_weights(path):
             name = "spatial." + name.replace("pos_embed", "positions")
         ours[name] = x
     if any(name.endswith("embeddings.position_embeddings") for name in state):
-        ours["spatial.eps"] = torch.tensor(hub_epsilon(Path(path)))
+        eps = common.hub_settings(path).get("layer_norm_eps", 1e-12)  # the hub's own default
+        ours["spatial.eps"] = torch.tensor(float(eps))
     return ours
-
-
-def hub_epsilon(path):
-    """LayerNorm's epsilon of a hub's ViT: of the config.json in its folder; 1e-12 where that says
-    nothing."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        return float(json.loads((folder / "config.json").read_text())["layer_norm_eps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 1e-12
 
 
 def temporal_weights(path, depth):

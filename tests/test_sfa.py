@@ -1719,7 +1719,7 @@ def refused(*argv):
         (["--labels", "epic"], ["train.csv:2", "EPIC_100"]),
         (["--init", "none.npz"], ["none.npz", "no such checkpoint"]),
         (["--batch-size", "6", "--micro-batch", "3", "--mixup", "0.3"], ["--micro-batch", "mixup"]),
-        (["--task", "predict", "--init", "none.pt"], ["none.pt"]),
+        (["--task", "predict", "--input", "a.mp4", "--init", "none.pt"], ["none.pt"]),
     ],
 )
 def test_impossible_flags(flags, words, pairs_args, tmp_path):

@@ -1424,7 +1424,10 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--erase", "1.5"], ["--erase"]),
         (["--train-list", ""], ["--train-list"]),
         (["--val-list", "gone.csv"], ["gone.csv"]),
-        (["--task", "predict", "--init", "none.pt"], ["none.pt", "no such checkpoint"]),
+        (
+            ["--task", "predict", "--input", "v", "--init", "none.pt"],
+            ["none.pt", "no such checkpoint"],
+        ),
         (
             ["--task", "search_schedule", "--search-frames", "2;4", "--then", "toy_ft"],
             ["--search-frames 2;4"],

@@ -450,7 +450,7 @@ def test_recipes_of_the_paper_need_weights():
         turbo.check(config(*flags, "--init", "random"))
         turbo.check(config(*flags, "--init", "videomae.pth"))
         turbo.check(config(*flags, "--plan"))
-        turbo.check(config(*flags, "--task", "eval"))
+        turbo.check(config(*flags, "--task", "eval", "--val-list", "val.csv"))
 
 
 def test_random_weights_are_none(toy_args, tmp_path):
@@ -653,6 +653,8 @@ def test_a_foreign_checkpoint_is_one_line(change, words, task, trained, toy, tmp
         toy / "val.csv",
         "--data-root",
         toy,
+        "--input",
+        "a.mp4",
     ]
     with pytest.raises(UserError) as error:
         turbo.main(config(*args))

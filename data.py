@@ -890,7 +890,7 @@ def segment_frames(info, n, u):
     _check_length(info, n)
     edges = [i * info.num_frames // n for i in range(n + 1)]
     places = np.broadcast_to(u, n).tolist()
-    return [a + int(p * (b - a)) for a, b, p in zip(edges[:-1], edges[1:], places, strict=True)]
+    return [a + int(p * (b - a)) for (a, b), p in zip(pairwise(edges), places, strict=True)]
 
 
 def _end_within(video, start, end):
@@ -1320,13 +1320,11 @@ def _side_data(frame):
     try:
         return frame.side_data
     except ValueError:
-        known = {kind.value for kind in av.sidedata.sidedata.Type}
         graph = av.filter.Graph()
         shape = {"width": frame.width, "height": frame.height, "format": frame.format}
         source = graph.add_buffer(**shape, time_base=frame.time_base)
-        delete = [
-            graph.add("sidedata", f"mode=delete:type={n}") for n in range(64) if n not in known
-        ]
+        unknown = range(len(av.sidedata.sidedata.Type), 64)
+        delete = [graph.add("sidedata", f"mode=delete:type={n}") for n in unknown]
         graph.link_nodes(source, *delete, graph.add("buffersink")).configure()
         graph.push(frame)
         return graph.pull().side_data
@@ -1588,17 +1586,13 @@ class Video:
         short video is decoded once.
         """
         self._pts = []
-        self._bad = []
         kept = []
         room = KEEP_BYTES // 4
-        spoilt = False
         for frame in self._decode_all():
             room -= 3 * frame.width * frame.height
             if room >= 0 or not kept:
                 kept.append(frame)
-            spoilt = frame.is_corrupt or (spoilt and not frame.key_frame)
             self._pts.append(frame.pts)
-            self._bad.append(spoilt)
         if not kept:
             raise VideoError(self.path, "no frame can be decoded")
         self._kept = kept
@@ -1816,16 +1810,16 @@ class Video:
         (index, frame) of each wanted frame."""
         last = max(wanted, default=-1)
         frames = self._kept if last < len(self._kept) else self._decode_all()
-        for i, frame in enumerate(frames):
+        spoilt = False
+        for i, frame in enumerate(islice(frames, last + 1)):
+            spoilt = frame.is_corrupt or (spoilt and not frame.key_frame)
             if i in wanted:
-                if self._bad[i]:
+                if spoilt:
                     raise VideoError(
                         self.path,
                         f"damaged: frame {i}, or a frame that it may refer to, is corrupt",
                     )
                 yield i, frame
-            if i >= last:
-                return
 
     def _decode_all(self):
         """Every frame of the video, in the order shown."""
@@ -1890,12 +1884,10 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
         stream.codec_context.thread_count = 1
         stream.codec_context.thread_type = "NONE"
         stream.codec_context.options = {"strict": "1"}
-        for i, frame in enumerate(container.decode(stream)):
+        for i, frame in enumerate(islice(container.decode(stream), max(frames) + 1)):
             if i in frames:
                 turn = frame.rotation // 90
                 clip[i] = torch.from_numpy(frame.to_ndarray(format="rgb24"))  # [H, W, 3]
-            if i >= max(frames):
-                break
     clip = torch.stack([clip[i] for i in frames])  # [T, H, W, 3]
     clip = clip.permute(0, 3, 1, 2).rot90(turn, (2, 3))  # [T, 3, H, W]
     x, y, w, h = box or (0, 0, clip.shape[3], clip.shape[2])
@@ -2404,13 +2396,11 @@ def _watched(host, dataset, batches):
         threading.Thread(target=look, daemon=True).start()
     try:
         for batch in batches:
-            pieces = []
-            began = time.monotonic()
-            for _ in batch:
-                asked = time.monotonic()
-                pieces.append(next(host))
-                asked = math.inf
-            yield pieces, time.monotonic() - began
+            asked = time.monotonic()
+            pieces = [next(host) for _ in batch]
+            waited = time.monotonic() - asked
+            asked = math.inf
+            yield pieces, waited
     except Exception as error:
         time.sleep(0.2)  # a process may be about to end whose connection has just ended
         trouble = trouble or _trouble(dataset, asked)
@@ -2611,7 +2601,7 @@ def _sharpness(x, values):
     return _blend(_smooth(x), x, _each(values, x))
 
 
-def _autocontrast(x, values=None):
+def _autocontrast(x, values):
     """Stretch each colour of each frame to 0 .. 255."""
     low, high = x.flatten(-2).aminmax(dim=-1, keepdim=True)  # [n, T, C, 1]
     low = low[..., None].double()  # [n, T, C, 1, 1]
@@ -2622,7 +2612,7 @@ def _autocontrast(x, values=None):
     return torch.where(high > low, stretched, x)
 
 
-def _equalize(x, values=None):
+def _equalize(x, values):
     """Spread each colour of each frame so that all levels occur about equally often."""
     level = x.flatten(-2).long()  # [n, T, C, H W]
     count = level.new_zeros(*level.shape[:-1], 256)  # [n, T, C, 256]
@@ -2652,11 +2642,10 @@ def _bicubic(matrix, H, W):
     device = matrix.device
     n = len(matrix)
     arange = partial(torch.arange, device=device, dtype=torch.float64)
-    full = partial(torch.full, (1, 1, 1), device=device, dtype=torch.float64)
     # of x and y
     by_x, by_y, by_1 = matrix.view(n, 2, 3).permute(2, 1, 0)[..., None, None]  # [2, n, 1, 1] each
     at = by_x * arange(0.5, W) + by_y * arange(0.5, H)[:, None] + by_1  # [2, n, H, W]
-    size = torch.stack([full(W), full(H)])  # [2, 1, 1, 1]
+    size = torch.stack([matrix.new_full((1, 1, 1), side) for side in (W, H)])  # [2, 1, 1, 1]
     inside = ((at >= 0) & (at < size)).all(0)  # [n, H, W]
     at -= 0.5
     first = at.floor()  # [2, n, H, W]
@@ -3083,12 +3072,12 @@ def write_reconstruction(path, patches, visible, masked, prediction, target, pat
     write_panels(path, panels, fps, marked=3)
 
 
-def write_panels(path, panels, fps, marked=None, columns=8):
+def write_panels(path, panels, fps, marked=None):
     """Write a strip picture, path (.png), and beside it <name>_animated.png
     (APNG: any browser plays it).
 
     panels: uint8 [B, T, C, H, W] each. The strip has a row for each clip and panel, clip by clip,
-    and a column for each of up to `columns` frames; the animation has the panels of a clip side by
+    and a column for each of up to 8 frames; the animation has the panels of a clip side by
     side. Panel `marked` gets a red frame.
     """
     path = Path(path)
@@ -3100,7 +3089,7 @@ def write_panels(path, panels, fps, marked=None, columns=8):
         edge[2:-2, 2:-2] = False
         panel[..., edge] = torch.tensor([255, 0, 0], dtype=torch.uint8)[:, None]
     video = torch.stack(framed, 1)  # [B, panels, T, C, H, W]
-    strip = video[:, :, :: -(-T // columns)].permute(0, 1, 4, 2, 5, 3)  # [B, panels, H, T, W, C]
+    strip = video[:, :, :: -(-T // 8)].permute(0, 1, 4, 2, 5, 3)  # [B, panels, H, T, W, C]
     _write_images(path, [strip.flatten(3, 4).flatten(0, 2)], fps)  # [B panels H, T W, C]
     movie = video.permute(2, 0, 4, 1, 5, 3).flatten(3, 4).flatten(1, 2)  # [T, B H, panels W, C]
     _write_images(path.with_stem(path.stem + "_animated"), list(movie), fps)
@@ -3467,19 +3456,13 @@ def _toy_fill(folder, which, seed, counts, workers):
     """Makes all videos of a set and its lists in an empty folder, with a
     progress bar on a terminal."""
     (folder / "videos").mkdir(parents=True)
-    jobs = []
-    for split, count in counts.items():
-        jobs += [(split, index) for index in range(count)]
+    suffix = "jsonl" if which == "narrated" else "csv"
     doing = f"making toy videos in {folder.parents[1] / which}"
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        made = pool.map(lambda job: _toy_video(folder, which, seed, *job), jobs)
-        made = list(tqdm(made, doing, len(jobs), unit="video", disable=None))
-    texts = dict.fromkeys(counts, "")
-    for (split, _), lines in zip(jobs, made, strict=True):
-        texts[split] += lines
-    suffix = "jsonl" if which == "narrated" else "csv"
-    for split, text in texts.items():
-        (folder / f"{split}.{suffix}").write_text(text)
+        for split, count in counts.items():
+            made = pool.map(partial(_toy_video, folder, which, seed, split), range(count))
+            lines = tqdm(made, f"{doing}, {split}", count, unit="video", disable=None)
+            (folder / f"{split}.{suffix}").write_text("".join(lines))
 
 
 # --------------------------------------------------------------------------------------------------

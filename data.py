@@ -3756,8 +3756,7 @@ def _in_threads(work, jobs, workers, total, **bar):
         def tick(amount=0):
             if stop.is_set():
                 raise InterruptedError
-            if amount:
-                progress.update(amount)
+            progress.update(amount)
 
         def run():
             for job in jobs:
@@ -3787,13 +3786,11 @@ def _try_to_write(path):
         os.unlink(path)
 
 
-def _check(path, full=False):
-    """Read a few frames, the last among them, or all; returns the Video, closed.
-    VideoError: not fit for training."""
-    with Video(path) as video:
-        n = video.info.num_frames
-        video.read(range(n) if full else sorted({0, n // 3, 2 * n // 3, n - 1}), 16)
-        return video
+def _check(video, full=False):
+    """Read a few frames of a Video, the last among them, or all. VideoError: not fit for
+    training."""
+    n = video.info.num_frames
+    video.read(range(n) if full else sorted({0, n // 3, 2 * n // 3, n - 1}), 16)
 
 
 def check_list(path, root="", full=False, workers=None, out=None, good=None):
@@ -3814,7 +3811,8 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
 
     def work(name, tick):
         try:
-            _check(name, full)
+            with Video(name) as video:
+                _check(video, full)
         finally:
             tick(1)
 
@@ -4035,8 +4033,8 @@ def _write_chunk(path, video, frames, pts, times, short_side, coding, tick):
 def _whole(path, times):
     """True if a chunk has these frames, by its packets alone, and can be decoded."""
     try:
-        _check(path)
         with Video(path) as video:
+            _check(video)
             return bool(video._fast) and np.array_equal(_times_in_whole(video), times)
     except VideoError:
         return False
@@ -4067,7 +4065,6 @@ def _chunk_video(job, tick, seconds, short_side, coding):
             starts = [int((t + 1e-6) // seconds) * seconds for t in video.times]
             for start, frames in groupby(_in_order(video), lambda item: starts[item[0]]):
                 path = part / f"{start}.mp4"
-                temporary = path.with_name(f".{start}.mp4")
                 first = starts.index(start)
                 count = starts.count(start)
                 times_here = np.append(times[first : first + count + 1], end)
@@ -4075,23 +4072,16 @@ def _chunk_video(job, tick, seconds, short_side, coding):
                     for _ in frames:
                         tick()
                 else:
-                    _write_chunk(
-                        temporary, video, frames, pts, times_here, short_side, coding, tick
-                    )
-                    if not _whole(temporary, times_here):
-                        raise VideoError(
-                            source, f"its chunk at {start} s does not read back as it was written"
-                        )
-                    temporary.replace(path)
+                    # a full disk is not the video's fault: a UserError, which ends the run
+                    with _errors(source, "can't be encoded"), replacing(path) as new:
+                        _write_chunk(new, video, frames, pts, times_here, short_side, coding, tick)
+                        if not _whole(new, times_here):
+                            why = f"its chunk at {start} s does not read back as it was written"
+                            raise VideoError(source, why)
                 tick(size * count // video.info.num_frames)
     except VideoError:
         shutil.rmtree(part)
         raise
-    except av.FFmpegError as error:
-        if isinstance(error, OSError):  # a full disk is not the video's fault
-            raise
-        shutil.rmtree(part)
-        raise VideoError(source, f"can't be encoded: {error}") from error
     part.rename(folder)
 
 
@@ -4122,7 +4112,6 @@ def _chunk_jobs(source, target, skipped):
 def _keep_settings(target, settings):
     """Writes chunks.json; UserError where the folder has chunks of other settings, or no chunks."""
     record = target / "chunks.json"
-    temporary = target / ".chunks.json"
     if record.exists():
         made = json.loads(record.read_text())
         if made != settings:
@@ -4130,11 +4119,11 @@ def _keep_settings(target, settings):
             raise UserError(
                 f"{target} holds chunks made with {flags}: use the same flags, or another folder"
             )
-    elif set(os.listdir(target)) - {".lock", ".chunks.json"}:
+    elif set(os.listdir(target)) - {".lock", "chunks.json.tmp"}:
         raise UserError(f"{target} holds something else: use another folder")
     else:
-        temporary.write_text(json.dumps(settings))
-        temporary.replace(record)
+        with replacing(record) as temporary:
+            temporary.write_text(json.dumps(settings))
 
 
 def chunk_videos(
@@ -4180,21 +4169,40 @@ def chunk_videos(
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
-# Each tool has its arguments, and what it does with them; TOOLS lists them for --help. A tool
-# returns whether some videos are bad, which is exit status 1. To lift a tool, take the function
-# that it calls: nothing above this line reads the command line.
+# Each tool adds its arguments to the parser, and runs with the parsed ones. It returns whether some
+# videos are bad, which is exit status 1. To lift a tool, take the function that it calls: nothing
+# above this line reads the command line.
 
 
-def _toy_arguments(add):
+def _tool(commands, name, run, what, more=""):
+    """Adds a command of data.py, to be run(parsed arguments); returns what adds its arguments."""
+    parser = commands.add_parser(
+        name,
+        help=what,
+        description=f"{what}\n\n{more}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser.add_argument
+
+
+def _add_toy(commands):
+    sets = "actions/, pairs/, long/ and narrated/"
+    add = _tool(commands, "toy", _run_toy, f"make the toy videos: {sets} under DIR")
     add("root", metavar="DIR")
 
 
-def _toy_tool(args):
+def _run_toy(args):
     for which in TOY_SETS:
         print(make_toy(args.root, which))
 
 
-def _list_arguments(add):
+def _add_list(commands):
+    more = "FORMAT, SOURCE, an entry:"
+    for name, form in FORMATS.items():
+        more += f"\n  {name:15} {form.source:35} {form.example}"
+    add = _tool(commands, "list", _run_list, "print the list of a data set as published", more)
     add("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
     add("source", metavar="SOURCE")
     splits = "of hmdb51, coin and breakfast; val and test are the same"
@@ -4205,7 +4213,7 @@ def _list_arguments(add):
     add("--labels", metavar="FILE", help=labels)
 
 
-def _list_tool(args):
+def _run_list(args):
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it quietly
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -4220,7 +4228,15 @@ def _print_skipped(skipped):
         print(f"skipped {'; '.join(skipped)}", file=sys.stderr)
 
 
-def _check_arguments(add):
+def _add_check(commands):
+    add = _tool(
+        commands,
+        "check",
+        _run_check,
+        "open every video of LIST and decode some frames",
+        "Exit status 1 when some are bad. To go on with the others:\n"
+        "  data.py check LIST --good GOOD, train on GOOD",
+    )
     add("list", metavar="LIST")
     root = "folder that the paths of LIST are relative to"
     add("--data-root", default="", metavar="DIR", help=root)
@@ -4236,7 +4252,7 @@ def _check_arguments(add):
     add("--size", type=int, default=224, help="pixels, height and width (default: %(default)s)")
 
 
-def _check_tool(args):
+def _run_check(args):
     if args.speed:
         print_speed(args.list, args.data_root, args.frames, args.size, args.stride)
         return False
@@ -4268,7 +4284,15 @@ def print_speed(path, root, frames, size, stride):
     print(f"with fewer: {LOADER_ADVICE}")
 
 
-def _chunk_arguments(add):
+def _add_chunk(commands):
+    add = _tool(
+        commands,
+        "chunk",
+        _run_chunk,
+        "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4",
+        "The same command again goes on where it stopped. "
+        "Exit status 1 when some could not be cut.",
+    )
     add("source", metavar="SRC", nargs="?")
     add("target", metavar="DST", nargs="?")
     add("--seconds", type=int, default=15, help="length of a chunk (default: %(default)s)")
@@ -4287,7 +4311,7 @@ def _chunk_arguments(add):
     add("--step-seconds", type=float, default=4, help=step)
 
 
-def _chunk_tool(args):
+def _run_chunk(args):
     if args.plan:
         values = args.batch_size, args.mbps, args.disk, args.step_seconds
         print("AVION, Eq. 3, {} clips of {} Mb/s from {} MB/s in {} s:".format(*values), end=" ")
@@ -4309,70 +4333,19 @@ def _chunk_tool(args):
     return bool(bad)
 
 
-class Tool(NamedTuple):
-    """A command of data.py."""
-
-    what: str  # it does
-    more: str  # to say below it
-    arguments: object  # adds them to its parser
-    run: object  # with the parsed ones
-
-
-TOOLS = {
-    "toy": Tool(
-        "make the toy videos: actions/, pairs/, long/ and narrated/ under DIR",
-        "",
-        _toy_arguments,
-        _toy_tool,
-    ),
-    "list": Tool(
-        "print the list of a data set as published",
-        "\n".join(
-            [
-                "FORMAT, SOURCE, an entry:",
-                *(f"  {name:15} {form.source:35} {form.example}" for name, form in FORMATS.items()),
-            ]
-        ),
-        _list_arguments,
-        _list_tool,
-    ),
-    "check": Tool(
-        "open every video of LIST and decode some frames",
-        "Exit status 1 when some are bad. To go on with the others:\n"
-        "  data.py check LIST --good GOOD, train on GOOD",
-        _check_arguments,
-        _check_tool,
-    ),
-    "chunk": Tool(
-        "cut the videos below SRC into chunks, DST/<path>.mp4/<start second>.mp4",
-        "The same command again goes on where it stopped. "
-        "Exit status 1 when some could not be cut.",
-        _chunk_arguments,
-        _chunk_tool,
-    ),
-}
-
-
 def main():
     parser = argparse.ArgumentParser(description="Tools around video data.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, tool in TOOLS.items():
-        own = commands.add_parser(
-            name,
-            help=tool.what,
-            description=f"{tool.what}\n\n{tool.more}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        tool.arguments(own.add_argument)
+    for add_tool in (_add_toy, _add_list, _add_check, _add_chunk):
+        add_tool(commands)
     args = parser.parse_args()
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not value > 0:
+        if type(value) in (int, float) and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if args.command == "chunk" and not args.plan and not (args.source and args.target):
         parser.error("chunk needs SRC and DST, or --plan")
     try:
-        some_are_bad = TOOLS[args.command].run(args)
+        some_are_bad = args.run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

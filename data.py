@@ -1060,7 +1060,7 @@ def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
 #   crop before scaling and colour conversion (Fig. 8b)         `_convert`    .80  .96  .95  .98
 #   scale to planar RGB: swscale is slow at interleaving, and we want that    .96  .99  .99 1.00
 #   headers and list of packets say what is there, no decoding  `_index`     1.00 1.01  .99 1.01
-#   start at the keyframe before a wanted frame, by that list   `_runs`       .77  .41  .76  .79
+#   start at the keyframe before a wanted frame, by that list   `_plan`       .77  .41  .76  .79
 #   leave out frames that none refers to and nobody wants       `_droppable`  .76  .77  .69  .73
 # What remains is 1.05 to 1.3 times the bare decoding of the packets that a clip
 # needs (tests/bench_decode.py).
@@ -1410,7 +1410,7 @@ class Video:
     Raises VideoError: no such file, not a video, no video stream, no frame, truncated, damaged.
 
     Frames are numbered in the order in which they are shown. Where the list of packets tells which
-    frame is which (`_index`), a read decodes only what it must (`_runs`), and checks that the
+    frame is which (`_index`), a read decodes only what it must (`_plan`), and checks that the
     decoder agrees (`_run`). Any other video is decoded from its beginning and its frames are
     counted (`_count`): slower, and as exact.
     """
@@ -1730,10 +1730,6 @@ class Video:
             return out.swapaxes(2, 3), (y, x, h, w)  # [T, 3, w, h]
         return out, (x, y, w, h)
 
-    def _frames(self, wanted):
-        """Yields (index, frame) of each wanted frame."""
-        return self._runs(wanted) if self._fast else self._counted(wanted)
-
     def _plan(self, wanted):
         """The runs that `_run` decodes for the wanted frames, [(first packet,
         last packet, {pts: index})].
@@ -1757,20 +1753,22 @@ class Video:
             plan[-1][2][self._pts[i]] = i
         return plan
 
-    def _runs(self, wanted):
-        """The fast way: plan, and decode no more than that. Yields
-        (index, frame) of each wanted frame."""
-        try:
-            for run in self._plan(wanted):
-                yield from self._run(*run)
-        except VideoError:
-            # damaged; or the file is not what its packets said, which counting its frames tells
-            other = Video(self.path, fast=False)
-            if (other.info[:2], other.info.num_frames) != (self.info[:2], self.info.num_frames):
-                raise
-            self.close()
-            self.__dict__ = other.__dict__
-            yield from self._counted(wanted)
+    def _frames(self, wanted):
+        """Yields (index, frame) of each wanted frame. The fast way: plan, and decode no more than
+        that."""
+        if self._fast:
+            try:
+                for run in self._plan(wanted):
+                    yield from self._run(*run)
+                return
+            except VideoError:
+                # damaged; or the file is not what its packets said, which counting its frames tells
+                other = Video(self.path, fast=False)
+                if (other.info[:2], other.info.num_frames) != (self.info[:2], self.info.num_frames):
+                    raise
+                self.close()
+                self.__dict__ = other.__dict__
+        yield from self._counted(wanted)
 
     def _run(self, start, last, want):
         """Decode packets start .. last; yields (index, frame) of the frames in want, {pts: index}.
@@ -2736,6 +2734,14 @@ def _by_operation(clips, plans):
 LEVELS = torch.arange(256)
 
 
+def _timm_factor(v, *_):
+    return [1 + 0.9 * v]
+
+
+def _scenic_factor(v, *_):
+    return [0.1 + 1.8 * v]
+
+
 def _inverted_from(threshold):
     return torch.where(LEVELS < threshold, LEVELS, 255 - LEVELS)
 
@@ -2759,10 +2765,10 @@ RAND_AUGMENT = {
     "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (16 << int(4 * abs(v))))),
     "Solarize": (_look_up, lambda v, w, h: _inverted_from(256 - int(256 * abs(v)))),
     "SolarizeAdd": (_look_up, lambda v, w, h: _dark_raised_by(int(110 * abs(v)))),
-    "Color": (_colour, lambda v, w, h: [1 + 0.9 * v]),
-    "Contrast": (_contrast, lambda v, w, h: [1 + 0.9 * v]),
+    "Color": (_colour, _timm_factor),
+    "Contrast": (_contrast, _timm_factor),
     "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 1 + 0.9 * v)),
-    "Sharpness": (_sharpness, lambda v, w, h: [1 + 0.9 * v]),
+    "Sharpness": (_sharpness, _timm_factor),
     "ShearX": (_affine, lambda v, w, h: (1, 0.3 * v, 0, 0, 1, 0)),
     "ShearY": (_affine, lambda v, w, h: (1, 0, 0, 0.3 * v, 1, 0)),
     "TranslateX": (_affine, lambda v, w, h: (1, 0, 0.45 * v * w, 0, 1, 0)),
@@ -2811,10 +2817,10 @@ SCENIC_AUGMENT = {
     **ANY_MAGNITUDE,
     "Posterize": (_look_up, lambda v, w, h: LEVELS & (256 - (256 >> int(4 * v)))),
     "Solarize": (_look_up, lambda v, w, h: _inverted_from(int(256 * v) % 256)),
-    "Color": (_colour, lambda v, w, h: [0.1 + 1.8 * v]),
+    "Color": (_colour, _scenic_factor),
     "Contrast": (_look_up, lambda v, w, h: _blend(min(255, w * h // 256), LEVELS, 0.1 + 1.8 * v)),
     "Brightness": (_look_up, lambda v, w, h: _blend(0, LEVELS, 0.1 + 1.8 * v)),
-    "Sharpness": (_sharpness, lambda v, w, h: [0.1 + 1.8 * v]),
+    "Sharpness": (_sharpness, _scenic_factor),
     "Cutout": None,  # needs a place: see below
     "SolarizeAdd": (_look_up, lambda v, w, h: _dark_raised_by(int(110 * v))),
 }

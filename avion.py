@@ -943,10 +943,9 @@ def retrieval(model, features, rows, videos, tokenizer, ctx):
     and of its sentences."""
     columns = videos.sentences  # [S]
     relevant = videos.relevancy(rows, columns)  # [V, S]
-    if len(rows) < len(videos):  # without texts of clips that could not be read
-        found = (relevant == 1).any(0)  # [S]
-        columns = columns[found]
-        relevant = relevant[:, found]
+    found = (relevant == 1).any(0)  # [S]: not those of clips that could not be read
+    columns = columns[found]
+    relevant = relevant[:, found]
     texts = [videos.text(i) for i in columns.tolist()]
     similarity = features @ encode_texts(model, texts, tokenizer, ctx).T  # [V, S]
     shuffled = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
@@ -1175,9 +1174,7 @@ def open_list(cfg, flag, ctx):
         paths, root = (cfg.val_list,), cfg.val_root or cfg.data_root
     for path in paths or ("",):
         data.need_list(flag, path, ctx, "a list of narrated clips, .pkl, .csv or .jsonl")
-    videos = data.read_captions(paths, root, cfg.max_bad, kind=Narrations)
-    videos.check_left_out(cfg.max_bad, ctx)
-    return videos
+    return data.read_captions(paths, root, cfg.max_bad, kind=Narrations, ctx=ctx)
 
 
 def open_lists(cfg, ctx):

@@ -482,7 +482,9 @@ class Captions:
             print(f"left out: {found})")
 
 
-def read_captions(paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions):
+def read_captions(
+    paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions, ctx=None
+):
     """The captioned segments of one or several lists, as one object of this `kind` of Captions.
 
     Formats, by ending: .pkl, AVION's Ego4D: tuples (video, start, end, text or phrasings, ...).
@@ -491,15 +493,15 @@ def read_captions(paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=N
     HTM-Align's, {video: [[alignable, start, end, text]]}. .jsonl: {"video", "start", "end", "text"}
     a line. Left out are captions that are not seen in their video (not alignable, or "visible":
     false); and, counted (--max-bad), those that end before they start and, unless not `texts`,
-    those without a word. classes: how many of EK-100's verbs and nouns there may be. UserError
-    names file and row of a mistake.
+    those without a word; a ctx has their number printed. classes: how many of EK-100's verbs and
+    nouns there may be. UserError names file and row of a mistake.
     """
     paths = [str(path) for path in paths]
     left_out = []
     rows = [_captions_of(path, reach, texts, classes, left_out) for path in paths]
     captions = kind(chain.from_iterable(rows), root, paths)
     captions.left_out = left_out
-    captions.check_left_out(max_bad)
+    captions.check_left_out(max_bad, ctx)
     return captions
 
 

@@ -1036,11 +1036,11 @@ def check(cfg):
     common.need_init(cfg, pretrained, "an image ViT's weights (.npz or hub folder), or a stage 1's")
 
 
-def read_epic(path, root, max_bad=0.01):
+def read_epic(path, root, max_bad=0.01, ctx=None):
     """EPIC-KITCHENS-100's annotations as published (EPIC_100_train.csv, ..._validation.csv) ->
     data.Captions, whose labels are verb * 300 + noun. UserError names file and line of what is no
     row of them, or of no known class."""
-    videos = data.read_captions([path], root, max_bad, texts=False, classes=EPIC)
+    videos = data.read_captions([path], root, max_bad, texts=False, classes=EPIC, ctx=ctx)
     labels = []
     for action in videos.actions:
         verb, noun = map(int, action.split(":"))
@@ -1054,9 +1054,7 @@ def read_list(cfg, ctx, path, classes=None):
     """A list as --labels says; classes: the training list's, which a validation list must keep
     to."""
     if cfg.labels == "epic":
-        videos = read_epic(path, cfg.data_root, cfg.max_bad)
-        videos.check_left_out(cfg.max_bad, ctx)
-        return videos
+        return read_epic(path, cfg.data_root, cfg.max_bad, ctx)
     return data.VideoList(path, cfg.data_root, 0 if classes else cfg.num_classes, classes)
 
 

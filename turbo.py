@@ -580,10 +580,10 @@ def evaluate(cfg, ctx, net, videos, picture=None):
         if cfg.recon_ratio > 0:
             with ctx.autocast():
                 _, prediction, target = net(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
+                if picture:
+                    write_recon(net, clips[:4], keys[:4], cfg.mask_ratio, cfg.fps, picture)
+                    picture = None
             found.add("mae", partial_mae(prediction, target))
-        if picture:
-            write_recon(net, clips[:4], keys[:4], cfg.mask_ratio, cfg.fps, picture)
-            picture = None
     return found.result()
 
 
@@ -625,6 +625,7 @@ class Pairs:
         self.features = features
         self.text_ids = captions.texts.ids()  # int64 [sentences], equal for equal sentences
         self.path = captions.path
+        self.classes = []  # none
         # Numbers of the sentences video by video, and where a video's begin in them.
         self._order = np.argsort(captions.video_of, kind="stable").astype(np.int32)  # [sentences]
         edges = np.arange(len(captions.names) + 1)
@@ -794,13 +795,13 @@ def align_features(cfg, ctx, net, captions, failures, picture=None):
         keys = batch.keys.to(ctx.device)  # [V B]
         with ctx.autocast():
             vectors = net.features(batch.clips, keys, eval_ratios(cfg)[0])  # [V B, E]
+            if picture:
+                write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, fps, picture)
+                picture = None
         vectors = vectors.unflatten(0, (views, -1)).transpose(0, 1).cpu()  # [B, V, E]
         for i, vector in zip(batch.index.tolist(), vectors, strict=False):
             _, video, first, seconds = pieces[i]
             features[video][first : first + views] = vector[: seconds - first]  # [<= V, E]
-        if picture:
-            write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, fps, picture)
-            picture = None
 
     read = {video: rows for video, rows in features.items() if rows.isfinite().all()}
     if not failures.new and len(read) < len(features):
@@ -825,9 +826,9 @@ def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
     counts it (Sec. 5.2). `val_chance` is the R@1 of a random second. Sentences that are not
     alignable (data.read_captions) or of unreadable videos don't count. text: features [sentences,
     W]. picture: see `evaluate`."""
-    failures = common.Failures(len(captions.names), cfg.max_bad)
-    features = align_features(cfg, ctx, net, captions, failures, picture)
-    totals = np.zeros(4)
+    found = common.Evaluation(cfg, ctx, captions.names)
+    features = align_features(cfg, ctx, net, captions, found.failures, picture)
+    outside = torch.zeros((), device=ctx.device)  # sentences after their video's end
     for video, rows in features.items():
         own = np.flatnonzero(captions.video_of == video)  # [S]
         start = captions.start[own]
@@ -837,19 +838,11 @@ def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
         hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
         inside = np.minimum(np.ceil(end), len(rows) - 1) - np.floor(start) + 1  # [S], in seconds
         chance = inside.clip(0) / len(rows)  # [S]
-        outside = start >= len(rows)  # [S]: after the video's end
-        totals += len(own), hits.sum(), chance.sum(), outside.sum()
-    unread = failures.unread(ctx)
-    count, hits, chance, outside = ctx.sum(torch.from_numpy(totals).to(ctx.device)).tolist()
-    if not count:
-        raise UserError(f"{captions.path}: no video could be read: {'; '.join(unread[:3])}")
-    return {
-        "val_recall1": 100 * hits / count,
-        "val_chance": 100 * chance / count,
-        "val_clips": int(count),
-        "val_unread": len(unread),
-        "val_outside": int(outside),
-    }
+        found.add("recall1", torch.from_numpy(100 * hits))
+        found.add("chance", torch.from_numpy(100 * chance))
+        outside += (start >= len(rows)).sum()
+    outside = int(ctx.sum(outside))
+    return found.result() | {"val_outside": outside}
 
 
 # ---- For both parts: the plan --------------------------------------------------------------------
@@ -1109,11 +1102,11 @@ def build(cfg, outputs):
     return Turbo(outputs, **options)
 
 
-def captions_of(cfg, path):
+def captions_of(cfg, path, ctx=None):
     """A list of captions. HTM-AA's sentences have one time: a clip begins within its length before
     it."""
-    reach = cfg.frames / cfg.fps
-    return data.read_captions([path], cfg.data_root, cfg.max_bad, reach)  # DECISION (when)
+    reach = cfg.frames / cfg.fps  # DECISION (when)
+    return data.read_captions([path], cfg.data_root, cfg.max_bad, reach, ctx=ctx)
 
 
 def open_text(cfg, captions, width=0):
@@ -1132,34 +1125,39 @@ def write_texts(cfg, ctx):
     for path in paths:
         data.need_list("", path, ctx)
     if ctx.rank == 0:
-        lists = [captions_of(cfg, path) for path in paths]  # all, before hours of work on the first
+        # All are read before hours of work on the first.
+        lists = [captions_of(cfg, path, ctx) for path in paths]
         for captions in lists:
             folder = cfg.text_features or cfg.out
             data.write_text(captions, cfg.text_model, folder, ctx.device)
 
 
+def open_validation(cfg, ctx, classes, text_width):
+    """(validation list, features of its sentences): a VideoList and None, or Captions and float16
+    [sentences, W]."""
+    if cfg.objective == "align":
+        videos = captions_of(cfg, cfg.val_list, ctx)
+        return videos, open_text(cfg, videos, text_width)
+    return data.VideoList(cfg.val_list, cfg.data_root, classes=classes), None
+
+
 def open_lists(cfg, ctx):
-    """(training list, validation list, features of its sentences, steps of an epoch): VideoLists
-    and None, or Pairs, Captions and float16 [sentences, W]."""
+    """(training list, validation list, features of its sentences, their width, steps of an epoch):
+    VideoLists, None and 0; or Pairs, Captions, float16 [sentences, W] and W."""
     what = "a file of one video a line, `path label` or `path,label`; or captions"
     data.need_lists(cfg, ctx, what)
+    text_width = 0
     if cfg.objective == "align":
-        captions = captions_of(cfg, cfg.train_list)
-        captions.check_left_out(cfg.max_bad, ctx)
+        captions = captions_of(cfg, cfg.train_list, ctx)
         videos = Pairs(captions, open_text(cfg, captions))
+        text_width = videos.features.shape[1]
     else:
         videos = data.VideoList(cfg.train_list, cfg.data_root, cfg.num_classes)
         data.need_classes(videos)
     epoch_steps = common.steps_of_epoch(cfg.train_list, len(videos), cfg.batch_size, cfg.repeated)
-    if cfg.objective == "align":
-        val_videos = captions_of(cfg, cfg.val_list)
-        val_videos.check_left_out(cfg.max_bad, ctx)
-        val_text = open_text(cfg, val_videos, videos.features.shape[1])
-    else:
-        val_videos = data.VideoList(cfg.val_list, cfg.data_root, classes=videos.classes)
-        val_text = None
+    val_videos, val_text = open_validation(cfg, ctx, videos.classes, text_width)
     data.need_videos(val_videos, cfg.max_bad)
-    return videos, val_videos, val_text, epoch_steps
+    return videos, val_videos, val_text, text_width, epoch_steps
 
 
 def clips_of(cfg, videos, test_views=None):
@@ -1256,13 +1254,7 @@ def use(cfg, ctx):
         videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes or None)
         clips = test_clips(cfg, videos)
         return data.write_features(cfg, ctx, clips, features, net.feature_width)
-    if align:
-        videos = captions_of(cfg, cfg.val_list)
-        videos.check_left_out(cfg.max_bad, ctx)
-        text = open_text(cfg, videos, state["text_width"])
-    else:
-        videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
-        text = None
+    videos, text = open_validation(cfg, ctx, classes, state["text_width"])
     result = validate(cfg, ctx, net, videos, text)
     common.print_result(cfg, ctx, result, f", m = {cfg.eval_mask_ratios}")
 
@@ -1279,13 +1271,8 @@ def main(cfg):
     if cfg.task != "train":
         return use(cfg, ctx)
     micro, accumulation = common.micro_batches(cfg, ctx, cfg.repeated)
-    videos, val_videos, val_text, epoch_steps = open_lists(cfg, ctx)
-    if cfg.objective == "align":
-        classes = []
-        text_width = videos.features.shape[1]
-    else:
-        classes = videos.classes
-        text_width = 0
+    videos, val_videos, val_text, text_width, epoch_steps = open_lists(cfg, ctx)
+    classes = videos.classes
     total = cfg.max_steps or cfg.epochs * epoch_steps
     warmup = cfg.warmup_epochs * epoch_steps
 

@@ -1221,16 +1221,13 @@ def check(cfg):
             raise UserError(
                 f"--mask-ratio {cfg.mask_ratio} must mask some of a frame's {places} places"
             )
-    elif cfg.epochs <= 0 or cfg.frames < TUBELET or cfg.frames % TUBELET:
+    elif not cfg.epochs or not cfg.frames or cfg.frames % TUBELET:
         raise UserError(
             f"without --stages, --epochs {cfg.epochs} must be above 0 and --frames {cfg.frames} "
             f"a multiple of the token's {TUBELET} frames"
         )
-    if not 0 <= cfg.warmup_epochs < whole:
-        raise UserError(
-            f"--warmup-epochs {cfg.warmup_epochs:g} must be at least 0 and less than "
-            f"{flag} {whole:g}"
-        )
+    if cfg.warmup_epochs >= whole:
+        raise UserError(f"--warmup-epochs {cfg.warmup_epochs:g} must be less than {flag} {whole:g}")
     common.check_decoder(cfg.decoder or MODELS[cfg.model]["decoder"])
     common.two_numbers("--test-views", cfg.test_views)
     stage_rows(cfg)

@@ -1041,11 +1041,7 @@ def check(cfg):
             f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9"
         )
     ratios = (cfg.mask_ratio, *eval_ratios(cfg))
-    if max(ratios) >= 1:
-        raise UserError(
-            "--mask-ratio and --eval-mask-ratios must be in [0, 1): at 1 nothing is left to see"
-        )
-    if not 0 <= cfg.recon_ratio <= cfg.mask_ratio:
+    if cfg.recon_ratio > cfg.mask_ratio:
         raise UserError(
             f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]"
         )
@@ -1054,7 +1050,7 @@ def check(cfg):
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
-    if token_counts(tokens, max(ratios), 0)[0] == 0:
+    if token_counts(tokens, max(ratios), 0)[0] < 1:
         raise UserError(
             f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one"
         )

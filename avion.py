@@ -674,12 +674,6 @@ def relevancy(verbs, nouns, other_verbs, other_nouns):
     return 0.5 * (verbs[:, None] == other_verbs).double() + 0.5 * overlap  # [B, S]
 
 
-def numbered(items):
-    """int64 [items]: 0, 1, ... in the order of appearance, equal for equal items."""
-    seen = {}
-    return torch.tensor([seen.setdefault(item, len(seen)) for item in items])
-
-
 class Narrations(data.Captions):
     """Captioned clips, and what retrieval asks of their verbs and nouns, where they have them
     (EK-100)."""
@@ -687,7 +681,7 @@ class Narrations(data.Captions):
     @cached_property
     def verb(self):
         """A number for the verb of each of the `actions`, int64 [actions]."""
-        return numbered(str(name).partition(":")[0] for name in self.actions)
+        return data.numbered(str(name).partition(":")[0] for name in self.actions)
 
     @cached_property
     def nouns(self):
@@ -747,7 +741,7 @@ class Narrations(data.Captions):
         1 where they have the same text, else 0."""
         if not self.classified:
             texts = [self.text(int(i)) for i in (*rows, *columns)]
-            ids = numbered(texts)  # [B + S]
+            ids = data.numbered(texts)  # [B + S]
             return (ids[: len(rows), None] == ids[len(rows) :]).double()  # [B, S]
         return relevancy(*self._verbs_and_nouns(rows), *self._verbs_and_nouns(columns))  # [B, S]
 
@@ -770,8 +764,8 @@ class Actions:
                 texts.setdefault(entries.actions[action], {})[entries.text(i)] = None
         self.names = list(names) or sorted(texts)
         self.texts = [list(texts[name]) for name in self.names]
-        self.verb = numbered(name.partition(":")[0] for name in self.names)
-        self.noun = numbered(name.partition(":")[2] for name in self.names)
+        self.verb = data.numbered(name.partition(":")[0] for name in self.names)
+        self.noun = data.numbered(name.partition(":")[2] for name in self.names)
 
     def labels(self, entries):
         """The class of each entry of a Narrations, int64 [entries]; UserError where its action is

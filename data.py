@@ -110,14 +110,6 @@ class Strings:
     def __len__(self):
         return len(self._ends) - 1
 
-    def ids(self):
-        """int64 [strings], equal for equal strings."""
-        numbers = {}
-        ids = []
-        for i in range(len(self)):
-            ids.append(numbers.setdefault(self[i], len(numbers)))
-        return np.array(ids, np.int64)
-
     def digest(self):
         """What tells this list from any other: a SHA-256, in hexadecimal."""
         return hashlib.sha256(hashlib.sha256(self._bytes).digest() + self._ends).hexdigest()
@@ -126,37 +118,65 @@ class Strings:
         return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
+def numbered(items):
+    """int64 [items]: 0, 1, ... in the order of appearance, equal for equal items."""
+    seen = {}
+    return torch.tensor([seen.setdefault(item, len(seen)) for item in items])
+
+
 def _named_video(name):
     """True if a name ends as those of videos do."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
+@contextmanager
+def reading(path):
+    """Around what reads a list: UserError where it can't be read."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
+
+
+def read_lines(path, errors="strict"):
+    """Yields (`path:number`, line) of a text file; UserError names a file that can't be
+    read, or a line not in UTF-8. errors: what becomes of such a line, as str.decode has it."""
+    with reading(path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
+            yield place, text
+
+
+def full_lines(path, *_):
+    """read_lines of those that aren't empty, stripped; bytes that are no UTF-8 pass through."""
+    for place, line in read_lines(path, "surrogateescape"):
+        line = line.strip()
+        if line:
+            yield place, line
+
+
 SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
 _WORDS = re.compile("[ ,;]")
-_QUOTED = '"((?:[^"]|"")++)"'
+# a field that holds the separator is quoted, as in csv
 _SPLIT = {
-    at: re.compile(f'(?:{_QUOTED}|([^"{at}]++)) *{at} *(?:{_QUOTED}|([^"{at}]++))')
+    at: re.compile(f'("(?:[^"]|"")++"|[^"{at}]++) *{at} *("(?:[^"]|"")++"|[^"{at}]++)')
     for at in SEPARATORS
 }
 
 
 def _fields(line, separator):
-    """(path, label) of a line; None where it isn't these two. One that holds the
-    separator is quoted, as in csv."""
-    if '"' not in line:  # nearly always: the pattern takes twice as long
-        path, _, label = line.partition(separator)
-        if separator in label.strip():
-            return None
-    else:
-        match = _SPLIT[separator].fullmatch(line)
-        if not match:
-            return None
-        quoted_path, path, quoted_label, label = match.groups()
-        path = path or quoted_path.replace('""', '"')
-        label = label or quoted_label.replace('""', '"')
-    path = path.strip()
-    label = label.strip()
-    return (path, label) if path and label else None
+    """(path, label) of a line; None where it isn't these two."""
+    match = _SPLIT[separator].fullmatch(line)
+    fields = []
+    for field in match.groups() if match else ():
+        if field.startswith('"'):
+            field = field[1:-1].replace('""', '"')
+        fields.append(field.strip())
+    return fields if fields and all(fields) else None
 
 
 def _separators(line):
@@ -189,6 +209,13 @@ def digest(*parts):
 
 
 _INTEGER = re.compile("-?[0-9]+")
+
+
+def _refuse(place, line, own=""):
+    raise UserError(
+        f"{place}: not `path,label` or `path label`{own}: {line[:80]!r} "
+        '(quote a field that holds the separator: "path with spaces" label)'
+    )
 
 
 class VideoList:
@@ -236,27 +263,20 @@ class VideoList:
 
     def _read(self):
         """Fills `_paths`. Returns the number of each entry's label, array of int [entries]; and
-        {label: (its number, the line that has it first)}."""
+        {label: (its number, the place that has it first)}."""
         numbers = array("i")
         seen = {}
-        how = {"newline": "", "encoding": "utf-8-sig", "errors": "surrogateescape"}
-        try:
-            with open(self.path, **how) as file:
-                head, separator = self._separator(file)
-                own = f"; its separator is a {SEPARATORS[separator]}"
-                for line_number, line in enumerate(chain(head, file), 1):
-                    line = line.strip()
-                    if not line:
-                        continue
-                    fields = _fields(line, separator)
-                    if not fields:
-                        self._refuse(line, line_number, own)
-                    video, label = fields
-                    self._paths.append(video)
-                    number, _ = seen.setdefault(label, (len(seen), line_number))
-                    numbers.append(number)
-        except OSError as error:
-            raise UserError(f"{self.path}: can't read the list ({error.strerror})") from None
+        lines = full_lines(self.path)
+        head, separator = self._separator(lines)
+        own = f"; its separator is a {SEPARATORS[separator]}"
+        for place, line in chain(head, lines):
+            fields = _fields(line, separator)
+            if not fields:
+                _refuse(place, line, own)
+            video, label = fields
+            self._paths.append(video)
+            number, _ = seen.setdefault(label, (len(seen), place))
+            numbers.append(number)
         if not seen:
             raise UserError(
                 f"{self.path}: the list is empty; "
@@ -264,34 +284,25 @@ class VideoList:
             )
         return numbers, seen
 
-    def _separator(self, file):
+    def _separator(self, lines):
         """(the lines that were read to find it, the file's separator)."""
         head = []
         left = set(SEPARATORS)
-        first = ""
-        for line in file:
-            head.append(line)
-            line = line.strip()
-            if not line:
-                continue
+        for place, line in lines:
+            head.append((place, line))
             left &= _separators(line)
             if not left:
-                self._refuse(line, len(head))
+                _refuse(place, line)
             if len(left) == 1:
                 return head, left.pop()
-            first = first or f"{self.path}:{len(head)}: {line[:80]!r}"
-        if first:
+        if head:
+            place, line = head[0]
             raise UserError(
-                f"{first} can be split at its comma and at its space, and no other line tells "
-                'which: quote what belongs together, "my,video.mp4" label or video.mp4,"my label"'
+                f"{place}: {line[:80]!r} can be split at its comma and at its space, and no other "
+                'line tells which: quote what belongs together, "my,video.mp4" label or '
+                'video.mp4,"my label"'
             )
         return head, ","
-
-    def _refuse(self, line, line_number, own=""):
-        raise UserError(
-            f"{self.path}:{line_number}: not `path,label` or `path label`{own}: {line[:80]!r} "
-            '(quote a field that holds the separator: "path with spaces" label)'
-        )
 
     def _refuse_other_tables(self, seen, once):
         """UserError for a header, and for labels that are paths: they would be taken for a class
@@ -299,32 +310,31 @@ class VideoList:
         first = self._paths[0]
         second = self._paths[min(1, len(self._paths) - 1)]
         label, *others = seen
-        _, line_number = seen[label]
+        _, place = seen[label]
         named = label.lower() in ("label", "class") or _named_video(second)
         numbered = others and once and all(map(_INTEGER.fullmatch, others))
         if not _named_video(first) and not _INTEGER.fullmatch(label) and (named or numbered):
             raise UserError(
-                f"{self.path}:{line_number}: a header, {first!r} and {label!r}? A list has none: "
+                f"{place}: a header, {first!r} and {label!r}? A list has none: "
                 "remove it (`data.py list` makes lists of published tables); "
                 "if it is a folder of chunks, let a video's line come first"
             )
-        for label, (_, line_number) in seen.items():
+        for label, (_, place) in seen.items():
             if any(map(_named_video, _WORDS.split(label))):
                 raise UserError(
-                    f"{self.path}:{line_number}: the label {label!r} names a video: a line is "
+                    f"{place}: the label {label!r} names a video: a line is "
                     '`path,label`, and a path that holds the separator is quoted, "a,b.mp4",label'
                 )
 
     def _refuse_unknown_labels(self, seen, known):
-        for label, (_, line_number) in seen.items():
+        for label, (_, place) in seen.items():
             if label not in known:
                 count = len(self.classes)
                 names = ", ".join(self.classes[:8])
                 if self.classes[0] == "0":
                     names = f"0 ... {count - 1}"
                 raise UserError(
-                    f"{self.path}:{line_number}: label {label!r} is not one of "
-                    f"the {count} classes ({names})"
+                    f"{place}: label {label!r} is not one of the {count} classes ({names})"
                 )
 
     def __len__(self):
@@ -347,22 +357,6 @@ class VideoList:
 # object: times of videos, and what is said of them. The forms may be skipped, from `_captions_of`
 # to _CAPTION_FORMATS, and at the end what a run asks of its lists before its first step. To lift:
 # read_captions with Captions; plain_pickle, which runs nothing of a pickle.
-
-
-def read_lines(path):
-    """Yields (`path:number`, line) of a text file; UserError names a file that can't be
-    read, or a line not in UTF-8."""
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                place = f"{path}:{number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
-                yield place, text
-    except OSError as error:
-        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
 
 
 def read_table(path):
@@ -409,7 +403,6 @@ class Captions:
         self.paths = paths
         self.path = ", ".join(paths)
         self.left_out = []
-        self.names = Strings()
         self.texts = Strings()
         self.narration_ids = []
         numbers = {}
@@ -421,14 +414,9 @@ class Captions:
         action_of = array("i")
         noun_set_of = array("i")
         for row in rows:
-            video, start, end, text, *classes = row
-            action, nouns, narration_id = classes or (None, (), "")
-            if video not in numbers:
-                numbers[video] = len(numbers)
-                self.names.append(video)
-            video_of.append(numbers[video])
-            times.append(start)
-            times.append(end)
+            video, start, end, text, action, nouns, narration_id = Caption(*row)
+            video_of.append(numbers.setdefault(video, len(numbers)))
+            times.extend((start, end))
             for phrasing in (text,) if isinstance(text, str) else text:
                 self.texts.append(phrasing)
             ends.append(len(self.texts))
@@ -437,6 +425,7 @@ class Captions:
             if narration_id:
                 self.narration_ids.append(narration_id)
         self._ends = ends
+        self.names = Strings(numbers)
         self.video_of = np.frombuffer(video_of, np.int32)  # [entries]
         self.start, self.end = np.frombuffer(times).reshape(-1, 2).T  # [entries] each
         self.actions = list(actions)
@@ -535,8 +524,6 @@ def _captions_of(path, reach, texts, classes, left_out):
                 if video not in named:
                     named[video] = video if _named_video(video) else f"{video}.mp4"
                 yield named[video], start, end, spoken or phrasings, action, nouns, narration_id
-    except OSError as error:
-        raise UserError(f"{path}: can't read the list ({error.strerror})") from None
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{place}: not a row of EPIC_100_train.csv, of HTM-AA or HTM-Align, of AVION's .pkl, "
@@ -576,7 +563,7 @@ def plain_pickle(path):
         def find_class(self, module, name):
             raise pickle.UnpicklingError(f"loading it would call {module}.{name}")
 
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         try:
             return Plain(file).load()
         except Exception as error:  # a damaged pickle raises anything
@@ -729,17 +716,14 @@ def _language_model(name, device):
     """(tokenizer, encoder) of a Hugging Face text model; of an encoder-decoder the encoder."""
     try:
         from transformers import AutoModel, AutoTokenizer
-    except ImportError:
-        raise UserError(
-            f"--text-model {name} needs `pip install transformers`; hashing doesn't"
-        ) from None
-    try:
+
         tokenizer = AutoTokenizer.from_pretrained(name)
         net = AutoModel.from_pretrained(name)
     except Exception as error:
         # no such folder or name, no network, a missing package: anything is raised
         why = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"--text-model {name}: {why}") from error
+        need = "it needs `pip install transformers`; hashing doesn't"
+        raise UserError(f"--text-model {name}: {why} ({need})") from error
     if net.config.is_encoder_decoder:
         net = net.get_encoder()
     else:
@@ -790,11 +774,10 @@ def text_file(captions, model, folder):
 def write_text(captions, model, folder, device):
     """Encode each sentence of Captions once (`encode_sentences`), into `text_file`."""
     out = text_file(captions, model, folder)
-    temporary = out.with_suffix(".tmp")  # a killed run leaves no half of a file under the name
     batches = -(-len(captions) // 256)
     rows = None
     done = 0
-    try:
+    with replacing(out) as temporary:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(b"")  # an error is raised here, before the language model is loaded
         parts = encode_sentences(captions.texts, model, device)
@@ -804,9 +787,6 @@ def write_text(captions, model, folder, device):
             rows[done : done + len(part)] = part
             done += len(part)
         rows.flush()
-        os.replace(temporary, out)
-    except OSError as error:
-        raise UserError(f"{out}: can't write the sentences' features ({error.strerror})") from None
     print(f"{out}: {rows.shape[0]} sentences x {rows.shape[1]}")
 
 
@@ -3483,17 +3463,8 @@ def _toy_fill(folder, which, seed, counts, workers):
 # Readers: a source, as published, to (place, entry) pairs; the place is for messages.
 
 
-def _lines(source, *_):
-    with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for n, line in enumerate(file, 1):
-            line = line.strip()
-            if line:
-                yield f"{source}:{n}", line
-
-
 def _entries(source, *_):
-    with open(source, encoding="utf-8-sig") as file:
-        entries = json.load(file)
+    entries = json.loads(Path(source).read_text("utf-8-sig"))
     if isinstance(entries, dict):  # COIN
         entries = [{"id": name, **entry} for name, entry in entries["database"].items()]
     for n, entry in enumerate(entries, 1):
@@ -3555,7 +3526,7 @@ def _split_files(source, fold, _):
     end = f"_test_split{fold}.txt"
     for path in sorted(Path(source).glob(f"*{end}")):
         name = path.name.removesuffix(end)
-        for place, line in _lines(path):
+        for place, line in full_lines(path):
             yield place, (name, line)
 
 
@@ -3638,18 +3609,18 @@ SSV2 = Format(
 # converter)
 FORMATS = {
     "ucf101": Format(
-        "trainlist01.txt", "Archery/v_Archery_g01_c01.avi 3", _lines, _ucf101, "classInd.txt"
+        "trainlist01.txt", "Archery/v_Archery_g01_c01.avi 3", full_lines, _ucf101, "classInd.txt"
     ),
     "hmdb51": Format(
         "the folder of *_test_split1.txt", "name.avi 1", _split_files, _hmdb51, splits=3
     ),
-    "kinetics": Format("train.csv", "testifying,---QUuC4vJs,84,94,train", _lines, _kinetics),
+    "kinetics": Format("train.csv", "testifying,---QUuC4vJs,84,94,train", full_lines, _kinetics),
     "ssv2": SSV2,
     "something-else": SSV2._replace(source="train.json"),
     "moments": Format(
         "trainingSet.csv",
         "clapping/abc.mp4,clapping,4,0",
-        _lines,
+        full_lines,
         _moments,
         "moments_categories.txt",
     ),
@@ -3674,7 +3645,7 @@ def _class_numbers(path):
         published = json.loads(Path(path).read_text("utf-8-sig"))
         return {name: int(number) for name, number in published.items()}
     numbers = {}
-    for _, line in _lines(path):
+    for _, line in full_lines(path):
         first, name, last = re.fullmatch(r"(?:(\d+)\s+)?(.+?)(?:,\s*(\d+))?", line).groups()
         numbers[name] = int(first) - 1 if first else int(last)
     return numbers
@@ -3695,6 +3666,9 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
     if labels and not known.classes:
         _refuse_flags(form)
     names = labels or (known.classes and os.path.join(os.path.dirname(source), known.classes))
+    if names and not os.path.exists(names):
+        why = f"No such file; --labels names the file published as {known.classes}"
+        raise UserError(f"{names}: {why}")
     skipped = [] if skipped is None else skipped
     place = names
     entry = ""
@@ -3711,8 +3685,7 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
             if not training or training[0] == (split == "train"):
                 listed.append((path, label))
     except OSError as error:
-        hint = f"; --labels names the file published as {known.classes}" if place == names else ""
-        raise UserError(f"{place}: {error.strerror}{hint}") from None
+        raise UserError(f"{place}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         why = f"{error} is missing, or not in {names}" if isinstance(error, KeyError) else error
         raise UserError(
@@ -3828,11 +3801,9 @@ def check_list(path, root="", full=False, workers=None, out=None, good=None):
     Path(out).write_text("".join(f"{error}\n" for error in failures), "utf-8")
     if good:
         lost = {error.path for error in failures}
-        as_it_is = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
-        with open(path, **as_it_is) as old, open(good, "w", **as_it_is) as new:
-            # those that VideoList numbers
-            lines = (line for line in old if line.lstrip("\ufeff").strip())
-            new.writelines(line for i, line in enumerate(lines) if videos.video(i) not in lost)
+        lines = full_lines(path)  # those that VideoList numbers
+        kept = [line for i, (_, line) in enumerate(lines) if videos.video(i) not in lost]
+        Path(good).write_text("".join(f"{line}\n" for line in kept), "utf-8", "surrogateescape")
     return len(names), failures
 
 

@@ -623,7 +623,7 @@ class Pairs:
     def __init__(self, captions, features=None):
         self.captions = captions
         self.features = features
-        self.text_ids = captions.texts.ids()  # int64 [sentences], equal for equal sentences
+        self.text_ids = data.numbered(captions.texts)  # [sentences], equal for equal ones
         self.path = captions.path
         self.classes = []  # none
         # Numbers of the sentences video by video, and where a video's begin in them.
@@ -662,7 +662,7 @@ class Pairs:
     def texts(self, sentences, device):
         """Features [B, W] and ids [B] of sentences, given by their numbers, on a device."""
         words = torch.from_numpy(self.features[sentences]).float()  # [B, W]
-        ids = torch.from_numpy(self.text_ids[sentences])  # [B]
+        ids = self.text_ids[sentences]  # [B]
         return data.to_device(words, device), data.to_device(ids, device)
 
 

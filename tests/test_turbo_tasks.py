@@ -385,7 +385,8 @@ def test_encode_text_says_first_what_is_wrong(vl, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"gone.jsonl: can't read"):
         turbo.main(config(*flags, tmp_path, "--val-list", tmp_path / "gone.jsonl"))
     cfg = config(*flags, tmp_path / "new")
-    text_file(cfg, turbo.captions_of(cfg, cfg.train_list)).with_suffix(".tmp").mkdir(parents=True)
+    path = text_file(cfg, turbo.captions_of(cfg, cfg.train_list))
+    path.with_name(f"{path.name}.tmp").mkdir(parents=True)
     with pytest.raises(UserError, match="can't write.*directory"):
         turbo.main(cfg)
 

@@ -395,7 +395,7 @@ class Captions:
     narrations fit, once for all of a machine's workers.
 
     `paths`: of its lists, `path` in words. `left_out`: their rows that can't be used, a place and a
-    reason each (`check_left_out`).
+    reason each.
     """
 
     def __init__(self, rows, root="", paths=()):
@@ -457,19 +457,6 @@ class Captions:
         first, stop = self._ends[index], self._ends[index + 1]
         return self.texts[first + int(u * (stop - first))]
 
-    def check_left_out(self, share, ctx=None):
-        """What rows were left out is printed, where there is a Context. They are as unreadable
-        videos are: UserError where there are more than one and more than this share (--max-bad), or
-        no others."""
-        if not self.left_out:
-            return
-        n = len(self) + len(self.left_out)
-        found = f"{self.left_out[0]} ({len(self.left_out)} such of {n} rows"
-        if len(self.left_out) > max(1, int(share * n)) or not len(self):
-            raise UserError(f"{found}, --max-bad {share:g})")
-        if ctx and ctx.rank == 0:
-            print(f"left out: {found})")
-
 
 def read_captions(
     paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions, ctx=None
@@ -482,31 +469,38 @@ def read_captions(
     HTM-Align's, {video: [[alignable, start, end, text]]}. .jsonl: {"video", "start", "end", "text"}
     a line. Left out are captions that are not seen in their video (not alignable, or "visible":
     false); and, counted (--max-bad), those that end before they start and, unless not `texts`,
-    those without a word; a ctx has their number printed. classes: how many of EK-100's verbs and
-    nouns there may be. UserError names file and row of a mistake.
+    those without a word. These are as unreadable videos are: one, or this share of the rows, is
+    forgiven, and printed where there is a Context. classes: how many of EK-100's verbs and nouns
+    there may be. UserError names file and row of a mistake.
     """
     paths = [str(path) for path in paths]
     left_out = []
     rows = [_captions_of(path, reach, texts, classes, left_out) for path in paths]
     captions = kind(chain.from_iterable(rows), root, paths)
     captions.left_out = left_out
-    captions.check_left_out(max_bad, ctx)
+    if left_out:
+        n = len(captions) + len(left_out)
+        note = f"{left_out[0]} ({len(left_out)} such of {n} rows"
+        if len(left_out) > max(1, int(max_bad * n)) or not len(captions):
+            raise UserError(f"{note}, --max-bad {max_bad:g})")
+        if ctx and ctx.rank == 0:
+            print(f"left out: {note})")
     return captions
 
 
 def _captions_of(path, reach, texts, classes, left_out):
-    """Yields what a Caption holds, a plain tuple (which is made faster), of each row of a list that
-    can be used; of the others their place and why go to `left_out`."""
+    """Yields what a Caption holds of each row of a list that can be used; of the others their place
+    and why go to `left_out`."""
     read, parse = _CAPTION_FORMATS.get(Path(path).suffix, _CAPTION_FORMATS[".csv"])
     place = path
-    found = len(left_out)
+    found = False
     named = {}  # {video in the list: with its ending}: many rows are of the same video
     try:
         for place, row in read(path):
             caption = parse(row, reach)
             if caption is None:
                 continue
-            found += 1
+            found = True
             video, start, end, text, action, nouns, narration_id = caption
             if classes:
                 _check_classes(place, action, classes)
@@ -530,8 +524,9 @@ def _captions_of(path, reach, texts, classes, left_out):
             f"nor video, start, end, text ({type(error).__name__}: {str(error)[:80]})"
         ) from None
     if not found:
-        what = "it holds no narration, no sentence that can be seen"
-        raise UserError(f"{path}: no annotation is in it: {what}")
+        raise UserError(
+            f"{path}: no annotation is in it: it holds no narration, no sentence that can be seen"
+        )
 
 
 _WORD = re.compile(r"\w")

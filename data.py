@@ -1086,11 +1086,8 @@ OPEN = {
 OPEN_FAST = OPEN | {"skip_frame": "all", "analyzeduration": "0", "probesize": "32"}
 FAST_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 FAST_CODECS = ("h264", "hevc", "vp9", "av1")
-# Planar formats, of which a crop is a view; log2 of their chroma
-# subsampling, horizontal and vertical.
-CHROMA = {"yuv420p": (1, 1), "yuv422p": (1, 0), "yuv444p": (0, 0), "gray": (0, 0), "gbrp": (0, 0)}
-PLANAR = {name + depth: CHROMA[name] for name, depth in product(CHROMA, ("", "10le", "12le"))}
-PLANAR |= {name.replace("yuv", "yuvj"): shift for name, shift in CHROMA.items()}
+# Planar formats, of which a crop is a view.
+PLANAR = re.compile(r"(gray|gbrp|yuv4(20|22|44)p)(10le|12le)?|yuvj4(20|22|44)p")
 EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND
 
 
@@ -1333,13 +1330,15 @@ def _view(frame, box):
     """The box (x, y, w, h) of a frame as a frame that shares its memory; None where
     chroma samples would be cut."""
     x, y, w, h = box
-    sx, sy = PLANAR.get(frame.format.name, (15, 15))
-    if (x | w) & ((1 << sx) - 1) or (y | h) & ((1 << sy) - 1):
+    # pixels to a sample of chroma, 1 or 2
+    sx = 2 // frame.format.chroma_width(2)
+    sy = 2 // frame.format.chroma_height(2)
+    if not PLANAR.fullmatch(frame.format.name) or (x | w) % sx or (y | h) % sy:
         return None
     luma, *chroma = _planes(frame)
-    planes = [luma[y : y + h, x : x + w]]  # [h, w], of chroma [h >> sy, w >> sx]
+    planes = [luma[y : y + h, x : x + w]]  # [h, w], of chroma [h / sy, w / sx]
     for plane in chroma:
-        planes.append(plane[y >> sy : (y + h) >> sy, x >> sx : (x + w) >> sx])
+        planes.append(plane[y // sy : (y + h) // sy, x // sx : (x + w) // sx])
     view = av.VideoFrame.from_dlpack(planes, format=frame.format.name)
     view.colorspace = frame.colorspace
     view.color_range = frame.color_range

@@ -535,9 +535,8 @@ _WORD = re.compile(r"\w")
 def _phrasings(text):
     """A caption's phrasings, a list; TypeError where it isn't text. Half of an emoji, cut off,
     becomes a `?`."""
-    phrasings = [text] if isinstance(text, str) else text
     clean = []
-    for phrasing in phrasings if isinstance(phrasings, (list, tuple)) else [None]:
+    for phrasing in text if isinstance(text, (list, tuple)) else [text]:
         if not isinstance(phrasing, str):
             raise TypeError(f"the narration is not text: {text!r}")
         clean.append(phrasing.encode("utf-8", "replace").decode())
@@ -3599,8 +3598,8 @@ SSV2 = Format(
     _ssv2,
     "something-something-v2-labels.json",
 )
-# name: (SOURCE, an entry of it, index of classes published beside it, splits in it, reader,
-# converter)
+# name: (SOURCE, an entry of it, reader, converter, index of classes published beside it, splits in
+# it)
 FORMATS = {
     "ucf101": Format(
         "trainlist01.txt", "Archery/v_Archery_g01_c01.avi 3", full_lines, _ucf101, "classInd.txt"
@@ -4227,8 +4226,7 @@ def _add_check(commands):
 
 def _run_check(args):
     if args.speed:
-        print_speed(args.list, args.data_root, args.frames, args.size, args.stride)
-        return False
+        return _run_speed(args)
     out = args.out or f"{args.list}.bad"
     n, bad = check_list(args.list, args.data_root, args.full, args.workers, out, args.good)
     print(f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {out}")
@@ -4237,13 +4235,15 @@ def _run_check(args):
     return bool(bad)
 
 
-def print_speed(path, root, frames, size, stride):
+def _run_speed(args):
     """What `check --speed` says of a list, beside what an H100 takes."""
-    core, clock, failures = reading_speed(path, root, frames, size, stride)
+    core, clock, failures = reading_speed(
+        args.list, args.data_root, args.frames, args.size, args.stride
+    )
     left_out = f", without {len(failures)} that can't be read ({failures[0]})" if failures else ""
     print(
-        f"a core reads {core:.1f} clips/s of {frames} frames, {stride} apart, "
-        f"{size} x {size}{left_out}"
+        f"a core reads {core:.1f} clips/s of {args.frames} frames, {args.stride} apart, "
+        f"{args.size} x {args.size}{left_out}"
     )
     print(f"by the clock {clock:.1f}, with what the disk takes, and other processes")
     # GMACs of a clip's forward pass: AVION's ViT-B on 4 frames, VideoMAE-B on 16 with 90 % masked.

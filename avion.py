@@ -1065,32 +1065,18 @@ def saved_megabytes(model, tokens, kind):
     return [depth * size for size in sizes]
 
 
-def encoder_bytes(cfg, tokens, width, depth, heads, causal=False):
-    """Bytes that an encoder's blocks hold of one clip, or text, of so many tokens in training."""
-    kind = "plain" if cfg.attention == "plain" else "sdpa"
-    block = Block(width, heads, act=STYLES["clip"].act, kind=kind, causal=causal)
-
-    def measure(n):
-        return common.block_bytes(cfg, block, depth, (n, width))
-
-    return at_length(measure, tokens)
-
-
 def memory(cfg, net, tokens):
     """Training as common.print_memory takes it: of both encoders. tokens: how many of a clip's are
     kept."""
-    spec = MODELS[cfg.model]
-    pixels = 3 * cfg.frames * cfg.size**2
-    clip = common.pixel_bytes(mixup=cfg.mixup) * pixels
-    clip += encoder_bytes(cfg, tokens, spec["width"], spec["depth"], spec["heads"])
-    trained = common.parameter_count(net, trained=True)
-    state = common.state_bytes(cfg, trained, optimizer=cfg.optimizer)
-    if isinstance(net, VideoCLIP):
-        clip += encoder_bytes(cfg, 77, *spec["text"], causal=True)
-        # All clips of a step wait for their turn, as bytes.
-        state += cfg.batch_size / cfg.gpus * pixels
-    group = common.clips_together(cfg)
-    return common.Phase(cfg.recipe, cfg.batch_size, cfg.micro_batch, state, clip, group)
+    values = 3 * cfg.frames * cfg.size**2
+    pixels = common.pixel_bytes(mixup=cfg.mixup) * values
+    passed = [(net.visual.blocks, (tokens, MODELS[cfg.model]["width"]))]
+    if not isinstance(net, VideoCLIP):
+        return common.plan_phase(cfg, cfg.recipe, net, pixels, passed)
+    passed.append((net.textual.blocks, (77, MODELS[cfg.model]["text"][0])))
+    phase = common.plan_phase(cfg, cfg.recipe, net, pixels, passed)
+    # All clips of a step wait for their turn, as bytes.
+    return phase._replace(state=phase.state + cfg.batch_size / cfg.gpus * values)
 
 
 def print_figure_3(model, tokens):
@@ -1108,10 +1094,8 @@ def print_figure_3(model, tokens):
 def print_plan(cfg):
     """What would run, counted on the model itself: no data, no GPU, no training (--plan)."""
     with torch.device("meta"):
-        counted = replace(cfg, attention="sdpa", grad_checkpoint=False)
-        net = build(counted, "clip", classes=cfg.num_classes or 2)
-        clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
-        forward = common.count_macs(net.visual, clips, torch.zeros(1, dtype=torch.int64))
+        net = build(cfg, "clip", classes=cfg.num_classes or 2)
+        forward = common.clip_macs(net.visual, cfg.frames, cfg.size)
         macs = f"{forward:.2f} of a clip, forward"
         if isinstance(net, VideoCLIP):
             words = torch.zeros(1, 77, dtype=torch.int64)
@@ -1120,13 +1104,11 @@ def print_plan(cfg):
             forward += text
     tokens = cfg.frames // net.visual.patch[0] * (cfg.size // net.visual.patch[1]) ** 2
     kept = 1 + num_kept(tokens, cfg.patch_dropout)
-    whole = common.parameter_count(net) / 1e6
-    visual = common.parameter_count(net.visual) / 1e6
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
     chunk = data.largest_chunk(cfg.batch_size, 1, 500, 4)
     print(
-        f"model     {cfg.model}: {whole:.1f} M parameters, "
-        f"{visual:.1f} M of them the video encoder's\n"
+        f"model     {cfg.model}: {common.millions(net):.1f} M parameters, "
+        f"{common.millions(net.visual):.1f} M of them the video encoder's\n"
         f"tokens    {kept} of a clip in training: CLS and {kept - 1} of {tokens} patches\n"
         f"schedule  {cfg.loss}, {cfg.epochs} epochs of {cfg.train_clips} clips at batch "
         f"{cfg.batch_size}: {steps} steps, {cfg.optimizer}, peak lr {cfg.lr:g}\n"

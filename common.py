@@ -255,12 +255,14 @@ def need_init(cfg, recipes, source):
 
 def settled(cfg, name):
     """The Config after its check: --out is a folder, --init what a task reads, by default the
-    folder's best.pt, and `--init random`, which has been asked for, is done by loading nothing."""
+    folder's best.pt, and `--init random`, which has been asked for, is done by loading nothing.
+    A plan counts SDPA for flash-attn, which costs as much and runs on no CPU."""
     init = "" if cfg.init == "random" else cfg.init
     out = Path(cfg.out or f"runs/{name}-{cfg.recipe}")
     if cfg.task in ("eval", "predict", "features", "search"):
         init = init or str(out / "best.pt")
-    return dataclasses.replace(cfg, init=init, out=str(out))
+    attention = "sdpa" if cfg.plan and cfg.attention == "flash" else cfg.attention
+    return dataclasses.replace(cfg, init=init, out=str(out), attention=attention)
 
 
 def clips_together(cfg, repeated=1):
@@ -2310,6 +2312,13 @@ def count_macs(function, *args):
     return counter.get_total_flops() / 2 / 1e9
 
 
+def clip_macs(net, frames, size, *args):
+    """Multiply-adds, in 1e9, of net(clips, keys, *args) on one clip; `net` is on meta."""
+    with torch.device("meta"):
+        clips = torch.empty(1, frames, 3, size, size, dtype=torch.uint8)
+        return count_macs(net, clips, torch.zeros(1, dtype=torch.int64), *args)
+
+
 def saved_bytes(module, *args):
     """Bytes that module(*args) stores for its backward pass, parameters left out. Needs real
     tensors: on `meta`, SDPA takes its plain path and stores more than it would."""
@@ -2345,7 +2354,7 @@ PIXEL_BYTES = 10
 
 
 def pixel_bytes(augmented=False, mixup=False):
-    """Bytes that a step holds of a pixel of a clip: one in this batch and one in the
+    """Bytes that a step holds of a value of a clip's pixels: one in this batch and one in the
     next; two more of the next while it is flipped; four as a normalised patch, and two as
     that patch in half precision.
 
@@ -2362,25 +2371,43 @@ class Phase(NamedTuple):
     name: str
     batch: int  # clips a step over all GPUs
     micro: int  # clips that a GPU holds at once; 0: batch / GPUs
+    group: int  # clips that a micro-batch holds together
     state: float  # bytes whatever the batch: see state_bytes
     clip: float  # bytes more a clip: its pixels, and what is kept for backward: see block_bytes
-    group: int = 1  # clips that a micro-batch holds together
     flag: str = "--micro-batch"  # that sets `micro`
 
 
-def parameter_count(module, trained=None):
-    """How many parameters a module has; trained: of those that are trained, or are not."""
-    return sum(p.numel() for p in module.parameters() if trained in (None, p.requires_grad))
+def plan_phase(cfg, name, net, pixels, passed, repeated=1):
+    """The Phase `name` of training `net`.
+
+    pixels: bytes of a clip's, see pixel_bytes. passed: (blocks, shape, ...) of each stack of blocks
+    that a clip passes, see block_bytes. repeated: clips of a video.
+    """
+    clip = pixels
+    for blocks, shape, *args in passed:
+        clip += block_bytes(cfg, blocks[0], len(blocks), shape, *args)
+    group = clips_together(cfg, repeated)
+    return Phase(name, cfg.batch_size, cfg.micro_batch, group, state_bytes(cfg, net), clip)
 
 
-def state_bytes(cfg, trained, frozen=0, optimizer="adamw"):
+def millions(module, starts="", trained=None):
+    """How many parameters a module has, in 1e6. starts: of those whose names start so; trained: of
+    those that are trained, or are not."""
+    found = 0
+    for name, parameter in module.named_parameters():
+        if name.startswith(starts) and trained in (None, parameter.requires_grad):
+            found += parameter.numel()
+    return found / 1e6
+
+
+def state_bytes(cfg, net):
     """Bytes of a model's state: of a trained parameter weight, gradient, AdamW's two moments or
     SGD's one, autocast's copy of the weight in half precision (a bucket that GPUs exchange is the
-    gradients themselves); of a frozen one the weight, in half precision the copy too. trained,
-    frozen: numbers of parameters."""
-    moments = {"adamw": 8, "sgd": 4}[optimizer]
+    gradients themselves); of a frozen one the weight, in half precision the copy too."""
+    moments = {"adamw": 8, "sgd": 4}[getattr(cfg, "optimizer", "adamw")]
     copy = 0 if cfg.precision == "fp32" else 2
-    return trained * (8 + moments + copy) + frozen * (4 + copy)
+    trained = millions(net, trained=True) * (8 + moments + copy)
+    return 1e6 * (trained + millions(net, trained=False) * (4 + copy))
 
 
 def on_cpu(module):
@@ -2391,7 +2418,7 @@ def on_cpu(module):
 
 def block_bytes(cfg, block, depth, shape, *args):
     """Bytes that `depth` blocks like `block` hold of one clip in training, inputs
-    [1, *shape] with shape (N, D).
+    [1, *shape] with shape (N, D). args: what else they take.
 
     What one block saves for backward is measured on the CPU, as the growth from one clip to two, so
     that autocast's copies of weights don't count. Recomputed blocks keep their inputs. One block

@@ -1066,44 +1066,35 @@ def count_gmacs(cfg, classes, frames):
     """GMACs of a clip's forward pass, of this model, and as VideoMAE has it, which embeds all
     patches: a pair. The difference is added: masked tokens x pixels x width."""
     with torch.device("meta"):
-        net = build(replace(cfg, attention="sdpa", grad_checkpoint=False), classes, frames)
-        steps = net.grid[0]
-        shape = 1, steps * net.patch[0], 3, cfg.size, cfg.size
-        inputs = [torch.empty(shape, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)]
-        if cfg.pretraining:
-            inputs.append(cfg.mask_ratio)
-        gmacs = common.count_macs(net, *inputs)
+        net = build(cfg, classes, frames)
+    steps = net.grid[0]
+    ratio = [cfg.mask_ratio] if cfg.pretraining else []
+    gmacs = common.clip_macs(net, steps * net.patch[0], cfg.size, *ratio)
     masked = steps * (net.places - visible_places(cfg, net))
     return gmacs, gmacs + masked * net.patch_embed.weight.numel() / 1e9
 
 
 def memory(cfg):
-    """A common.Phase of each stage: the model's state, and what a clip adds, its pixels and the
-    blocks' memory."""
-    kind = "plain" if cfg.attention == "plain" else "sdpa"
+    """A common.Phase of each stage."""
     with torch.device("meta"):
-        net = build(replace(cfg, attention=kind), cfg.num_classes or 2)
-    state = common.state_bytes(cfg, common.parameter_count(net))
+        net = build(cfg, cfg.num_classes or 2)
     word = "pretraining" if cfg.pretraining else "fine-tuning"
     flag = "--then-micro-batch" if cfg.then_of else "--micro-batch"
     phases = []
     for stage in schedule(cfg, cfg.train_clips)[0]:
         steps = time_steps(stage.frames)
         tokens = steps * net.places
-        pixel = common.pixel_bytes(cfg.rand_augment or cfg.erase, cfg.mixup)
-        clip = pixel * tokens * net.patch_embed.in_features
-        if cfg.pretraining:
-            clip *= 2  # as much again: the prediction in half precision and float32, its gradient
-            shape = tokens, net.encoder_to_decoder.out_features
-            blocks = net.decoder.blocks
-            clip += common.block_bytes(cfg, blocks[0], len(blocks), shape)
+        pixels = common.pixel_bytes(cfg.rand_augment or cfg.erase, cfg.mixup)
+        pixels *= tokens * net.patch_embed.in_features
         extra = [] if net.joint else [None, steps]
-        shape = steps * visible_places(cfg, net), net.width
-        clip += common.block_bytes(cfg, net.blocks[0], len(net.blocks), shape, *extra)
-        micro = min(cfg.micro_batch, stage.batch // cfg.gpus)
-        group = common.clips_together(cfg, stage.repeated)
+        passed = [(net.blocks, (steps * visible_places(cfg, net), net.width), *extra)]
+        if cfg.pretraining:
+            pixels *= 2  # as much again: the prediction in half precision and float32, its gradient
+            passed.append((net.decoder.blocks, (tokens, net.encoder_to_decoder.out_features)))
         name = f"{word} on {stage.frames} frames"
-        phases.append(common.Phase(name, stage.batch, micro, state, clip, group, flag))
+        phase = common.plan_phase(cfg, name, net, pixels, passed, stage.repeated)
+        micro = min(cfg.micro_batch, stage.batch // cfg.gpus)
+        phases.append(phase._replace(batch=stage.batch, micro=micro, flag=flag))
     return phases
 
 
@@ -1156,12 +1147,10 @@ def print_plan(cfg):
 
 def print_model(cfg, net, segments):
     """Parameters, and how the stages are laid out."""
-    parameters = {name: p.numel() / 1e6 for name, p in net.named_parameters()}
-    above = ("decoder", "encoder_to", "mask")
-    decoder = sum(number for name, number in parameters.items() if name.startswith(above))
+    decoder = common.millions(net, starts=("decoder", "encoder_to", "mask"))
     cycles = len({segment.cycle for segment in segments})
     print(
-        f"model     {cfg.model}, {cfg.backbone} attention: {sum(parameters.values()):.1f} M "
+        f"model     {cfg.model}, {cfg.backbone} attention: {common.millions(net):.1f} M "
         f"parameters, {decoder:.1f} M of them the decoder's\n"
         f"schedule  {len(segments)} segments ({cfg.cycle} cycle, {cfg.order}), {cycles} "
         f"learning-rate cycles ({cfg.decay}); {cfg.train_clips} videos"

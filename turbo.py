@@ -865,15 +865,12 @@ def count_gmacs(cfg, outputs, m, r):
     difference is added explicitly: dropped tokens x pixels x width.
     """
     with torch.device("meta"):
-        cfg = replace(cfg, recon_ratio=r, attention="sdpa", grad_checkpoint=False)
-        model = build(cfg, outputs)
-        clips = torch.empty(1, cfg.frames, 3, cfg.size, cfg.size, dtype=torch.uint8)
-        inputs = [clips, torch.zeros(1, dtype=torch.int64), m, r]
-        if cfg.objective == "align":
-            inputs.append(torch.empty(0, outputs))  # no sentences: what is counted is a clip's
-        here = common.count_macs(model, *inputs)
+        model = build(replace(cfg, recon_ratio=r), outputs)
+        # No sentences: what is counted is a clip's.
+        sentences = [torch.empty(0, outputs)] if cfg.objective == "align" else []
+    here = common.clip_macs(model, cfg.frames, cfg.size, m, r, *sentences)
     dropped = model.num_tokens - token_counts(model.num_tokens, m, r)[0]
-    return here, here + dropped * model.patch_embed.in_features * model.width / 1e9
+    return here, here + dropped * model.patch_embed.weight.numel() / 1e9
 
 
 def training_blocks(model, tokens, m, r):
@@ -904,27 +901,22 @@ def print_plan(cfg):
     if cfg.objective == "align":
         outputs = 256 if cfg.text_model == "hashing" else 768  # as MPNet's
     with torch.device("meta"):
-        model = build(replace(cfg, attention="sdpa", grad_checkpoint=False), outputs)
-    total = common.parameter_count(model)
-    starts = PARTS["decoder"]
-    decoder = sum(p.numel() for name, p in model.named_parameters() if name.startswith(starts))
+        model = build(cfg, outputs)
+    decoder = common.millions(model, starts=PARTS["decoder"])
     visible, recon = token_counts(model.num_tokens, m, r)
     steps = cfg.max_steps or cfg.train_clips * cfg.repeated // cfg.batch_size * cfg.epochs
-    millions = f"{total / 1e6:.1f} M parameters, {decoder / 1e6:.1f} M of them the decoder's"
-    tokens = f"{visible} visible, {recon} reconstructed of {model.num_tokens}"
-    print(f"model     {cfg.model}: {millions}")
-    print(f"tokens    {tokens} (m = {m}, r = {r})")
     print(
+        f"model     {cfg.model}: {common.millions(model):.1f} M parameters, "
+        f"{decoder:.1f} M of them the decoder's\n"
+        f"tokens    {visible} visible, {recon} reconstructed of {model.num_tokens} "
+        f"(m = {m}, r = {r})\n"
         f"schedule  {cfg.epochs} epochs of {cfg.train_clips} videos x {cfg.repeated} at batch "
         f"{cfg.batch_size}: {steps} steps, peak lr {cfg.lr:g}"
     )
 
-    clip = common.pixel_bytes(cfg.rand_augment, cfg.mixup) * cfg.frames * 3 * cfg.size**2
-    for blocks, shape in training_blocks(model, model.num_tokens, m, r):
-        clip += common.block_bytes(cfg, blocks[0], len(blocks), shape)
-    group = common.clips_together(cfg, cfg.repeated)
-    state = common.state_bytes(cfg, total)
-    phase = common.Phase("training", cfg.batch_size, cfg.micro_batch, state, clip, group)
+    pixels = common.pixel_bytes(cfg.rand_augment, cfg.mixup) * cfg.frames * 3 * cfg.size**2
+    passed = training_blocks(model, model.num_tokens, m, r)
+    phase = common.plan_phase(cfg, "training", model, pixels, passed, cfg.repeated)
     common.print_memory(cfg, [phase])
     forward, _ = count_gmacs(cfg, outputs, m, r)
     passes = 4 if cfg.grad_checkpoint else 3
@@ -949,25 +941,20 @@ def print_figure_2(cfg, model):
 
 
 def print_table_1(cfg, tokens, outputs):
-    """Multiply-adds of Table 1's rows and of this run, beside the paper's where this is its
-    model."""
+    """Multiply-adds of Table 1's rows and of this run, beside the paper's."""
     what = '(its "GFLOPs" are multiply-adds; matrix products only)'
     print(f"\nGMACs of a clip, forward, beside Table 1 left {what}")
     print("    m     r  visible  recon     here  all embedded   paper  cheaper")
     own = (cfg.mask_ratio, cfg.recon_ratio)
-    shape = (cfg.model, cfg.decoder or "4x384", cfg.frames, cfg.size, outputs)
-    is_paper = shape == ("vit_b", "4x384", 16, 224, 101)
     base, _ = count_gmacs(cfg, outputs, 0.0, 0.0)
     for m, r in dict.fromkeys([*TABLE_1, own]):
         here, embedded = count_gmacs(cfg, outputs, m, r)
         visible, recon = token_counts(tokens, m, r)
-        paper = f"{TABLE_1[m, r]:.1f}" if is_paper and (m, r) in TABLE_1 else "-"
+        paper = TABLE_1.get((m, r), "-")
         note = "  <- this run" if (m, r) == own else ""
         left = f"{m:5.2f} {r:5.2f} {visible:8} {recon:6} {here:8.2f} {embedded:13.2f}"
         print(f"{left} {paper:>7} {base / here:7.2f}x{note}")
-    if not is_paper:
-        model = "a decoder of 4 x 384, 16 frames of 224 x 224 and 101 classes"
-        print(f"paper: of ViT-B with {model}, which this run is not")
+    print("paper: ViT-B, decoder 4 x 384, 16 frames of 224 x 224, 101 classes")
 
 
 # ---- Weights -------------------------------------------------------------------------------------

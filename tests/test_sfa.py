@@ -877,7 +877,7 @@ def test_memory_model_is_what_the_whole_model_saves(frozen):
         net.enter(stage._replace(frames=frames))
         nets.append(net)
         saved.append(common.saved_bytes(net, clips(1, frames, size=64), KEYS[:1]))
-    memory = sfa.memory_model(cfg, nets[0], stage, sfa.block_memory(cfg))
+    memory = sfa.memory_model(cfg, nets[0], stage, sfa.block_memory(cfg, nets[0]))
     block = nets[0].temporal.blocks[0]
     grown = lambda tokens: [
         common.saved_bytes(block, torch.randn(n, tokens, 128, requires_grad=True)) for n in (1, 2)
@@ -952,9 +952,15 @@ def quick_counts():
     patch, seen = pytest.MonkeyPatch(), {}
     count, memory = sfa.count_gmacs, sfa.block_memory
 
-    def measured(cfg):
-        key = cfg.model, cfg.precision == "fp32", cfg.grad_checkpoint
-        seen[key] = seen[key] if key in seen else memory(cfg)
+    def measured(cfg, net):
+        key = (
+            cfg.model,
+            cfg.precision == "fp32",
+            cfg.grad_checkpoint,
+            net.tokens,
+            len(net.temporal.blocks),
+        )
+        seen[key] = seen[key] if key in seen else memory(cfg, net)
         return seen[key]
 
     def counted(net, stage):

@@ -169,6 +169,8 @@ def check_flags(cfg, patch):
     for card in cfg.gpu_gb:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", card) or not float(card):
             raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 24")
+    if cfg.plan:
+        return  # it reads nothing
     if cfg.task == "predict" and not cfg.input:
         raise UserError("--task predict needs --input video.mp4 ...")
     if cfg.task in ("eval", "features") and not cfg.val_list:

@@ -870,7 +870,7 @@ def segment_frames(info, n, u):
 
 
 def _end_within(video, start, end):
-    """`end`, or the video's if that is earlier; ValueError where nothing is between start and it."""
+    """`end`, or the video's if that is earlier; ValueError where nothing lies before it."""
     stop = video.clamp(end)
     if not 0 <= start < stop:
         raise ValueError(f"has nothing from second {start:g} to {end:g}, its end or the clip's")

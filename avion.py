@@ -1037,11 +1037,12 @@ def fit_weights(start, net, cfg):
 # ---- The plan ------------------------------------------------------------------------------------
 
 
-def at_length(measure, tokens):
-    """measure(tokens), which is a N + b N^2, from two small N: the real one may take gigabytes."""
-    one, two = measure(64), measure(128)
+def part_megabytes(part, width, tokens):
+    """MB that a part of a block stores for the backward pass of one clip in fp32: a N + b N^2, from
+    two small N, because the real one may take gigabytes."""
+    one, two = (common.saved_bytes(part, torch.randn(1, n, width)) for n in (64, 128))
     square = (two - 2 * one) / (128**2 - 2 * 64**2)
-    return (one / 64 - 64 * square) * tokens + square * tokens**2
+    return ((one / 64 - 64 * square) * tokens + square * tokens**2) / 1e6
 
 
 def saved_megabytes(model, tokens, kind):
@@ -1051,18 +1052,12 @@ def saved_megabytes(model, tokens, kind):
     parts while that is recomputed."""
     width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
     block = Block(width, heads, kind="plain" if kind == "plain" else "sdpa")
-
-    def megabytes(module):
-        def measure(n):
-            return common.saved_bytes(module, torch.randn(1, n, width)) / 1e6
-
-        return at_length(measure, tokens)
-
-    norms = megabytes(block.norm1) + megabytes(block.norm2)
-    sizes = [norms, megabytes(block.attn), megabytes(block.mlp)]
+    norms = 2 * part_megabytes(block.norm1, width, tokens)
+    attn = part_megabytes(block.attn, width, tokens)
+    mlp = part_megabytes(block.mlp, width, tokens)
     if kind == "checkpoint":
-        return [norms + depth * tokens * width * 4 / 1e6, *sizes[1:]]
-    return [depth * size for size in sizes]
+        return [norms + depth * tokens * width * 4 / 1e6, attn, mlp]
+    return [depth * norms, depth * attn, depth * mlp]
 
 
 def memory(cfg, net, tokens):

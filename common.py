@@ -1853,16 +1853,21 @@ class Run:
         self.waited += seconds
         self.longest_wait = max(self.longest_wait, seconds)
 
-    def waits_too_long(self, seconds):
-        """Whether an interval of so many seconds is the run's first that waited for data for more
-        than a tenth of it.
+    def end_waits(self, seconds):
+        """End an interval of so many seconds: say what helps where it is the run's first that
+        waited for data for more than a tenth of it.
 
         Its longest wait is left out: it may be for loader processes that
         start, as each stage's do."""
         steady = self.waited - self.longest_wait
-        late = steady > 0.1 * (seconds - self.longest_wait) and not self.advised
-        self.advised = self.advised or late
-        return late
+        if steady > 0.1 * (seconds - self.longest_wait) and not self.advised:
+            self.advised = True
+            self.say(
+                "more than a tenth of this interval went into waiting for data. What helps: more "
+                f"--workers where cores are free, {LOADER_ADVICE}; {LIST_SPEED}"
+            )
+        self.waited = 0.0
+        self.longest_wait = 0.0
 
     def advance(self, step, total):
         """Note the end of a step, and move a terminal's progress bar to it."""
@@ -1880,19 +1885,17 @@ class Run:
         record = {"step": step, "seconds": round(now - self.started, 1), **record}
         words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()]
         text = "  ".join(words[1:])  # without the step
-        late = False
-        if "loss" in record:
-            rate = (step - self.logged_step) / (now - self.logged)
+        seconds = now - self.logged
+        trained = "loss" in record
+        if trained:
+            rate = (step - self.logged_step) / seconds
             record["clips_per_second"] = round(rate * self.batch_size, 2)
-            record["data_wait"] = round(self.waited / (now - self.logged), 4)
+            record["data_wait"] = round(self.waited / seconds, 4)
             left = tqdm.format_interval((total - step) / rate)
             text += f"  clips/s {record['clips_per_second']:.4g}"
             text += f"  data_wait {record['data_wait']:.1%}  left {left}"
-            late = self.waits_too_long(now - self.logged)
             self.logged = now
             self.logged_step = step
-            self.waited = 0.0
-            self.longest_wait = 0.0
         else:
             self.logged += now - self.advanced  # an evaluation is not counted as training time
         self.logged_records += 1
@@ -1905,17 +1908,14 @@ class Run:
             with writing(self.folder):
                 for key, value in record.items():
                     self.board.add_scalar(key, value, step)
-        if self.bar is not None and "loss" in record:
+        if self.bar is not None and trained:
             self.bar.set_postfix_str(
                 f"loss {record['loss']:.4f}, {record['clips_per_second']:.0f} clips/s"
             )
         else:
             self.say(f"step {step}/{total}  {text}")
-        if late:
-            self.say(
-                "more than a tenth of this interval went into waiting for data. What helps: more "
-                f"--workers where cores are free, {LOADER_ADVICE}; {LIST_SPEED}"
-            )
+        if trained:
+            self.end_waits(seconds)
 
     def save(self, state, *names):
         """Write `state` under each name, last.pt last: once it is there the others are

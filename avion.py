@@ -1137,6 +1137,8 @@ def check(cfg):
         raise UserError(f"{batch} has no negatives; --loss {cfg.loss} compares clips")
     if cfg.task == "search" and not cfg.query.strip():
         raise UserError('--task search needs --query "what to look for"')
+    if cfg.task == "predict" and not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
     pretrained = [name for name in RECIPES if name.startswith("ego4d")]
     tuned = [name for name in RECIPES if name.startswith("ek100")]
     common.need_init(cfg, pretrained, "CLIP's weights")

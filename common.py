@@ -169,12 +169,6 @@ def check_flags(cfg, patch):
     for card in cfg.gpu_gb:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", card) or not float(card):
             raise UserError(f"--gpu-gb {' '.join(cfg.gpu_gb)}: sizes of cards in GB, such as 11 24")
-    if cfg.plan:
-        return  # it reads nothing
-    if cfg.task == "predict" and not cfg.input:
-        raise UserError("--task predict needs --input video.mp4 ...")
-    if cfg.task in ("eval", "features") and not cfg.val_list:
-        raise UserError(f"--task {cfg.task} needs --val-list")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -1566,7 +1560,8 @@ def open_trained(cfg, script, settings, more, build, state=None):
     must have. state: the checkpoint, where it has been read.
 
     UserError, one line that names the file, where it is damaged, another script's, or of a version
-    whose settings or weights differ; or where `build` refuses, which may check the settings.
+    whose settings or weights differ; where `build` refuses, which may check the settings; and where
+    --task lacks what it reads.
     """
     source = cfg.init
     state = load_checkpoint(source) if state is None else state
@@ -1583,6 +1578,10 @@ def open_trained(cfg, script, settings, more, build, state=None):
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{source}: not a checkpoint of this version of {script} ({why})") from None
+    if cfg.task == "predict" and not cfg.input:
+        raise UserError("--task predict needs --input video.mp4 ...")
+    if cfg.task in ("eval", "features") and not cfg.val_list:
+        raise UserError(f"--task {cfg.task} needs --val-list")
     return cfg, model.eval(), state
 
 

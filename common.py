@@ -1787,7 +1787,11 @@ class Run:
                 f"{source}: not the checkpoint of a run, which --resume needs; "
                 "for weights use --init"
             )
-        self.check_same(state or (records[0] if records else {}))
+        # A run that failed before its first step, as for want of weights, left nothing but the head
+        # of its log: another may have the folder.
+        begun = len(records) > 1 or (self.folder / "best.pt").exists()
+        if state or (records and begun):
+            self.check_same(state or records[0])
         # What a killed run logged after its last checkpoint is dropped: those steps are
         # done, and logged, again.
         kept = records[1 : 1 + state["records"]] if state else []

@@ -1118,15 +1118,14 @@ class VideoInfo(NamedTuple):
 
 
 @contextmanager
-def _errors(path, doing):
+def _errors(path, doing, hint="; it is damaged, or not a video"):
     """Whatever FFmpeg and PyAV raise on a bad file becomes one VideoError."""
     kinds = av.FFmpegError, ValueError, LookupError, RuntimeError, MemoryError, OverflowError
     try:
         yield
     except kinds as error:
         why = getattr(error, "strerror", None) or error
-        reason = f"{doing}: {why}; it is damaged, or not a video"
-        raise VideoError(path, reason) from error
+        raise VideoError(path, f"{doing}: {why}{hint}") from error
 
 
 def _nals(packet, prefix):
@@ -4045,7 +4044,7 @@ def _chunk_video(job, tick, seconds, short_side, coding):
                         tick()
                 else:
                     # a full disk is not the video's fault: a UserError, which ends the run
-                    with _errors(source, "can't be encoded"), replacing(path) as new:
+                    with _errors(source, "can't be encoded", ""), replacing(path) as new:
                         _write_chunk(new, video, frames, pts, times_here, short_side, coding, tick)
                         if not _whole(new, times_here):
                             why = f"its chunk at {start} s does not read back as it was written"

@@ -1127,6 +1127,15 @@ def test_another_run_without_checkpoint_is_refused(start):
         start(lr=0.2).resume()
 
 
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_another(start):
+    assert start().resume() is None
+    run = start(lr=0.2)
+    assert run.resume() is None and next(run.records())["config"]["lr"] == 0.2
+    (run.folder / "best.pt").touch()  # of a run whose last.pt was deleted
+    with pytest.raises(UserError, match="--lr 0.2 -> 0.1"):
+        start().resume()
+
+
 def test_overwrite_starts_anew(start):
     first_run(start)
     run = start(lr=0.2, overwrite=True)

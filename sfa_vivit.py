@@ -997,6 +997,11 @@ def print_table_4(cfg, net, lengths, kinds, blocks):
         "name: full 16, frozen 80.) Not counted: CUDA's own memory and\nworkspace, fragmentation, "
         "the loader."
     )
+    if frozen == "none":  # not on the smallest card, the last
+        raise UserError(
+            f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take "
+            f"{memory[1][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
+        )
 
 
 # ---- The tasks -----------------------------------------------------------------------------------

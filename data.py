@@ -138,32 +138,34 @@ def reading(path):
         raise UserError(f"{path}: can't read the list ({error.strerror})") from None
 
 
-def read_lines(path, errors="strict"):
+def read_lines(path):
     """Yields (`path:number`, line) of a text file; UserError names a file that can't be
-    read, or a line not in UTF-8. errors: what becomes of such a line, as str.decode has it."""
+    read, or a line not in UTF-8."""
     with reading(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             place = f"{path}:{number}"
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
             yield place, text
 
 
 def full_lines(path, *_):
-    """read_lines of those that aren't empty, stripped; bytes that are no UTF-8 pass through."""
-    for place, line in read_lines(path, "surrogateescape"):
-        line = line.strip()
-        if line:
-            yield place, line
+    """Yields (`path:number`, line) of those that aren't empty, stripped, whatever ends them (an
+    old Mac's CR, too); bytes that are no UTF-8 pass through."""
+    with reading(path), open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            line = line.strip()
+            if line:
+                yield f"{path}:{number}", line
 
 
 SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
 _WORDS = re.compile("[ ,;]")
 # a field that holds the separator is quoted, as in csv
 _SPLIT = {
-    at: re.compile(f'("(?:[^"]|"")++"|[^"{at}]++) *{at} *("(?:[^"]|"")++"|[^"{at}]++)')
+    at: re.compile(rf'("(?:[^"]|"")++"|[^"{at}]++)\s*{at}\s*("(?:[^"]|"")++"|[^"{at}]++)')
     for at in SEPARATORS
 }
 

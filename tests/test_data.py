@@ -447,6 +447,7 @@ TAB = {
     " f.mp4 \t z ": ("f.mp4", "z"),
     '"t\tt.mp4"\tw,w': ("t\tt.mp4", "w,w"),
     "h\tw\r": ("h", "w"),
+    "a.mp4\t\tz": ("a.mp4", "z"),
 }
 
 
@@ -459,6 +460,11 @@ def test_list_forms(tmp_path, lines):
         read_list(tmp_path / "l.csv", ["\ufeff" + line + "\r\n" for line in lines][:1])
         == [*lines.values()][:1]
     )
+
+
+def test_a_list_of_an_old_mac(tmp_path):
+    """Its lines end with CR alone."""
+    assert read_list(tmp_path / "l.csv", ["a.mp4,x\rb.mp4,y\r"]) == [("a.mp4", "x"), ("b.mp4", "y")]
 
 
 @pytest.mark.parametrize(

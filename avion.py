@@ -999,8 +999,7 @@ def style_of(state, path):
     marks = ("temporal_embedding", "image_projection", "fc_cls.weight")
     if any(name.endswith(marks) for name in state):
         return "avion"  # DECISION (style)
-    settings = common.hub_settings(path)
-    act = settings.get("vision_config", settings).get("hidden_act")
+    act = common.hub_setting(path, "hidden_act", "")
     return "gelu" if act == "gelu" else "clip"
 
 

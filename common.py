@@ -1122,16 +1122,18 @@ def weights_of(state, path):
     return weights
 
 
-def hub_settings(path):
-    """The config.json beside a hub model's weights, a file or their folder; {} without one."""
+def hub_setting(path, name, default):
+    """What the config.json beside a hub model's weights, a file or their folder, says of its image
+    model; or the default."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
     if not config.is_file():
-        return {}
+        return default
     try:
-        return dict(json.loads(config.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        settings = json.loads(config.read_text())
+        return type(default)(settings.get("vision_config", settings).get(name, default))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{config}: not the settings of a model ({error})") from None
 
 

@@ -685,8 +685,8 @@ def image_weights(path):
             name = "spatial." + name.replace("pos_embed", "positions")
         ours[name] = x
     if any(name.endswith("embeddings.position_embeddings") for name in state):
-        eps = common.hub_settings(path).get("layer_norm_eps", 1e-12)  # the hub's own default
-        ours["spatial.eps"] = torch.tensor(float(eps))
+        eps = common.hub_setting(path, "layer_norm_eps", 1e-12)  # the hub's own default
+        ours["spatial.eps"] = torch.tensor(eps)
     return ours
 
 

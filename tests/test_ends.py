@@ -345,6 +345,16 @@ def test_a_step_behind_the_last_is_said():
         data.training_batches(cfg, ctx, dataset, 4, 4, 8, 4)
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", '{"vision_config": null}', '{"layer_norm_eps": null}']
+)
+def test_settings_that_are_none(tmp_path, text):
+    """Of a hub model, beside its weights."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json: not the settings of a model"):
+        common.hub_setting(tmp_path, "layer_norm_eps", 1e-12)
+
+
 # ---- A full disk -----------------------------------------------------------------------------------------------------
 
 

@@ -946,7 +946,7 @@ def print_table_1(cfg, tokens, outputs):
     print(f"\nGMACs of a clip, forward, beside Table 1 left {what}")
     print("    m     r  visible  recon     here  all embedded   paper  cheaper")
     own = (cfg.mask_ratio, cfg.recon_ratio)
-    base, _ = count_gmacs(cfg, outputs, 0.0, 0.0)
+    base = count_gmacs(cfg, outputs, 0.0, 0.0)[0]  # on all tokens
     for m, r in dict.fromkeys([*TABLE_1, own]):
         here, embedded = count_gmacs(cfg, outputs, m, r)
         visible, recon = token_counts(tokens, m, r)

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,8 @@ FORKS.set_forkserver_preload(
 def run_script(args, cwd, files, env, session):
     """In the fork: stdout and stderr are files; the script's folder is first on the path, and our own is not there."""
     os.environ.update(env)
+    # as from a terminal: what a shell runs in the background ignores Ctrl-C, and so would its forks
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if session:
         os.setsid()
     for stream, path in enumerate(files, start=1):

@@ -1297,7 +1297,8 @@ def _side_data(frame):
         graph = av.filter.Graph()
         shape = {"width": frame.width, "height": frame.height, "format": frame.format}
         source = graph.add_buffer(**shape, time_base=frame.time_base)
-        unknown = range(len(av.sidedata.sidedata.Type), 64)
+        known = {kind.value for kind in av.sidedata.sidedata.Type}
+        unknown = set(range(64)) - known
         delete = [graph.add("sidedata", f"mode=delete:type={n}") for n in unknown]
         graph.link_nodes(source, *delete, graph.add("buffersink")).configure()
         graph.push(frame)

@@ -875,12 +875,6 @@ def _queries(similarity, relevancy):
     return zip(similarity, relevancy, strict=True)
 
 
-def _mean(values):
-    """The mean, summed in blocks of 256: to the last digit what earlier logs have."""
-    blocks = np.split(np.array(values), range(256, len(values), 256))
-    return float(sum(map(np.sum, blocks)) / len(values))
-
-
 def mean_average_precision(similarity, relevancy):
     """mAP of queries (rows) over items (columns), [Q, S] each, as EK-100's official code has it ->
     float.
@@ -898,7 +892,7 @@ def mean_average_precision(similarity, relevancy):
             raise ValueError(f"query {query} has no item of relevancy 1: its AP is not defined")
         precision = ranked.cumsum() / rank  # [S]
         found.append((precision * hits).sum() / hits.sum())
-    return _mean(found)
+    return float(np.mean(found))
 
 
 def ndcg(similarity, relevancy):
@@ -916,7 +910,7 @@ def ndcg(similarity, relevancy):
         if best[0] <= 0:
             raise ValueError(f"query {query} has no relevant item: its nDCG is not defined")
         found.append((ranked * (best > 0) / discount).sum() / (best / discount).sum())
-    return _mean(found)
+    return float(np.mean(found))
 
 
 def retrieval_metrics(similarity, relevancy, fractions=True):

@@ -176,9 +176,9 @@ class _Parser(argparse.ArgumentParser):
         flags = sorted(flag for flag in self._option_string_actions if flag.startswith("--"))
         unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if "unrecognized" in message and unknown:
+            message += f"\n  flags: {' '.join(flags)}"
             close = difflib.get_close_matches(unknown[0], flags, 3)
             message += f"\n  did you mean {' or '.join(close)}?" if close else ""
-            message += f"\n  flags: {' '.join(flags)}"
         self.exit(2, f"error: {message}\n")
 
 
@@ -1826,8 +1826,8 @@ class Run:
                 differ.append(f"--{field.name.replace('_', '-')} {old} -> {new}")
         if differ:
             raise UserError(
-                f"{self.folder} holds another run ({', '.join(differ)}); "
-                "choose another --out, or --overwrite it"
+                f"{self.folder} holds another run ({', '.join(differ)}); choose another --out, "
+                f"with --init {self.folder / 'last.pt'} to train its weights on, or --overwrite it"
             )
         # A run begun before lists were kept has none.
         for name, digest in earlier.get("lists", {}).items():

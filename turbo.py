@@ -1289,6 +1289,7 @@ def main(cfg):
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
         evaluate_step(cfg, ctx, run, val_videos, val_text)
+    # backward takes the mean over all clips of the step, update clips and steps: common.Trainer.
     while run.step < total:
         if cfg.objective == "classify":  # Eq. 1: a sum over clips, so micro-batches add up
             for batch in run.micro_batches():  # its clips are augmented: see training_batches above

@@ -779,6 +779,8 @@ def test_parse_refuses(words, expected, capsys):
     message = capsys.readouterr().err
     assert error.value.code == 2 and message.startswith("error:")
     assert all(word in message for word in expected), message
+    if "did you mean" in message:  # is read first where it stands last
+        assert "did you mean" in message.splitlines()[-1]
 
 
 def test_help_lists_every_field(capsys):
@@ -1114,7 +1116,9 @@ def test_another_run_in_the_folder_is_refused(start):
     """A field that is not free stops with its name and both values, and nothing is touched; free ones may differ."""
     run = first_run(start)
     before = {p.name: p.read_bytes() for p in run.folder.iterdir()}
-    with pytest.raises(UserError, match=r"--lr 0.1 -> 0.2, --batch-size 4 -> 8\).*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"--lr 0.1 -> 0.2, --batch-size 4 -> 8\).*--init .*last.pt.*--overwrite"
+    ):
         start(lr=0.2, batch_size=8, workers=0).resume()
     assert {p.name: p.read_bytes() for p in run.folder.iterdir()} == before
     run = start(workers=0, save_minutes=1.0)

@@ -115,7 +115,11 @@ class RunConfig:
         "auto", "auto: the device's best", ["auto", "fp32", "bf16", "fp16"], free=True
     )
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
-    workers: int = opt(8, "loader processes a rank; 0: load in the training process", free=True)
+    workers: int = opt(
+        min(8, os.cpu_count()),
+        "loader processes a rank; 0: load in the training process",
+        free=True,
+    )
     max_bad: float = opt(
         0.01, "share of an epoch's videos (at least 1) that may be unreadable", free=True
     )

@@ -161,6 +161,26 @@ def full_lines(path, *_):
                 yield f"{path}:{number}", line
 
 
+class Unlike(ValueError):
+    """An entry of an annotation is not as published: why, in words for its user."""
+
+
+# what reading a malformed entry raises
+MALFORMED = ValueError, LookupError, TypeError, AttributeError, csv.Error
+
+
+def _why(error):
+    """What such an error says to a user, in brackets; "" where it only speaks of Python."""
+    number = re.search(r"(?:to float|base 10): (.+)", str(error))
+    if number:
+        return f" ({number[1]} is not a number)"
+    if isinstance(error, KeyError):
+        return f" ({error} is missing, or unknown)"
+    if isinstance(error, (Unlike, json.JSONDecodeError, csv.Error)):
+        return f" ({error})"
+    return ""
+
+
 SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
 _WORDS = re.compile("[ ,;]")
 # a field that holds the separator is quoted, as in csv
@@ -495,6 +515,7 @@ def _captions_of(path, reach, texts, classes, left_out):
     and why go to `left_out`."""
     read, parse = _CAPTION_FORMATS.get(Path(path).suffix, _CAPTION_FORMATS[".csv"])
     place = path
+    row = ""
     found = False
     named = {}  # {video in the list: with its ending}: many rows are of the same video
     try:
@@ -520,10 +541,10 @@ def _captions_of(path, reach, texts, classes, left_out):
                 if video not in named:
                     named[video] = video if _named_video(video) else f"{video}.mp4"
                 yield named[video], start, end, spoken or phrasings, action, nouns, narration_id
-    except (LookupError, ValueError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise UserError(
             f"{place}: not a row of EPIC_100_train.csv, of HTM-AA or HTM-Align, of AVION's .pkl, "
-            f"nor video, start, end, text ({type(error).__name__}: {str(error)[:80]})"
+            f"nor video, start, end, text: {row!r:.80}{_why(error)}"
         ) from None
     if not found:
         raise UserError(
@@ -535,12 +556,12 @@ _WORD = re.compile(r"\w")
 
 
 def _phrasings(text):
-    """A caption's phrasings, a list; TypeError where it isn't text. Half of an emoji, cut off,
+    """A caption's phrasings, a list; Unlike where it isn't text. Half of an emoji, cut off,
     becomes a `?`."""
     clean = []
     for phrasing in text if isinstance(text, (list, tuple)) else [text]:
         if not isinstance(phrasing, str):
-            raise TypeError(f"the narration is not text: {text!r}")
+            raise Unlike("the narration is not text")
         clean.append(phrasing.encode("utf-8", "replace").decode())
     return clean
 
@@ -587,11 +608,11 @@ def _sentences(path):
     whole = "".join(line for _, line in read_lines(path))
     for video, sentences in json.loads(whole).items():
         for number, sentence in enumerate(sentences):
-            yield f"{path}, {video}, sentence {number}", (video, *sentence)
+            yield f"{path}, {video}, sentence {number}", (video, sentence)
 
 
 def _of_sentence(row, reach):
-    video, alignable, start, end, text = row
+    video, (alignable, start, end, text) = row
     return Caption(video, start, end, text) if alignable else None
 
 
@@ -1930,15 +1951,23 @@ class Chunks:
         self._times = {}
         found = []
         try:
-            for name in os.listdir(self.path):
-                if name[:1].isdecimal():
-                    found.append((int(name.partition(".")[0]), name))
-        except (OSError, ValueError) as error:
-            raise VideoError(
-                self.path, f"not a folder of chunks, <start second>.mp4 ({error})"
-            ) from error
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise VideoError(self.path, f"can't be listed ({error.strerror})") from error
+        for name in names:
+            start = name.partition(".")[0]
+            if start.isdecimal():
+                found.append((int(start), name))
+            elif start[:1].isdecimal():
+                raise VideoError(
+                    self.path, f"not a folder of chunks, <start second>.mp4: it holds {name}"
+                )
         if not found:
-            raise VideoError(self.path, "a folder with no chunk in it, <start second>.mp4")
+            raise VideoError(
+                self.path,
+                "a folder with no chunk in it, <start second>.mp4; "
+                f"of whole videos give the files, {self.path}/*.mp4",
+            )
         self.starts, self.names = zip(*sorted(found), strict=True)
 
     def __enter__(self):
@@ -2487,7 +2516,10 @@ def print_predictions(cfg, ctx, dataset, call, classes):
             words = (f"{classes[c]} {100 * p:.1f} %" for c, p in zip(best[:5], share, strict=False))
             print(f"{dataset.videos.video(i)}: {', '.join(words)}")
     if failures.new:
-        raise UserError("; ".join(failures.new))
+        unread = "; ".join(failures.new)
+        if re.search(r"\.(csv|txt|jsonl?): ", unread):
+            unread += "; --input takes videos, one or several, and no list of them"
+        raise UserError(unread)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3534,7 +3566,7 @@ def _ucf101(line, classes, fold):
     path, *number = line.split()  # lists of test videos give no number
     label = classes[path.split("/")[-2]]
     if number and int(number[0]) != label + 1:
-        raise ValueError(f"classInd.txt gives its class number {label + 1}")
+        raise Unlike(f"classInd.txt gives its class number {label + 1}")
     return path, label
 
 
@@ -3629,7 +3661,7 @@ FORMATS = {
     "breakfast": Format(
         "the folder of P03 ... P54", "P03/cam01/P03_coffee.avi", _videos, _breakfast, splits=4
     ),
-    "folders": Format("the folder of the classes", "<class>/<video>", _videos, _folders),
+    "folders": Format("the folder that holds class folders", "<class>/<video>", _videos, _folders),
 }
 
 
@@ -3666,6 +3698,7 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
         raise UserError(f"{names}: {why}")
     skipped = [] if skipped is None else skipped
     place = names
+    wanted = known.classes
     entry = ""
     classes = {}
     listed = []
@@ -3673,24 +3706,23 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
         if names:
             classes = _class_numbers(names)
         place = source
+        wanted = f"{known.source}, with entries as `{known.example}`"
+        if names:
+            wanted += f", of classes in {names}"
         for place, entry in known.read(source, fold, skipped):
             path, label, *training = known.convert(entry, classes, fold)
             if label in ("", None) or path != path.strip() or len(path.splitlines()) > 1:
-                raise ValueError("no label, or a name that a list can't hold")
+                raise Unlike("no label, or a name that a list can't hold")
             if not training or training[0] == (split == "train"):
                 listed.append((path, label))
     except OSError as error:
         raise UserError(f"{place}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
-        why = f"{error} is missing, or not in {names}" if isinstance(error, KeyError) else error
+    except MALFORMED as error:
         raise UserError(
-            f"{place}: not as published for {form}, `{known.example}`: {entry!r:.80} ({why})"
+            f"{place}: not as published: {entry!r:.80}{_why(error)}; for {form} give {wanted}"
         ) from None
     if not listed:
-        raise UserError(
-            f"{source}: no such video in it{_but(skipped)}; "
-            f"for {form} give {known.source}, with entries as `{known.example}`"
-        )
+        raise UserError(f"{source}: no such video in it{_but(skipped)}; for {form} give {wanted}")
     return listed
 
 
@@ -4143,8 +4175,8 @@ def chunk_videos(
 # --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
-# Each tool adds its arguments to the parser, and runs with the parsed ones. It returns whether some
-# videos are bad, which is exit status 1. To lift a tool, take the function that it calls: nothing
+# Each tool adds its arguments to the parser, and runs with the parsed ones. It returns whether its
+# exit status is 1: some videos are bad. To lift a tool, take the function that it calls: nothing
 # above this line reads the command line.
 
 
@@ -4208,8 +4240,8 @@ def _add_check(commands):
         "check",
         _run_check,
         "open every video of LIST and decode some frames",
-        "Exit status 1 when some are bad. To go on with the others:\n"
-        "  data.py check LIST --good GOOD, train on GOOD",
+        "Exit status 1 when some are bad; with --good, which leaves them out, when all are.\n"
+        "To go on with the others: data.py check LIST --good GOOD, train on GOOD",
     )
     add("list", metavar="LIST")
     root = "folder that the paths of LIST are relative to"
@@ -4232,9 +4264,11 @@ def _run_check(args):
     out = args.out or f"{args.list}.bad"
     n, bad = check_list(args.list, args.data_root, args.full, args.workers, out, args.good)
     print(f"{n - len(bad)} of {n} videos are good; {len(bad)} are not, see {out}")
-    if bad:
-        print(bad[0])
-    return bool(bad)
+    for error in bad[:10]:
+        print(error)
+    if len(bad) > 10:
+        print(f"and {len(bad) - 10} more")
+    return bool(bad) and not (args.good and len(bad) < n)
 
 
 def _run_speed(args):

@@ -220,7 +220,18 @@ def test_predict_names_the_bad_video(bad_videos, toy_args, tmp_path):
         bad_videos / "good.mp4",
         bad_videos / "zero.mp4",
     )
-    assert "zero.mp4" in message and "good.mp4" not in message
+    assert "zero.mp4" in message and "good.mp4" not in message and "--input" not in message
+    for name, words in (
+        ("own.csv", "--input takes videos, one or several"),
+        ("folder", "give the files, "),
+    ):
+        path = bad_videos / name
+        if name == "folder":
+            path.mkdir()
+        else:
+            path.write_text("good.mp4 left\n")
+        message = refused("--task", "predict", "--out", tmp_path, "--workers", 0, "--input", path)
+        assert str(path) in message and words in message
 
 
 def test_two_classes(toy, toy_args, tmp_path):

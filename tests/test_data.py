@@ -403,8 +403,8 @@ def test_short_and_missing_chunks(chunks):
         with pytest.raises(ValueError, match="nothing from second 26"):
             data.between_frames(video, 26, 40, 4)
     for name, words in (
-        ("empty", "no chunk in it"),
-        ("odd", "not a folder of chunks"),
+        ("empty", "no chunk in it.*give the files, .*empty.mp4/\\*.mp4"),
+        ("odd", "not a folder of chunks.*it holds 7zip.txt"),
         ("gone", "No such file"),
     ):
         with pytest.raises(data.VideoError, match=words) as error:

@@ -415,9 +415,31 @@ BAD = [  # format, flags, {file: text}, what the message must hold
         ["entry 1", "recipe_type"],
     ),
     ("coin", ("--split", "val"), {"s": '{"x": 1}'}, ["'database'"]),
+    ("coin", ("--split", "val"), {"s": "7"}, ["s: not", "COIN.json"]),
+    (
+        "coin",
+        ("--split", "val"),
+        {"s": '{"database": {"x": {"subset": "test", "recipe_type": 1}}}'},
+        ["entry 1", "'test' is missing, or unknown"],
+    ),
+    ("ucf101", (), {"s": "a.avi 1\n", "classInd.txt": "1 A\n"}, ["s:1", "'a.avi 1'"]),
+    ("ucf101", (), {"s": "A/a.avi one\n", "classInd.txt": "1 A\n"}, ["'one' is not a number"]),
+    (
+        "ssv2",
+        (),
+        {"s": "[]", "something-something-v2-labels.json": '{"a": "b"}'},
+        ["labels", "'b'"],
+    ),
+    ("ssv2", (), {"s": '["a"]', "something-something-v2-labels.json": "{}"}, ["entry 1", "'a'"]),
+    (
+        "hmdb51",
+        ("--split", "val"),
+        {"s/a_test_split1.txt": "a.avi\n"},
+        ["a_test_split1.txt:1", "a.avi"],
+    ),
     ("breakfast", ("--split", "val"), {"s/P03/x.avi": ""}, ["x.avi", "P03_coffee.avi"]),
     ("breakfast", ("--split", "val", "--fold", "5"), {"s/P03/x.avi": ""}, ["--fold 1 to 4"]),
-    ("folders", (), {"s/x.avi": ""}, ["x.avi", "<class>/<video>"]),
+    ("folders", (), {"s/x.avi": ""}, ["x.avi", "<class>/<video>", "that holds class folders"]),
     ("folders", (), {"s/a/x\ny.avi": ""}, ["can't hold"]),
     ("folders", ("--labels", "x"), {"s/a/x.avi": ""}, ["no --labels"]),
     ("folders", (), {}, ["s: No such file"]),
@@ -436,6 +458,8 @@ def test_malformed_sources(tmp_path, run, form, flags, files, words):
     message = str(caught.value)
     assert message.count("\n") == 0, message
     assert all(word in message for word in words), message
+    for python in ("object", "unpack", "literal", "convert", "index out", "indices", "None"):
+        assert python not in message, message
 
 
 def test_unknown_format(run, capsys):
@@ -473,9 +497,11 @@ def test_check(damaged, cli):
         "--good",
         damaged / "good.csv",
     )
-    assert (code, err) == (1, "")
-    assert out.startswith("2 of 8 videos are good; 6 are not")
-    bad = dict(line.split(": ", 1) for line in (damaged / "l.csv.bad").read_text().splitlines())
+    assert (code, err) == (0, "")  # the list of the good ones is there, and holds some
+    first, *shown = out.splitlines()
+    assert first.startswith("2 of 8 videos are good; 6 are not")
+    assert shown == (damaged / "l.csv.bad").read_text().splitlines()
+    bad = dict(line.split(": ", 1) for line in shown)
     reasons = {
         "cut": "",
         "zero": "empty",
@@ -491,6 +517,30 @@ def test_check(damaged, cli):
     assert rows == [("good one.mp4", 0), ("good2.mp4", 1), ("good2.mp4", 0)]
     assert data.check_list(damaged / "good.csv", damaged, full=True, out=damaged / "b") == (2, [])
     assert (damaged / "b").read_text() == ""
+
+
+def test_exit_status_of_check(damaged, monkeypatch, capsys):
+    """1 where some videos are bad, but 0 where --good has others; up to ten are on the screen."""
+
+    def status(name, *flags):
+        check = ["check", damaged / f"{name}.csv", "--data-root", damaged, *flags]
+        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, check)])
+        try:
+            data.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    good = "--good", damaged / "good.csv"
+    for name, videos in (("whole", ["good2"]), ("bad", [f"gone{i}" for i in range(12)])):
+        (damaged / f"{name}.csv").write_text("".join(f"{video}.mp4,0\n" for video in videos))
+    assert status("whole") == status("whole", *good) == 0
+    assert status("l") == 1 and status("l", *good) == 0
+    capsys.readouterr()
+    assert status("bad") == status("bad", *good) == 1
+    assert (damaged / "good.csv").read_text() == ""
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 12 and lines[11] == "and 2 more" and "gone" in lines[10]
 
 
 def test_check_speed(damaged, monkeypatch, capsys):

@@ -322,16 +322,17 @@ def plan_stages(text, budget, full=16, ordered=True):
     whole = sum(shares)
     if not abs(whole - 100) < 0.05 or min(shares) <= 0:  # 0.05: thirds are written 33.33
         raise ValueError(f"the percentages must be above 0 and sum to 100, not {whole:g}")
-    for frames in lengths:
-        if frames < 1 or (frames > 1 and frames % TUBELET):
-            odd = f"{frames} frames are not a multiple of the token's {TUBELET}"
-            raise ValueError(f"{odd} (a single one is repeated)")
     if ordered and any(a >= b for a, b in pairwise(lengths)):
         raise ValueError(
             "the numbers of frames must rise from stage to stage, unless --order is random"
         )
     stages = []
     for frames, percent in rows:
+        if frames < 1 or (frames > 1 and frames % TUBELET):
+            raise ValueError(
+                f"{frames} frames are not a multiple of the token's {TUBELET} (a single one is "
+                "repeated)"
+            )
         # DECISION (budget): whole epochs, of a budget counted in 16 frames
         epochs = math.floor(percent / 100 * budget * full / frames + 0.5)
         if not epochs:
@@ -423,15 +424,13 @@ def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None)
             if length:
                 stretches.append((stage, start, start + length, offset))
                 start += length
-    starts = {}  # of each learning-rate cycle, in steps
-    stops = {}
-    cycle_of = [k * cycles // len(stretches) for k in range(len(stretches))]
-    for cycle, (_, start, stop, _) in zip(cycle_of, stretches, strict=True):
-        starts.setdefault(cycle, start)
-        stops[cycle] = stop
+    groups = {}  # the stretches of each learning-rate cycle
+    for k, stretch in enumerate(stretches):
+        groups.setdefault(k * cycles // len(stretches), []).append(stretch)
     segments = []
-    for cycle, stretch in zip(cycle_of, stretches, strict=True):
-        segments.append(Segment(*stretch, (starts[cycle], stops[cycle])))
+    for group in groups.values():
+        cycle = group[0][1], group[-1][2]  # from its first one's start to its last one's stop
+        segments += [Segment(*stretch, cycle) for stretch in group]
     return segments
 
 
@@ -621,10 +620,8 @@ class VideoMAE(Encoder, Autoencoder):
     target [B, R, P] of the masked 90 %     <- MSE ->      decoder's prediction [B, R, P]
     """
 
-    def __init__(
-        self, model="vit_b", decoder="", frames=16, size=224, target="normalized", **options
-    ):
-        super().__init__(model, frames, size, **options)
+    def __init__(self, model="vit_b", decoder="", target="normalized", **options):
+        super().__init__(model, **options)
         layers, width = map(int, (decoder or MODELS[model]["decoder"]).split("x"))
         self.target = target
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
@@ -665,10 +662,8 @@ class Classifier(Encoder):
     """VideoMAE's fine-tuning: the encoder on all tokens, their mean, norm, one linear layer.
     options: Encoder's."""
 
-    def __init__(
-        self, num_classes, model="vit_b", frames=16, size=224, *, head_dropout=0.0, **options
-    ):
-        super().__init__(model, frames, size, **options)
+    def __init__(self, num_classes, model="vit_b", head_dropout=0.0, **options):
+        super().__init__(model, **options)
         self.head_dropout = head_dropout
         self.fc_norm = nn.LayerNorm(self.width, eps=1e-6)
         self.head = nn.Linear(self.width, num_classes)
@@ -874,18 +869,18 @@ def time_steps(frames):
 
 def build(cfg, num_classes, frames=0):
     """The model of a Config, for clips of up to `frames`; 0: its longest."""
-    make = partial(VideoMAE, decoder=cfg.decoder, target=cfg.target)
-    if not cfg.pretraining:
-        tuned = {"drop_path": cfg.drop_path, "positions": cfg.positions}
-        make = partial(Classifier, num_classes, head_dropout=cfg.head_dropout, **tuned)
-    return make(
-        model=cfg.model,
-        frames=frames or longest(cfg),
-        size=cfg.size,
-        backbone=cfg.backbone,
-        attention=cfg.attention,
-        grad_checkpoint=cfg.grad_checkpoint,
-    )
+    options = {
+        "model": cfg.model,
+        "frames": frames or longest(cfg),
+        "size": cfg.size,
+        "backbone": cfg.backbone,
+        "attention": cfg.attention,
+        "grad_checkpoint": cfg.grad_checkpoint,
+    }
+    if cfg.pretraining:
+        return VideoMAE(decoder=cfg.decoder, target=cfg.target, **options)
+    options |= {"drop_path": cfg.drop_path, "positions": cfg.positions}
+    return Classifier(num_classes, head_dropout=cfg.head_dropout, **options)
 
 
 def stage_rows(cfg):
@@ -944,11 +939,11 @@ def schedule(cfg, n):
     if cfg.max_steps:
         stages = shorten(stages, cfg.max_steps)
     rounds = 1
-    cycles = cfg.lr_cycles or 1
+    cycles = len(stages)
     if cfg.cycle == "short":
         rounds = min(stage.epochs for stage in stages)  # DECISION (rounds)
-    elif not cfg.lr_cycles:
-        cycles = len(stages)
+        cycles = 1
+    cycles = cfg.lr_cycles or cycles
     frames = [stage.frames for stage in stages]
     steps = [stage.steps for stage in stages]
     segments = lay_out(steps, rounds, cfg.order, cycles, cfg.seed, frames)
@@ -976,11 +971,15 @@ def shorten(stages, max_steps):
     return short
 
 
+def of_stage(cfg, stage, ranks):
+    """The Config with a stage's --batch-size and a --micro-batch that is no more than a rank's."""
+    micro = min(cfg.micro_batch, stage.batch // ranks)  # 0 stays 0: all of the rank's
+    return replace(cfg, batch_size=stage.batch, micro_batch=micro)
+
+
 def micro_batch_of(cfg, stage, ctx):
     """(clips of a micro-batch, accumulation steps) of a stage on this rank."""
-    micro = min(cfg.micro_batch, stage.batch // ctx.world)  # 0 stays 0: all of the rank's
-    of_stage = replace(cfg, batch_size=stage.batch, micro_batch=micro)
-    return common.micro_batches(of_stage, ctx, stage.repeated)
+    return common.micro_batches(of_stage(cfg, stage, ctx.world), ctx, stage.repeated)
 
 
 def clips_of(cfg, videos, frames, views=None, repeated=1, number=0):
@@ -1092,9 +1091,9 @@ def memory(cfg):
             pixels *= 2  # as much again: the prediction in half precision and float32, its gradient
             passed.append((net.decoder.blocks, (tokens, net.encoder_to_decoder.out_features)))
         name = f"{word} on {stage.frames} frames"
-        phase = common.plan_phase(cfg, name, net, pixels, passed, stage.repeated)
-        micro = min(cfg.micro_batch, stage.batch // cfg.gpus)
-        phases.append(phase._replace(batch=stage.batch, micro=micro, flag=flag))
+        own = of_stage(cfg, stage, cfg.gpus)
+        phase = common.plan_phase(own, name, net, pixels, passed, stage.repeated)
+        phases.append(phase._replace(flag=flag))
     return phases
 
 
@@ -1111,7 +1110,7 @@ def print_plan(cfg):
         "\nframes percent  epochs    steps  batch       lr repeated visible tokens    GMACs",
         "embedded    PMACs   hours",
     )
-    lengths = {full, longest(cfg), *(stage.frames for stage in stages)}
+    lengths = {full, *(stage.frames for stage in stages)}
     macs = {frames: count_gmacs(cfg, classes, frames) for frames in lengths}
 
     per_hour = 3600 * cfg.clips_per_second * macs[longest(cfg)][0] / 1e6  # PMACs, measured
@@ -1296,7 +1295,7 @@ def following(cfg):
     Its videos are this run's, or --then-train-list's (Table 1: pretrained on K400, fine-tuned on
     SSv2).
     """
-    new = Config(**{"recipe": cfg.then} | RECIPES[cfg.then])
+    new = Config(recipe=cfg.then, **RECIPES[cfg.then])
     names = ["model", "backbone", "size", "seed", "num_classes"]
     names += [field.name for field in fields(cfg) if field.metadata["free"]]
     same = {name: getattr(cfg, name) for name in names}
@@ -1305,15 +1304,22 @@ def following(cfg):
         same |= {"data_root": cfg.then_data_root, "train_clips": new.train_clips}
         same["num_classes"] = 0  # as many as that list has
     micro = [size for size in (new.micro_batch, cfg.micro_batch) if size]
-    same["micro_batch"] = cfg.then_micro_batch or min(micro, default=0)
-    same["clips_per_second"] = 0.0  # it was measured in pretraining
-    same |= {"task": "train", "then": "", "resume": "auto"}
-    same |= {"init": f"{cfg.out}/last.pt", "out": f"{cfg.out}_ft"}
-    same["frames"] = cfg.budget_frames if cfg.pretraining else cfg.frames
-    # By this <out>_ft tells whose weights it has, and refuses to go on after another pretraining.
     settings = [getattr(cfg, name) for name in SETTINGS.split()]
-    same["then_of"] = f"{common.make_key(repr(settings)).item():x}"
-    return replace(new, **same)
+    new = replace(new, **same)
+    return replace(
+        new,
+        task="train",
+        then="",
+        resume="auto",
+        init=f"{cfg.out}/last.pt",
+        out=f"{cfg.out}_ft",
+        frames=cfg.budget_frames if cfg.pretraining else cfg.frames,
+        micro_batch=cfg.then_micro_batch or min(micro, default=0),
+        clips_per_second=0.0,  # it was measured in pretraining
+        # By this <out>_ft tells whose weights it has, and refuses to go on after another
+        # pretraining.
+        then_of=f"{common.make_key(repr(settings)).item():x}",
+    )
 
 
 def search_trials(cfg):
@@ -1468,9 +1474,7 @@ def evaluate_step(cfg, ctx, run, videos):
         views = common.two_numbers("--test-views", cfg.test_views)  # DECISION (views)
         result |= evaluate(cfg, ctx, run.net, videos, views, "test")
     metric = "val_mae" if cfg.pretraining else "val_top1"
-    clips = run.at["clips"]
-    frames = run.at["frames"]
-    run.evaluated(result, metric, lower_is_better=cfg.pretraining, clips=clips, frames=frames)
+    run.evaluated(result, metric, cfg.pretraining, clips=run.at["clips"], frames=run.at["frames"])
 
 
 @common.in_one_line

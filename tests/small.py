@@ -104,7 +104,9 @@ def mae_of(backbone, grad_checkpoint):
 
 def classifier_of(backbone, grad_checkpoint):
     options = {"backbone": backbone, "grad_checkpoint": grad_checkpoint}
-    return tpt_mae.Classifier(CLASSES, "two", 4, 32, drop_path=0.2, head_dropout=0.1, **options)
+    return tpt_mae.Classifier(
+        CLASSES, "two", frames=4, size=32, drop_path=0.2, head_dropout=0.1, **options
+    )
 
 
 SMALL = {

@@ -547,7 +547,9 @@ def test_flash_is_chosen_where_it_runs(card, capability, calls):
 def test_flash_is_kept_from_a_token_a_sequence(card, backbone, calls, kind):
     """Encoder of two blocks: those that attend over time have a sequence a token."""
     flash = card(9, 0)
-    net = tpt_mae.Classifier(8, "two", 4, 32, backbone=backbone, attention=kind).to(torch.bfloat16)
+    net = tpt_mae.Classifier(8, "two", frames=4, size=32, backbone=backbone, attention=kind).to(
+        torch.bfloat16
+    )
     steps = [] if backbone == "joint" else [2]
     common.run_blocks(net.blocks, on_card(2, 32, 64), None, False, *steps)
     assert len(flash.shapes) == calls

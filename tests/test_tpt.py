@@ -403,7 +403,7 @@ def test_loss_and_gradients_are_videomaes(ratio, tmp_path):
 def test_classifier_is_videomaes(tmp_path):
     """Mean pooling, fc_norm, head: logits and gradients of transformers' classification model to 1e-5."""
     hub = hub_model(tmp_path, "VideoMAEForVideoClassification", num_labels=5)
-    net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, drop_path=0.0)
+    net = tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE, drop_path=0.0)
     message = common.load_weights(net, tpt_mae.init_weights(tmp_path, net), tmp_path)
     assert "left at init 0, not used 0" in message
     labels = torch.tensor([3, 0])
@@ -424,13 +424,15 @@ def test_saved_in_videomaes_format(tmp_path):
     torch.save({"model": ours}, tmp_path / "videomae.pth")
     again = tpt_mae.init_weights(tmp_path / "videomae.pth", net)
     assert all(torch.equal(again[k], v) for k, v in net.state_dict().items())
-    tuned = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE)
+    tuned = tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE)
     state = tpt_mae.videomae_state(tuned)
     assert state["patch_embed.proj.weight"].shape == (128, 3, 2, 16, 16)
     assert {"blocks.3.attn.q_bias", "fc_norm.weight", "head.bias"} <= state.keys() and len(
         state
     ) == 2 + 13 * 4 + 4
-    learned = randomise(tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, positions="learned"))
+    learned = randomise(
+        tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE, positions="learned")
+    )
     torch.save({"model": tpt_mae.videomae_state(learned)}, tmp_path / "learned.pth")
     assert torch.equal(
         common.read_weights(tmp_path / "learned.pth")["pos_embed"], learned.positions
@@ -448,7 +450,7 @@ def test_transformers_loads_what_is_saved(kind, tmp_path):
     tuned = kind.endswith("Classification")
     options = {"num_labels": 5} if tuned else {"use_mean_pooling": False}
     hub = hub_model(tmp_path / "hub", kind, **options)
-    net = randomise(tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE) if tuned else
+    net = randomise(tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE) if tuned else
                     tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE))  # fmt: skip
     names = {k: v for k, v in upstream_names({k: k for k in common.read_weights(tmp_path / "hub")} | {
         k: v for k, v in common.read_weights(tmp_path / "hub").items() if ".query." in k or ".key." in k or
@@ -486,7 +488,7 @@ def test_transformers_loads_what_is_saved(kind, tmp_path):
 
 def test_fine_tunings_parameter_groups():
     """Layer decay by BEiT's ids, the embedding the lowest; no weight decay on norms, biases and learned positions."""
-    net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, positions="learned")
+    net = tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE, positions="learned")
     groups = common.param_groups(net, 0.05, 0.75, net.layer_of, len(net.blocks), ("positions",))
     found = {id(p): (g["weight_decay"], g["lr_scale"]) for g in groups for p in g["params"]}
     expected = {"patch_embed.weight": (0.05, 5), "patch_embed.bias": (0, 5), "positions": (0, 5), "head.bias": (0, 0),
@@ -496,8 +498,8 @@ def test_fine_tunings_parameter_groups():
     for name, (decay, power) in expected.items():
         assert found[id(parameters[name])] == (decay, pytest.approx(0.75**power)), name
     assert len(found) == len(parameters)
-    assert [block.drop_path for block in tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, drop_path=0.3).blocks] == [
-        pytest.approx(0.1 * i) for i in range(4)]  # fmt: skip
+    net = tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE, drop_path=0.3)
+    assert [block.drop_path for block in net.blocks] == [pytest.approx(0.1 * i) for i in range(4)]
     mask_token = tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE).mask_token
     assert 0.015 < mask_token.abs().max() <= 0.02  # VideoMAE cuts it at one deviation
 
@@ -506,7 +508,7 @@ def test_fine_tuning_takes_the_encoder_only(tmp_path):
     """From pretraining weights: blocks and embedding; not the final norm, the decoder, or another task's classifier."""
     pretrained = randomise(tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE))
     torch.save({"model": pretrained.state_dict()}, tmp_path / "p.pt")
-    net = tpt_mae.Classifier(5, "vit_16", 2 * FRAMES, SIZE)
+    net = tpt_mae.Classifier(5, "vit_16", frames=2 * FRAMES, size=SIZE)
     weights = tpt_mae.init_weights(tmp_path / "p.pt", net)
     assert weights.keys() == net.state_dict().keys() - {
         "fc_norm.weight",
@@ -516,7 +518,8 @@ def test_fine_tuning_takes_the_encoder_only(tmp_path):
     }
     assert torch.equal(weights["blocks.0.attn.qkv.weight"], pretrained.blocks[0].attn.qkv.weight)
     torch.save(
-        {"model": tpt_mae.Classifier(7, "vit_16", FRAMES, SIZE).state_dict()}, tmp_path / "seven.pt"
+        {"model": tpt_mae.Classifier(7, "vit_16", frames=FRAMES, size=SIZE).state_dict()},
+        tmp_path / "seven.pt",
     )
     assert "head.weight" not in tpt_mae.init_weights(tmp_path / "seven.pt", net)
     torch.save({"model": net.state_dict()}, tmp_path / "five.pt")
@@ -526,13 +529,12 @@ def test_fine_tuning_takes_the_encoder_only(tmp_path):
 def test_weights_of_another_backbone_are_refused(tmp_path):
     for a, b in itertools.permutations(tpt_mae.BLOCKS, 2):
         path = tmp_path / f"{a}.pt"
-        torch.save(
-            {"model": tpt_mae.VideoMAE("vit_16", "", FRAMES, SIZE, backbone=a).state_dict()}, path
-        )
+        net = tpt_mae.VideoMAE("vit_16", frames=FRAMES, size=SIZE, backbone=a)
+        torch.save({"model": net.state_dict()}, path)
         with pytest.raises(
             UserError, match=f"^error: {path}: weights of another backbone than this --backbone"
         ):
-            net = tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE, backbone=b)
+            net = tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE, backbone=b)
             tpt_mae.init_weights(path, net)
 
 
@@ -640,7 +642,7 @@ def test_trajectory_attention_by_loops():
 @pytest.mark.parametrize("backbone", ["joint", "divided", "trajectory"])
 def test_backbones_depend_on_visible_tokens_only(backbone):
     """Each works on the visible tokens of any number of frames, and mixes clips with nothing."""
-    model = randomise(tpt_mae.VideoMAE("vit_16", "", 8, SIZE, backbone=backbone))
+    model = randomise(tpt_mae.VideoMAE("vit_16", frames=8, size=SIZE, backbone=backbone))
     for frames in (2, 4, 8):
         prediction, target = model(clips(2, frames), KEYS, 0.75)
         assert prediction.shape == target.shape == (2, frames // 2 * 12, 1536)
@@ -726,7 +728,7 @@ def test_image_weights_start_all_backbones(tmp_path):
         expected = expected[0] if isinstance(expected, tuple) else expected
     for backbone in tpt_mae.BLOCKS:
         net = tpt_mae.Classifier(
-            5, "vit_16", FRAMES, SIZE, backbone=backbone, positions="learned"
+            5, "vit_16", frames=FRAMES, size=SIZE, backbone=backbone, positions="learned"
         ).eval()
         message = common.load_weights(net, tpt_mae.init_weights(tmp_path / "vit.npz", net), "vit")
         assert "left at init 4 " in message if backbone == "joint" else "loaded" in message
@@ -755,10 +757,13 @@ def test_image_weights_start_all_backbones(tmp_path):
         if backbone == "joint":
             assert relative(net.encode(common.patchify(video[:, :2], net.patch)), expected) < 1e-4
     with pytest.raises(UserError, match="--positions learned"):
-        tpt_mae.init_weights(tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", FRAMES, SIZE))
+        tpt_mae.init_weights(
+            tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=SIZE)
+        )
     with pytest.raises(UserError, match="16 places, --size makes 4"):
         tpt_mae.init_weights(
-            tmp_path / "vit.npz", tpt_mae.Classifier(5, "vit_16", FRAMES, 32, positions="learned")
+            tmp_path / "vit.npz",
+            tpt_mae.Classifier(5, "vit_16", frames=FRAMES, size=32, positions="learned"),
         )
 
 

@@ -561,8 +561,10 @@ def read_merges(path):
             raise UserError(f"--merges {path}: {line[:40]!r} is not two symbols known by then")
         known.add(left + right)
     if not any(line.endswith("</w>") for line in merges):
-        why = "no merge ends a word (</w>), so it is not CLIP's bpe_simple_vocab_16e6"
-        raise UserError(f"--merges {path}: {why}")
+        raise UserError(
+            f"--merges {path}: no merge ends a word (</w>), so it is not CLIP's "
+            "bpe_simple_vocab_16e6"
+        )
     return merges
 
 
@@ -758,8 +760,9 @@ class Actions:
         texts = {name: {} for name in names}
         for entries in lists:
             if not entries.classified:
-                why = "not all of its narrations have a verb and a noun class"
-                raise UserError(f"{entries.path}: {why}")
+                raise UserError(
+                    f"{entries.path}: not all of its narrations have a verb and a noun class"
+                )
             for i, action in enumerate(entries.action.tolist()):
                 texts.setdefault(entries.actions[action], {})[entries.text(i)] = None
         self.names = list(names) or sorted(texts)
@@ -870,8 +873,9 @@ def _queries(similarity, relevancy):
     similarity = np.asarray(similarity)
     relevancy = np.asarray(relevancy, np.float64)
     if similarity.shape != relevancy.shape or similarity.ndim != 2:
-        shapes = f"similarity is {similarity.shape}, relevancy {relevancy.shape}"
-        raise ValueError(f"{shapes}; both should be [Q, S]")
+        raise ValueError(
+            f"similarity is {similarity.shape}, relevancy {relevancy.shape}; both should be [Q, S]"
+        )
     return zip(similarity, relevancy, strict=True)
 
 
@@ -1038,19 +1042,21 @@ def part_megabytes(part, width, tokens):
     return ((one / 64 - 64 * square) * tokens + square * tokens**2) / 1e6
 
 
-def saved_megabytes(model, tokens, kind):
-    """MB that the video encoder's blocks store for the backward pass of one clip in fp32,
-    (LayerNorm, attention, MLP), from the parts of one real block on the CPU (Fig. 3; GELU, as
-    measured there). kind: "plain", "sdpa", or "checkpoint": all blocks' inputs, and one block's
-    parts while that is recomputed."""
+def saved_megabytes(model, tokens):
+    """MB that the video encoder's blocks store for the backward pass of one clip in fp32, {kind:
+    [LayerNorm, attention, MLP]}, from the parts of real blocks on the CPU (Fig. 3; GELU, as
+    measured there). "plain" and "sdpa": kinds of attention. "checkpoint": SDPA, all blocks' inputs,
+    and one block's parts while that is recomputed."""
     width, depth, heads = (MODELS[model][key] for key in ("width", "depth", "heads"))
-    block = Block(width, heads, kind="plain" if kind == "plain" else "sdpa")
-    norms = 2 * part_megabytes(block.norm1, width, tokens)
-    attn = part_megabytes(block.attn, width, tokens)
-    mlp = part_megabytes(block.mlp, width, tokens)
-    if kind == "checkpoint":
-        return [norms + depth * tokens * width * 4 / 1e6, attn, mlp]
-    return [depth * norms, depth * attn, depth * mlp]
+    sizes = {}
+    for kind in ("plain", "sdpa"):
+        block = Block(width, heads, kind=kind)
+        norms = 2 * part_megabytes(block.norm1, width, tokens)
+        attn = part_megabytes(block.attn, width, tokens)
+        mlp = part_megabytes(block.mlp, width, tokens)
+        sizes[kind] = [depth * norms, depth * attn, depth * mlp]
+    sizes["checkpoint"] = [norms + depth * tokens * width * 4 / 1e6, attn, mlp]
+    return sizes
 
 
 def memory(cfg, net, tokens):
@@ -1068,15 +1074,15 @@ def memory(cfg, net, tokens):
 
 
 def print_figure_3(model, tokens):
-    what = "MB that the video encoder's blocks save a clip for backward"
-    print(f"{what}, in fp32 (Fig. 3; fp16: half)")
+    print(
+        "MB that the video encoder's blocks save a clip for backward, in fp32 (Fig. 3; fp16: half)"
+    )
     columns = " ".join(f"{column:>10}" for column in ("LayerNorm", "attention", "MLP", "all"))
     print(f"{'':<24} {columns} {'attention %':>12}")
-    kinds = {"plain": "plain", "sdpa": "memory-efficient", "checkpoint": "efficient, recomputed"}
-    for kind, name in kinds.items():
-        sizes = saved_megabytes(model, tokens, kind)
+    names = {"plain": "plain", "sdpa": "memory-efficient", "checkpoint": "efficient, recomputed"}
+    for kind, sizes in saved_megabytes(model, tokens).items():
         cells = " ".join(f"{n:10.1f}" for n in [*sizes, sum(sizes)])
-        print(f"{name:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
+        print(f"{names[kind]:<24} {cells} {100 * sizes[1] / sum(sizes):12.1f}")
 
 
 def print_plan(cfg):
@@ -1120,14 +1126,19 @@ def check(cfg):
     common.check_flags(cfg, MODELS[cfg.model]["patch"])
     tubelet = MODELS[cfg.model].get("tubelet", 1)
     if cfg.frames % tubelet or cfg.eval_frames % tubelet:
-        token = f"{tubelet}, the frames of a token of --model {cfg.model}"
-        raise UserError(f"--frames and --eval-frames must be multiples of {token}")
+        raise UserError(
+            f"--frames and --eval-frames must be multiples of {tubelet}, the frames of a token of "
+            f"--model {cfg.model}"
+        )
     if cfg.contrastive and (cfg.mixup or cfg.cutmix or cfg.dropout or cfg.label_smoothing):
-        flags = "--mixup, --cutmix, --dropout and --label-smoothing"
-        raise UserError(f"{flags} are for --loss cross_entropy: a text can't be mixed")
+        raise UserError(
+            "--mixup, --cutmix, --dropout and --label-smoothing are for --loss cross_entropy: "
+            "a text can't be mixed"
+        )
     if cfg.contrastive and cfg.batch_size < 2:
-        batch = f"--batch-size {cfg.batch_size}"
-        raise UserError(f"{batch} has no negatives; --loss {cfg.loss} compares clips")
+        raise UserError(
+            f"--batch-size {cfg.batch_size} has no negatives; --loss {cfg.loss} compares clips"
+        )
     if cfg.task == "search" and not cfg.query.strip():
         raise UserError('--task search needs --query "what to look for"')
     if cfg.task == "predict" and not cfg.input:
@@ -1183,8 +1194,14 @@ def open_actions(cfg, lists):
 def clips_of(cfg, videos, train):
     """The clips of a list: random ones to train on, or the centre of each narration."""
     frames = cfg.frames if train else cfg.eval_frames or cfg.frames
-    crop = {"crop": train and cfg.crop, "crop_min": cfg.crop_min}
-    plan = partial(sample_clip, videos=videos, frames=frames, train=train, **crop)
+    plan = partial(
+        sample_clip,
+        videos=videos,
+        frames=frames,
+        train=train,
+        crop=train and cfg.crop,
+        crop_min=cfg.crop_min,
+    )
     reader = data.WholeFrames if cfg.loader == "decode_then_crop" else data.Video
     return data.ClipDataset(
         videos, plan, cfg.size, cfg.seed, replace=train, frames=frames, reader=reader
@@ -1195,8 +1212,9 @@ def trained_model(cfg, state):
     """The model of a checkpoint of ours."""
     tokenizer = BPETokenizer(state["merges"])
     if cfg.merges and read_merges(cfg.merges) != tokenizer.merges:
-        flag = f"--merges {cfg.merges}"
-        raise UserError(f"it was trained with other merges than {flag}; leave that flag out")
+        raise UserError(
+            f"it was trained with other merges than --merges {cfg.merges}; leave that flag out"
+        )
     return build(cfg, state["style"], tokenizer.size, len(state["classes"]))
 
 
@@ -1214,8 +1232,10 @@ def published_model(cfg, start):
     common.load_weights(net, weights, cfg.init)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
     if missing:
-        why = f"has no {missing[0]} that fits; its --embed-dim and --loss must be the file's"
-        raise UserError(f"{cfg.init}: {why}")
+        raise UserError(
+            f"{cfg.init}: has no {missing[0]} that fits; its --embed-dim and --loss must be the "
+            "file's"
+        )
     return cfg, net.eval()
 
 
@@ -1272,8 +1292,9 @@ def search(cfg, ctx, net, tokenizer):
     times and videos, out of --input, else of the videos of --val-list; of clips that overlap,
     the best."""
     if not isinstance(net, VideoCLIP):
-        why = "needs a model with a text encoder, not one of --loss cross_entropy"
-        raise UserError(f"--task search {why}")
+        raise UserError(
+            "--task search needs a model with a text encoder, not one of --loss cross_entropy"
+        )
     paths = cfg.input
     if not paths:
         listed = open_list(cfg, "--val-list", ctx)
@@ -1316,8 +1337,10 @@ def open_start(cfg, run, classes):
         merges = start.get("merges", ())
     tokenizer = BPETokenizer(merges)
     if cfg.contrastive and not tokenizer.merges:
-        why = "texts are read as bytes, which needs no file; CLIP's weights need CLIP's merges"
-        run.say(f"no --merges: {why}")
+        run.say(
+            "no --merges: texts are read as bytes, which needs no file; CLIP's weights need CLIP's "
+            "merges"
+        )
     style = start.get("style", "clip")
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, style, tokenizer.size, classes)
@@ -1413,10 +1436,7 @@ def main(cfg):
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
                 tokens = tokenizer(texts)  # [b, L]
-                ids = batch.keys  # [b], each another: nobody asks
-                if cfg.skip_duplicates:
-                    ids = text_ids(tokens)  # [b]
-                inputs = batch.keys, tokens, ids
+                inputs = batch.keys, tokens, text_ids(tokens)
                 pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
             global_backward(run, pairs, loss_fn)
         else:  # a sum over clips: gradients of micro-batches add up

@@ -665,9 +665,9 @@ def build(cfg, heads, stage):
 # ---- Weights -------------------------------------------------------------------------------------
 
 
-def image_weights(path):
-    """An image ViT's weights by ViViT's names, on the CPU, patch_embed's kernel as [D, C, p, p]; or
-    ours as they are.
+def image_weights(path, how):
+    """An image ViT's weights by ViViT's names, on the CPU, its patch kernel as a tubelet's (`how`:
+    see inflate); or ours as they are.
 
     path: any file that common.vit_weights knows, or a checkpoint of this script. Of a hub's ViT,
     the epsilon too. UserError where it is neither.
@@ -681,7 +681,9 @@ def image_weights(path):
         raise UserError(f"{path}: no image ViT's weights are in it, nor ours (it holds {held} ...)")
     ours = {}
     for name, x in image.items():  # DECISION (class): cls_token too
-        if not name.startswith("patch_embed."):
+        if name == "patch_embed.weight":
+            x = common.conv_to_linear(inflate(x, TUBELET, how))  # [D, P]
+        elif name != "patch_embed.bias":
             name = "spatial." + name.replace("pos_embed", "positions")
         ours[name] = x
     if any(name.endswith("embeddings.position_embeddings") for name in state):
@@ -710,7 +712,7 @@ def init_weights(cfg, net):
     """The tensors of --init and --init-temporal as `net` takes them. UserError where they don't
     fit."""
     depth = len(net.temporal.blocks)
-    weights = image_weights(cfg.init) if cfg.init else {}
+    weights = image_weights(cfg.init, cfg.inflate) if cfg.init else {}
     if cfg.init_temporal:
         weights |= temporal_weights(cfg.init_temporal, depth)
     layers = {name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")}
@@ -722,7 +724,13 @@ def init_weights(cfg, net):
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
         for name in ("head.weight", "head.bias"):
             weights.pop(name, None)
-    fit_kernel(cfg, net, weights)
+    # Where none is given, the model's own fits.
+    kernel = weights.get("patch_embed.weight", net.patch_embed.weight)  # [D, P]
+    side = math.isqrt(kernel.shape[1] // 3 // TUBELET)
+    if side != net.patch[1]:
+        raise UserError(
+            f"{cfg.init}: its patches are {side} pixels wide, those of --model are {net.patch[1]}"
+        )
     fit_positions(cfg, net, weights)
     if "spatial" in net.frozen and cfg.init:
         for name, _ in net.named_parameters():
@@ -745,23 +753,6 @@ def inflate(kernel, frames, how):
     else:
         share = torch.arange(frames) == frames // 2  # DECISION (tubelet)
     return kernel[:, :, None] * share[:, None, None]  # [D, C, frames, p, p]
-
-
-def fit_kernel(cfg, net, weights):
-    """An image's patch kernel becomes a tubelet's, in place; UserError where its patches are of
-    another size."""
-    kernel = weights.get("patch_embed.weight")  # [D, C, p, p], or ours: [D, P]
-    if kernel is None:
-        return
-    if kernel.dim() == 4:
-        kernel = common.conv_to_linear(inflate(kernel, TUBELET, cfg.inflate))  # [D, P]
-    own = math.isqrt(kernel.shape[1] // 3 // TUBELET)
-    side = net.patch[1]
-    if own != side:
-        raise UserError(
-            f"{cfg.init}: its patches are {own} pixels wide, those of --model are {side}"
-        )
-    weights["patch_embed.weight"] = kernel
 
 
 def fit_positions(cfg, net, weights):
@@ -788,28 +779,28 @@ def fit_positions(cfg, net, weights):
 
 
 @torch.no_grad()
-def evaluate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", draw=None):
+def evaluate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", picture=None):
     """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each
     alone (Table 6); and the loss (Fig. 4). The logits of a video's `views`, (clips, squares) of
     `frames` frames, are averaged (scenic). Every readable video of a list counts once, at any
     number of ranks; `unread` of them could not be.
 
-    heads: numbers of classes. draw(net, clips): a picture of the first ones.
+    heads: numbers of classes. picture: the path of one of the first clips.
     """
     found = common.Evaluation(cfg, ctx, videos)
     net.eval()
     for batch in data.test_batches(cfg, ctx, clips_of(cfg, videos, frames, views), found.failures):
         with ctx.autocast():
             logits = net(batch.clips)  # [V B, classes]
-            if draw:
-                draw(net, batch.clips[:4])
-                draw = None
+            if picture and ctx.rank == 0:
+                write_attention(net, batch.clips[:4], picture)
+                picture = None
         logits = logits.float().unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
         found.add_hits(joint_scores(logits, heads), labels)
         if len(heads) == 2:
-            parts = zip(logits.split(heads, 1), head_labels(labels, heads), strict=True)
-            for word, (scores, own) in zip(("verb", "noun"), parts, strict=True):
+            parts = logits.split(heads, 1), head_labels(labels, heads)
+            for word, scores, own in zip(("verb", "noun"), *parts, strict=True):
                 found.add(word, 100 * (scores.argmax(1) == own))
         found.add("loss", vivit_loss(logits, soft_targets(labels, heads, 0.0), heads))
     net.train()
@@ -865,14 +856,11 @@ def count_gmacs(net, stage):
 def block_memory(cfg, net):
     """Bytes that blocks hold of a clip: the spatial ones a time step; one of these at work on a
     time step; the temporal ones a time step, as of 64."""
-    spec = MODELS[cfg.model]
-    width = spec["width"]
-    block = Block(width, spec["heads"], spec["mlp"] / width, kind=cfg.attention)
-    depth = len(net.spatial.blocks)
-    spatial, working = (
-        common.block_bytes(cfg, block, n, (1 + net.tokens, width)) for n in (depth, 0)
-    )
-    temporal = common.block_bytes(cfg, block, len(net.temporal.blocks), (64, width)) / 64
+    block = net.temporal.blocks[0]  # of the size of a spatial one, and it trains
+    place = 1 + net.tokens, net.width  # of a time step
+    spatial = common.block_bytes(cfg, block, len(net.spatial.blocks), place)
+    working = common.block_bytes(cfg, block, 0, place)
+    temporal = common.block_bytes(cfg, block, len(net.temporal.blocks), (64, net.width)) / 64
     return spatial, working, temporal
 
 
@@ -1096,7 +1084,7 @@ def use(cfg, ctx):
     more = "classes", "stage"
     cfg, net, state = common.open_trained(cfg, "sfa_vivit.py", settings, more, saved)
     classes = state["classes"]
-    frames = Stage(*state["stage"]).frames
+    frames = net.steps * TUBELET
     heads = heads_of(cfg, classes)
     if cfg.task == "predict":
         clips = clips_of(cfg, data.VideoList.of(cfg.input), frames, (1, 1))
@@ -1198,10 +1186,8 @@ def enter_stage(cfg, ctx, run, net, stage, classes):
 def evaluate_stage(cfg, ctx, run, videos, heads, stage):
     """Validate the model as it is at a step of a stage; at a stage's end also say when it came near
     its peak, and at the end of all test it."""
-    draw = None
-    if ctx.rank == 0:
-        draw = partial(write_attention, path=run.folder / "attention.png")
-    result = evaluate(cfg, ctx, run.net, videos, heads, stage.frames, draw=draw)
+    picture = run.folder / "attention.png"
+    result = evaluate(cfg, ctx, run.net, videos, heads, stage.frames, picture=picture)
     run.at["curve"] = [*run.at["curve"], [run.step - stage.start, result["val_top1"]]]
     also = []
     if run.step == stage.stop:

@@ -1621,6 +1621,9 @@ class Video:
         # as the header says
         fps = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         pts = np.array(self._pts, np.float64)  # [num_frames], NaN for None
+        if not (np.diff(pts) >= 0).all() and n == len(self._rows):
+            # AVI says only when packets are decoded, which is as far apart
+            pts = np.array([dts for _, dts, _ in self._rows], np.float64)  # [num_frames]
         known = (np.diff(pts) >= 0).all() and pts[-1] > pts[0]
         self.times = (pts - pts[0]) * tick if known else np.arange(n) / fps  # [num_frames]
         # the header is not right, or the rate varies

@@ -1028,6 +1028,25 @@ def test_last_packet_cut_off(videos, tmp_path):
             video.read([i for i in range(N) if i < video.info.num_frames], 32)
 
 
+def test_avi_that_leaves_places_empty(tmp_path):
+    """30 frames a second written at 60 places a second, every other one empty, and B-frames, of which AVI has no times:
+    it lasts a second, not half of one."""
+    path = tmp_path / "sparse.avi"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=60, options={"bf": "2", "b-adapt": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i, picture in enumerate(pictures(30, 64, 64)):
+            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts, frame.time_base = 2 * i, Fraction(1, 60)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    with data.Video(path) as video:
+        assert video.info.num_frames == 30
+        assert (video.info.fps, video.info.duration) == pytest.approx((30, 1))
+        assert video.times == pytest.approx(np.arange(30) / 30)
+        assert video.at([0.5]) == [15]
+
+
 @pytest.mark.parametrize("name", ["h264.mp4", "mpeg4.avi"])
 def test_frames_marked_corrupt(videos, monkeypatch, name):
     """The decoder's own mark, here put on frame 4 by a stand-in: it spoils what is decoded from it."""

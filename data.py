@@ -3029,7 +3029,7 @@ def normalize(patches, mean, std):
     return (patches.float() / 255 - filled(mean)) / filled(std)
 
 
-def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def pixel_target(patches, kind):
     """What the decoder predicts of 0-255 patches [B, R, P], in float32 [B, R, P].
 
     "normalized": each patch, each colour by its own mean and (unbiased) deviation over the
@@ -3037,7 +3037,7 @@ def pixel_target(patches, kind, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     "pixels": as the encoder sees them.
     """
     if kind == "pixels":
-        return normalize(patches, mean, std)
+        return normalize(patches, IMAGENET_MEAN, IMAGENET_STD)
     # On 0-255 pixels, whose sums are exact, and in place: of a whole batch's masked
     # patches each copy takes time.
     x = patches.to(torch.float32, copy=True).unflatten(-1, (-1, 3))  # [B, R, P/3, 3]
@@ -3439,11 +3439,11 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
     target = root / which
     counts = dict(counts or TOY_SETS[which]["counts"])
     wanted = {"version": TOY_VERSION, "set": which, "seed": seed, "counts": counts}
-    if _toy_made(target) == wanted:
+    if _made(target / "version.json") == wanted:
         return target  # without the lock, which a read-only disk can't hold
     root.mkdir(parents=True, exist_ok=True)
     with _only_maker(root / f".{which}.lock"):
-        made = _toy_made(target)
+        made = _made(target / "version.json")
         if made == wanted:  # by the process that had the lock before
             return target
         if made is None and target.exists():
@@ -3462,10 +3462,10 @@ def make_toy(root, which, seed=0, counts=None, workers=None):
     return target
 
 
-def _toy_made(folder):
-    """What the toy set in folder was made of, or None where there is none."""
+def _made(record):
+    """What a folder's record says it was made of, or None where there is none."""
     try:
-        return json.loads((folder / "version.json").read_text())
+        return json.loads(record.read_text())
     except (OSError, ValueError):
         return None
 
@@ -3511,13 +3511,10 @@ def _videos(source, _, skipped):
     waiting = [source]
     visited = set()
     videoless = set()
-    counts = Counter()
-    examples = defaultdict(list)
+    left_out = defaultdict(list)
 
     def skip(kind, path):
-        counts[kind] += 1
-        if counts[kind] <= 3:
-            examples[kind].append(path.replace("\n", "\\n"))
+        left_out[kind].append(path.replace("\n", "\\n"))
 
     def unreadable(error):
         if error.filename == source:
@@ -3547,9 +3544,9 @@ def _videos(source, _, skipped):
                     yield source, path
     for name in sorted(videoless):
         skip("folder without a video", name)
-    for kind, count in counts.most_common():
-        more = " ..." if count > 3 else ""
-        skipped.append(f"{count} {kind} ({', '.join(examples[kind])}{more})")
+    for kind, paths in sorted(left_out.items(), key=lambda item: -len(item[1])):
+        more = " ..." if len(paths) > 3 else ""
+        skipped.append(f"{len(paths)} {kind} ({', '.join(paths[:3])}{more})")
 
 
 def _split_files(source, fold, _):
@@ -3691,9 +3688,8 @@ def list_videos(form, source, split=None, fold=1, labels=None, skipped=None):
     files of a folder that are left out.
     """
     known = FORMATS[form]
-    if bool(known.splits) != bool(split) or not 1 <= fold <= max(known.splits, 1):
-        _refuse_flags(form)
-    if labels and not known.classes:
+    fits = bool(known.splits) == bool(split) and 1 <= fold <= max(known.splits, 1)
+    if not fits or (labels and not known.classes):
         _refuse_flags(form)
     names = labels or (known.classes and os.path.join(os.path.dirname(source), known.classes))
     if names and not os.path.exists(names):
@@ -4121,18 +4117,18 @@ def _chunk_jobs(source, target, skipped):
 def _keep_settings(target, settings):
     """Writes chunks.json; UserError where the folder has chunks of other settings, or no chunks."""
     record = target / "chunks.json"
-    if record.exists():
-        made = json.loads(record.read_text())
-        if made != settings:
-            flags = " ".join(f"--{flag} {value}" for flag, value in made.items())
-            raise UserError(
-                f"{target} holds chunks made with {flags}: use the same flags, or another folder"
-            )
-    elif set(os.listdir(target)) - {".lock", "chunks.json.tmp"}:
+    made = _made(record)
+    if made == settings:
+        return
+    if made:
+        flags = " ".join(f"--{flag} {value}" for flag, value in made.items())
+        raise UserError(
+            f"{target} holds chunks made with {flags}: use the same flags, or another folder"
+        )
+    if set(os.listdir(target)) - {".lock", "chunks.json.tmp"}:
         raise UserError(f"{target} holds something else: use another folder")
-    else:
-        with replacing(record) as temporary:
-            temporary.write_text(json.dumps(settings))
+    with replacing(record) as temporary:
+        temporary.write_text(json.dumps(settings))
 
 
 def chunk_videos(

@@ -19,6 +19,7 @@ import argparse
 import atexit
 import csv
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -1253,60 +1254,22 @@ def _only_frames(sps):
     return flag()
 
 
-def _may_be_turned(path):
-    """False if the header of an mp4 or mkv file proves that it turns no picture;
-    otherwise a frame must tell."""
-    with open(path, "rb") as file:
-        is_mkv = file.read(4) == b"\x1aE\xdf\xa3"
-        file.seek(0)
-        for _ in range(64):
-            name, size = (_mkv_element if is_mkv else _mp4_element)(file)
-            if name == b"\x18\x53\x80\x67":  # mkv's Segment: go into it
-                continue
-            if not 0 <= size < 1 << 40:  # the end, or unknown
-                return True
-            if name == b"\x16T\xaek":  # mkv's Tracks: is there an element Projection?
-                return size > KEEP_BYTES or b"\x76\x70" in file.read(size)
-            if name == b"moov":
-                return size > KEEP_BYTES or _moov_may_turn(file.read(size))
-            file.seek(size, os.SEEK_CUR)
-    return True
+def _may_be_turned(stream):
+    """False if the container says that it turns no picture; otherwise a frame must tell.
 
-
-def _mp4_element(file):
-    """(name, bytes behind its head) of the box that begins here in an mp4 file."""
-    size = int.from_bytes(file.read(4)) - 8
-    name = file.read(4)
-    if size == 1 - 8:  # it stands behind the name
-        size = int.from_bytes(file.read(8)) - 16
-    return name, size
-
-
-def _mkv_element(file):
-    """(name, bytes behind its head) of the element that begins here in an mkv file."""
-    numbers = []
-    for _ in range(2):
-        # as many more bytes as it has zeros in front; they and the one behind them are its mark
-        first = file.read(1)
-        numbers.append(first + file.read(8 - int.from_bytes(first).bit_length()))
-    name, size = numbers
-    return name, int.from_bytes(size) - (1 << 7 * len(size))
-
-
-def _moov_may_turn(moov):
-    """Looks at the matrices (a, b, u, c, d, ...) of the film and of all tracks in an mp4's header.
-
-    Every place that holds the name counts: it is the header's, or chance, which costs no more
-    than a frame.
+    FFmpeg has read the display matrix, but PyAV only hands it on: to the header of an mp4 file
+    that is written here for the stream, with no picture in it.
     """
-    unit = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0"
-    names = 0
-    straight = 0
-    # version 1 has three numbers of 8 bytes, not 4
-    for before in rb"mvhd(\x00.{35}|\x01.{47})", rb"tkhd(\x00.{39}|\x01.{51})":
-        names += moov.count(before[:4])
-        straight += len(re.findall(before + unit, moov, re.DOTALL))
-    return names < 2 or straight < names
+    header = io.BytesIO()
+    try:
+        with av.open(header, "w", "mp4", options={"movflags": "empty_moov"}) as file:
+            file.add_stream_from_template(stream, opaque=True)
+            file.start_encoding()
+    except (av.FFmpegError, ValueError):  # the stream can't be in an mp4 file
+        return True
+    _, _, track = header.getvalue().partition(b"tkhd")
+    straight = b"\0\1\0\0" + bytes(12) + b"\0\1\0\0"  # a, b, u, c, d of the matrix
+    return not track.startswith(straight, 40)
 
 
 def _side_data(frame):
@@ -1601,7 +1564,7 @@ class Video:
         first = None
         if not self._fast:
             first = self._count()
-        elif _may_be_turned(self.path):
+        elif _may_be_turned(self._stream):
             # of the first frame shown: an edit list may hide those before it
             (run,) = self._plan([0])
             _, first = next(self._run(*run))

@@ -483,9 +483,10 @@ def test_rotation_is_found_wherever_the_header_holds_it(tmp_path, name, turn):
     info = check_exact(tmp_path / name, reads=1, fast=True)
     assert info.rotation == (-turn[0] % 360 if turn else 0)
     assert (info.width, info.height) == ((H, W) if turn and turn[0] == 90 else (W, H))
-    assert data._may_be_turned(tmp_path / name) == bool(turn), (
-        "no frame is decoded where the header says enough"
-    )
+    with data.Video(tmp_path / name) as video:
+        assert data._may_be_turned(video._stream) == bool(turn), (
+            "no frame is decoded where the header says enough"
+        )
 
 
 def test_pictures_turned_otherwise_than_the_first(videos, tmp_path):
@@ -515,9 +516,18 @@ def test_matrix_of_zeros(videos, tmp_path):
 
 
 def test_header_of_an_absurd_size(tmp_path):
-    """An element of 2^55 bytes, behind which no file system can seek: a frame must tell."""
+    """An element of 2^55 bytes, behind which no file system can seek."""
     (tmp_path / "a.mkv").write_bytes(b"\x1aE\xdf\xa3" + b"\x01\x80" + bytes(6))
-    assert data._may_be_turned(tmp_path / "a.mkv")
+    with pytest.raises(data.VideoError, match="can't be opened"):
+        data.probe(tmp_path / "a.mkv")
+
+
+def test_a_frame_tells_where_no_header_can(tmp_path):
+    """FFV1 isn't in mp4 files, in whose header a stream's matrix would be looked up."""
+    path = make(tmp_path / "ffv1.mkv", codec="ffv1", n=3, turn=(90, False, False))
+    with data.Video(path) as video:
+        assert data._may_be_turned(video._stream)
+        assert video.info.rotation == 270
 
 
 def test_metadata_that_is_no_text(tmp_path):
@@ -1315,6 +1325,7 @@ def test_the_reader_can_be_lifted_out(videos, tmp_path, cli):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
                 lines -= node.body[0].value.value.count("\n") + 1
     allowed = {
+        "io",
         "os",
         "re",
         "stat",

@@ -43,7 +43,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from itertools import chain, dropwhile, groupby, islice, pairwise, product, starmap, tee
+from itertools import chain, compress, dropwhile, groupby, islice, pairwise, product, starmap, tee
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -1272,21 +1272,26 @@ def _may_be_turned(stream):
     return not track.startswith(straight, 40)
 
 
+def _filtered(frame, filters):
+    """The frame that comes out of FFmpeg's filters, `name` or `name=arguments` each."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    steps = [graph.add(*each.split("=", 1)) for each in filters]
+    source = graph.add_buffer(frame, time_base=1)  # no step asks when it is shown
+    graph.link_nodes(source, *steps, graph.add("buffersink")).configure()
+    graph.push(frame)
+    return graph.pull()
+
+
 def _side_data(frame):
     """What a frame carries beside its picture, of the types that PyAV knows; one that it
     doesn't know hides them all."""
     try:
         return frame.side_data
     except ValueError:
-        graph = av.filter.Graph()
-        shape = {"width": frame.width, "height": frame.height, "format": frame.format}
-        source = graph.add_buffer(**shape, time_base=frame.time_base)
         known = {kind.value for kind in av.sidedata.sidedata.Type}
         unknown = set(range(64)) - known
-        delete = [graph.add("sidedata", f"mode=delete:type={n}") for n in unknown]
-        graph.link_nodes(source, *delete, graph.add("buffersink")).configure()
-        graph.push(frame)
-        return graph.pull().side_data
+        return _filtered(frame, [f"sidedata=mode=delete:type={n}" for n in unknown]).side_data
 
 
 def _turn(frame):
@@ -3938,25 +3943,13 @@ def _in_order(video):
 def _upright(frame, w, h, turn, scaler):
     """A decoded frame turned, scaled to w x h and in yuv420p; colour matrix and range stay
     what they are, as tagged."""
-    transpose, flip_x, flip_y = turn
-    if transpose:
+    if turn[0]:
         w, h = h, w
     small = scaler.reformat(frame, w, h, "yuv420p", interpolation=Interpolation.BICUBIC, threads=1)
     if not any(turn):
         return small
-    planes = []
-    for plane in _planes(small):
-        if transpose:
-            plane = plane.T
-        if flip_y:
-            plane = plane[::-1]
-        if flip_x:
-            plane = plane[:, ::-1]
-        planes.append(plane.copy())
-    turned = av.VideoFrame.from_dlpack(planes, format="yuv420p")
-    for tag in TAGS:
-        setattr(turned, tag, getattr(small, tag))
-    return turned
+    turns = compress(("transpose", "hflip", "vflip"), turn)
+    return _filtered(small, [*turns, "sidedata=mode=delete"])  # its display matrix is done with
 
 
 def _write_chunk(path, video, frames, pts, times, short_side, coding, tick):

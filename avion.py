@@ -619,7 +619,7 @@ class BPETokenizer:
             return (self.ids[word],)
         parts = [_BYTES[byte] for byte in word.encode("utf-8", "replace")]
         parts[-1] += "</w>"
-        while self.merges and len(parts) > 1:
+        while len(parts) > 1:
             best = min(pairwise(parts), key=lambda pair: self.ranks.get(pair, math.inf))
             if best not in self.ranks:
                 break

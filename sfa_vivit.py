@@ -962,8 +962,10 @@ def print_table_4(cfg, net, lengths, kinds, blocks):
     )
     print(f"{'frames':>6} {'full':>9} {'frozen':>9} {'ratio':>6} {'full MB':>9} {'frozen MB':>9}")
     lengths = sorted(lengths | {4, 8, 16, 32, 48, 64, 96, 128})
-    longest = [kind._replace(frames=lengths[-1]) for kind in kinds]
-    memory = [memory_model(cfg, net, kind, blocks) for kind in longest]
+    memory = []
+    for kind in kinds:
+        longest = kind._replace(frames=lengths[-1])
+        memory.append(memory_model(cfg, net, longest, blocks))
     for n in lengths:
         whole, part = (count_gmacs(net, kind._replace(frames=n)) for kind in kinds)
         whole_mb, part_mb = ((fixed + n // TUBELET * a_step) / 1e6 for fixed, a_step in memory)
@@ -1188,13 +1190,13 @@ def evaluate_stage(cfg, ctx, run, videos, heads, stage):
     its peak, and at the end of all test it."""
     picture = run.folder / "attention.png"
     result = evaluate(cfg, ctx, run.net, videos, heads, stage.frames, picture=picture)
-    run.at["curve"] = [*run.at["curve"], [run.step - stage.start, result["val_top1"]]]
+    run.at["curve"].append([run.step - stage.start, result["val_top1"]])
     also = []
     if run.step == stage.stop:
         near, best = near_peak(run.at["curve"])
         result |= {"near_peak_epoch": near / run.epoch_steps, "best_epoch": best / run.epoch_steps}
         result["best_step"] = stage.start + best
-        run.at["seconds"] = [*run.at["seconds"], round(time.time() - run.started, 1)]
+        run.at["seconds"].append(round(time.time() - run.started, 1))
         if run.step < run.total:
             also = [f"stage{stage.number + 1}.pt"]  # for other stages 2 (--init)
         elif cfg.views * cfg.crops > 1:

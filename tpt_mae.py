@@ -110,6 +110,7 @@ from typing import NamedTuple
 # Idle threads sleep: on the CPU the loader needs their cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -453,7 +454,7 @@ def search_space(frames=(2, 4, 8, 12, 16), most=4, portions=(6.25, 12.5, 25.0, 5
     """
     *short, full = sorted(frames)
     space = []
-    for n in range(min(most, len(frames))):
+    for n in range(most):
         for some in combinations(short, n):  # DECISION (search): and `full` behind them
             for shares in product(portions, repeat=n + 1):
                 if sum(shares) == 100:
@@ -494,7 +495,7 @@ def sample_clip(
             chosen = data.segment_frames(info, frames, uniform(key, "start", frames).numpy())
         else:  # DECISION (stride): the same at every length
             chosen = data.stride_frames(info, frames, stride, uniform(key, "start").item())
-        box = crop(info, key) if crop else data.crop_box(info, 0, 1)
+        box = crop(info, key) if crop else data.centre_box(info)
     else:
         clip, square = divmod(view, views[1])
         if segmented:
@@ -1111,20 +1112,18 @@ def print_plan(cfg):
         "embedded    PMACs   hours",
     )
     lengths = {full, *(stage.frames for stage in stages)}
-    macs = {frames: count_gmacs(cfg, classes, frames) for frames in lengths}
+    macs = {frames: np.array(count_gmacs(cfg, classes, frames)) for frames in lengths}
 
     per_hour = 3600 * cfg.clips_per_second * macs[longest(cfg)][0] / 1e6  # PMACs, measured
     hours = lambda pmacs: f"{pmacs / per_hour:.1f}" if per_hour else "-"
-    total = 0.0  # PMACs of all clips' forward passes
-    total_embedded = 0.0
+    totals = np.zeros(2)  # PMACs of all clips' forward passes, as count_gmacs has them
     frames = 0
     loads = []
     for stage in stages:
         clips = stage.steps * stage.batch
         gmacs, embedded = macs[stage.frames]
-        cost = clips * gmacs / 1e6
-        total += cost
-        total_embedded += clips * embedded / 1e6
+        costs = clips * macs[stage.frames] / 1e6
+        totals += costs
         frames += clips * stage.frames
         loads.append((stage.frames, (4 if cfg.grad_checkpoint else 3) * gmacs, stage.repeated))
         steps = time_steps(stage.frames)
@@ -1132,16 +1131,16 @@ def print_plan(cfg):
             f"{stage.frames:6} {stage.percent:7.2f} {stage.epochs:7} {stage.steps:8} "
             f"{stage.batch:6} {stage.lr:8.3g} {stage.repeated:8} "
             f"{steps * visible_places(cfg, net):7} {steps * net.places:6} "
-            f"{gmacs:8.3f} {embedded:8.3f} {cost:8.3f} {hours(cost):>7}"
+            f"{gmacs:8.3f} {embedded:8.3f} {costs[0]:8.3f} {hours(costs[0]):>7}"
         )
     print(
-        f"total     {segments[-1].stop} steps, {total:.3f} PMACs, {hours(total)} hours by "
-        "--clips-per-second. GMACs: multiply-adds of a clip, forward (a training step: 3 times "
+        f"total     {segments[-1].stop} steps, {totals[0]:.3f} PMACs, {hours(totals[0])} hours "
+        "by --clips-per-second. GMACs: multiply-adds of a clip, forward (a training step: 3 times "
         "that); embedded: with all patches embedded"
     )
     data.print_cores(loads)
     if cfg.pretraining:
-        print_saving(full, frames, (total, total_embedded), macs[full])
+        print_saving(full, frames, totals, macs[full])
 
 
 def print_model(cfg, net, segments):
@@ -1161,7 +1160,7 @@ def print_saving(full, frames, totals, gmacs):
     each."""
     for times, words in ((1, "equal frames"), (2, "twice the frames, the paper's comparison")):
         clips = times * frames / full
-        less, embedded = (100 - 1e8 * a / (clips * b) for a, b in zip(totals, gmacs, strict=True))
+        less, embedded = 100 - 1e8 * totals / (clips * gmacs)
         print(
             f"against   {full} frames only at {words}: {less:.1f} % fewer multiply-adds, "
             f"embedded {embedded:.1f} %"

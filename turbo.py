@@ -1222,7 +1222,8 @@ def use(cfg, ctx):
     if cfg.task == "predict":
         if align:
             raise UserError(
-                "--task predict needs a classifier; of a video-language model take --task features"
+                "--task predict needs a classifier; of a video-language model take --task features, "
+                "with a --val-list of `path label` lines"
             )
         clips = test_clips(cfg, data.VideoList.of(cfg.input))
         shares = partial(over_views, cfg, ctx, net.probabilities, m)

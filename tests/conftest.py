@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = (
     ""  # before torch looks: tests are of the CPU, tests/cuda.py is of a GPU
@@ -67,16 +68,9 @@ def toy(tmp_path_factory):
 
 @pytest.fixture
 def toy_args(toy):
-    """Flags that train on the small toy set."""
-    return [
-        "--train-list",
-        toy / "train.csv",
-        "--val-list",
-        toy / "val.csv",
-        "--data-root",
-        toy,
-        *TINY,
-    ]
+    """Flags that train on the small toy set, on clips of 32 x 32: half the time of a run is pictures and checkpoints."""
+    lists = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy]
+    return [*lists, *TINY, "--size", 32]
 
 
 def command(*args, cwd=ROOT, real=False, session=False):
@@ -121,3 +115,35 @@ def fails(cli):
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def by_hand():
+    """common.block_bytes worked out, for --plan: measuring a real block takes a second or ten. In half precision 16
+    bytes of each token and channel: the inputs of the two norms and their outputs, 2 each, q, k and v, 6, attention's
+    output, 2; and the MLP's hidden layer before and after its activation. That is what is measured on a small block."""
+    import common
+
+    measured = common.block_bytes
+
+    def worked_out(cfg, block, depth, shape, *args):
+        assert cfg.precision != "fp32"
+        if block.attn.kind == "plain":
+            return measured(cfg, block, depth, shape, *args)
+        tokens, width = shape
+        one = tokens * (16 * width + 4 * block.mlp.fc1.out_features)
+        kept = 2 * tokens * width if cfg.grad_checkpoint else one
+        return depth * kept + one * 4 / 3
+
+    for recomputed, depth in ((False, 5), (True, 5), (True, 0)):
+        cfg = SimpleNamespace(precision="bf16", grad_checkpoint=recomputed)
+        case = cfg, common.Block(128, 2, 3), depth, (64, 128)
+        assert measured(*case) == pytest.approx(worked_out(*case), rel=0.02)
+    return worked_out
+
+
+@pytest.fixture
+def blocks_by_hand(by_hand, monkeypatch):
+    import common
+
+    monkeypatch.setattr(common, "block_bytes", by_hand)

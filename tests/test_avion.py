@@ -1496,8 +1496,23 @@ ROWS = {  # every row of the paper: Tables 1-4, Fig. 6, Fig. 3; F2 and F5 need h
 }
 
 
+@pytest.fixture(scope="module")
+def counted():
+    """common.count_macs, once for each encoder and size that the rows share."""
+    known, count = {}, common.count_macs
+
+    def look_up(encoder, given, *more):
+        key = sum(p.numel() for p in encoder.parameters()), given.shape
+        if key not in known:
+            known[key] = count(encoder, given, *more)
+        return known[key]
+
+    return look_up
+
+
 @pytest.mark.parametrize("row", ROWS)
-def test_every_row_of_the_paper_has_a_plan(row, capsys):
+def test_every_row_of_the_paper_has_a_plan(row, counted, blocks_by_hand, capsys, monkeypatch):
+    monkeypatch.setattr(common, "count_macs", counted)
     flags, words = ROWS[row]
     avion.main(config("--plan", *flags))
     out = capsys.readouterr().out
@@ -1536,7 +1551,7 @@ def test_memory_of_the_papers_batch(capsys):
     assert fitting[0] == "24 GB: 256, 80 GB: 256" and fitting[3] == "11 GB: 128"
 
 
-def test_rows_of_other_programs(capsys):
+def test_rows_of_other_programs(blocks_by_hand, capsys):
     """Table 5 is tpt_mae.py's with one stage of 16 frames; what needs other hardware is the benchmark's; Eq. 3."""
     import bench_avion
 
@@ -1557,7 +1572,7 @@ def test_rows_of_other_programs(capsys):
     assert "up to 15.6 s" in capsys.readouterr().out
 
 
-def test_parameters_and_multiply_adds(capsys):
+def test_parameters_and_multiply_adds(blocks_by_hand, capsys):
     """CLIP ViT-B/16's sizes: 86.2 M with its 768 x 512 projection, 63.4 M text; 4 frames of it."""
     avion.main(config("--plan", "--recipe", "ego4d"))
     out = capsys.readouterr().out
@@ -1593,7 +1608,8 @@ CLS = ["--recipe", "toy_cls", "--init", ""]
         ["--eval-frames", "16", "--embed-dim", "32"],
     ],
 )  # fmt: skip
-def test_every_choice_trains_a_step(flags, args, tmp_path):
+def test_every_choice_trains_a_step(flags, args, tmp_path, monkeypatch):
+    monkeypatch.setitem(avion.MODELS, "clip_toy", avion.MODELS["clip_toy"] | {"depth": 2})
     avion.main(config(*args, "--max-steps", "2", "--out", tmp_path, *flags))
     log = records(tmp_path)
     assert [r["step"] for r in log] == [1, 2, 2] and all(math.isfinite(r["loss"]) for r in log[:2])

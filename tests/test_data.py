@@ -912,7 +912,7 @@ def test_a_list_of_which_2_percent_are_bad_stops(toy, cli, tmp_path):
         "--data-root",
         toy,
     ]
-    args += ["--batch-size", 8, "--epochs", 1, "--workers", 2, "--size", 32]
+    args += ["--batch-size", 8, "--epochs", 1, "--workers", 2, "--size", 32, "--frames", 4]
     code, _, err = cli(*args, "--out", tmp_path / "a")
     assert code == 1 and "--max-bad" in err and "Traceback" not in err
     assert "4 videos could not be read" in err and all(

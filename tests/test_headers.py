@@ -46,8 +46,8 @@ def commands(script):
 
 @pytest.fixture
 def plan(monkeypatch, capsys, tmp_path):
-    """What a script prints with flags and --plan, in this process; what takes long is not counted. Without a GPU and
-    in an empty folder, which stays empty."""
+    """What a script prints with flags and --plan, in this process; what takes long is not counted, and encoders have two
+    layers. Without a GPU and in an empty folder, which stays empty."""
 
     def no_gpu():
         raise AssertionError("--plan looks for a GPU")
@@ -58,6 +58,9 @@ def plan(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(common, "block_bytes", lambda *args, **kwargs: 2**20)
     monkeypatch.setattr(common, "saved_bytes", lambda *args: 2**20)
     monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
+    for module in SCRIPTS.values():
+        shallow = {name: spec | {"depth": 2} for name, spec in module.MODELS.items()}
+        monkeypatch.setattr(module, "MODELS", shallow)
 
     def run(script, flags):
         module = SCRIPTS[script]

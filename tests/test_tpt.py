@@ -809,7 +809,8 @@ def counted():
     def look_up(cfg, classes, frames):
         longest = bool(cfg.stages) and tpt_mae.longest(cfg)
         head = None if cfg.pretraining else classes
-        net = (cfg.model, cfg.decoder, cfg.backbone, cfg.size, cfg.mask_ratio)
+        depth = tpt_mae.MODELS[cfg.model]["depth"]
+        net = (cfg.model, depth, cfg.decoder, cfg.backbone, cfg.size, cfg.mask_ratio)
         key = (*net, cfg.pretraining, head, frames, longest)
         if key not in known:
             known[key] = count(cfg, classes, frames)
@@ -1012,6 +1013,9 @@ ROWS = {  # each system, table or figure of the paper, as flags
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_paper_has_a_plan(name, capsys, counted, monkeypatch):
+    """Of encoders two layers deep, which are counted in a tenth of the time."""
+    shallow = {model: spec | {"depth": 2} for model, spec in tpt_mae.MODELS.items()}
+    monkeypatch.setattr(tpt_mae, "MODELS", shallow)
     monkeypatch.setattr(tpt_mae, "count_gmacs", counted)
     monkeypatch.setattr(common, "block_bytes", block_by_hand)
     out = plan(capsys, "--recipe", *ROWS[name])
@@ -1162,7 +1166,7 @@ def test_recipes_are_the_papers():
 @pytest.fixture
 def lists(toy):
     return ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0,
-            "--batch-size", 4, "--log-every", 1]  # fmt: skip
+            "--batch-size", 4, "--log-every", 1, "--size", 16]  # fmt: skip
 
 
 PRETRAIN = ["--recipe", "toy", "--stages", "8:100", "--then", ""]
@@ -1227,7 +1231,8 @@ PATHS = [
 
 
 @pytest.mark.parametrize("flags", PATHS, ids=lambda flags: " ".join(map(str, flags[1:])))
-def test_every_path_trains_two_steps(flags, lists, tmp_path):
+def test_every_path_trains_two_steps(flags, lists, tmp_path, monkeypatch):
+    monkeypatch.setitem(tpt_mae.MODELS, "vit_toy", tpt_mae.MODELS["vit_toy"] | {"depth": 2})
     tpt_mae.main(config(*lists, "--max-steps", 2, "--out", tmp_path, *flags))
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
     losses = [r["loss"] for r in records if "loss" in r]
@@ -1311,7 +1316,8 @@ def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
         file.mux(stream.encode())
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) * 3 // 4] + bytes(len(whole) - len(whole) * 3 // 4))
-    cfg, ctx = config(*lists, *FINETUNE, "--stride", 2, "--micro-batch", 60), common.launch()
+    flags = ["--size", 32, "--stride", 2, "--micro-batch", 60]
+    cfg, ctx = config(*lists, *FINETUNE, *flags), common.launch()
     plan = lambda video, views, view: sample(cfg, 8, video, view, None, views)
     with data.Video(cut) as video:
         first, last = (plan(video, (5, 3), view)[0] for view in (0, 14))
@@ -1836,6 +1842,8 @@ def test_another_schedule_is_refused(trained, lists):
         tpt_mae.main(
             config(
                 *lists,
+                "--size",
+                32,
                 "--budget",
                 6,
                 "--eval-every",

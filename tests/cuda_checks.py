@@ -245,6 +245,7 @@ def toy_run(setting, script, precision, out):
         setting.compile,
     ]
     flags += ["--log-every", str(steps // 2)]
+    flags += ["--size", "32"] if setting.small else []  # else half of the time is pictures
     # Where there are stages, the second one begins after half of the steps.
     if script == "sfa_vivit":
         steps //= 2

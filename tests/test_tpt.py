@@ -1414,7 +1414,7 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--repeated", "4", "--micro-batch", "2"], ["--micro-batch 2", "--repeated"]),
         (["--batch-size", 32], ["train.csv", "16 videos", "32 clips"]),
         (["--max-steps", 2], ["--max-steps 2", "3 stages"]),
-        (["--mask-ratio", "0.001"], ["--mask-ratio 0.001", "64 places"]),
+        (["--size", 32, "--mask-ratio", "0.001"], ["--mask-ratio 0.001", "64 places"]),
         (["--mask-ratio", "1"], ["--mask-ratio"]),
         (["--size", 30], ["--size 30"]),
         (["--decoder", "big"], ["--decoder big"]),

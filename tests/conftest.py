@@ -66,6 +66,15 @@ def toy(tmp_path_factory):
     return data.make_toy(tmp_path_factory.mktemp("toy"), "actions", counts={"train": 16, "val": 8})
 
 
+@pytest.fixture(scope="session")
+def narrated(tmp_path_factory):
+    """Folder of a small toy `narrated` set: 4 training and 2 validation videos, of 8 captions each."""
+    import data
+
+    folder = tmp_path_factory.mktemp("narrated")
+    return data.make_toy(folder, "narrated", counts={"train": 4, "val": 2})
+
+
 @pytest.fixture
 def toy_args(toy):
     """Flags that train on the small toy set, on clips of 32 x 32: half the time of a run is pictures and checkpoints."""

@@ -777,12 +777,6 @@ def step_waits(monkeypatch):
     return run
 
 
-@pytest.fixture(scope="module")
-def narrated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("narrated")
-    return data.make_toy(folder, "narrated", counts={"train": 4, "val": 2})
-
-
 AUGMENTED = ["--rand-augment", 9, "--flip", "--mixup", 0.8]
 RANDOM = ["--init", "random"]
 

@@ -22,13 +22,6 @@ def config(*argv):
     return common.parse(turbo.Config, turbo.RECIPES, list(map(str, argv)))
 
 
-@pytest.fixture(scope="session")
-def narrated(tmp_path_factory):
-    return data.make_toy(
-        tmp_path_factory.mktemp("toy_vl"), "narrated", counts={"train": 4, "val": 2}
-    )
-
-
 @pytest.fixture
 def vl(narrated, tmp_path):
     """Flags of a tiny video-language run."""

@@ -1218,16 +1218,15 @@ def trained_model(cfg, state):
     return build(cfg, state["style"], tokenizer.size, len(state["classes"]))
 
 
-def published_model(cfg, start):
+def published_model(cfg, start, vocabulary):
     """(cfg, model) of published weights, as read_init has them; what they tell of its shape goes
-    before the flags."""
+    before the flags. vocabulary: how many tokens texts have."""
     weights = start["model"]
     if "head.weight" in weights:
         cfg = replace(cfg, loss="cross_entropy", num_classes=len(weights["head.weight"]))
     elif "visual_projection.weight" in weights:
         cfg = replace(cfg, loss="infonce", embed_dim=len(weights["visual_projection.weight"]))
-    tokenizer = BPETokenizer(cfg.merges or ())
-    net = build(cfg, start["style"], tokenizer.size, cfg.num_classes)
+    net = build(cfg, start["style"], vocabulary, cfg.num_classes)
     weights = fit_weights(start, net, cfg)
     common.load_weights(net, weights, cfg.init)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
@@ -1246,9 +1245,10 @@ def open_model(cfg, ctx):
         settings = "model", "frames", "size", "embed_dim", "loss", "seed"
         more = "style", "merges", "classes"
         cfg, net, _ = common.open_trained(cfg, "avion.py", settings, more, trained_model, start)
+        tokenizer = BPETokenizer(start["merges"])
     else:
-        cfg, net = published_model(cfg, start)
-    tokenizer = BPETokenizer(start.get("merges", cfg.merges or ()))
+        tokenizer = BPETokenizer(cfg.merges or ())
+        cfg, net = published_model(cfg, start, tokenizer.size)
     return cfg, net.to(ctx.device), tokenizer, start.get("classes", ())
 
 

@@ -317,12 +317,15 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
     """The Stages of --stages, --freeze and --adapter, in order (Fig. 2).
 
     max_steps: of each stage instead of its epochs; 0: by epochs, of `epoch_steps` steps. ValueError
-    where `stages` is not frames:epochs, separated by commas, or `freeze` names no part of the
-    model.
+    where `stages` is not frames:epochs, separated by commas, in whole tubelets, or `freeze` is none
+    of its four.
     """
-    always = () if freeze in ("later", "none") else tuple(freeze.split(","))
-    if not {*always} <= {"spatial", "temporal"}:
-        raise ValueError(f"--freeze {freeze}: choose from later, spatial, temporal, none")
+    if freeze not in ("later", "spatial", "temporal", "none"):
+        raise ValueError(
+            f"--freeze {freeze}: choose from later, spatial, temporal, none (with everything "
+            "frozen no transformer is left to learn)"
+        )
+    always = () if freeze in ("later", "none") else (freeze,)
     planned = []
     start = 0
     for number, part in enumerate(stages.split(",")):
@@ -330,6 +333,10 @@ def plan_stages(stages, epoch_steps, freeze="later", adapter=True, max_steps=0):
         if not (frames.isdecimal() and epochs.isdecimal() and int(frames) and int(epochs)):
             raise ValueError(
                 f"--stages {stages} is not frames:epochs for each stage, such as 8:30,128:30"
+            )
+        if int(frames) % TUBELET:
+            raise ValueError(
+                f"--stages {stages}: {frames} frames are not a multiple of the tubelet's {TUBELET}"
             )
         frozen = ("spatial",) if freeze == "later" and number > 0 else always
         adapts = adapter and "spatial" in frozen
@@ -1004,16 +1011,6 @@ def check(cfg):
         stages = stages_of(cfg, 1)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for stage in stages:
-        if stage.frames % TUBELET:
-            raise UserError(
-                f"--stages {cfg.stages}: {stage.frames} frames are not a multiple of the tubelet's "
-                f"{TUBELET}"
-            )
-        if {"spatial", "temporal"} <= {*stage.frozen}:
-            raise UserError(
-                f"--freeze {cfg.freeze} freezes everything: no transformer is left to learn"
-            )
     if "spatial" in stages[0].frozen and not cfg.init and cfg.task == "train" and not cfg.plan:
         raise UserError(
             "--freeze spatial freezes what nothing has initialised: give --init an image model's "

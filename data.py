@@ -1047,10 +1047,10 @@ def multi_scale_box(info, key, scales=(1.0, 0.875, 0.75, 0.66)):
 # --------------------------------------------------------------------------------------------------
 # Decoding
 # --------------------------------------------------------------------------------------------------
-# A file becomes uint8 [T, 3, h, w], and nothing is decoded that the clip doesn't need. What stands
-# above `Video` may be skipped, it reads in headers and packets what needn't be decoded; and so may
-# its slow way, `_count` and `_counted`, for files that don't say. To lift: Video, and all that it
-# names.
+# A file becomes uint8 [T, 3, h, w], and nothing is decoded that the clip doesn't need. What reads
+# in headers and packets what needn't be decoded may be skipped, from `_nals` to `_turn`; and so may
+# the slow way of `Video`, `_count`, `_counted` and `_decode_all`, for files that don't say. To
+# lift: Video, and all that it names.
 #
 # Why it is fast. CPU time of each step as a share of the step before: geometric means over 256p to
 # 720p, H.264 by x264's defaults with a keyframe in 60 to 150 frames, one thread of two busy
@@ -1168,7 +1168,7 @@ def _nals(packet, prefix):
 def _droppable(packet, codec, prefix):
     """True if no other frame refers to that of this packet: a non-reference picture.
 
-    H.264: nal_ref_idc is 0. HEVC without temporal layers (`_index` sees to it): an even type
+    H.264: nal_ref_idc is 0. HEVC without temporal layers (`_read_header` sees to it): an even type
     below 16. B-frames that others refer to (b-pyramid) are not droppable, rightly. PyAV's
     is_disposable says nothing for these.
     """
@@ -1311,14 +1311,15 @@ def _turn(frame):
 
 
 def _planes(frame):
-    """The planes of a frame in a format of PLANAR, [H, W] each, as arrays that share its memory."""
+    """The planes of a frame in a format of PLANAR, [H, W] each, of chroma as small as it is, as
+    arrays that share its memory."""
     dtype = np.uint16 if frame.format.name.endswith("le") else np.uint8
     return [np.frombuffer(p, dtype).reshape(p.height, -1)[:, : p.width] for p in frame.planes]
 
 
 def _view(frame, box):
-    """The box (x, y, w, h) of a frame as a frame that shares its memory; None where
-    chroma samples would be cut."""
+    """The box (x, y, w, h) of a frame as a frame that shares its memory; None where chroma samples
+    would be cut, or the format is none of PLANAR."""
     x, y, w, h = box
     # pixels to a sample of chroma, 1 or 2
     sx = 2 // frame.format.chroma_width(2)
@@ -1345,13 +1346,13 @@ def _convert(out, frame, box, scaler):
     """
     h, w = out.shape[1:]
     whole = box == (0, 0, frame.width, frame.height)
+    # A whole frame is no view: it knows where its chroma samples sit, which a view can't be told,
+    # half a pixel. But of an interlaced one swscale would scale the two fields apart.
     view = None if whole and not frame.interlaced_frame else _view(frame, box)
-    if whole and view is None:
-        # it knows where its chroma samples sit, which a view can't be told: half a pixel
+    if view is None and whole:
         view = frame
     elif view is None:
-        # The box cuts chroma samples in half: colours first, at full size, takes 3 to 10 times as
-        # long.
+        # colours first, at full size, which takes 3 to 10 times as long
         rgb = VideoReformatter().reformat(frame, format="gbrp", interpolation=EXACT, threads=1)
         view = _view(rgb, box)
     # Without a change of size swscale takes a shortcut that repeats chroma samples, and leaves
@@ -1378,7 +1379,7 @@ class Video:
     Frames are numbered in the order in which they are shown. Where the list of packets tells which
     frame is which (`_index`), a read decodes only what it must (`_plan`), and checks that the
     decoder agrees (`_run`). Any other video is decoded from its beginning and its frames are
-    counted (`_count`): slower, and as exact.
+    counted (`_count`, `_counted`): slower, and as exact.
     """
 
     def __init__(self, path, fast=True):
@@ -1478,6 +1479,7 @@ class Video:
         if not self._fast:
             return
         shown = sorted((pts, n) for n, (pts, _, hidden) in enumerate(self._rows) if not hidden)
+        # of each frame shown: its time, and its packet's number in `_rows`
         self._pts = [pts for pts, _ in shown]
         self._order = [n for _, n in shown]
         try:
@@ -1548,8 +1550,8 @@ class Video:
         """Decode the whole video, for the number of its frames and their
         times. Returns the first frame.
 
-        While they take less than KEEP_BYTES / 4, frames are kept for the reads: a
-        short video is decoded once.
+        The first frames are kept for the reads, up to KEEP_BYTES / 4 at 3 bytes a pixel: a short
+        video is decoded once.
         """
         self._pts = []
         kept = []
@@ -1633,9 +1635,10 @@ class Video:
             box, (x, y, w, h) in pixels of the upright frame; the whole frame if None. Where
             chroma is subsampled, even numbers are faster (`_convert`).
         Returns: uint8 [T, 3, h, w], in the order of `frames`.
-        Raises: VideoError if an index is out of range, or a frame is missing, damaged,
-        or decoded from a damaged one;
-            ValueError if the box is not inside the frame.
+        Raises: VideoError if an index is out of range, or a frame is missing, damaged, decoded from
+            a damaged one, or of another size or rotation than `info` says;
+            ValueError if the box is not inside the frame, the size not positive, or the video
+            closed.
         """
         return self.read_views([(frames, size, box)])[0]
 
@@ -1667,21 +1670,14 @@ class Video:
             for i, frame in self._frames(wanted):
                 self._check_frame(i, frame)
                 for n, (t, *repeats) in wanted[i].items():
-                    _, out, box, scaler = jobs[n]
-                    _convert(out[t], frame, box, scaler)
-                    out[repeats] = out[t]  # [3, h, w]
+                    _, coded, area, scaler = jobs[n]
+                    _convert(coded[t], frame, area, scaler)
+                    coded[repeats] = coded[t]  # [3, h, w]
         return [torch.from_numpy(out) for out, *_ in jobs]
 
-    def _check_frame(self, i, frame):
-        """VideoError where frame i is of another size, or turned otherwise, than `info` says."""
-        if (frame.width, frame.height) != self._size or _turn(frame) != self._turn:
-            raise VideoError(
-                self.path, f"frame {i} has another size or rotation than its header says"
-            )
-
     def _to_coded(self, out, box):
-        """Output [T, 3, h, w] and box (x, y, w, h) of upright frames, as the coded ones
-        see them: a view, and a box."""
+        """Output [T, 3, h, w] and box (x, y, w, h) of upright frames, turned back to the coded
+        ones: a view of the output, and a box."""
         width, height = self.info[:2]
         x, y, w, h = (0, 0, width, height) if box is None else map(int, box)
         if not (w > 0 and h > 0 and 0 <= x <= width - w and 0 <= y <= height - h):
@@ -1698,6 +1694,23 @@ class Video:
         if transpose:
             return out.swapaxes(2, 3), (y, x, h, w)  # [T, 3, w, h]
         return out, (x, y, w, h)
+
+    def _frames(self, wanted):
+        """Yields (index, frame) of each wanted frame. The fast way: plan, and decode no more than
+        that."""
+        if self._fast:
+            try:
+                for run in self._plan(wanted):
+                    yield from self._run(*run)
+                return
+            except VideoError:
+                # damaged; or the file is not what its packets said, which counting its frames tells
+                other = Video(self.path, fast=False)
+                if (other.info[:2], other.info.num_frames) != (self.info[:2], self.info.num_frames):
+                    raise
+                self.close()
+                self.__dict__ = other.__dict__
+        yield from self._counted(wanted)
 
     def _plan(self, wanted):
         """The runs that `_run` decodes for the wanted frames, [(first packet,
@@ -1721,23 +1734,6 @@ class Video:
             plan[-1][1] = max(plan[-1][1], position)
             plan[-1][2][self._pts[i]] = i
         return plan
-
-    def _frames(self, wanted):
-        """Yields (index, frame) of each wanted frame. The fast way: plan, and decode no more than
-        that."""
-        if self._fast:
-            try:
-                for run in self._plan(wanted):
-                    yield from self._run(*run)
-                return
-            except VideoError:
-                # damaged; or the file is not what its packets said, which counting its frames tells
-                other = Video(self.path, fast=False)
-                if (other.info[:2], other.info.num_frames) != (self.info[:2], self.info.num_frames):
-                    raise
-                self.close()
-                self.__dict__ = other.__dict__
-        yield from self._counted(wanted)
 
     def _run(self, start, last, want):
         """Decode packets start .. last; yields (index, frame) of the frames in want, {pts: index}.
@@ -1772,6 +1768,36 @@ class Video:
                 self.path, f"damaged: {len(expected)} frames don't come out; re-encode it"
             )
 
+    def _decode(self, packet):
+        try:
+            return self._decoder.decode(packet)
+        except av.FFmpegError as error:
+            raise VideoError(
+                self.path, f"damaged: {error.strerror}; re-encode it or get it again"
+            ) from error
+
+    def _read(self, start, stop):
+        """Packets start .. stop - 1 in decode order: from memory, or of a large
+        video from the file again."""
+        if self._packets is not None:
+            yield from self._packets[start:stop]
+            return
+        container, stream = self._open(self._options)
+        with container:
+            pts, dts, _ = self._rows[start]
+            if start:
+                container.seek(pts if dts is None else dts, stream=stream)
+            packets = (packet for packet in container.demux(stream) if packet.size)
+            found = dropwhile(lambda packet: (packet.pts, packet.dts) != (pts, dts), packets)
+            yield from islice(found, stop - start)
+
+    def _check_frame(self, i, frame):
+        """VideoError where frame i is of another size, or turned otherwise, than `info` says."""
+        if (frame.width, frame.height) != self._size or _turn(frame) != self._turn:
+            raise VideoError(
+                self.path, f"frame {i} has another size or rotation than its header says"
+            )
+
     def _counted(self, wanted):
         """The slow way: decode from the first frame and count. Yields
         (index, frame) of each wanted frame."""
@@ -1800,29 +1826,6 @@ class Video:
                 if started:  # from here on the count would not be certain
                     raise  # before, it is a recording that begins between two keyframes
 
-    def _decode(self, packet):
-        try:
-            return self._decoder.decode(packet)
-        except av.FFmpegError as error:
-            raise VideoError(
-                self.path, f"damaged: {error.strerror}; re-encode it or get it again"
-            ) from error
-
-    def _read(self, start, stop):
-        """Packets start .. stop - 1 in decode order: from memory, or of a large
-        video from the file again."""
-        if self._packets is not None:
-            yield from self._packets[start:stop]
-            return
-        container, stream = self._open(self._options)
-        with container:
-            pts, dts, _ = self._rows[start]
-            if start:
-                container.seek(pts if dts is None else dts, stream=stream)
-            packets = (packet for packet in container.demux(stream) if packet.size)
-            found = dropwhile(lambda packet: (packet.pts, packet.dts) != (pts, dts), packets)
-            yield from islice(found, stop - start)
-
 
 def probe(path):
     """VideoInfo of a video file; nothing is decoded where its packets are proof
@@ -1842,8 +1845,9 @@ def read_clip_decode_then_crop(path, frames, size, box=None):
     """The plain loader that AVION starts from (Fig. 8a): decode all up to the
     last frame, then crop and scale.
 
-    Arguments and result as `read_clip`. It stands here for the paper's ablation, and
-    as the reference of the tests.
+    Arguments and result as of `read_clip`, but that it scales otherwise (torch's antialiased
+    bilinear) and doesn't undo mirroring. It stands here for the paper's ablation, and as the
+    reference of the tests.
     """
     clip = {}
     with av.open("file:" + os.fsdecode(path), metadata_errors="replace") as container:

@@ -58,6 +58,7 @@ def plan(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(common, "block_bytes", lambda *args, **kwargs: 2**20)
     monkeypatch.setattr(common, "saved_bytes", lambda *args: 2**20)
     monkeypatch.setattr(turbo, "count_gmacs", lambda *args: (1.0, 1.0))
+    monkeypatch.setattr(sfa_vivit, "count_gmacs", lambda *args: 1000.0)
     for module in SCRIPTS.values():
         shallow = {name: spec | {"depth": 2} for name, spec in module.MODELS.items()}
         monkeypatch.setattr(module, "MODELS", shallow)

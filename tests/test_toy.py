@@ -1,5 +1,6 @@
 """Toy videos: real H.264, the same for everyone, whole or absent, and without a label in any single frame."""
 
+import functools
 import itertools
 import json
 import multiprocessing
@@ -182,11 +183,15 @@ def watch(monkeypatch, which, count, biased=False):
             data._toy_film(Biased(rng, label) if biased else rng, which, scenes)
             states[-1] = np.concatenate(states[-1])
 
+    @functools.cache
+    def sky(i):
+        return data._toy_sky(data._toy_rng(0, which, "train", i))
+
     def draw(times):
         """[count, 768]: the frame at times[i] of video i, 16 x 16 pixels of it."""
         pixels = []
         for i, t in enumerate(times):
-            image = data._toy_sky(data._toy_rng(0, which, "train", i))[None]
+            image = sky(i)[None].copy()
             data._toy_draw(image, states[i][t : t + 1], *actors[i])
             pixels.append(image.reshape(16, 4, 16, 4, 3).mean((1, 3)).ravel())
         return np.array(pixels)

@@ -168,6 +168,8 @@ def check_flags(cfg, patch):
         raise UserError(
             f"--min-lr {cfg.min_lr:g}, where the cosine ends, is above the peak, --lr {cfg.lr:g}"
         )
+    if cfg.overwrite and cfg.resume != "auto":
+        raise UserError(f"--overwrite starts anew, --resume {cfg.resume} goes on: give one of them")
     if cfg.size < patch or cfg.size % patch:
         raise UserError(f"--size {cfg.size} is not a multiple of the patch's {patch} pixels")
     for card in cfg.gpu_gb:
@@ -1087,11 +1089,10 @@ def read_state(path):
     path: a file by torch.save; a TorchScript archive; a .safetensors file, or a hub folder with
     model.safetensors; numpy's .npz (Google's ViTs). UserError where it is none of these.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if path.is_file():
-        with path.open("rb") as file:
+    if os.path.isdir(path):
+        path = Path(path) / "model.safetensors"
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
             # Where the JSON begins; torch's files have another byte there.
             if file.read(9)[8:] == b"{":
                 return read_safetensors(path)

@@ -1923,7 +1923,6 @@ class Chunks:
         self.path = os.fsdecode(path)
         self._reader = reader
         self._chunks = {}
-        self._times = {}
         found = []
         try:
             names = os.listdir(self.path)
@@ -1949,39 +1948,39 @@ class Chunks:
         return self
 
     def __exit__(self, *_):
-        for chunk in self._chunks.values():
+        for chunk, _ in self._chunks.values():
             chunk.close()
 
     def _chunk(self, k):
-        """Chunk k, opened once."""
+        """Chunk k, opened once, a Video; and its times in the whole, as of `_times_in_whole`."""
         if k not in self._chunks:
             chunk = self._reader(os.path.join(self.path, self.names[k]))
             times = _times_in_whole(chunk)
             if times is None:
                 end = chunk.info.duration
                 times = self.starts[k] + np.append(chunk.times, [end, end])
-            self._chunks[k] = chunk
-            self._times[k] = times
+            self._chunks[k] = chunk, times
         return self._chunks[k]
 
     @property
     def times(self):
-        """None: samplers over a whole video's frames can't read chunks."""
+        """VideoError: what samples over a whole video's frames can't read chunks."""
         raise VideoError(self.path, ONLY_TIMES)
 
     @property
     def info(self):
         """VideoInfo of a chunk: the frame's size is that of all; number of frames and
         duration are the chunk's."""
-        return self._chunk(next(iter(self._chunks), 0)).info
+        chunk, _ = self._chunk(next(iter(self._chunks), 0))
+        return chunk.info
 
     def clamp(self, second):
         """`second`, or the end of the last chunk where that is earlier."""
         last = len(self.names) - 1
         if second <= self.starts[last]:
             return second
-        self._chunk(last)
-        return min(second, float(self._times[last][-1]))
+        _, times = self._chunk(last)
+        return min(second, float(times[-1]))
 
     def at(self, seconds):
         """(chunk, frame) of what is on the screen at `seconds`, [T] floats -> [T];
@@ -1992,12 +1991,14 @@ class Chunks:
         now = second + 1e-3  # as in `Video.at`
         # a start is its first frame's time, rounded
         k = max(bisect_right(self.starts, now + 1e-3) - 1, 0)
-        self._chunk(k)
-        while k and self._times[k][0] > now:  # its first frame comes later
+        _, times = self._chunk(k)
+        while k and times[0] > now:  # its first frame comes later
             k -= 1
-            self._chunk(k)
-        times = self._times[k][:-2]
-        following, end = self._times[k][-2:]
+            _, times = self._chunk(k)
+        following, end = times[-2:]
+        times = times[:-2]
+        # Its last frame stays until another follows in the whole video; where none does, or nothing
+        # is known of it, as long as in `Video.at`.
         missing = now >= following if following < end else second - end > HOLD
         if missing or (now < times[0] and times[0] > 0):
             near = self.names[k]
@@ -2008,10 +2009,8 @@ class Chunks:
         return k, max(int(np.searchsorted(times, now, "right")) - 1, 0)
 
     def read_views(self, views):
-        """Views as `Video.read_views` takes them, with frames of `at` ->
-        a list of uint8 [T, 3, h, w].
-
-        VideoError: numbers of frames, which a folder doesn't have."""
+        """Views as `Video.read_views` takes them, with frames of `at` -> a list of uint8
+        [T, 3, h, w]. VideoError where frames are numbers, which a folder's don't have."""
         if any(np.ndim(places) != 2 for places, _, _ in views):
             raise VideoError(self.path, ONLY_TIMES)
         parts = defaultdict(list)  # {chunk: [(view, its places in the clip, its frames)]}
@@ -2021,7 +2020,8 @@ class Chunks:
                 parts[k].append((n, here, [places[t][1] for t in here]))
         clips = [None] * len(views)
         for k, part in parts.items():
-            read = self._chunk(k).read_views([(frames, *views[n][1:]) for n, _, frames in part])
+            chunk, _ = self._chunk(k)
+            read = chunk.read_views([(frames, *views[n][1:]) for n, _, frames in part])
             for (n, here, _), piece in zip(part, read, strict=True):
                 if clips[n] is None:
                     clips[n] = piece.new_empty(len(views[n][0]), *piece.shape[1:])  # [T, 3, h, w]

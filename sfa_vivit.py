@@ -1089,11 +1089,12 @@ def use(cfg, ctx):
         clips = clips_of(cfg, data.VideoList.of(cfg.input), frames, (1, 1))
         shares = lambda batch: joint_scores(net(batch.clips), heads).exp()  # [B, classes]
         return data.print_predictions(cfg, ctx, clips, shares, classes)
-    videos = read_list(cfg, ctx, cfg.val_list, classes)
     if cfg.task == "features":
+        videos = read_list(replace(cfg, num_classes=0), ctx, cfg.val_list)  # whatever its labels
         clips = clips_of(cfg, videos, frames, (1, 1))
         cls = lambda batch: net.encode(batch.clips)  # [B, D]
         return data.write_features(cfg, ctx, clips, cls, net.width)
+    videos = read_list(cfg, ctx, cfg.val_list, classes)
     views = cfg.views, cfg.crops
     result = evaluate(cfg, ctx, net, videos, heads, frames, views, "test")
     how = f", {frames} frames, {cfg.views} x {cfg.crops} views"

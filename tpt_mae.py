@@ -1259,10 +1259,11 @@ def use(cfg, ctx):
     classes = state["classes"]
     if cfg.task == "predict":
         return predict(cfg, ctx, net, classes)
-    videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     if cfg.task == "features":
+        videos = data.VideoList(cfg.val_list, cfg.data_root)  # whatever its labels are
         features = lambda batch: net.features(batch.clips)  # the tokens' mean, [B, D]
         return data.write_features(cfg, ctx, test_clips(cfg, videos), features, net.width)
+    videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     views = "1x1" if cfg.pretraining else cfg.test_views  # the masked error is of one view
     result = evaluate(cfg, ctx, net, videos, common.two_numbers("--test-views", views))
     common.print_result(cfg, ctx, result, f", views {views}")

@@ -1446,7 +1446,7 @@ def test_pictures(trained):
         assert len(list(file.decode(video=0))) == 16
 
 
-def test_eval_predict_features(trained, pairs, cli):
+def test_eval_predict_features(trained, pairs, cli, tmp_path):
     out, _ = trained
     lists = ["--val-list", pairs / "val.csv", "--data-root", pairs, "--workers", 0, "--out", out]
     code, stdout, err = cli("sfa_vivit.py", "--task", "eval", *lists)
@@ -1466,7 +1466,9 @@ def test_eval_predict_features(trained, pairs, cli):
         shares = [float(x) for x in re.findall(r"([\d.]+) %", line)]
         assert len(shares) == 5 and shares == sorted(shares, reverse=True) and sum(shares) <= 100.1
 
-    sfa.main(config("--task", "features", *lists))
+    others = re.sub(",.*", ",a label of another set", (pairs / "val.csv").read_text())
+    (tmp_path / "val.csv").write_text(others)
+    sfa.main(config("--task", "features", *lists, "--val-list", tmp_path / "val.csv"))
     features = np.load(out / "features.npy")
     assert features.shape == (8, 128) and np.isfinite(features).all()
 

@@ -283,14 +283,14 @@ def max_margin_loss(video, text, margin=0.2, same=None):
     return (terms * ~same).sum(1) / max(1, 2 * (len(own) - 1))  # [B]
 
 
-def batch_loss(cfg, video, text, ids, scale):
-    """The loss of the global batch, a pair at a time, [B], as a Config has it: features [B, E],
+def batch_loss(video, text, ids, scale, loss="infonce", margin=0.2, skip_duplicates=False):
+    """The loss of the global batch, a pair at a time, [B], by its name in --loss: features [B, E],
     int64 ids [B], equal where texts are; scale: 1 / temperature, []."""
     same = None  # whether pairs have one text, bool [B, B]
-    if cfg.skip_duplicates:
+    if skip_duplicates:
         same = ids[:, None] == ids
-    if cfg.loss == "max_margin":
-        return max_margin_loss(video, text, cfg.margin, same)
+    if loss == "max_margin":
+        return max_margin_loss(video, text, margin, same)
     return common.contrastive_loss(video, text, scale, same)  # DECISION (duplicates)
 
 
@@ -1425,7 +1425,9 @@ def main(cfg):
     run.begin(batches, cfg.batch_size, micro, epoch_steps, stop=total)
     metric = "val_map" if cfg.contrastive else "val_action"
     related = cfg.loss == "max_margin" and videos.classified
-    loss_fn = partial(batch_loss, cfg)
+    loss_fn = partial(
+        batch_loss, loss=cfg.loss, margin=cfg.margin, skip_duplicates=cfg.skip_duplicates
+    )
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
         run.evaluated(evaluate(cfg, ctx, net, val_videos, actions, tokenizer), metric)

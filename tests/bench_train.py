@@ -162,7 +162,7 @@ def avion_clip(cfg, ctx, videos):
         return {"video": video, "text": text, "ids": keys, "scale": scale}
 
     plan = avion.clips_of(cfg, videos, train=True).plan
-    return Variant(ctx, net, cfg, cfg.frames, plan, partial(avion.batch_loss, cfg), encode)
+    return Variant(ctx, net, cfg, cfg.frames, plan, avion.batch_loss, encode)
 
 
 class EmbedAll(tpt_mae.VideoMAE):

@@ -12,7 +12,8 @@ keeps no global state, prints nothing, runs one thread.
     with data.Video("clip.mp4") as v:    # one open and one pass over the packets for all reads
         a, b = v.read_views([([0, 8], 224, (0, 0, 240, 240)), ([4, 8], (112, 112), None)])
 
-Shapes: T frames, C = 3 colours (R, G, B), H rows, W columns.
+Shapes: B clips, T frames, C = 3 colours (R, G, B), H rows, W columns, of an output h and w; V clips
+(views) of each of S samples; n clips that an operation changes.
 """
 
 import argparse
@@ -963,8 +964,9 @@ def view_frames(info, n, stride, k, views):
 # Boxes
 # --------------------------------------------------------------------------------------------------
 # What decode-crop cuts out, (x, y, w, h) in pixels of the upright frame, is drawn before anything
-# is decoded; even numbers, so that they fall on whole chroma samples. What your paper doesn't name
-# may be skipped. To lift: any of them, of a VideoInfo and a key.
+# is decoded; even numbers, so that they fall on whole chroma samples, but for a side that is all of
+# an odd short side. What your paper doesn't name may be skipped. To lift: any of them, of a
+# VideoInfo and a key, with common.uniform.
 
 
 def crop_box(info, k=1, crops=3, share=1.0):
@@ -985,7 +987,7 @@ def crop_box(info, k=1, crops=3, share=1.0):
 
 def centre_box(info):
     """The largest centred square."""
-    return crop_box(info, 1, 3)
+    return crop_box(info)
 
 
 def _placed(info, w, h, left, top):
@@ -2040,15 +2042,16 @@ def open_video(path, reader=Video):
 # --------------------------------------------------------------------------------------------------
 # A dataset decodes a sample; collate and join make micro-batches of samples; make_loader has
 # processes do so ahead of the steps, in an order that a step's number gives. What watches over
-# these processes may be skipped, `_end_workers` and `_start_worker`, `_watched` and
-# `_trouble`: it turns one that hangs or dies into a message. To lift: ClipDataset,
-# global_batches, make_loader; common.Failures.
+# these processes may be skipped, from `_start_worker` on: it turns one that hangs or dies into a
+# message. To lift: ClipDataset, global_batches, make_loader and what they name, with make_key,
+# uniform, permutation and UserError of common; training_batches and test_batches are for trainers
+# with these flags.
 
 # seconds that a loader process may spend on one video before the run stops and names it
 LOADER_PATIENCE = 300.0
 # A loader process decodes at most so many clips before it hands them over, and 4 such pieces ahead.
 # What waits in memory is then bounded by the number of processes, not by the micro-batch, and the
-# first one comes soon. The bytes are those of 16 clips of 16 frames of 224 x 224.
+# first one comes soon. The bytes hold 16 clips of 16 frames of 224 x 224.
 PIECE_CLIPS = 16
 PIECE_BYTES = 40 << 20
 PIECES_AHEAD = 4
@@ -2092,14 +2095,14 @@ class ClipDataset(torch.utils.data.Dataset):
     # (video, index, view, key) -> (frames, box): what to read of an open Video or Chunks;
     # ValueError if it is too short
     plan: Callable
-    size: int
+    size: int  # or (h, w)
     seed: int
     replace: bool
     # clips of a video that one decode serves (repeated sampling; test views), each with its own key
     views: int = 1
-    frames: int = 16
+    frames: int = 16  # of a clip, for `pieces`; what is read is the plan's business
     reader: type = Video  # of open_video
-    watch = None  # what its loader processes are at
+    watch = None  # what the processes of its loader are at, one loader at a time
 
     def __len__(self):
         return len(self.videos)
@@ -2114,8 +2117,8 @@ class ClipDataset(torch.utils.data.Dataset):
         return [batch[start:stop] for start, stop in pairwise(cuts)]
 
     def __getitem__(self, item):
-        """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys
-        int64 [V], index, failures)."""
+        """(epoch, index) -> (V clips uint8 [T, C, H, W] or None, label, keys int64 [V], index,
+        failures). Label and index are of what was read; the keys stay those of the sample."""
         epoch, index = item
         keys = make_key(self.seed, epoch, index, torch.arange(self.views))  # [V]
         clips = None
@@ -2201,8 +2204,8 @@ def join(pieces, views, device):
 
 
 def global_batches(n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
-    """The (epoch, index) lists of one rank's micro-batches, from step `start` to
-    step `stop`, through all epochs.
+    """The (epoch, index) lists of one rank's micro-batches, from step `start` to step `stop`,
+    through all epochs, of n entries; both sizes count entries, and batch_size is that of all ranks.
 
     Step s of an epoch takes entries s * batch ... of a permutation of (seed, epoch); a rank
     takes its slice of them and cuts it into micro-batches. So the same clips meet in a step
@@ -2229,79 +2232,16 @@ def every_sample(n, batch_size, rank=0, world=1):
     return [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
 
 
-def training_batches(cfg, ctx, dataset, batch_size, micro_batch, start, stop, augment=None):
-    """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see
-    global_batches. augment: see make_loader. UserError where `start` lies behind `stop`."""
-    if start > stop:
-        raise UserError(
-            f"the checkpoint is of step {start}, and this run has {stop}: "
-            "is its --train-list shorter now?"
-        )
-    views = dataset.views  # clips of a video, which stay together
-    order = global_batches(
-        len(dataset),
-        batch_size // views,
-        micro_batch // views,
-        dataset.seed,
-        start,
-        stop,
-        ctx.rank,
-        ctx.world,
-    )
-    return make_loader(dataset, order, cfg.workers, ctx.device, augment)
-
-
-def test_batches(cfg, ctx, dataset, failures, shared=True):
-    """Yields batches, on the device, that hold each readable video once, view by view, at most
-    --micro-batch clips at a time. What can't be read goes to `failures`.
-
-    shared: all ranks have the same videos, and each takes its part of
-    them; else a rank has its own.
-    """
-    clips = cfg.micro_batch or cfg.batch_size // ctx.world
-    rank = ctx.rank if shared else 0
-    world = ctx.world if shared else 1
-    order = every_sample(len(dataset), max(1, clips // dataset.views), rank, world)
-    for batch in make_loader(dataset, order, cfg.workers, ctx.device):
-        failures.new += batch.failures
-        if len(batch.labels):
-            yield batch
-
-
-_workers = weakref.WeakSet()  # the loader processes of all loaders
-
-
-@atexit.register
-def _end_workers():
-    """SIGKILL, because less is not enough. At exit, multiprocessing sends its daemons a
-    SIGTERM, which ours leave to the trainer, and waits for them without end; atexit calls
-    its last entry first, so this comes before that. And a process that hangs inside a system
-    call hears no other signal."""
-    for worker in list(_workers):
-        worker.kill()
-
-
-def _start_worker(watch, number):
-    """Sign in; and leave a first signal, which goes to the whole process group, to the
-    trainer: a loader process that died of it would end the step that the trainer means to
-    finish. A second one is obeyed."""
-    watch[number] = torch.tensor([os.getpid(), 0, -time.monotonic()], dtype=torch.float64)
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
-    # The socket through which batches go is made with the first, by the thread that sends them; so
-    # that an error reaches the trainer, send it something here.
-    ForkingPickler.dumps(torch.empty(1).share_memory_())
-
-
 def make_loader(dataset, batches, workers, device, augment=None):
-    """Yields the micro-batches that the lists of (epoch, index) in `batches` ask for,
-    on the device, in their order.
+    """An iterator of the micro-batches that the lists of (epoch, index) in `batches` ask for, on
+    the device, in their order. To be called in the main thread: it sets a signal's handler.
 
-    `workers` processes decode ahead, with one thread each; they live as long as this generator: in
-    training, the run. One that dies, or is at a video for more than LOADER_PATIENCE, ends the run
-    with a UserError that names the video; so do a full shared memory, through which clips come, and
-    a batch that nobody is at work on. augment(clips on the device, keys) -> clips; on a GPU this is
-    done for the next batch while a step computes.
+    `workers` processes, begun by this call, decode ahead, with one thread each; they live as long
+    as the iterator: in training, the run. One that dies, or is at a video for more than
+    LOADER_PATIENCE, ends the run with a UserError that names the video; so do, without a name, a
+    full shared memory, through which clips come, and a batch that nobody is at work on.
+    augment(clips on the device, keys) -> clips; on a GPU this is done for the next batch while a
+    step computes.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     before = set(multiprocessing.active_children())
@@ -2347,8 +2287,77 @@ def make_loader(dataset, batches, workers, device, augment=None):
     return _ahead(found, device) if device.type == "cuda" else found
 
 
-def _last_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+def _ahead(batches, device):
+    """Yields batches on a CUDA device, each made, by its copies and its augmentation, on a stream
+    of its own while the step before computes."""
+    stream = torch.cuda.Stream(device)
+    ready = None
+    while True:
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            following = batch, stream.record_event()
+        if ready:
+            batch, made = ready
+            current = torch.cuda.current_stream(device)
+            made.wait(current)
+            for tensor in batch[:2]:  # clips, labels
+                if tensor.is_cuda:
+                    tensor.record_stream(current)  # its memory is in use there from now on
+            yield batch
+        if following[0] is None:
+            return
+        ready = following
+
+
+def training_batches(cfg, ctx, dataset, batch_size, micro_batch, start, stop, augment=None):
+    """This rank's micro-batches, on its device, of steps `start` to `stop`; sizes in clips, see
+    global_batches. augment: see make_loader. UserError where `start` lies behind `stop`."""
+    if start > stop:
+        raise UserError(
+            f"the checkpoint is of step {start}, and this run has {stop}: "
+            "is its --train-list shorter now?"
+        )
+    views = dataset.views  # clips of a video, which stay together
+    order = global_batches(
+        len(dataset),
+        batch_size // views,
+        micro_batch // views,
+        dataset.seed,
+        start,
+        stop,
+        ctx.rank,
+        ctx.world,
+    )
+    return make_loader(dataset, order, cfg.workers, ctx.device, augment)
+
+
+def test_batches(cfg, ctx, dataset, failures, shared=True):
+    """Yields batches, on the device, that hold each readable video once, view by view, at most
+    --micro-batch clips at a time, or one video's. What can't be read goes to `failures`.
+
+    shared: all ranks have the same videos, and each takes its part of
+    them; else a rank has its own.
+    """
+    clips = cfg.micro_batch or cfg.batch_size // ctx.world
+    rank = ctx.rank if shared else 0
+    world = ctx.world if shared else 1
+    order = every_sample(len(dataset), max(1, clips // dataset.views), rank, world)
+    for batch in make_loader(dataset, order, cfg.workers, ctx.device):
+        failures.new += batch.failures
+        if len(batch.labels):
+            yield batch
+
+
+def _start_worker(watch, number):
+    """Sign in; and leave a first signal, which goes to the whole process group, to the
+    trainer: a loader process that died of it would end the step that the trainer means to
+    finish. A second one is obeyed."""
+    watch[number] = torch.tensor([os.getpid(), 0, -time.monotonic()], dtype=torch.float64)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda signum, frame: signal.signal(signum, signal.SIG_DFL))
+    # The socket through which batches go is made with the first, by the thread that sends them; so
+    # that an error reaches the trainer, send it something here.
+    ForkingPickler.dumps(torch.empty(1).share_memory_())
 
 
 def _watched(host, dataset, batches):
@@ -2422,26 +2431,21 @@ def _trouble(dataset, asked):
     return ""
 
 
-def _ahead(batches, device):
-    """Yields batches on a CUDA device, each made, by its copies and its augmentation, on a stream
-    of its own while the step before computes."""
-    stream = torch.cuda.Stream(device)
-    ready = None
-    while True:
-        with torch.cuda.stream(stream):
-            batch = next(batches, None)
-            following = batch, stream.record_event()
-        if ready:
-            batch, made = ready
-            current = torch.cuda.current_stream(device)
-            made.wait(current)
-            for tensor in batch[:2]:  # clips, labels
-                if tensor.is_cuda:
-                    tensor.record_stream(current)  # its memory is in use there from now on
-            yield batch
-        if following[0] is None:
-            return
-        ready = following
+_workers = weakref.WeakSet()  # the loader processes of all loaders
+
+
+@atexit.register
+def _end_workers():
+    """SIGKILL, because less is not enough. At exit, multiprocessing sends its daemons a
+    SIGTERM, which ours leave to the trainer, and waits for them without end; atexit calls
+    its last entry first, so this comes before that. And a process that hangs inside a system
+    call hears no other signal."""
+    for worker in list(_workers):
+        worker.kill()
+
+
+def _last_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2453,7 +2457,7 @@ def _ahead(batches, device):
 
 @torch.no_grad()
 def each_video(cfg, ctx, dataset, call, failures):
-    """Yields (index int64 [B], call(batch) [B, ...]) of this rank's part of the videos."""
+    """Yields (index int64 [S], call(batch) [S, ...]), S videos at a time, of this rank's part."""
     for batch in test_batches(cfg, ctx, dataset, failures):
         with ctx.autocast():
             output = call(batch)
@@ -2462,7 +2466,7 @@ def each_video(cfg, ctx, dataset, call, failures):
 
 def write_features(cfg, ctx, dataset, call, width):
     """--task features: the run folder's features.npy, float32 [videos, width], in the list's order;
-    NaN for videos that could not be read. call(batch) -> [B, width]."""
+    NaN for videos that could not be read. call(batch) -> [S, width]."""
     path = Path(cfg.out) / "features.npy"
     shape = len(dataset), width
     if ctx.rank == 0:
@@ -2483,7 +2487,7 @@ def write_features(cfg, ctx, dataset, call, width):
 
 def print_predictions(cfg, ctx, dataset, call, classes):
     """--task predict: print the five likeliest classes of each video. call(batch) -> probabilities
-    [B, classes]. UserError names what could not be read."""
+    [S, classes]. UserError names what could not be read."""
     failures = Failures(len(dataset), 1.0)
     for index, shares in each_video(cfg, ctx, dataset, call, failures):
         shares, order = shares.sort(-1, descending=True)
@@ -2502,7 +2506,7 @@ def print_predictions(cfg, ctx, dataset, call, classes):
 # --------------------------------------------------------------------------------------------------
 # Clips are changed in batches, the same way in all frames of a clip, by draws from the clip's key.
 # The operations of RandAugment may be skipped, from `_each` to `_by_operation`. To lift: any
-# function without an underscore, each of clips and keys.
+# function without an underscore and what it names, with uniform and make_key of common.
 #
 # Nothing here makes the host wait for the GPU. What decides which kernels run (the operations of
 # RandAugment, the box to erase) is drawn on the host, from the keys as the loader gives them: on
@@ -2514,17 +2518,11 @@ def print_predictions(cfg, ctx, dataset, call, classes):
 
 def to_device(values, device):
     """A small tensor or list on the device, without the host's waiting: from pinned
-    memory, unless it is there."""
+    memory, unless it is on the device already."""
     values = torch.as_tensor(values)
     if device.type == "cuda" and values.device.type == "cpu":
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
-
-
-def _each(values, x):
-    """One number a clip, [n] or [n, 1], in the shape and type in which it
-    broadcasts over float pixels of x."""
-    return values.float().view(-1, *[1] * (x.dim() - 1))  # [n, 1, 1, 1, 1]
 
 
 def flip(clips, keys, p=0.5):
@@ -2540,9 +2538,15 @@ def flip(clips, keys, p=0.5):
 # values: what a clip's magnitude says, a row a clip.
 
 
+def _each(values, x):
+    """One number a clip, [n, 1], in the shape and type in which it broadcasts over float pixels
+    of x."""
+    return values.float().view(-1, *[1] * (x.dim() - 1))  # [n, 1, 1, 1, 1]
+
+
 def _blend(base, x, factor):
-    """x made more (factor > 1) or less (< 1) different from base; a number,
-    or float32 [n, 1, 1, 1, 1]."""
+    """x made more (factor > 1) or less (< 1) different from base. factor: a number, or float32
+    [n, 1, 1, 1, 1]."""
     # in place: one copy in float
     return x.float().sub_(base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
 
@@ -2619,7 +2623,7 @@ def _bicubic(matrix, H, W):
     matrix: a to f, float64 [n, 6]. Returns: index, int32 [n H W, 16], into the n frames' pixels;
     weight, float32 [n H W, 16]; inside, bool [n, H, W], whether the place is in the frame. The
     weights are PIL's when it transforms, Keys' with a = -1; when it resizes, a is -0.5. grid_sample
-    has -0.75, which is up to 8 levels off on the tests' pictures.
+    has -0.75, which is up to 17 levels off on the tests' pictures.
     """
     device = matrix.device
     n = len(matrix)
@@ -2636,8 +2640,8 @@ def _bicubic(matrix, H, W):
     near = (t - 2).mul_(t).mul_(t).add_(1)  # t^3 - 2 t^2 + 1
     far = (5 - t).mul_(t).sub_(8).mul_(t).add_(4)  # -t^3 + 5 t^2 - 8 t + 4
     weight = torch.where(t < 1, near, far).float()  # [2, n, H, W, 4]
-    tap = (first[..., None] + tap).clamp_(min=0)  # [2, n, H, W, 4]
-    column, row = torch.minimum(tap, (size - 1)[..., None]).int()  # [n, H, W, 4] each
+    place = (first[..., None] + tap).clamp_(min=0)  # [2, n, H, W, 4]
+    column, row = torch.minimum(place, (size - 1)[..., None]).int()  # [n, H, W, 4] each
     # [n], where a frame's pixels begin
     clip = torch.arange(0, n * H * W, H * W, device=device, dtype=torch.int32)
     row = row * W + clip[:, None, None, None]  # [n, H, W, 4]
@@ -2860,18 +2864,6 @@ def _turn_hue(x, turns):
     return share.mul_(chroma).neg_().add_(top).add_(0.5).to(torch.uint8)
 
 
-def _erased_box(draws, H, W):
-    """(y, x, h, w) by the first of some draws that fits into the frame; None where none does."""
-    for size, shape, top, left in draws:
-        area = H * W * (0.02 + size * (1 / 3 - 0.02))
-        ratio = 0.3 ** (1 - 2 * shape)
-        h = round(math.sqrt(area * ratio))
-        w = round(math.sqrt(area / ratio))
-        if h < H and w < W:
-            return int(top * (H - h + 1)), int(left * (W - w + 1)), h, w
-    return None
-
-
 def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0):
     """torchvision's ColorJitter: factors uniform in [1 - x, 1 + x] (not below 0),
     turns of the hue in [-hue, hue].
@@ -2879,7 +2871,7 @@ def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue
     uint8 [B, T, 3, H, W] -> the same; keys: int64 [B], anywhere. DECISION (order): always that
     of the arguments; torchvision draws it. Every clip has every operation, so that they are
     done for the whole batch at once: in quarters of its frames, because the hue of a frame
-    takes 15 times the frame's bytes.
+    takes 12 times the frame's bytes.
     """
 
     def factor(draw, most):  # [N, 1, 1, 1]
@@ -2902,6 +2894,18 @@ def colour_jitter(clips, keys, brightness=0.4, contrast=0.4, saturation=0.4, hue
     return torch.cat(out).view(clips.shape)  # [B, T, 3, H, W]
 
 
+def _erased_box(draws, H, W):
+    """(y, x, h, w) by the first of some draws that fits into the frame; None where none does."""
+    for size, shape, top, left in draws:
+        area = H * W * (0.02 + size * (1 / 3 - 0.02))
+        ratio = 0.3 ** (1 - 2 * shape)
+        h = round(math.sqrt(area * ratio))
+        w = round(math.sqrt(area / ratio))
+        if h < H and w < W:
+            return int(top * (H - h + 1)), int(left * (W - w + 1)), h, w
+    return None
+
+
 def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Random erasing (Zhong et al. 2020), pixel mode, "cube": with probability p,
     noise in one box of all frames.
@@ -2910,9 +2914,9 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
     The box has 2 to 33 % of the frame's area and a height of 0.3 to 3.3 widths, log-uniform; ten
     tries to fit it in, as in timm's RandomErasing (VideoMAE's `_erase_cube`, whose box it is, has
-    100: a miss is rarer than 1 in 10^20). Both fill normalised pixels with N(0, 1). Ours are
-    normalised later, so the noise is mapped back to pixels, mean + std N(0, 1), and what falls
-    outside 0 .. 255, 3 %, is cut off.
+    100: in a square a miss is rarer than 1 in 10^20). Both fill normalised pixels with N(0, 1).
+    Ours are normalised later, so the noise is mapped back to pixels, mean + std N(0, 1), and what
+    falls outside 0 .. 255, 3 %, is cut off.
     """
     chosen = (uniform(keys, "erase") < p).nonzero().flatten().tolist()
     draws = uniform(keys, "erase.box", 40).unflatten(-1, (10, 4)).tolist()
@@ -2934,7 +2938,7 @@ def erase(clips, keys, p=0.25, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     before = (sizes.cumsum(0) - sizes)[own]  # [N], values of the boxes before
     place = torch.arange(total, device=clips.device) - before  # [N], in the box
     _, key, h, w, corner = boxes[own].T  # [N] each
-    frame = place // (h * w)  # [N], counts each colour's
+    frame = place // (h * w)  # [N], each colour's counts as one
     row = place // w % h  # [N]
     column = place % w  # [N]
     noise = torch.special.ndtri(uniform(make_key(key, place), "erase.noise"))  # [N]

@@ -1438,7 +1438,10 @@ def main(cfg):
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
                 tokens = tokenizer(texts)  # [b, L]
-                inputs = batch.keys, tokens, text_ids(tokens)
+                ids = batch.keys  # [b], each another: nobody asks
+                if cfg.skip_duplicates:
+                    ids = text_ids(tokens)  # [b]
+                inputs = batch.keys, tokens, ids
                 pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
             global_backward(run, pairs, loss_fn)
         else:  # a sum over clips: gradients of micro-batches add up

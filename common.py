@@ -1731,7 +1731,7 @@ class Run:
         self.ctx = ctx
         self.folder = Path(cfg.out)
         self.lists = {}  # digests of what is in them, by their flags' names
-        self.batch_size = cfg.batch_size  # for the log's rate; a trainer in stages sets each one's
+        self.batch_size = cfg.batch_size  # for the log's rate; Trainer.begin sets a stage's own
         self.started = self.saved = self.logged = self.advanced = time.time()
         self.logged_step = 0
         self.logged_records = 0
@@ -2032,7 +2032,7 @@ class Trainer(Run):
 
     def begin(self, batches, batch_size, micro_batch, epoch_steps, stop, total=0, start=0,
               epoch_zero=0):  # fmt: skip
-        """Start, or go on, to train up to step `stop` of `total` (0: it is the last)
+        """Start, or go on, to train up to step `stop` of `total` (0: `stop` is the run's last)
         on `batches`, a rank's micro-batches.
 
         batch_size: clips a step over all ranks. Epochs have `epoch_steps` steps, counted from step
@@ -2110,7 +2110,7 @@ class Trainer(Run):
     def end_step(self, **more):
         """What is due once a step is done: its record in the log, with `more`, of which tensors are
         read where a record is due only; a checkpoint; after a signal, the end."""
-        step = self.at["step"]
+        step = self.step
         own = step - self.epoch_zero  # of the stage's epochs
         self.advance(step, self.total)
         epoch_ends = own % self.epoch_steps == 0
@@ -2134,15 +2134,15 @@ class Trainer(Run):
     def evaluation_due(self, at_stop=True):
         """Whether this step is to be evaluated, and was not: --eval-every epochs are over or, if
         at_stop, the stage is. True also at the start of a run that was stopped between the two."""
-        step = self.at["step"]
+        step = self.step
         if step <= self.start or step <= self.at["evaluated"]:
             return False
         return (step - self.epoch_zero) % self.eval_steps == 0 or (at_stop and step == self.stop)
 
     def evaluated(self, result, metric, lower_is_better=False, also=(), **more):
-        """Note an evaluation: in the log, with `more`; in best.pt, if none was better;
+        """Note an evaluation: in the log, with `more`; in best.pt, if it is better than all before;
         in files `also`; in last.pt."""
-        step = self.at["step"]
+        step = self.step
         self.log(result | {"clips": step * self.batch_size} | more, step, self.total)
         score = -result[metric] if lower_is_better else result[metric]
         files = [*also, "last.pt"]
@@ -2156,7 +2156,7 @@ class Trainer(Run):
     def checkpoint(self, *names):
         """Save under each name. False, and the last good checkpoint stays, where the latest step
         was not finite; but the last step of all is saved."""
-        if self.at["step"] < self.total and not self.meter.healthy(self.ctx):
+        if self.step < self.total and not self.meter.healthy(self.ctx):
             return False
         state = {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"scaler": self.scaler.state_dict(), "at": self.at}

@@ -47,20 +47,20 @@ classification, video-language training, and long video, which then fits end to 
                                     --recon-ratio 0.125
     Figure 2, 75, 25                --recipe ucf101 --mask-ratio 0.75 --recon-ratio 0.25 --plan
 
-Beside them each row has its lists and an --out of its own. videomae.pth is VideoMAE's ViT-B,
-pretrained on Kinetics-400; vl.pt is last.pt of Table 4's run. Figure 3 and Table 3 are curves: they
-come from the runs' log.jsonl.
+Beside them each row has its lists and an --out of its own; Table 1 right that of the run it tests.
+videomae.pth is VideoMAE's ViT-B, pretrained on Kinetics-400; vl.pt is last.pt of Table 4's run.
+Figure 3 and Table 3 are curves: they come from the runs' log.jsonl.
 Faithful: m, r, losses and their weights, encoder, optimiser, schedule, sampling, as the paper
 states them.
 DECISIONS where the paper is silent or contradicts itself, tagged in the code where they are made:
     decoder     Table 6 states 8 layers x 512. Table 1's GFLOPs come out only with VideoMAE-B's own
-                4 x 384 (0.12 %; 8 x 512 misses by up to 117 %, and would not save memory at m =
-                0.5). Default: 4 x 384; --decoder 8x512.
+                4 x 384 (0.12 %; 8 x 512 misses by up to 117 %, and at m = 0.5 would save hardly
+                any memory). Default: 4 x 384; --decoder 8x512.
     mask        per-token random. VideoMAE's tubes would round to other numbers of tokens: Table 1's
                 last rows would be 1-2 % off.
     CLS         VideoMAE has none. Here: learned, without the position that Sec. 3.1 adds to it (it
                 can learn one), not shown to the decoder (Sec. 3.2 counts N_i + N_r). All tokens
-                attend to it; with cls_token emptied, [1, 0, D], features and loss are VideoMAE's.
+                attend to it; with cls_token emptied, [1, 0, D], encode and decode are VideoMAE's.
     target      normalised per patch and channel, as VideoMAE; the toy recipes predict raw pixels
                 (--target).
     embedding   dropped patches are not embedded. The paper's GFLOPs embed all of them: --plan
@@ -177,7 +177,7 @@ LONG = {
 }  # fmt: skip
 RECIPES = {
     "toy": TOY,
-    # Few labels, from the weights of tpt_mae.py's toy
+    # From the weights of tpt_mae.py's toy, in its sizes
     "toy_tpt": TOY | {
         "model": "vit_toy4", "size": 32, "frames": 8, "fps": 2.5, "epochs": 12, "eval_every": 4.0,
     },
@@ -192,8 +192,8 @@ RECIPES = {
         "train_clips": 480, "sampling": "span", "frames": 32, "mask_ratio": 0.75, "test_clips": 3,
         "epochs": 50, "warmup_epochs": 2.0, "eval_every": 10.0,
     },
-    "ucf101": {"train_clips": 9537, "num_classes": 101, "lr": 1e-3 * 16 / 256},  # DECISION (lr)
-    "hmdb51": {"train_clips": 3570, "num_classes": 51, "lr": 1e-3 * 16 / 256},  # DECISION (split)
+    "ucf101": {"train_clips": 9537, "num_classes": 101},  # DECISION (split)
+    "hmdb51": {"train_clips": 3570, "num_classes": 51},  # DECISION (split)
     "htm_aa": UNREGULARISED | {  # Table 6, "V-L Training"; Table 4
         "objective": "align", "train_clips": 250_000, "mask_ratio": 0.75, "recon_ratio": 0.25,
         "batch_size": 32, "repeated": 4,  # DECISION (repeat)
@@ -204,7 +204,7 @@ RECIPES = {
     "breakfast": LONG | {"train_clips": 1284, "num_classes": 10},  # DECISION (split): of 1,712
     "coin": LONG | {"train_clips": 9030, "num_classes": 180, "epochs": 50, "warmup_epochs": 5.0},
 }  # fmt: skip
-# By itself, or by way of htm_aa (Tables 2 and 5).
+# What starts from VideoMAE's weights: from these or, in rows of Tables 2 and 5, from htm_aa's.
 FROM_VIDEOMAE = ("ucf101", "hmdb51", "htm_aa", "breakfast", "coin")
 
 
@@ -266,11 +266,13 @@ class Config(common.RunConfig):
     temperature: float = opt(  # DECISION (cosine)
         0.07, "divides the products of Eq. 2", within="(0, inf)"
     )
-    eval_fps: float = opt(0.0, "frames a second of a clip at test, if not --fps (Sec. 5.2: 16)")
+    eval_fps: float = opt(
+        0.0, "frames a second of a clip that R@1 is counted on (Sec. 5.2: 16); 0: --fps"
+    )
 
     epochs: int = opt(100, "passes over the training list (Table 6)", within="[1, inf)")
     batch_size: int = opt(16, "clips per optimizer step over all ranks (Figure 3)")
-    lr: float = opt(1e-3, "peak learning rate at this batch, as used")
+    lr: float = opt(1e-3 * 16 / 256, "peak learning rate, at this batch")  # DECISION (lr)
     min_lr: float = opt(1e-6, "learning rate at the end of the cosine (VideoMAE)")
     warmup_epochs: float = opt(10.0, "epochs of linear warm-up (Table 6)")
     weight_decay: float = opt(0.05, "AdamW's weight decay (Table 6)")
@@ -382,8 +384,8 @@ def sample_clip(video, index, view, key, frames, fps, sampling, crop, test_views
     video, of which this is number `view`, crops fastest. Test clips are evenly spaced; of "span"
     they are drawn (Sec. 4.3), and anew for each crop. A single one is in the middle.
     """
-    start = uniform(key, "start").item()
-    ends = uniform(key, "span", 2).tolist() if sampling == "span" else None
+    start = uniform(key, "start").item()  # of "clip"
+    ends = uniform(key, "span", 2).tolist()  # of "span"
     if test_views is None:
         box = training_box(video.info, key, crop)
     else:
@@ -475,7 +477,7 @@ class Turbo(Autoencoder):
             table = common.sinusoid_table(self.num_tokens, width)[None]  # [1, N, D']
             self.register_buffer("decoder_positions", table, persistent=False)
         # encoder_to_decoder too, at twice VideoMAE's spread: --init replaces it, and the toy, which
-        # starts from nothing, ends at 98 % with this in place of 91 %.
+        # starts from nothing, ends at 98 % with this and at 91 % with VideoMAE's.
         self.apply(common.init_linear)
         # PyTorch's default, as VideoMAE's convolution: positions must stand out.
         self.patch_embed.reset_parameters()
@@ -494,10 +496,7 @@ class Turbo(Autoencoder):
         target [B, R, P]."""
         patches = patchify(clips, self.patch)  # [B, N, P]
         visible, recon = token_dropout(keys, self.num_tokens, m, r)
-        if recon.shape[1] == 0:
-            target = torch.zeros(len(clips), 0, patches.shape[-1], device=clips.device)  # [B, 0, P]
-        else:
-            target = pixel_target(gather_tokens(patches, recon), self.target)  # [B, R, P]
+        target = pixel_target(gather_tokens(patches, recon), self.target)  # [B, R, P]
         return patches, visible, recon, target
 
     @common.region
@@ -605,8 +604,9 @@ def write_recon(model, clips, keys, m, fps, path):
 # that of Eq. 2: L = lambda_NCE L_NCE + PMAE. L_NCE asks of each clip which sentence of the batch it
 # shows, and of each sentence which clip. What is different from Part I, in the order of a step:
 #
-#     loader     draws a sentence of the video, by the clip's key, and reads frames at its time
-#     trainer    draws the sentence AGAIN, by the same key: clips come without words
+#     loader     draws each clip a sentence of its video, by the key of the video's first clip, and
+#                reads frames at its time
+#     trainer    draws the sentences AGAIN, by the same keys: clips come without words
 #     model      clip -> z_v; the sentence's features -> z_t: unit vectors of one space
 #     loss       compares all clips of the step with all its sentences, those of the other GPUs and
 #                micro-batches too. So it is no sum over micro-batches, and `common.cached_step`
@@ -644,8 +644,8 @@ class Pairs:
     def sentences(self, index, key, views):
         """Which captions `views` clips of video `index` show, [views]: all different, where it has
         as many. key: the first clip's."""
-        first, last = self._first[index : index + 2].tolist()
-        order = permutation(key, "sentence", last - first).numpy()  # [sentences of the video]
+        first, stop = self._first[index : index + 2].tolist()
+        order = permutation(key, "sentence", stop - first).numpy()  # [sentences of the video]
         # DECISION (repeat): different ones, or from the beginning again where they are fewer
         drawn = np.resize(order, views)  # [views]
         return self._order[first + drawn]  # [views]
@@ -695,7 +695,7 @@ def nce_loss(video, text, sentence, temperature):
 
 class TurboText(Turbo):
     """Turbo with two heads in place of the classifier, into one space of video and text (Sec.
-    3.2)."""
+    3.2, App. A)."""
 
     embed_dim = 256  # E
 
@@ -769,7 +769,8 @@ def pieces_of(captions, videos, failures, views):
 
 
 def sample_second(video, index, view, key, pieces, frames, fps):
-    """(frames, box) of a clip in the middle of second `view` of a Piece (Sec. 5.2)."""
+    """(frames, box) of a clip around the middle of second `view` of a Piece (Sec. 5.2); behind the
+    video's last second, of that one."""
     second = min(pieces[index].first + view, pieces[index].seconds - 1)
     return data.second_frames(video, second, frames, fps), data.centre_box(video.info)
 
@@ -799,9 +800,9 @@ def align_features(cfg, ctx, net, captions, failures, picture=None):
                 write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, fps, picture)
                 picture = None
         vectors = vectors.unflatten(0, (views, -1)).transpose(0, 1).cpu()  # [B, V, E]
-        for i, vector in zip(batch.index.tolist(), vectors, strict=False):
+        for i, rows in zip(batch.index[: len(vectors)].tolist(), vectors, strict=True):
             _, video, first, seconds = pieces[i]
-            features[video][first : first + views] = vector[: seconds - first]  # [<= V, E]
+            features[video][first : first + views] = rows[: seconds - first]  # [<= V, E]
 
     read = {video: rows for video, rows in features.items() if rows.isfinite().all()}
     if not failures.new and len(read) < len(features):
@@ -824,11 +825,11 @@ def recall_at_1(similarity, start, end):
 def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
     """R@1 in % of the sentences, in which second of their video they are shown, as HTM-Align
     counts it (Sec. 5.2). `val_chance` is the R@1 of a random second. Sentences that are not
-    alignable (data.read_captions) or of unreadable videos don't count. text: features [sentences,
-    W]. picture: see `evaluate`."""
+    alignable (data.read_captions) or of unreadable videos don't count; `val_outside` of those that
+    do begin after their video's end. text: features [sentences, W]. picture: see `evaluate`."""
     found = common.Evaluation(cfg, ctx, captions.names)
     features = align_features(cfg, ctx, net, captions, found.failures, picture)
-    outside = torch.zeros((), device=ctx.device)  # sentences after their video's end
+    outside = torch.zeros((), device=ctx.device)
     for video, rows in features.items():
         own = np.flatnonzero(captions.video_of == video)  # [S]
         start = captions.start[own]
@@ -969,9 +970,9 @@ PARTS = {
 }
 
 
-def depth_of(shapes):
-    """The number of blocks of a part."""
-    return len({name.split("blocks.")[1].split(".")[0] for name in shapes if "blocks." in name})
+def depth_of(names):
+    """The number of blocks of a part, by its weights' names."""
+    return len({name.split("blocks.")[1].split(".")[0] for name in names if "blocks." in name})
 
 
 def init_weights(path, net):
@@ -1027,7 +1028,6 @@ def check(cfg):
         raise UserError(
             f"--eval-mask-ratios {cfg.eval_mask_ratios} is not a list of numbers such as 0,0.5,0.9"
         )
-    ratios = (cfg.mask_ratio, *eval_ratios(cfg))
     if cfg.recon_ratio > cfg.mask_ratio:
         raise UserError(
             f"--recon-ratio {cfg.recon_ratio} must be in [0, --mask-ratio {cfg.mask_ratio}]"
@@ -1037,7 +1037,7 @@ def check(cfg):
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
-    if token_counts(tokens, max(ratios), 0)[0] < 1:
+    if token_counts(tokens, max(cfg.mask_ratio, *eval_ratios(cfg)), 0)[0] < 1:
         raise UserError(
             f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one"
         )
@@ -1168,7 +1168,9 @@ def validate(cfg, ctx, net, videos, text, picture=None):
     return evaluate(cfg, ctx, net, videos, picture)
 
 
-# What a run of an objective is measured by, and what it counts.
+# What a run of an objective logs (ce without its weight, lambda_CE, nce with its own, lambda_NCE),
+# what it is measured by, and what it counts.
+LOSSES = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}
 METRIC = {"classify": "val_top1", "align": "val_recall1"}
 UNIT = {"classify": "videos", "align": "sentences"}
 
@@ -1210,20 +1212,20 @@ def use(cfg, ctx):
         "objective", "sampling", "text_model", "eval_fps", "position_scale",
     )  # fmt: skip
 
-    def saved(own, state):
+    def rebuild(own, state):
         check(own)
         return build(own, state["text_width"] or len(state["classes"])).to(ctx.device)
 
     more = "classes", "text_width"
-    cfg, net, state = common.open_trained(cfg, "turbo.py", settings, more, saved)
+    cfg, net, state = common.open_trained(cfg, "turbo.py", settings, more, rebuild)
     classes = state["classes"]
     align = cfg.objective == "align"
     m = eval_ratios(cfg)[0]
     if cfg.task == "predict":
         if align:
             raise UserError(
-                "--task predict needs a classifier; of a video-language model take --task features, "
-                "with a --val-list of `path label` lines"
+                "--task predict needs a classifier; of a video-language model take "
+                "--task features, with a --val-list of `path label` lines"
             )
         clips = test_clips(cfg, data.VideoList.of(cfg.input))
         shares = partial(over_views, cfg, ctx, net.probabilities, m)
@@ -1260,9 +1262,8 @@ def main(cfg):
     total = cfg.max_steps or cfg.epochs * epoch_steps
     warmup = cfg.warmup_epochs * epoch_steps
 
-    # In the log ce is without its weight, lambda_CE; nce is with its own, lambda_NCE.
-    names = {"classify": ("loss", "ce", "mae"), "align": ("loss", "nce", "mae")}[cfg.objective]
-    run = common.Trainer(cfg, ctx, names, train_list=videos, val_list=val_videos)
+    losses = LOSSES[cfg.objective]
+    run = common.Trainer(cfg, ctx, losses, train_list=videos, val_list=val_videos)
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, text_width or len(classes)).to(ctx.device)
     if cfg.init and not run.state:
@@ -1271,7 +1272,7 @@ def main(cfg):
     run.prepare(net, optimizer, classes=classes, text_width=text_width)
     m = cfg.mask_ratio
     r = cfg.recon_ratio
-    loss_of = common.compiled(turbo_loss, ctx, cfg.compile)
+    loss_of = common.compiled(turbo_loss, ctx, cfg.compile)  # Part I; of Part II the next three
     error_of = common.compiled(partial_mae, ctx, cfg.compile)
     encode = partial(encode_pairs, model=run.model, m=m, r=r, error_of=error_of)
     contrast = partial(nce_loss, temperature=cfg.temperature)
@@ -1290,7 +1291,7 @@ def main(cfg):
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
         evaluate_step(cfg, ctx, run, val_videos, val_text)
-    # backward takes the mean over all clips of the step, update clips and steps: common.Trainer.
+    # backward takes the mean over the step's clips; update clips gradients, and steps.
     while run.step < total:
         if cfg.objective == "classify":  # Eq. 1: a sum over clips, so micro-batches add up
             for batch in run.micro_batches():  # its clips are augmented: see training_batches above

@@ -702,7 +702,7 @@ def need_videos(videos, max_bad, root="--data-root"):
     evaluation would forgive: said before the first step, and not hours later. root: the
     flag that says where they are."""
     paths = {videos.video(i) for i in range(len(videos))}
-    missing = sorted(path for path in paths if not os.path.exists(path))
+    missing = sorted(path for path in paths if not os.path.exists(place_of(path)))
     if len(missing) > max(1, max_bad * len(paths)) or len(missing) == len(paths):
         raise UserError(
             f"{videos.path}: {len(missing)} of its {len(paths)} videos are missing "
@@ -2031,9 +2031,17 @@ class Chunks:
         return clips
 
 
+def place_of(path):
+    """Where a list's video is: `path`, or the folder of its chunks, which `data.py chunk` has end
+    in .mp4 whatever the video's name ends in (EK-100's in .MP4)."""
+    folder = os.path.splitext(path)[0] + ".mp4"
+    return folder if not os.path.exists(path) and os.path.isdir(folder) else path
+
+
 def open_video(path, reader=Video):
-    """A Video, or Chunks where path is a folder. reader: Video, or a subclass that reads
-    otherwise."""
+    """A Video, or Chunks where path is their folder, or only that is there (`place_of`). reader:
+    Video, or a subclass that reads otherwise."""
+    path = place_of(path)
     return Chunks(path, reader) if os.path.isdir(path) else reader(path)
 
 

@@ -175,6 +175,18 @@ def test_frames_times_colours(cut, name):
     )
 
 
+@pytest.mark.parametrize("name", ["p/P01.MP4", "old.avi", "b frames.mkv", "vfr.mp4"])
+def test_a_list_of_the_videos_finds_their_chunks(cut, name):
+    """Lists as published name files, such as EK-100's P01/P01_01.MP4; the folder of chunks ends in .mp4."""
+    rows = data.Captions([(name, 0.0, 0.5, "a text")], cut / "dst", ["list"])
+    data.need_videos(rows, max_bad=0.0)
+    with data.open_video(rows.video(0)) as parts:
+        assert isinstance(parts, data.Chunks) and parts.path.endswith(".mp4")
+    gone = data.Captions([("gone.MP4", 0.0, 0.5, "a text")], cut / "dst", ["list"])
+    with pytest.raises(UserError, match="gone.MP4"):
+        data.need_videos(gone, max_bad=0.0)
+
+
 def shown(video, second):
     """The number that the frame at a second shows; None where there is none."""
     try:

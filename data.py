@@ -120,10 +120,16 @@ class Strings:
         return self._bytes[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
-def numbered(items):
-    """int64 [items]: 0, 1, ... in the order of appearance, equal for equal items."""
-    seen = {}
-    return torch.tensor([seen.setdefault(item, len(seen)) for item in items])
+def digest(*parts):
+    """Of Strings and numbers: a SHA-256, in hexadecimal."""
+    whole = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Strings):
+            content = part.digest().encode()
+        else:
+            content = np.ascontiguousarray(part)
+        whole.update(hashlib.sha256(content).digest())
+    return whole.hexdigest()
 
 
 def _named_video(name):
@@ -140,47 +146,14 @@ def reading(path):
         raise UserError(f"{path}: can't read the list ({error.strerror})") from None
 
 
-def read_lines(path):
-    """Yields (`path:number`, line) of a text file; UserError names a file that can't be
-    read, or a line not in UTF-8."""
-    with reading(path), open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            place = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
-            yield place, text
-
-
 def full_lines(path, *_):
     """Yields (`path:number`, line) of those that aren't empty, stripped, whatever ends them (an
-    old Mac's CR, too); bytes that are no UTF-8 pass through."""
+    old Mac's CR, too); bytes that are no UTF-8 pass through. FORMATS gives its readers more."""
     with reading(path), open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             line = line.strip()
             if line:
                 yield f"{path}:{number}", line
-
-
-class Unlike(ValueError):
-    """An entry of an annotation is not as published: why, in words for its user."""
-
-
-# what reading a malformed entry raises
-MALFORMED = ValueError, LookupError, TypeError, AttributeError, csv.Error
-
-
-def _why(error):
-    """What such an error says to a user, in brackets; "" where it only speaks of Python."""
-    number = re.search(r"(?:to float|base 10): (.+)", str(error))
-    if number:
-        return f" ({number[1]} is not a number)"
-    if isinstance(error, KeyError):
-        return f" ({error} is missing, or unknown)"
-    if isinstance(error, (Unlike, json.JSONDecodeError, csv.Error)):
-        return f" ({error})"
-    return ""
 
 
 SEPARATORS = {"\t": "tab", ",": "comma", " ": "space"}
@@ -220,18 +193,6 @@ def _separators(line):
     return uncut or found
 
 
-def digest(*parts):
-    """Of Strings and numbers: a SHA-256, in hexadecimal."""
-    whole = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Strings):
-            content = part.digest().encode()
-        else:
-            content = np.ascontiguousarray(part)
-        whole.update(hashlib.sha256(content).digest())
-    return whole.hexdigest()
-
-
 _INTEGER = re.compile("-?[0-9]+")
 
 
@@ -252,7 +213,8 @@ class VideoList:
     in two ways, a header, and a label that names a video.
 
     `classes` (names, in order) checks a list against the training list's; without it they are this
-    list's own: sorted names, or 0 ... num_classes - 1. Mistakes raise UserError with file and line.
+    list's own: sorted names, or 0 ... num_classes - 1, where num_classes is 0 up to its largest.
+    Mistakes raise UserError with file and line.
     """
 
     def __init__(self, path, root="", num_classes=0, classes=None):
@@ -277,7 +239,7 @@ class VideoList:
 
     @classmethod
     def of(cls, paths):
-        """A list of given paths, all labelled 0."""
+        """A list of given paths, all labelled 0; with no `path` of its own."""
         videos = cls.__new__(cls)
         videos.root = ""
         videos.classes = ["0"]
@@ -335,9 +297,9 @@ class VideoList:
         second = self._paths[min(1, len(self._paths) - 1)]
         label, *others = seen
         _, place = seen[label]
-        named = label.lower() in ("label", "class") or _named_video(second)
-        numbered = others and once and all(map(_INTEGER.fullmatch, others))
-        if not _named_video(first) and not _INTEGER.fullmatch(label) and (named or numbered):
+        by_name = label.lower() in ("label", "class") or _named_video(second)
+        by_number = others and once and all(map(_INTEGER.fullmatch, others))
+        if not _named_video(first) and not _INTEGER.fullmatch(label) and (by_name or by_number):
             raise UserError(
                 f"{place}: a header, {first!r} and {label!r}? A list has none: "
                 "remove it (`data.py list` makes lists of published tables); "
@@ -378,22 +340,9 @@ class VideoList:
 # Captioned lists
 # --------------------------------------------------------------------------------------------------
 # EK-100, Ego4D, HTM-AA and HTM-Align, each published in a form of its own, become one kind of
-# object: times of videos, and what is said of them. The forms may be skipped, from `_captions_of`
-# to _CAPTION_FORMATS, and at the end what a run asks of its lists before its first step. To lift:
+# object: times of videos, and what is said of them. The forms may be skipped, from Unlike to
+# _CAPTION_FORMATS, and at the end what a run asks of its lists before its first step. To lift:
 # read_captions with Captions; plain_pickle, which runs nothing of a pickle.
-
-
-def read_table(path):
-    """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a
-    header. UserError names the line where a row that is not csv begins."""
-    rows = csv.DictReader((line for _, line in read_lines(path)), strict=True)
-    before = 0
-    try:
-        for row in rows:
-            before = rows.line_num
-            yield f"{path}:{before}", row
-    except csv.Error as error:  # an open quote, mostly, which would swallow all that follows
-        raise UserError(f"{path}:{before + 1}: this row is not csv ({error})") from None
 
 
 class Caption(NamedTuple):
@@ -482,6 +431,12 @@ class Captions:
         return self.texts[first + int(u * (stop - first))]
 
 
+def numbered(items):
+    """int64 [items]: 0, 1, ... in the order of appearance, equal for equal items."""
+    seen = {}
+    return torch.tensor([seen.setdefault(item, len(seen)) for item in items])
+
+
 def read_captions(
     paths, root="", max_bad=0.01, reach=0.0, texts=True, classes=None, kind=Captions, ctx=None
 ):
@@ -510,6 +465,26 @@ def read_captions(
         if ctx and ctx.rank == 0:
             print(f"left out: {note})")
     return captions
+
+
+class Unlike(ValueError):
+    """An entry of an annotation is not as published: why, in words for its user."""
+
+
+# what reading a malformed entry raises
+MALFORMED = ValueError, LookupError, TypeError, AttributeError, csv.Error
+
+
+def _why(error):
+    """What such an error says to a user, in brackets; "" where it only speaks of Python."""
+    number = re.search(r"(?:to float|base 10): (.+)", str(error))
+    if number:
+        return f" ({number[1]} is not a number)"
+    if isinstance(error, KeyError):
+        return f" ({error} is missing, or unknown)"
+    if isinstance(error, (Unlike, json.JSONDecodeError, csv.Error)):
+        return f" ({error})"
+    return ""
 
 
 def _captions_of(path, reach, texts, classes, left_out):
@@ -590,6 +565,32 @@ def plain_pickle(path):
                 f"{path}: refused, {error or 'it ends too early'}; nothing in it was run. The same "
                 "rows as .csv or .jsonl (video, start, end, text) are read too"
             ) from error
+
+
+def read_lines(path):
+    """Yields (`path:number`, line) of a text file; UserError names a file that can't be
+    read, or a line not in UTF-8."""
+    with reading(path), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{place}: not text in UTF-8 ({error.reason})") from None
+            yield place, text
+
+
+def read_table(path):
+    """Yields (`path:number of its last line`, {column: cell}) of each row of a csv file with a
+    header. UserError names the line where a row that is not csv begins."""
+    rows = csv.DictReader((line for _, line in read_lines(path)), strict=True)
+    before = 0
+    try:
+        for row in rows:
+            before = rows.line_num
+            yield f"{path}:{before}", row
+    except csv.Error as error:  # an open quote, mostly, which would swallow all that follows
+        raise UserError(f"{path}:{before + 1}: this row is not csv ({error})") from None
 
 
 # Of each format its rows, with their places for messages, and the Caption that a row is: None where

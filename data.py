@@ -836,10 +836,10 @@ def open_text(captions, model, folder, width=0):
 # --------------------------------------------------------------------------------------------------
 # Pure functions -> frames in the order shown, for `read`. u in [0, 1) is the uniform draw that
 # picks among what the paper picks from at random, the first and the last of it included; 0.5 is
-# the middle, 1 the last too. n different frames, always, unless said otherwise; ValueError where
-# the video has fewer than n. What a paper states in seconds goes by the frames' times, not by
-# their number: frame rates vary. What your paper doesn't name may be skipped. To lift: any of them,
-# for a Video or its VideoInfo.
+# the middle, 1 the last too, but for segment_frames. n different frames, always, unless said
+# otherwise; ValueError where the video has fewer than n. What a paper states in seconds goes by the
+# frames' times, not by their number: frame rates vary. What your paper doesn't name may be skipped.
+# To lift: any of them, for a Video or its VideoInfo.
 
 
 def _check_length(info, n):
@@ -869,8 +869,8 @@ def fps_frames(video, n, fps, u):
 
 
 def stride_frames(info, n, stride, u):
-    """n frames, `stride` apart, from a random start (VideoMAE, pretraining; every start
-    of n * stride frames alike).
+    """n frames, `stride` apart, from a random start: any that leaves n * stride frames, as likely
+    as any other (VideoMAE, pretraining).
 
     A shorter video is spread evenly over the n frames, where VideoMAE repeats its last.
     """
@@ -1140,7 +1140,8 @@ class VideoInfo(NamedTuple):
     fps: float  # frames a second, the mean over the video
     num_frames: int  # frames that a decoder shows; exact
     duration: float  # seconds from the first frame to the end of the last
-    rotation: int  # degrees clockwise that the coded picture was turned by to be upright
+    # degrees clockwise that the coded picture was turned by to be upright; doesn't tell mirroring
+    rotation: int
     codec: str
 
 
@@ -1719,8 +1720,8 @@ class Video:
         """The runs that `_run` decodes for the wanted frames, [(first packet,
         last packet, {pts: index})].
 
-        A run goes from a clean start to a wanted frame, and on to the next one unless a
-        later clean start is nearer.
+        A run goes from a clean start to a wanted frame, and on to the next one unless the clean
+        start before that is still to come.
         """
         wants = []
         for i in wanted:
@@ -1730,13 +1731,14 @@ class Video:
             while at and self._rows[self._starts[at]][0] > self._pts[i]:
                 at -= 1
             wants.append((self._starts[at], self._order[i], i))
-        plan = []
+        runs = []
         for start, position, i in sorted(wants):
-            if not plan or start > plan[-1][1]:
-                plan.append([start, position, {}])
-            plan[-1][1] = max(plan[-1][1], position)
-            plan[-1][2][self._pts[i]] = i
-        return plan
+            if not runs or start > runs[-1][1]:
+                runs.append([start, position, {}])
+            run = runs[-1]
+            run[1] = max(run[1], position)
+            run[2][self._pts[i]] = i
+        return runs
 
     def _run(self, start, last, want):
         """Decode packets start .. last; yields (index, frame) of the frames in want, {pts: index}.
@@ -2100,7 +2102,7 @@ class ClipDataset(torch.utils.data.Dataset):
     Batch.failures; nothing is repeated or black.
     """
 
-    videos: VideoList | Captions
+    videos: object  # VideoList, Captions, or what has len(), video(index) and labels
     # (video, index, view, key) -> (frames, box): what to read of an open Video or Chunks;
     # ValueError if it is too short
     plan: Callable
@@ -3617,8 +3619,7 @@ SSV2 = Format(
     _ssv2,
     "something-something-v2-labels.json",
 )
-# name: (SOURCE, an entry of it, reader, converter, index of classes published beside it, splits in
-# it)
+# by the names that `data.py list` takes
 FORMATS = {
     "ucf101": Format(
         "trainlist01.txt", "Archery/v_Archery_g01_c01.avi 3", full_lines, _ucf101, "classInd.txt"

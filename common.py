@@ -49,6 +49,10 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked
+    fcntl = None
 try:  # optional: pip install flash-attn; used on CUDA in half precision
     from flash_attn import flash_attn_func
 except ImportError:
@@ -1749,11 +1753,27 @@ class Run:
             except OSError as error:
                 why = f"can't write there ({error.strerror})"
                 raise UserError(f"--out {self.folder}: {why}") from None
+            self.claim()
             if cfg.tensorboard:
                 self.board = tensorboard_writer(self.folder)
         ctx.barrier()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+
+    def claim(self):
+        """Hold the folder's lock while this process lives, which the kernel ends however it ends.
+        UserError where another holds it: both would write the same files."""
+        self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115, it stays open
+        if fcntl:
+            try:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise UserError(
+                    f"--out {self.folder}: another process trains there; wait until it has ended, "
+                    "or choose another --out"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
 
     def _stop(self, number, frame):
         self.stopped = number

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -1091,7 +1092,8 @@ def test_same_config_continues(start):
     assert (run.folder / "log.jsonl").read_text().endswith("}\n")
     run.log({"value": 9}, 3, 10)
     assert steps_logged(run) == [None, 1, 2, 3]
-    assert sorted(p.name for p in run.folder.iterdir()) == ["best.pt", "last.pt", "log.jsonl"]
+    names = [".lock", "best.pt", "last.pt", "log.jsonl"]
+    assert sorted(p.name for p in run.folder.iterdir()) == names
 
 
 def test_seconds_go_on_where_they_were(start):
@@ -1140,11 +1142,36 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_another(st
         start().resume()
 
 
+HOLD = """
+import fcntl, sys
+lock = open(sys.argv[1] + "/.lock", "w")
+fcntl.lockf(lock, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_processes_in_a_folder(start):
+    """The second is told, and leaves everything as it is; once the first was killed, its place is free."""
+    run = first_run(start)
+    run.lock.close()
+    before = {p.name: p.read_bytes() for p in run.folder.iterdir()}
+    command = [sys.executable, "-c", HOLD, str(run.folder)]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match=f"--out {run.folder}: another process trains there"):
+        start()
+    assert {p.name: p.read_bytes() for p in run.folder.iterdir()} == before
+    first.kill()
+    first.wait()
+    assert start().resume()["at"]["step"] == 2
+
+
 def test_overwrite_starts_anew(start):
     first_run(start)
     run = start(lr=0.2, overwrite=True)
     assert run.resume() is None and steps_logged(run) == [None]
-    assert [p.name for p in run.folder.iterdir()] == ["log.jsonl"]
+    assert sorted(p.name for p in run.folder.iterdir()) == [".lock", "log.jsonl"]
 
 
 def test_overwrite_does_not_look_at_broken_files(start):

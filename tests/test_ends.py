@@ -377,7 +377,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     run = common.Run(cfg, common.Context(0, 1, CPU, "fp32"))
     with pytest.raises(UserError, match="log.jsonl: can't write it .No space left"):
         run.log({"val_top1": 1.0}, 1, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "log.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "last.pt", "log.jsonl"]
 
 
 def test_an_array_on_a_full_disk_is_no_bus_error(tmp_path):

@@ -7,11 +7,14 @@ make room for the large batches that InfoNCE thrives on. IO: long videos are cut
 15 s, so that a clip reads little. CPU: the random crop moves into the decoder.
 
     paper                                   here
-    Sec. 4.1, Figs. 3-4: memory             common.attention (--attention plain), common.run_blocks
+    Sec. 4.1, Fig. 4: memory                common.attention (--attention plain), common.run_blocks
+    Fig. 3: which part of a block takes it  saved_megabytes (--plan)
     Sec. 4.2, Eqs. 1-2, Fig. 8b: the crop   sample_clip, data.random_resized_box, data.Video
     Fig. 8a: decode, then crop              data.WholeFrames (--loader)
+    Sec. 4.2: what else runs on the GPU     data.flip, data.mix, data.normalize
     Sec. 4.3: chunks; Eq. 3                 data.Chunks, data.largest_chunk
-    Sec. 5.2: joint space-time ViT, PE_t    VideoEncoder, stretch_time
+    Sec. 3: joint space-time ViT            VideoEncoder
+    Sec. 5.2: PE = PE_t + PE_s              VideoEncoder.embed, stretch_time
     Sec. 5.2: GPT-like text encoder, BPE    TextEncoder, BPETokenizer
     Sec. 5.2: total batch of 2,048          global_backward, common.cached_step
     Sec. 5.3: InfoNCE; max-margin [71]      common.contrastive_loss, max_margin_loss
@@ -82,9 +85,11 @@ of AdamW. Figs. 2 and 5 need 8 GPUs and 64 processes: the commands are in tests/
 
     python avion.py                     # toy videos, made on first use: 2 CPU cores, some minutes
     torchrun --nproc_per_node=8 avion.py --recipe ego4d --init clip-vit-base-patch16/ \\
-        --merges bpe_vocab.txt.gz --train-list ego4d.pkl --data-root ego4d_chunks \\
+        --merges bpe_simple_vocab_16e6.txt.gz --train-list ego4d.pkl --data-root ego4d_chunks \\
         --val-list EPIC_100_retrieval_test.csv --val-root ek100_chunks
 
+The method is sample_clip, VideoEncoder, batch_loss and global_backward; the loop that calls them is
+main's. Text, Evaluation, Weights and The plan may be skipped at first.
 Shapes: B clips, T frames, C colours, N tokens (steps x places), K kept ones, D width, P pixel
 values, L words, E embedding, A classes, V clips and S sentences of a retrieval task, Q queries of
 either; b clips, or other rows, of a part, such as a micro-batch. keys, int64 [B], are hashes of
@@ -195,7 +200,7 @@ class Config(common.RunConfig):
     train_list: tuple = opt((), "lists of narrated clips (.pkl, .csv, .jsonl), as one", free=True)
     val_root: str = opt("", "as --data-root, of --val-list; empty: --data-root", free=True)
     actions: tuple = opt((), "EK-100 lists of all the classes; empty: the lists at hand", free=True)
-    merges: str = opt("", "CLIP's bpe_simple_vocab_16e6.txt.gz; or --init's, or bytes", free=True)
+    merges: str = opt("", "CLIP's bpe_simple_vocab_16e6.txt.gz; else --init's or bytes", free=True)
     init: str = opt("", "weights: ours, OpenAI's .pt, CLIP's hub folder, AVION's; or `random`")
     query: str = opt("", "what --task search looks for", free=True)
     window: float = opt(4.0, "seconds of a clip in --task search", free=True, within="(0, inf)")
@@ -227,7 +232,7 @@ class Config(common.RunConfig):
     # DECISION (toy)
     text_lr: float = opt(1.0, "factor of the text encoder's rate; 0: frozen")
     # DECISION (rate)
-    drop_path: float = opt(0.0, "stochastic depth of each block of the video's", within="[0, 1)")
+    drop_path: float = opt(0.0, "stochastic depth, of the video encoder", within="[0, 1)")
     dropout: float = opt(0.0, "dropout before the classifier (App. B.3)", within="[0, 1)")
     label_smoothing: float = opt(0.0, "share spread over all classes (App. B.3)", within="[0, 1)")
     mixup: float = opt(0.0, "Beta parameter of mixup; 0: off (App. B.3)")
@@ -245,7 +250,7 @@ class Config(common.RunConfig):
         return self.loss != "cross_entropy"
 
 
-# ---- The paper's ideas ---------------------------------------------------------------------------
+# ---- Clips and losses ----------------------------------------------------------------------------
 
 
 def sample_clip(video, index, view, key, videos, frames, train, crop=False, crop_min=0.5):
@@ -268,8 +273,8 @@ def sample_clip(video, index, view, key, videos, frames, train, crop=False, crop
 
 
 def max_margin_loss(video, text, margin=0.2, same=None):
-    """Max-margin ranking, a pair at a time: sum over negatives j of max(0, margin - s_ii + s_ij)
-    and the same for s_ji.
+    """Max-margin ranking, a value for each pair i: the sum over its negatives j of
+    max(0, margin - s_ii + s_ij) and of the same with s_ji.
 
     video, text: features [B, E] of length 1, row i of one belongs to row i of the other; same: bool
     [B, B], pairs that are no negatives; None: a clip and its own text only. -> [B], whose mean is
@@ -284,26 +289,27 @@ def max_margin_loss(video, text, margin=0.2, same=None):
 
 
 def batch_loss(video, text, ids, scale, loss="infonce", margin=0.2, skip_duplicates=False):
-    """The loss of the global batch, a pair at a time, [B], by its name in --loss: features [B, E],
-    int64 ids [B], equal where texts are; scale: 1 / temperature, []."""
+    """The loss of each pair of the global batch, [B], by its name in --loss: features [B, E];
+    with skip_duplicates int64 ids [B], equal where texts are; scale: 1 / temperature, []."""
     same = None  # whether pairs have one text, bool [B, B]
-    if skip_duplicates:
+    if skip_duplicates:  # DECISION (duplicates)
         same = ids[:, None] == ids
     if loss == "max_margin":
         return max_margin_loss(video, text, margin, same)
-    return common.contrastive_loss(video, text, scale, same)  # DECISION (duplicates)
+    return common.contrastive_loss(video, text, scale, same)
 
 
 # ---- The step over the global batch --------------------------------------------------------------
 # InfoNCE of B pairs with features v_i and t_i, of length 1, and s = 1 / temperature:
 #
-#     L = 1/2B sum_i [ - log( exp(s v_i.t_i) / sum_j exp(s v_i.t_j) )     clip i among all texts
-#                      - log( exp(s v_i.t_i) / sum_j exp(s v_j.t_i) ) ]   text i among all clips
+#     L = 1/(2B) sum_i [ - log( exp(s v_i.t_i) / sum_j exp(s v_i.t_j) )     clip i among all texts
+#                        - log( exp(s v_i.t_i) / sum_j exp(s v_j.t_i) ) ]   text i among all clips
 #
-# All clips of all ranks are in each term. So L is no sum over micro-batches, and the graph of 2,048
-# clips fits nowhere. But L sees nothing of a clip but its features. What it asks of them, dL/dv and
-# dL/dt, is small, [B, E] each, and known before any backward pass. From there the chain rule goes
-# on, a micro-batch m at a time:
+# All clips of all ranks are in each term, so L, the loss here, is no sum over micro-batches. The
+# paper's 8 GPUs hold the graph of its 2,048 clips, 256 each. Fewer or smaller ones take it in
+# parts, which is not in the paper (Gao et al. 2021): L sees nothing of a clip but its features.
+# What it asks of them, dL/dv and dL/dt, is small, [B, E] each, and known before any backward pass.
+# From there the chain rule goes on, a micro-batch m at a time:
 #
 #     dL/dtheta = sum_m ( dL/dv[m] dv[m]/dtheta + dL/dt[m] dt[m]/dtheta )
 #
@@ -354,13 +360,14 @@ def stretch_time(embedding, steps):
 
 
 def num_kept(tokens, patch_dropout):
-    """How many of a clip's patches are not left out."""
+    """How many of a clip's patches are not left out (patch dropout: FLIP's, not the paper's)."""
+    # round: 10 * (1 - 0.9) is a little less than the 1 that it means.
     return max(1, int(round(tokens * (1 - patch_dropout), 6)))
 
 
 class VideoEncoder(nn.Module):
-    """A ViT that attends over all patches of all frames at once (Sec. 5.2); its CLS token is the
-    clip."""
+    """A ViT that attends over all patches of all frames at once (Sec. 3); its CLS token stands for
+    the clip."""
 
     def __init__(
         self,
@@ -380,17 +387,18 @@ class VideoEncoder(nn.Module):
         self.width = spec["width"]
         self.grad_checkpoint = grad_checkpoint
         self.patch_dropout = patch_dropout
-        self.patch = spec.get("tubelet", 1), spec["patch"], spec["patch"]
+        self.patch = spec.get("tubelet", 1), spec["patch"], spec["patch"]  # t, h, w
         pixels = 3 * math.prod(self.patch)
         self.patch_embed = nn.Linear(pixels, self.width, bias=False)  # CLIP's Conv2d, as a product
         self.class_embedding = nn.Parameter(0.02 * torch.randn(self.width))
         places = (size // spec["patch"]) ** 2
         steps = frames // self.patch[0]
-        scale = spec.get("position_scale", 1.0)
-        positions = scale * common.sinusoid_table(1 + places, self.width)  # [1 + places, D]
+        # Without --init both positions begin as sines.
+        factor = spec.get("position_scale", 1.0)
+        positions = factor * common.sinusoid_table(1 + places, self.width)  # [1 + places, D]
         self.positional_embedding = nn.Parameter(positions)  # row 0: CLS
         # DECISION (temporal): flipped, so that channels where places vary fast vary slowly in time
-        time = scale * common.sinusoid_table(steps, self.width).flip(1)  # [steps, D]
+        time = factor * common.sinusoid_table(steps, self.width).flip(1)  # [steps, D]
         self.temporal_embedding = nn.Parameter(time)
         self.ln_pre = nn.LayerNorm(self.width, eps=eps)
         options = {"drop_path": drop_path, "eps": eps, "act": act, "kind": attention}
@@ -428,8 +436,8 @@ class VideoEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's GPT-like text encoder; the end token, which sees all words before it, is the text
-    (Sec. 5.2)."""
+    """CLIP's GPT-like text encoder; the end token, which sees all words before it, stands for the
+    text (Sec. 5.2)."""
 
     def __init__(
         self,
@@ -492,8 +500,8 @@ class VideoCLIP(nn.Module):
 
     @torch.no_grad()
     def bound_temperature(self):
-        """Keep the temperature at 0.01 or above, as CLIP does after each update; -> the
-        temperature, []."""
+        """Clamp the temperature to 0.01 ... 1, as CLIP does after each update; -> the temperature,
+        []."""
         self.logit_scale.clamp_(0, math.log(100))
         return 1 / self.logit_scale.exp().double()  # []
 
@@ -535,11 +543,18 @@ def build(cfg, style, vocabulary=49408, classes=0):
     if cfg.loss == "cross_entropy":
         return VideoClassifier(visual, classes, cfg.dropout)
     textual = TextEncoder(cfg.model, vocabulary, 77, style, cfg.attention, cfg.grad_checkpoint)
-    frozen = cfg.freeze_temperature or cfg.loss == "max_margin"
+    frozen = cfg.freeze_temperature or cfg.loss == "max_margin"  # which has no temperature
     return VideoCLIP(visual, textual, cfg.embed_dim, frozen)
 
 
 # ---- Text ----------------------------------------------------------------------------------------
+
+# Each byte as a printable character, as GPT-2 and CLIP write them in the file; the order is that of
+# their ids.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_BYTES = {byte: chr(byte) for byte in _PRINTABLE}
+_BYTES |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+_SYMBOLS = [*_BYTES.values(), *(f"{symbol}</w>" for symbol in _BYTES.values())]
 
 
 def read_merges(path):
@@ -567,13 +582,6 @@ def read_merges(path):
         )
     return merges
 
-
-# Each byte as a printable character, as GPT-2 and CLIP write them in the file; the order is that of
-# their ids.
-_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_BYTES = {byte: chr(byte) for byte in _PRINTABLE}
-_BYTES |= {byte: chr(256 + n) for n, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
-_SYMBOLS = [*_BYTES.values(), *(f"{symbol}</w>" for symbol in _BYTES.values())]
 
 # Curly quotes -> straight ones, as CLIP's cleaning (ftfy) has them: "don\u2019t" is "don't".
 _CURLY = "\u02bc\u2018\u2019\u201a\u201b", "\u201c\u201d\u201e\u201f"  # single, double
@@ -654,8 +662,8 @@ class BPETokenizer:
 
 def text_ids(tokens, context=77):
     """int64 [B], equal for equal texts: a hash of their tokens, int64 [B, L]."""
-    missing = context - tokens.shape[1]
-    tokens = F.pad(tokens, (0, missing))  # [B, context], of one length in all micro-batches
+    # To one length, [B, context], as micro-batches differ in L and zeros count in the hash.
+    tokens = F.pad(tokens, (0, context - tokens.shape[1]))
     return common.make_key(*tokens.T)  # [B]
 
 
@@ -817,16 +825,16 @@ def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
 
 
 def encode_clips(cfg, ctx, model, videos):
-    """Features of the centre clips of a list, float32 [V, E] on the CPU ([V, D] of a classifier),
-    of those that could be read; which these are, int64 [V]; lines of the others. Ranks share the
+    """-> (features of a list's centre clips that could be read, float32 [V, E], of a classifier
+    [V, D]; their entries, int64 [V]; a line for each of the others), on the CPU. Ranks share the
     work."""
     failures = common.Failures(len(videos), cfg.max_bad)
     clips = clips_of(cfg, videos, train=False)
     encode = lambda batch: model.encode_video(batch.clips)
     out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)  # [all, E + 1]
     for index, x in data.each_video(cfg, ctx, clips, encode, failures):
-        rows = index.to(ctx.device)  # [B]
-        out[rows] = F.pad(x.float(), (0, 1), value=1.0)  # the last column: it was read
+        # The last column: it was read.
+        out[index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # [B, E + 1]
     out = ctx.sum(out).cpu()
     unread = failures.unread(ctx)
     (rows,) = out[:, -1].nonzero(as_tuple=True)  # [V]
@@ -858,13 +866,13 @@ def class_vectors(model, texts, tokenizer, ctx):
 
 
 @torch.no_grad()
-def class_logits(model, features, classes):
-    """Logits [V, A], on the CPU, of features [V, E] or [V, D] and class_vectors."""
+def class_logits(model, features, vectors):
+    """Logits [V, A], on the CPU, of features [V, E] or [V, D] and class_vectors [A, the same]."""
     features = features.float().cpu()
     with torch.autocast("cpu", enabled=False):  # float32, also where the model is in half precision
         if isinstance(model, VideoCLIP):
-            return model.logit_scale.exp().cpu() * features @ classes.T  # [V, A]
-        return F.linear(features, classes, model.head.bias.cpu())  # [V, A]
+            return model.logit_scale.exp().cpu() * features @ vectors.T  # [V, A]
+        return F.linear(features, vectors, model.head.bias.cpu())  # [V, A]
 
 
 def _queries(similarity, relevancy):
@@ -957,17 +965,16 @@ def evaluate(cfg, ctx, model, videos, actions, tokenizer):
     """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a
     VideoClassifier.
 
-    All in %, of the centre clips of `videos`. Texts are the list's distinct ones; `val_unread`
-    clips could not be read and don't count. `shuffled_` is what the metrics give when clips are
-    mixed up.
+    All in %, of the centre clips of `videos`; texts are its `sentences`. `val_unread` clips could
+    not be read and don't count. `shuffled_` is what the metrics give when clips are mixed up.
     """
     model.eval()
-    features, rows, unread = encode_clips(cfg, ctx, model, videos)  # [V, E], [V]
+    features, rows, unread = encode_clips(cfg, ctx, model, videos)  # [V, E] or [V, D], [V]
     result = {}
     if isinstance(model, VideoCLIP):
         result |= retrieval(model, features, rows, videos, tokenizer, ctx)
     if actions:
-        vectors = class_vectors(model, actions.texts, tokenizer, ctx)  # [A, E]
+        vectors = class_vectors(model, actions.texts, tokenizer, ctx)  # [A, E] or [A, D]
         logits = class_logits(model, features, vectors)  # [V, A]
         labels = torch.as_tensor(actions.labels(videos))[rows]  # [V]
         hits = actions.hits(logits.softmax(-1), labels).double().mean(0)  # [3]
@@ -1002,9 +1009,9 @@ def style_of(state, path):
 
 
 def fit_weights(start, net, cfg):
-    """The weights of read_init as `net` takes them: PE_t for its frames; of CLIP, which has none,
-    zeros, and its projection and temperature only where --embed-dim is CLIP's own; for a
-    classifier the video encoder, and a head of as many classes."""
+    """The weights of read_init as `net` takes them. PE_t is stretched to its frames, and zero of
+    CLIP, which has none; CLIP's projections and temperature are left out unless --embed-dim is
+    CLIP's own; a classifier takes the video encoder, and a head of as many classes."""
     weights = dict(start["model"])
     own = net.state_dict()
     if "visual.patch_embed.weight" in weights:
@@ -1055,13 +1062,13 @@ def saved_megabytes(model, tokens):
         attn = part_megabytes(block.attn, width, tokens)
         mlp = part_megabytes(block.mlp, width, tokens)
         sizes[kind] = [depth * norms, depth * attn, depth * mlp]
+    # The parts are SDPA's, the loop's last kind.
     sizes["checkpoint"] = [norms + depth * tokens * width * 4 / 1e6, attn, mlp]
     return sizes
 
 
 def memory(cfg, net, tokens):
-    """Training as common.print_memory takes it: of both encoders. tokens: how many of a clip's are
-    kept."""
+    """The common.Phase of training `net`, for common.print_memory. tokens: a clip's, as kept."""
     values = 3 * cfg.frames * cfg.size**2
     pixels = common.pixel_bytes(mixup=cfg.mixup) * values
     passed = [(net.visual.blocks, (tokens, MODELS[cfg.model]["width"]))]
@@ -1099,7 +1106,7 @@ def print_plan(cfg):
     tokens = cfg.frames // net.visual.patch[0] * (cfg.size // net.visual.patch[1]) ** 2
     kept = 1 + num_kept(tokens, cfg.patch_dropout)
     steps = cfg.max_steps or cfg.train_clips // cfg.batch_size * cfg.epochs
-    chunk = data.largest_chunk(cfg.batch_size, 1, 500, 4)
+    chunk = data.largest_chunk(cfg.batch_size, 1, 500, 4)  # Sec. 4.3: at 1,024 clips 16 s
     print(
         f"model     {cfg.model}: {common.millions(net):.1f} M parameters, "
         f"{common.millions(net.visual):.1f} M of them the video encoder's\n"
@@ -1112,7 +1119,7 @@ def print_plan(cfg):
     )
     print_figure_3(cfg.model, kept)
     common.print_memory(cfg, [memory(cfg, net, kept)])
-    passes = 4 if cfg.grad_checkpoint else 3
+    passes = 4 if cfg.grad_checkpoint else 3  # forward 1, backward 2; recomputed 1
     if isinstance(net, VideoCLIP) and 0 < cfg.micro_batch < cfg.batch_size // cfg.gpus:
         passes += 1  # common.cached_step's first
     data.print_cores([(cfg.frames, passes * forward, 1)])
@@ -1279,7 +1286,7 @@ def predict(cfg, ctx, net, tokenizer, names):
         lists = [] if cfg.actions else [open_list(cfg, "--val-list", ctx)]
         names = open_actions(cfg, lists).names
     videos = data.Captions((path, 0.0, math.inf, "") for path in cfg.input)
-    vectors = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E]
+    vectors = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E] or [A, D]
 
     def shares(batch):  # [B, A]
         return class_logits(net, net.encode_video(batch.clips), vectors).softmax(-1)
@@ -1344,7 +1351,7 @@ def open_start(cfg, run, classes):
     style = start.get("style", "clip")
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, style, tokenizer.size, classes)
-    if cfg.init and not run.state:
+    if cfg.init and not run.state:  # weights of run.state: run.prepare loads them
         loaded = common.load_weights(net, fit_weights(start, net, cfg), cfg.init)
         run.say(f"{loaded}; activation, eps, mean and std of pixels: {style}'s")
     return net, tokenizer, style
@@ -1354,7 +1361,7 @@ def parameter_groups(net, weight_decay, text_lr):
     """Optimizer groups; the text encoder's have the factor `text_lr` to the learning rate."""
 
     def layer_of(name):
-        # `text_lr` is a layer decay from layer 1, all else, to layer 0, the text encoder.
+        # A layer decay of two layers: 0, the text encoder, has text_lr ** 1; 1, all else, ** 0.
         return 0 if name.startswith("textual.") else 1
 
     return common.param_groups(net, weight_decay, text_lr, layer_of)  # DECISION (decay)
@@ -1410,6 +1417,7 @@ def main(cfg):
     groups = parameter_groups(net, cfg.weight_decay, cfg.text_lr)
     optimizer = common.optimizer(cfg.optimizer, groups, cfg.lr)
     names = () if cfg.contrastive else actions.names
+    # run.model is then `net`, compiled and over ranks.
     run.prepare(net, optimizer, classes=names, merges=tokenizer.merges, style=style)
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation clips, {sentences} sentences, "
@@ -1431,14 +1439,14 @@ def main(cfg):
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
         run.evaluated(evaluate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
+    # run.update clips, steps, zeroes; run.end_step logs and saves: both are common.Trainer's.
     while run.step < total:
-        lr = learning_rate(run.step, total, warmup, cfg.start_lr, cfg.lr, cfg.min_lr)
         if cfg.contrastive:  # a loss of the whole batch: all its clips wait, as uint8, for its step
             pairs = []
             for batch in run.micro_batches():
                 texts = training_texts(videos, batch.index, batch.keys, related, cfg.min_relevancy)
                 tokens = tokenizer(texts)  # [b, L]
-                ids = batch.keys  # [b], each another: nobody asks
+                ids = batch.keys  # [b], all different, and not looked at
                 if cfg.skip_duplicates:
                     ids = text_ids(tokens)  # [b]
                 inputs = batch.keys, tokens, ids
@@ -1447,16 +1455,18 @@ def main(cfg):
         else:  # a sum over clips: gradients of micro-batches add up
             for batch in run.micro_batches():
                 labels = data.soft_labels(batch.labels, classes, cfg.label_smoothing)  # [b, A]
-                step = cfg.seed, run.step
-                clips, labels = data.mix(batch.clips, labels, step, cfg.mixup, cfg.cutmix)
+                step_key = cfg.seed, run.step
+                clips, labels = data.mix(batch.clips, labels, step_key, cfg.mixup, cfg.cutmix)
                 keys = data.to_device(batch.keys, ctx.device)  # [b]
                 with run.forward():
                     logits = run.model(clips, keys)  # [b, A]
                     loss = F.cross_entropy(logits.float(), labels, reduction="none")  # [b]
                 run.backward(loss)
+        lr = learning_rate(run.step, total, warmup, cfg.start_lr, cfg.lr, cfg.min_lr)
         run.update(lr)
         if cfg.contrastive:
-            run.end_step(temperature=net.bound_temperature())
+            temperature = net.bound_temperature()
+            run.end_step(temperature=temperature)
         else:
             run.end_step()
         if run.evaluation_due():

@@ -5,8 +5,9 @@ ViViT's factorised encoder is an image transformer, run on each time step, and a
 transformer on the CLS tokens that it gives. Nearly all of a step's time and memory goes into
 training the first. So stage 1 trains everything on a few frames; stage 2 takes many frames, with
 the spatial transformer frozen, a small adapter behind it, and the temporal transformer going on
-from stage 1. The frozen part runs without autograd: a third of the multiply-adds, no activations.
-It is one model that goes through the stages (ViViT.enter); stage1.pt keeps it as stage 1 left it.
+from stage 1. The frozen part runs without autograd: a third of its multiply-adds are left, and no
+activations are kept. It is one model that goes through the stages (ViViT.enter); stage1.pt keeps it
+as stage 1 left it.
 
     paper                                   here
     Sec. 3.1, factorised encoder            Encoder, ViViT
@@ -45,14 +46,16 @@ It is one model that goes through the stages (ViViT.enter); stage1.pt keeps it a
     Fig. 3, 96 frames from 16       --recipe k400 --stages 16:30,96:30 --init L_16.npz
     Fig. 5, model A                 --recipe k400 --stages 8:10,32:10,128:10 --init L_16.npz
 
-Table 1 is of B by its caption, of L by its text and its hours. The paper's 64 cards of 16 GB hold
-2 clips each of every row, by --plan's count, but for stage 1 of g, which needs cards of 24 GB.
+Rows of one recipe need an --out each. Table 1 is of B by its caption, of L by its text and its
+hours. The paper's 64 TPUs of 16 GB hold 2 clips each of every row, by --plan's count, but for stage
+1 of g, which needs 24 GB.
 
 Faithful: model, stages, what is frozen and initialised, optimiser, schedule, augmentation, as the
 paper states them; what it leaves to "the default parameters used by ViViT" (Sec. 4.2) is scenic's,
 the ViViT authors' code. The "1.5B parameters" of its ViT-g (Sec. 4.7) are not those of its Sec.
 4.2: 40 layers of 1408 / 6144 are 1.01 B.
-DECISIONS where the paper is silent or contradicts itself; each line that one shapes is tagged:
+DECISIONS where the paper is silent or contradicts itself, tagged in the code where they are made;
+of several recipes that share one, at one:
     tubelet     a token is of 2 frames (scenic), which the paper never says: its 128 frames are 64
                 time steps. An image's kernel goes into the second one (--inflate central, scenic).
     depth       of the temporal transformer: 4 layers, as scenic's B and its L on SSv2 and
@@ -305,7 +308,7 @@ class Config(common.RunConfig):
 class Stage(NamedTuple):
     """A stage of training. Steps count on from one stage to the next."""
 
-    number: int
+    number: int  # from 0: the paper's stage 1 is number 0
     frames: int  # of a clip
     start: int  # its first step
     stop: int  # the step after its last
@@ -377,7 +380,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.fc2.weight)  # DECISION (adapter): at first it changes nothing
 
     def forward(self, x):
-        return x + self.fc2(F.gelu(self.fc1(x)))  # [B, S, D]
+        return x + self.fc2(F.gelu(self.fc1(x)))  # DECISION (adapter): residual, [B, S, D]
 
 
 def near_peak(curve):
@@ -401,7 +404,7 @@ def clip_frames(count, n, stride, start):
     """Indices of n frames, `stride` apart, of a video of `count`, from frame `start` of 0 ...
     last_start."""
     step = min(stride, (count - 1) / max(1, n - 1))  # DECISION (short): spread, not looped
-    places = [int(start + i * step + 1e-6) for i in range(n)]  # 1e-6: 3 * (1 / 3) is to be 1
+    places = [int(start + i * step + 1e-6) for i in range(n)]  # 1e-6: 7 * (61 / 7) is to be 61
     return [min(count - 1, place) for place in places]
 
 
@@ -457,13 +460,13 @@ def augment(clips, keys, colour_jitter, rand_augment, flip):
 
 
 def heads_of(cfg, classes):
-    """Classes of each head: those of the list, or verbs and nouns."""
+    """Numbers of classes, a classifier's each: (those of the list,), or (verbs, nouns)."""
     return EPIC if cfg.labels == "epic" else (len(classes),)
 
 
 def head_labels(labels, heads):
-    """Labels of each head: those of two count through pairs, verb * nouns + noun. int64 [B] -> a
-    tuple of [B]."""
+    """Labels of each head; a label of two heads is verb * nouns + noun. int64 [B] -> a tuple of
+    [B]."""
     return (labels,) if len(heads) == 1 else (labels // heads[1], labels % heads[1])
 
 
@@ -484,10 +487,11 @@ def vivit_loss(logits, targets, heads):
 def joint_scores(logits, heads):
     """Log-probability of each class; of each (verb, noun) pair where there are two heads (Table 6):
     the best action is the best pair. [B, sum(heads)] -> [B, prod(heads)]."""
-    scores, *nouns = [own.float().log_softmax(-1) for own in logits.split(heads, 1)]
-    if nouns:  # of two heads, `scores` are the verbs'
-        scores = (scores[:, :, None] + nouns[0][:, None]).flatten(1)  # [B, verbs * nouns]
-    return scores
+    scores = [own.float().log_softmax(-1) for own in logits.split(heads, 1)]
+    if len(heads) == 1:
+        return scores[0]  # [B, classes]
+    verbs, nouns = scores
+    return (verbs[:, :, None] + nouns[:, None]).flatten(1)  # [B, verbs * nouns]
 
 
 # ---- The model -----------------------------------------------------------------------------------
@@ -524,21 +528,21 @@ class Encoder(nn.Module):
                 module.eps = self.eps.item()
 
     @common.region
-    def embed(self, x):
+    def add_cls(self, x):
         """Tokens with CLS and positions: [B, N, D] -> [B, 1 + N, D]."""
         cls = self.cls_token.to(x.dtype).expand(len(x), -1, -1)  # [B, 1, D]
         return torch.cat([cls, x], dim=1) + self.positions.to(x.dtype)
 
     def forward(self, x, keys=None, grad_checkpoint=False):
         """keys int64 [B]: layers are dropped by them; None: no layer is."""
-        x = common.run_blocks(self.blocks, self.embed(x), keys, grad_checkpoint)  # [B, 1 + N, D]
+        x = common.run_blocks(self.blocks, self.add_cls(x), keys, grad_checkpoint)  # [B, 1 + N, D]
         return self.norm(x[:, 0])  # [B, D]
 
     def attention(self, x):
         """Where CLS looks in the last block, the mean of its heads, for pictures: [B, N, D] ->
         [B, N]."""
         last = self.blocks[-1]
-        x = common.run_blocks(self.blocks[:-1], self.embed(x))  # [B, 1 + N, D]
+        x = common.run_blocks(self.blocks[:-1], self.add_cls(x))  # [B, 1 + N, D]
         q, k, _ = last.attn.project(last.norm1(x))  # [B, 1 + N, heads, D / heads] each
         scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], k)  # [B, heads, 1 + N]
         return (scores * q.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 1:]  # [B, N]
@@ -559,7 +563,6 @@ class ViViT(nn.Module):
         super().__init__()
         spec = MODELS[model]
         self.width = spec["width"]
-        self.size = size
         self.patch = (TUBELET, spec["patch"], spec["patch"])
         self.grad_checkpoint = grad_checkpoint
         self.spatial_chunk = spatial_chunk
@@ -569,17 +572,17 @@ class ViViT(nn.Module):
         self.adapter = None
         pixels = math.prod(self.patch) * 3
         self.patch_embed = nn.Linear(pixels, self.width)  # = a Conv3d (common.conv_to_linear)
-        deep = spec["depth"]
-        self.spatial = Encoder(self.tokens, spec, deep, drop_path, attention, gelu)
+        depth = spec["depth"]
+        self.spatial = Encoder(self.tokens, spec, depth, drop_path, attention, gelu)
         layers = temporal_depth or spec["temporal"]
-        self.temporal = Encoder(self.steps, spec, layers, drop_path, attention, gelu, first=deep)
+        self.temporal = Encoder(self.steps, spec, layers, drop_path, attention, gelu, first=depth)
         self.head = nn.Linear(self.width, num_classes)  # DECISION (head)
         self.apply(common.init_linear)
         nn.init.normal_(self.head.weight, std=head_std)
 
     def enter(self, stage, half=None):
         """Become the model of a Stage: temporal positions for its frames, adapter, requires_grad as
-        it says. An optimizer is to be made after it: parameters are new ones.
+        it says. The optimizer is to be made after it: positions and adapter are new parameters.
 
         half: the dtype in which a frozen spatial transformer's matrices are kept; None: as they
         are. Entered again, a stage changes no value.
@@ -599,7 +602,7 @@ class ViViT(nn.Module):
         self.patch_embed.requires_grad_(spatial_trains)
         self.spatial.requires_grad_(spatial_trains)
         self.temporal.requires_grad_("temporal" not in stage.frozen)
-        if half and not spatial_trains:
+        if half and not spatial_trains:  # DECISION (frozen)
             for module in [self.patch_embed, *self.spatial.modules()]:
                 if isinstance(module, nn.Linear):
                     module.to(half)
@@ -699,6 +702,19 @@ def image_weights(path, how):
     return ours
 
 
+def inflate(kernel, frames, how):
+    """An image's patch kernel [D, C, p, p] as a tubelet's [D, C, frames, p, p] (ViViT, Sec. 3.4).
+
+    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a
+    still clip what the image's saw.
+    """
+    if how == "average":
+        share = torch.full((frames,), 1 / frames)
+    else:
+        share = torch.arange(frames) == frames // 2  # DECISION (tubelet)
+    return kernel[:, :, None] * share[:, None, None]  # [D, C, frames, p, p]
+
+
 def temporal_weights(path, depth):
     """The temporal transformer's weights: ours, or the first `depth` layers of VideoMAE's encoder,
     and its norm. UserError where it is neither."""
@@ -731,7 +747,7 @@ def init_weights(cfg, net):
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
         for name in ("head.weight", "head.bias"):
             weights.pop(name, None)
-    # Where none is given, the model's own fits.
+    # Where no kernel is given, the model's own stands for it, and fits.
     kernel = weights.get("patch_embed.weight", net.patch_embed.weight)  # [D, P]
     side = math.isqrt(kernel.shape[1] // 3 // TUBELET)
     if side != net.patch[1]:
@@ -747,19 +763,6 @@ def init_weights(cfg, net):
                     "initialised"
                 )
     return weights
-
-
-def inflate(kernel, frames, how):
-    """An image's patch kernel [D, C, p, p] as a tubelet's [D, C, frames, p, p] (ViViT, Sec. 3.4).
-
-    "central": all weight in frame frames // 2; "average": an equal share in each. Both see in a
-    still clip what the image's saw.
-    """
-    if how == "average":
-        share = torch.full((frames,), 1 / frames)
-    else:
-        share = torch.arange(frames) == frames // 2  # DECISION (tubelet)
-    return kernel[:, :, None] * share[:, None, None]  # [D, C, frames, p, p]
 
 
 def fit_positions(cfg, net, weights):
@@ -798,7 +801,7 @@ def evaluate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", pic
     net.eval()
     for batch in data.test_batches(cfg, ctx, clips_of(cfg, videos, frames, views), found.failures):
         with ctx.autocast():
-            logits = net(batch.clips)  # [V B, classes]
+            logits = net(batch.clips)  # [V B, classes], view by view
             if picture and ctx.rank == 0:
                 write_attention(net, batch.clips[:4], picture)
                 picture = None
@@ -814,17 +817,17 @@ def evaluate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", pic
     return found.result(name)
 
 
-def write_attention(model, clips, path):
+def write_attention(net, clips, path):
     """Write a picture and an animation (data.write_panels): clips, and below each the same, lit by
     where the spatial transformer's CLS looks."""
-    images = model.tubelets(clips).unflatten(0, (len(clips), -1))  # [B, S, N, P]
-    images = images[:, :: -(-model.steps // 8)]  # at most 8 time steps
-    look = model.spatial.attention(model.embed(images.flatten(0, 1))).float()  # [B S, N]
+    images = net.tubelets(clips).unflatten(0, (len(clips), -1))  # [B, S, N, P]
+    images = images[:, :: -(-net.steps // 8)]  # at most 8 time steps
+    look = net.spatial.attention(net.embed(images.flatten(0, 1))).float()  # [B S, N]
     light = (look / look.amax(1, keepdim=True)).view(*images.shape[:3], 1)  # [B, S, N, 1]
-    side = model.size // model.patch[1]
+    side = math.isqrt(net.tokens)
     grid = images.shape[1], side, side
     lit = images * (0.15 + 0.85 * light)  # [B, S, N, P]
-    panels = [unpatchify(x.byte(), model.patch, grid).cpu() for x in (images, lit)]
+    panels = [unpatchify(x.byte(), net.patch, grid).cpu() for x in (images, lit)]
     data.write_panels(path, panels, fps=4)
 
 
@@ -841,7 +844,8 @@ def count_gmacs(net, stage):
     spatial_trains = "spatial" not in stage.frozen
 
     def gmacs(part, *shape, after_trained=True):
-        """after_trained: whether gradients go on through the part's input."""
+        """after_trained: whether something trains before the part, whose input then needs a
+        gradient."""
         x = torch.empty(1, *shape, device="meta", requires_grad=after_trained)
 
         def step():
@@ -861,12 +865,12 @@ def count_gmacs(net, stage):
 
 
 def block_memory(cfg, net):
-    """Bytes that blocks hold of a clip: the spatial ones a time step; one of these at work on a
-    time step; the temporal ones a time step, as of 64."""
+    """(all spatial blocks' bytes, those of one at work, all temporal blocks'): what they hold of a
+    time step of one clip; the temporal ones' is a 64th of what 64 time steps take."""
     block = net.temporal.blocks[0]  # of the size of a spatial one, and it trains
-    place = 1 + net.tokens, net.width  # of a time step
-    spatial = common.block_bytes(cfg, block, len(net.spatial.blocks), place)
-    working = common.block_bytes(cfg, block, 0, place)
+    shape = 1 + net.tokens, net.width  # of a time step
+    spatial = common.block_bytes(cfg, block, len(net.spatial.blocks), shape)
+    working = common.block_bytes(cfg, block, 0, shape)
     temporal = common.block_bytes(cfg, block, len(net.temporal.blocks), (64, net.width)) / 64
     return spatial, working, temporal
 
@@ -908,7 +912,8 @@ def print_plan(cfg):
     last = stages[-1]
     full = last._replace(frozen=(), adapter=False)
     frozen = last._replace(frozen=("spatial",), adapter=cfg.adapter)
-    with torch.device("meta"):  # in the stage that has an adapter: print_model shows it
+    with torch.device("meta"):
+        # in the stage that has an adapter: print_model counts it
         net = build(cfg, heads, frozen)
     print_model(cfg.model, net)
     blocks = block_memory(cfg, net)
@@ -971,12 +976,14 @@ def print_table_4(cfg, net, lengths, kinds, blocks):
     lengths = sorted(lengths | {4, 8, 16, 32, 48, 64, 96, 128})
     memory = []
     for kind in kinds:
-        longest = kind._replace(frames=lengths[-1])
+        longest = kind._replace(frames=lengths[-1])  # state grows by positions alone
         memory.append(memory_model(cfg, net, longest, blocks))
     for n in lengths:
-        whole, part = (count_gmacs(net, kind._replace(frames=n)) for kind in kinds)
-        whole_mb, part_mb = ((fixed + n // TUBELET * a_step) / 1e6 for fixed, a_step in memory)
-        print(f"{n:6} {whole:9.1f} {part:9.1f} {part / whole:6.3f} {whole_mb:9.0f} {part_mb:9.0f}")
+        full, frozen = (count_gmacs(net, kind._replace(frames=n)) for kind in kinds)
+        full_mb, frozen_mb = ((fixed + n // TUBELET * a_step) / 1e6 for fixed, a_step in memory)
+        print(
+            f"{n:6} {full:9.1f} {frozen:9.1f} {frozen / full:6.3f} {full_mb:9.0f} {frozen_mb:9.0f}"
+        )
 
     precision = "fp32" if cfg.precision == "fp32" else "half precision"
     recomputed = "blocks" if cfg.grad_checkpoint else "nothing"
@@ -988,13 +995,14 @@ def print_table_4(cfg, net, lengths, kinds, blocks):
         full, frozen = (largest_frames(of_kind, card) or "none" for of_kind in memory)
         paper = TABLE_4.get((cfg.model, card), "")
         print(f"{card:6g} GB: full {full}, frozen {frozen}{paper}")
+    # 11 GB: a 2080 Ti's; Sec. 4.2 and 4.8 say 12.
     print(
         "These are not the paper's: no one way of counting gives its H and its g, and it tells "
         "neither the precision nor what\nis recomputed. (On 11 GB, of a ViViT that it doesn't "
         "name: full 16, frozen 80.) Not counted: CUDA's own memory and\nworkspace, fragmentation, "
         "the loader."
     )
-    if frozen == "none":  # not on the smallest card, the last
+    if frozen == "none":  # on the last card, the smallest
         raise UserError(
             f"--gpu-gb {card:g}: weights and optimizer state of {cfg.model} alone take "
             f"{memory[1][0] / 2**30:.1f} GB, even with its spatial transformer frozen"
@@ -1097,8 +1105,7 @@ def use(cfg, ctx):
     videos = read_list(cfg, ctx, cfg.val_list, classes)
     views = cfg.views, cfg.crops
     result = evaluate(cfg, ctx, net, videos, heads, frames, views, "test")
-    how = f", {frames} frames, {cfg.views} x {cfg.crops} views"
-    common.print_result(cfg, ctx, result, how)
+    common.print_result(cfg, ctx, result, f", {frames} frames, {cfg.views} x {cfg.crops} views")
 
 
 @common.in_one_line
@@ -1118,9 +1125,11 @@ def main(cfg):
     stages = stages_of(cfg, epoch_steps)
     total = stages[-1].stop
 
+    # curve: [step, top-1] of the stage so far; seconds: when each stage ended
     at = {"stage": 0, "best": -1.0, "curve": [], "seconds": []}
     run = common.Trainer(cfg, ctx, at=at, train_list=videos, val_list=val_videos)
-    torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
+    # For the initial weights; enter_stage seeds a later adapter's; all other draws are keyed.
+    torch.manual_seed(cfg.seed)
     net = build(cfg, heads, stages[run.at["stage"]]).to(ctx.device)
     if not run.state and (cfg.init or cfg.init_temporal):
         source = " and ".join(filter(None, (cfg.init, cfg.init_temporal)))
@@ -1138,7 +1147,6 @@ def main(cfg):
     for stage in stages[run.at["stage"] :]:
         if stage.number > run.at["stage"]:
             run.at |= {"stage": stage.number, "best": -1.0, "curve": []}
-        steps = stage.stop - stage.start
         enter_stage(cfg, ctx, run, net, stage, videos.classes)
         batches = data.training_batches(
             cfg, ctx, clips_of(cfg, videos, stage.frames), cfg.batch_size, micro, run.step,
@@ -1150,6 +1158,8 @@ def main(cfg):
         )  # fmt: skip
         if run.evaluation_due():  # the run was stopped between a step and its evaluation
             evaluate_stage(cfg, ctx, run, val_videos, heads, stage)
+        steps = stage.stop - stage.start
+        # backward takes the mean over a step's clips, update steps, end_step logs: common.Trainer.
         while run.step < stage.stop:
             for batch in run.micro_batches():  # its clips are augmented: see training_batches above
                 targets = soft_targets(batch.labels, heads, cfg.label_smoothing)  # [B, classes]
@@ -1197,7 +1207,7 @@ def evaluate_stage(cfg, ctx, run, videos, heads, stage):
         run.at["seconds"].append(round(time.time() - run.started, 1))
         if run.step < run.total:
             also = [f"stage{stage.number + 1}.pt"]  # for other stages 2 (--init)
-        elif cfg.views * cfg.crops > 1:
+        elif cfg.views * cfg.crops > 1:  # one view was validated just now
             views = cfg.views, cfg.crops
             result |= evaluate(cfg, ctx, run.net, videos, heads, stage.frames, views, "test")
     run.evaluated(result, "val_top1", also=also, stage=stage.number + 1)

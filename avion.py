@@ -926,8 +926,9 @@ def ndcg(similarity, relevancy):
 
 
 def retrieval_metrics(similarity, relevancy, fractions=True):
-    """mAP, nDCG and R@1 in % of clips (rows) and texts (columns), [V, S]: video to text, text to
-    video, their mean. fractions: whether mAP counts relevancies below 1, as EK-100's does."""
+    """mAP, nDCG and (not the paper's) R@1 in % of clips (rows) and texts (columns), [V, S]: video
+    to text, text to video, their mean. fractions: whether mAP counts relevancies below 1, as
+    EK-100's does."""
     exact = (relevancy == 1).double()  # [V, S]
     result = {}
     for name, metric, relevant in (
@@ -1449,8 +1450,8 @@ def main(cfg):
                 ids = batch.keys  # [b], all different, and not looked at
                 if cfg.skip_duplicates:
                     ids = text_ids(tokens)  # [b]
-                inputs = batch.keys, tokens, ids
-                pairs.append((batch.clips, *(data.to_device(x, ctx.device) for x in inputs)))
+                inputs = [data.to_device(x, ctx.device) for x in (batch.keys, tokens, ids)]
+                pairs.append((batch.clips, *inputs))
             global_backward(run, pairs, loss_fn)
         else:  # a sum over clips: gradients of micro-batches add up
             for batch in run.micro_batches():

@@ -8,7 +8,8 @@ from the weights of the one before. Then the encoder is fine-tuned to classify.
 
     paper                                here
     Sec. 3.1, the tube mask              VideoMAE.split, common.tube_split
-    Sec. 3.1, encoder, decoder, MSE      Encoder, VideoMAE, pixel_target, mae_loss
+    Sec. 3.1, encoder, decoder           Encoder, VideoMAE, common.Autoencoder, common.Decoder
+    Sec. 3.1, MSE                        data.pixel_target, mae_loss
     Sec. 3.2, C = {f_i, p_i, R_i}        plan_stages, Stage, schedule (--stages, --stage-batch)
     Sec. 3.2.1, budget, number, order    plan_stages, lay_out (--budget, --order)
     Sec. 3.2.1, 3.2.2, the search        search_space, search_schedule (--task search_schedule)
@@ -57,8 +58,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     step        Table 6's "step": a tenth after each third of a cycle.
     rounds      a short cycle's round holds one epoch of the stage that has the fewest, and the same
                 share of each other stage.
-    random      all stages are shuffled, the longest too (Sec. 5.3's example keeps it last); a short
-                cycle shuffles each round anew.
+    random      any order but the progressive one; the longest stage too is shuffled (Sec. 5.3's
+                example keeps it last). A short cycle shuffles each round anew.
     single      a 1-frame stage ("single frame", Secs. 3.2.1 and 6) repeats the frame to fill the
                 tubelet.
     stride      K400's stride stays 4 at all lengths, so a short clip is a short time; SSv2's
@@ -69,7 +70,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
     sizes       fine-tuning is VideoMAE's of ViT-B at every size; its K400 S, L and H differ
                 (k400_ft says how). Sec. 5.3's 30 epochs on SSv2 serve Tables 1 to 3 too.
     search      a schedule ends at the full length, which is the task; shares are the portions that
-                Sec. 3.2.1 names, although Table 4's three stages have thirds.
+                Sec. 3.2.1 names, although Table 4's three stages have thirds. Batch and rate, which
+                Sec. 3.2.2 would search too, are the same in all: --batch-size, --lr.
     blocks      all backbones: tubelets, no CLS, fixed positions, mean pooling and a joint decoder,
                 as VideoMAE; ImageNet's start learns positions, because its own are.
     trajectory  from an image's weights, values along a trajectory start as the tokens, W_v = 1, so
@@ -81,8 +83,8 @@ DECISIONS where the paper is silent or contradicts itself; each line that one sh
                 with 4 x 512 for L and 25 % a stage.
     target      of masked patches alone, normalised per patch and channel, as VideoMAE: Sec. 3.1's
                 decoder gives all patches. The toy recipe predicts raw pixels (--target).
-    toy         so that minutes are enough, positions are 5 times as large, and the classifier's
-                weights 5,000 times.
+    toy         so that minutes are enough, the encoder's positions are 5 times as large, and the
+                classifier's first weights 5,000 times.
 Missing: Table 1's SlowFast, MViT, MViTv2, MotionFormer (32 frames), Swin, TimeSformer (64 frames),
 MaskFeat, ST-MAE; Table 2's ImageMAE, MotionMAE, MAM2, M3Video; Lion, which AVION's code has for its
 VideoMAE (its Sec. 5.5).
@@ -133,10 +135,10 @@ from data import pixel_target
 
 TUBELET = 2  # frames of a token (Sec. 3.1)
 
-# Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); height and width
-# of a token. In minutes a small model learns where and when only if positions stand out from
-# the pixels: the toy's are 5 x VideoMAE's. DECISION (decoder): 12 layers, as the files of L and H
-# have.
+# Encoder; layers x width of VideoMAE's decoder (heads of 64, but 8 of 80 in H's); `patch`: height
+# and width of a token. In minutes a small model learns where and when only if positions stand out
+# from the pixels: those of the toy's encoder are 5 x VideoMAE's.
+# DECISION (decoder): 12 layers, as the files of L and H have.
 MODELS = {
     "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": 4,
                 "position_scale": 5.0, "head_std": 0.1},  # DECISION (toy)
@@ -150,7 +152,8 @@ TOY = {"train_list": "toy/actions/train.csv", "val_list": "toy/actions/val.csv",
        "data_root": "toy/actions", "train_clips": 1600, "num_classes": 8, "model": "vit_toy",
        "size": 32, "sampling": "stride", "batch_size": 16, "lr": 1e-3, "min_lr": 1e-6, "workers": 2,
        "log_every": 50, "gpus": 1}  # fmt: skip
-SSV2 = {"train_clips": 168913, "num_classes": 174, "sampling": "segments"}  # Sec. 4
+# Classes and sampling of Sec. 4; the training lists' videos, of which --plan counts the steps.
+SSV2 = {"train_clips": 168913, "num_classes": 174, "sampling": "segments"}
 K400 = {"train_clips": 241258, "num_classes": 400, "sampling": "stride"}
 # An evaluation takes 16 frames of each video: after each epoch of 2-frame clips it would read about
 # as many frames as the epoch.
@@ -163,11 +166,11 @@ FINETUNE = {"stages": "", "frames": 16, "batch_size": 768, "micro_batch": 4, "re
             "beta2": 0.999, "layer_decay": 0.75, "drop_path": 0.1, "label_smoothing": 0.1,
             "mixup": 0.8, "cutmix": 1.0, "rand_augment": 7.0, "erase": 0.25}  # fmt: skip
 
-# A recipe replaces defaults of Config, which are Sec. 4's pretraining. A recipe without stages
-# fine-tunes.
+# A recipe replaces defaults of Config, which are Sec. 4's pretraining. One whose stages are "", as
+# FINETUNE's are, fine-tunes.
 RECIPES = {
-    # A small model needs long to learn the normalised target, and learns nothing at 90 % of so few
-    # places.
+    # DECISION (target): a small model needs long to learn the normalised one. It learns nothing at
+    # 90 % of so few places.
     "toy": TOY | {"stages": "2:25,4:25,8:50", "budget": 8, "budget_frames": 8, "warmup_epochs": 0.4,
                   "mask_ratio": 0.75, "target": "pixels", "search_frames": "2,4,8", "eval_every": 2,
                   "then": "toy_ft"},
@@ -178,8 +181,9 @@ RECIPES = {
     # VideoMAE itself: one stage; with this loader, AVION's Sec. 5.5
     "videomae_k400": K400 | PRETRAIN | {"stages": "16:100", "budget": 800, "batch_size": 2048,
                                         "lr": 1.5e-4 * 2048 / 256, "min_lr": 1e-5 * 2048 / 256},
-    "ssv2_ft": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3"},  # Sec. 5.3
-    # Table 3, ImageNet-21k
+    # Sec. 5.3; DECISION (views)
+    "ssv2_ft": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3"},
+    # Table 3, ImageNet-21k; DECISION (blocks): learned positions
     "ssv2_sup": SSV2 | FINETUNE | {"epochs": 30, "test_views": "2x3", "positions": "learned"},
     # DECISION (sizes). VideoMAE's others on K400: S 150 epochs; L 35, rate 2e-3 per 256 videos; H
     # 50, 1e-3, drop path 0.2 and head dropout 0.5.
@@ -221,7 +225,7 @@ class Config(common.RunConfig):
     )
     order: str = opt("progressive", "order of the stages (Table 5)", ["progressive", "random"])
     lr_cycles: int = opt(
-        0, "cycles of the learning rate; 0: one a stage, or one for a short cycle (Table 6)"
+        0, "cycles of the learning rate; 0: one a stage; of --cycle short one in all (Table 6)"
     )
     decay: str = opt("cosine", "how a cycle's learning rate falls (Table 6)", ["cosine", "step"])
     stage_batch: str = opt(
@@ -241,9 +245,6 @@ class Config(common.RunConfig):
     # DECISION (target)
     target: str = opt("normalized", "what is predicted of a patch", ["normalized", "pixels"])
 
-    clips_per_second: float = opt(
-        0.0, "measured at the longest stage (log.jsonl), for the hours of --plan", free=True
-    )
     epochs: int = opt(0, "passes over the training list in fine-tuning")
     batch_size: int = opt(
         1024, "clips a step, of all ranks and repeats (Sec. 4)", within="[1, inf)"
@@ -281,22 +282,14 @@ class Config(common.RunConfig):
         within="[1, inf)",
     )
     gpus: int = opt(64, "GPUs that --plan counts memory for (Sec. 4)", free=True, within="[1, inf)")
+    clips_per_second: float = opt(
+        0.0, "measured at the longest stage (log.jsonl), for the hours of --plan", free=True
+    )
 
     @property
     def pretraining(self):
         """Whether it is pretraining, in stages; or else fine-tuning, in epochs."""
         return self.stages != ""
-
-
-# What --then-of is a digest of. The order stays, so that folders of earlier versions can go on.
-SETTINGS = (
-    "recipe init then_of model backbone decoder positions stages budget budget_frames cycle "
-    "order lr_cycles decay stage_batch stage_lr repeated search_frames search_stages frames "
-    "size sampling stride num_classes mask_ratio target epochs max_steps batch_size lr min_lr "
-    "warmup_epochs weight_decay beta2 layer_decay clip_grad drop_path head_dropout "
-    "label_smoothing mixup cutmix rand_augment erase crop flip test_views seed eval_every "
-    "log_every"
-)
 
 
 # ---- The paper's ideas ---------------------------------------------------------------------------
@@ -305,7 +298,7 @@ SETTINGS = (
 def plan_stages(text, budget, full=16, ordered=True):
     """Sec. 3.2.1: "2:25,4:25,8:25,16:25" (frames:percent) as a list of (frames, percent, epochs).
 
-    budget: in epochs of `full` frames a clip. Frames alone, "2,4,16", share it evenly (Table 4).
+    budget: in epochs of clips of `full` frames. Frames alone, "2,4,16", share it evenly (Table 4).
     ValueError: text of another form, shares that don't sum to 100, frames that the tubelet doesn't
     divide (1 aside), frames that don't rise although `ordered`, a stage of no epoch.
     """
@@ -334,7 +327,7 @@ def plan_stages(text, budget, full=16, ordered=True):
                 f"{frames} frames are not a multiple of the token's {TUBELET} (a single one is "
                 "repeated)"
             )
-        # DECISION (budget): whole epochs, of a budget counted in 16 frames
+        # DECISION (budget): whole epochs
         epochs = math.floor(percent / 100 * budget * full / frames + 0.5)
         if not epochs:
             raise ValueError(
@@ -388,15 +381,14 @@ class Segment(NamedTuple):
     cycle: tuple  # (start, stop), in steps, of the learning-rate cycle that it is in
 
 
-def turn_of(rising, seed, number):
-    """The stages' order in round `number` of --order random: any but `rising`, the progressive
-    one."""
+def random_order(progressive, seed, number):
+    """The stages' order in round `number` of --order random: any but the `progressive` one."""
     for attempt in range(100):
         key = common.make_key(seed, number, attempt)
-        turn = common.permutation(key, "stages", len(rising)).tolist()
-        if turn != rising:  # DECISION (random)
+        order = common.permutation(key, "stages", len(progressive)).tolist()
+        if order != progressive:  # DECISION (random)
             break
-    return turn
+    return order
 
 
 def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None):
@@ -404,7 +396,8 @@ def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None)
 
     rounds (Table 5): 1 is the long cycle, each stage once; more is the short cycle, in which every
     round has 1 / rounds of each. cycles (Table 6): how many learning-rate cycles the segments are
-    cut into, as evenly as they can be. frames: of each stage; None: they rise.
+    cut into, as evenly as they can be. frames: of each stage, which tell the progressive order, the
+    one that "random" leaves out; None: they rise.
 
         lay_out([4, 2], rounds=2):   stage  start  stop  offset  cycle
                                          0      0     2       0  (0, 6)
@@ -412,14 +405,14 @@ def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None)
                                          0      3     5       2  (0, 6)
                                          1      5     6       1  (0, 6)
     """
-    turn = list(range(len(steps)))
-    rising = sorted(turn, key=frames.__getitem__) if frames else turn
-    stretches = []
+    sequence = list(range(len(steps)))  # the stages of a round
+    progressive = sorted(sequence, key=frames.__getitem__) if frames else sequence
+    stretches = []  # (stage, start, stop, offset): a Segment but for its cycle
     start = 0
     for number in range(rounds):
         if order == "random" and len(steps) > 1:
-            turn = turn_of(rising, seed, number)
-        for stage in turn:
+            sequence = random_order(progressive, seed, number)
+        for stage in sequence:
             offset = steps[stage] * number // rounds
             length = steps[stage] * (number + 1) // rounds - offset
             if length:
@@ -436,11 +429,11 @@ def lay_out(steps, rounds=1, order="progressive", cycles=1, seed=0, frames=None)
 
 
 def learning_rate(step, cycle, peak, floor, warmup, decay="cosine"):
-    """Learning rate of step 0, 1, ... in a cycle (start, stop): linear from 0 over the share
-    `warmup` of it, then falling."""
+    """Learning rate of a run's `step` in a cycle (start, stop): linear from 0 over the share
+    `warmup` of it, then falling from `peak`: by a cosine to `floor`, or in steps."""
     done = step - cycle[0]
     length = cycle[1] - cycle[0]
-    if decay == "cosine" or done < warmup * length:
+    if decay == "cosine" or done < warmup * length:  # cosine has the warm-up of both
         return common.cosine(done, length, warmup * length, peak, floor)
     return peak * 0.1 ** (3 * done // length)  # DECISION (step): thirds
 
@@ -510,7 +503,7 @@ def sample_clip(
 
 def augment(clips, keys, rand_augment, flip, erase):
     """VideoMAE's augmentation of fine-tuning, on the device: uint8 [B, T, C, H, W] -> the same.
-    Pretraining has none. keys: int64 [B], on the CPU."""
+    No recipe has any in pretraining. keys: int64 [B], on the CPU."""
     if rand_augment:
         clips = data.rand_augment(clips, keys, rand_augment, layers=4)  # [B, T, C, H, W]
     if flip:
@@ -566,7 +559,8 @@ class Encoder(nn.Module):
 
     def init_parameters(self):
         self.apply(common.init_linear)
-        # PyTorch's default, as VideoMAE's convolution: positions must stand out
+        # PyTorch's default, as VideoMAE's convolution has it: Xavier's weights are larger,
+        # beside which positions would stand out less.
         self.patch_embed.reset_parameters()
         for block in self.blocks:
             if isinstance(block, DividedBlock):
@@ -646,7 +640,7 @@ class VideoMAE(Encoder, Autoencoder):
         tokens, [B, R, P] each."""
         patches, visible, masked, target = self.split(clips, keys, ratio)
         tokens = self.norm(self.encode(patches, visible))  # [B, K, D]
-        return self.decode(tokens, visible, masked), target
+        return self.decode(tokens, visible, masked), target  # decode: common.Autoencoder's
 
     @common.region
     def split(self, clips, keys, ratio):
@@ -826,7 +820,7 @@ def init_weights(path, net):
             weights["positions"] = weights.pop("pos_embed")  # upstream's name of learned ones
     theirs = block_parts(weights)
     other = theirs - block_parts(own)
-    if not image:
+    if not image:  # an image ViT may lack parts: attention over time
         other = theirs ^ block_parts(own)
     if theirs and other:
         raise UserError(
@@ -888,9 +882,8 @@ def stage_rows(cfg):
     """(frames, percent, epochs) of each stage; fine-tuning has one."""
     if not cfg.pretraining:
         return [(cfg.frames, 100.0, cfg.epochs)]
-    rising = cfg.order == "progressive"
     try:
-        return plan_stages(cfg.stages, cfg.budget, cfg.budget_frames, rising)
+        return plan_stages(cfg.stages, cfg.budget, cfg.budget_frames, cfg.order == "progressive")
     except ValueError as error:
         raise UserError(f"--stages {cfg.stages}: {error}") from None
 
@@ -923,15 +916,15 @@ def schedule(cfg, n):
         rates = one_each("--stage-lr", cfg.stage_lr, len(rows), float)
     else:
         rates = [cfg.lr * batch / cfg.batch_size for batch in batches]  # DECISION (lr)
+    source = "--train-clips" if cfg.plan else cfg.train_list
     stages = []
     for row, batch, lr, repeated in zip(rows, batches, rates, repeats, strict=True):
         if batch % repeated:
             raise UserError(
                 f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos"
             )
-        source = "--train-clips" if cfg.plan else cfg.train_list
         epoch_steps = common.steps_of_epoch(source, n, batch, repeated)
-        steps = row[2] * epoch_steps
+        steps = row[2] * epoch_steps  # row[2]: epochs
         if cfg.pretraining:
             # The budget counts clips, of which a pass shows `repeated` a video; fine-tuning's
             # epochs are passes (VideoMAE).
@@ -1117,20 +1110,20 @@ def print_plan(cfg):
     per_hour = 3600 * cfg.clips_per_second * macs[longest(cfg)][0] / 1e6  # PMACs, measured
     hours = lambda pmacs: f"{pmacs / per_hour:.1f}" if per_hour else "-"
     totals = np.zeros(2)  # PMACs of all clips' forward passes, as count_gmacs has them
-    frames = 0
+    total_frames = 0
     loads = []
     for stage in stages:
         clips = stage.steps * stage.batch
         gmacs, embedded = macs[stage.frames]
         costs = clips * macs[stage.frames] / 1e6
         totals += costs
-        frames += clips * stage.frames
+        total_frames += clips * stage.frames
         loads.append((stage.frames, (4 if cfg.grad_checkpoint else 3) * gmacs, stage.repeated))
-        steps = time_steps(stage.frames)
+        in_time = time_steps(stage.frames)
         print(
             f"{stage.frames:6} {stage.percent:7.2f} {stage.epochs:7} {stage.steps:8} "
             f"{stage.batch:6} {stage.lr:8.3g} {stage.repeated:8} "
-            f"{steps * visible_places(cfg, net):7} {steps * net.places:6} "
+            f"{in_time * visible_places(cfg, net):7} {in_time * net.places:6} "
             f"{gmacs:8.3f} {embedded:8.3f} {costs[0]:8.3f} {hours(costs[0]):>7}"
         )
     print(
@@ -1140,7 +1133,7 @@ def print_plan(cfg):
     )
     data.print_cores(loads)
     if cfg.pretraining:
-        print_saving(full, frames, totals, macs[full])
+        print_saving(full, total_frames, totals, macs[full])
 
 
 def print_model(cfg, net, segments):
@@ -1249,12 +1242,12 @@ def use(cfg, ctx):
         "warmup_epochs size sampling stride mask_ratio target seed"
     )
 
-    def saved(own, state):
+    def build_saved(own, state):
         check(own)
         return build(own, len(state["classes"])).to(ctx.device)
 
     cfg, net, state = common.open_trained(
-        replace(cfg, then=""), "tpt_mae.py", settings.split(), ["classes"], saved
+        replace(cfg, then=""), "tpt_mae.py", settings.split(), ["classes"], build_saved
     )
     classes = state["classes"]
     if cfg.task == "predict":
@@ -1288,6 +1281,17 @@ def predict(cfg, ctx, net, classes):
         raise UserError("; ".join(failures.new))
 
 
+# What --then-of is a digest of. The order stays, so that folders of earlier versions can go on.
+SETTINGS = (
+    "recipe init then_of model backbone decoder positions stages budget budget_frames cycle "
+    "order lr_cycles decay stage_batch stage_lr repeated search_frames search_stages frames "
+    "size sampling stride num_classes mask_ratio target epochs max_steps batch_size lr min_lr "
+    "warmup_epochs weight_decay beta2 layer_decay clip_grad drop_path head_dropout "
+    "label_smoothing mixup cutmix rand_augment erase crop flip test_views seed eval_every "
+    "log_every"
+)
+
+
 def following(cfg):
     """The Config of --then: that recipe, from this run's weights, in <out>_ft, at the full length,
     with this run's loader, precision and other flags of the machine.
@@ -1303,7 +1307,9 @@ def following(cfg):
         same |= {"train_list": cfg.then_train_list, "val_list": cfg.then_val_list}
         same |= {"data_root": cfg.then_data_root, "train_clips": new.train_clips}
         same["num_classes"] = 0  # as many as that list has
-    micro = [size for size in (new.micro_batch, cfg.micro_batch) if size]
+    micro = [
+        size for size in (new.micro_batch, cfg.micro_batch) if size
+    ]  # before `same` replaces it
     settings = [getattr(cfg, name) for name in SETTINGS.split()]
     new = replace(new, **same)
     return replace(
@@ -1344,8 +1350,8 @@ def search_trials(cfg):
 
 
 def search_schedule(cfg, ctx):
-    """Sec. 3.2.2: train each schedule of search_space at this --budget, fine-tune it by --then,
-    rank them.
+    """Secs. 3.2.1, 3.2.2: train each schedule of search_space at this --budget, fine-tune it by
+    --then, rank them. DECISION (search): batch and rate are not searched.
 
     Each has its folder, so that the same command goes on where it was stopped. The winner is
     printed as a flag.
@@ -1408,6 +1414,7 @@ def train(cfg, ctx):
 
         if run.evaluation_due(ends):  # the run was stopped between a step and its evaluation
             evaluate_step(cfg, ctx, run, val_videos)
+        # backward takes the mean over the step's clips, update clips and steps: common.Trainer.
         while run.step < segment.stop:
             step_key = cfg.seed, run.step
             lr = learning_rate(run.step, segment.cycle, stage.lr, floor, warmup, cfg.decay)
@@ -1451,9 +1458,9 @@ def begin_segment(cfg, ctx, run, videos, stage, segment, total):
     zero = segment.start - segment.offset  # counted from here, steps are the stage's own
     micro, accumulation = micro_batch_of(cfg, stage, ctx)
     clips = clips_of(cfg, videos, stage.frames, repeated=stage.repeated, number=segment.stage)
-    change = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip, erase=cfg.erase)
+    augmented = partial(augment, rand_augment=cfg.rand_augment, flip=cfg.flip, erase=cfg.erase)
     batches = data.training_batches(
-        cfg, ctx, clips, stage.batch, micro, start - zero, segment.stop - zero, change
+        cfg, ctx, clips, stage.batch, micro, start - zero, segment.stop - zero, augmented
     )
     run.begin(
         batches, stage.batch, micro, stage.epoch_steps,
@@ -1474,7 +1481,8 @@ def evaluate_step(cfg, ctx, run, videos):
         views = common.two_numbers("--test-views", cfg.test_views)  # DECISION (views)
         result |= evaluate(cfg, ctx, run.net, videos, views, "test")
     metric = "val_mae" if cfg.pretraining else "val_top1"
-    run.evaluated(result, metric, cfg.pretraining, clips=run.at["clips"], frames=run.at["frames"])
+    lower_is_better = cfg.pretraining
+    run.evaluated(result, metric, lower_is_better, clips=run.at["clips"], frames=run.at["frames"])
 
 
 @common.in_one_line

@@ -393,7 +393,8 @@ def tpt_ft_rows(seeds, out, labels=300, total=216):
     net = tpt_mae.build(cfg, 8)
     clips, keys, soft = random_clips(cfg, 8)
     dataset = tpt_mae.clips_of(cfg, data.VideoList(few, cfg.data_root, 8), 8)
-    step = training_step(net, lambda: tpt_mae.cross_entropy(net(clips, keys), soft))
+    cross_entropy = torch.nn.CrossEntropyLoss(reduction="none")
+    step = training_step(net, lambda: cross_entropy(net(clips, keys), soft))
     seconds = sum(in_turns({"step": step, "read": reading(dataset, cfg.batch_size)}).values())
     cost = 3 * tpt_mae.count_gmacs(cfg, 8, 8)[0] / 1000, seconds / cfg.batch_size
     for start in ("scratch", *KINDS):

@@ -1307,9 +1307,7 @@ def following(cfg):
         same |= {"train_list": cfg.then_train_list, "val_list": cfg.then_val_list}
         same |= {"data_root": cfg.then_data_root, "train_clips": new.train_clips}
         same["num_classes"] = 0  # as many as that list has
-    micro = [
-        size for size in (new.micro_batch, cfg.micro_batch) if size
-    ]  # before `same` replaces it
+    micro = [size for size in (new.micro_batch, cfg.micro_batch) if size]  # new's own
     settings = [getattr(cfg, name) for name in SETTINGS.split()]
     new = replace(new, **same)
     return replace(

@@ -1,9 +1,11 @@
 """tests/bench_decode.py still runs, with PyAV as its only peer, and what it measures are the right frames; and so does
 tests/bench_train.py, whose numbers fit each other and whose FLOPs are those of a count by hand."""
 
+import ast
 import json
 import re
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -155,3 +157,23 @@ def test_data_wait_is_measured_behind_a_slow_loader(tmp_path):
     )
     wait = bench.data_wait(variant, videos, 2, 1)
     assert 0.15 < wait < 1
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.glob("[!t]*.py")), ids=lambda p: p.stem
+)
+def test_tools_ask_for_what_is_there(path):
+    """Benchmarks, evidence and checks that take hours: every name of the six files that they use exists."""
+    modules = {"turbo", "avion", "tpt_mae", "sfa_vivit", "common", "data"}
+    tree = ast.parse(path.read_text())
+    imported = {
+        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
+    used = set()
+    for node in ast.walk(tree):
+        named = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if named and node.value.id in modules & imported:
+            used.add((node.value.id, node.attr))
+    missing = [f"{module}.{name}" for module, name in sorted(used)
+               if not hasattr(import_module(module), name)]  # fmt: skip
+    assert not missing, missing

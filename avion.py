@@ -239,7 +239,7 @@ class Config(common.RunConfig):
     cutmix: float = opt(0.0, "Beta parameter of cutmix; 0: off")
     # DECISION (crop)
     crop: bool = opt(True, "random resized crops in training (App. B); off: the centre square")
-    crop_min: float = opt(0.5, "least share of the area in a crop (App. B)", within="(0, inf)")
+    crop_min: float = opt(0.5, "least share of the area in a crop (App. B)", within="(0, 1]")
     flip: bool = opt(False, "random left-right flips in training (App. B.3)")
     loader: str = opt("fused", "Fig. 8b, or 8a", ["fused", "decode_then_crop"], free=True)
     eval_every: int = opt(1, "epochs between evaluations; the last step is one", within="[1, inf)")
@@ -1388,10 +1388,12 @@ def say_result(run, metric):
     """The line that a run ends with."""
     last = run.at["last"]
     numbers = ", ".join(f"{name} {last[name]:.1f} %" for name in SHOWN if name in last)
+    tasks = "eval, predict, features"
+    if metric == "val_map":  # of a model that reads texts
+        tasks = f"search --query, {tasks}"
     run.say(
         f"complete: {numbers} of {last['val_clips']} validation clips; best {metric} "
-        f"{run.at['best']:.1f} %. {run.folder}/best.pt: --task search --query, eval, predict, "
-        "features. --overwrite starts anew."
+        f"{run.at['best']:.1f} %. {run.folder}/best.pt: --task {tasks}. --overwrite starts anew."
     )
 
 

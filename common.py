@@ -76,6 +76,13 @@ class UserError(SystemExit):
 # What is wrong with them is said in one line before anything is read or computed.
 
 
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def opt(default, help, choices=None, free=False, within="[0, inf)"):
     """A Config field: its default, meaning and source. free: may differ when a run is resumed
     (paths, machine). within: the interval of a number, which `check_ranges` heeds."""
@@ -120,7 +127,7 @@ class RunConfig:
     )
     compile: bool | None = opt(None, "torch.compile the model; default: on CUDA", free=True)
     workers: int = opt(
-        min(8, os.cpu_count()),
+        min(8, cores()),
         "loader processes a rank; 0: load in the training process",
         free=True,
     )
@@ -1750,10 +1757,10 @@ class Run:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "log.jsonl").open("a").close()
+                self.claim()
             except OSError as error:
                 why = f"can't write there ({error.strerror})"
                 raise UserError(f"--out {self.folder}: {why}") from None
-            self.claim()
             if cfg.tensorboard:
                 self.board = tensorboard_writer(self.folder)
         ctx.barrier()
@@ -1761,8 +1768,8 @@ class Run:
             signal.signal(number, self._stop)
 
     def claim(self):
-        """Hold the folder's lock while this process lives, which the kernel ends however it ends.
-        UserError where another holds it: both would write the same files."""
+        """Hold the folder's lock, which ends with this process, however it ends. UserError where
+        another process holds it: both would write the same files."""
         self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115, it stays open
         if fcntl:
             try:
@@ -1770,7 +1777,8 @@ class Run:
             except (BlockingIOError, PermissionError):
                 raise UserError(
                     f"--out {self.folder}: another process trains there; wait until it has ended, "
-                    "or choose another --out"
+                    "or choose another --out. (If its machine died and none is left, remove "
+                    f"{self.folder / '.lock'})"
                 ) from None
             except OSError:  # a file system without locks
                 pass

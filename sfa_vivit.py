@@ -1098,7 +1098,7 @@ def use(cfg, ctx):
         shares = lambda batch: joint_scores(net(batch.clips), heads).exp()  # [B, classes]
         return data.print_predictions(cfg, ctx, clips, shares, classes)
     if cfg.task == "features":
-        videos = read_list(replace(cfg, num_classes=0), ctx, cfg.val_list)  # whatever its labels
+        videos = read_list(replace(cfg, num_classes=0), ctx, cfg.val_list)  # other classes too
         clips = clips_of(cfg, videos, frames, (1, 1))
         cls = lambda batch: net.encode(batch.clips)  # [B, D]
         return data.write_features(cfg, ctx, clips, cls, net.width)

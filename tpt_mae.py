@@ -1253,7 +1253,7 @@ def use(cfg, ctx):
     if cfg.task == "predict":
         return predict(cfg, ctx, net, classes)
     if cfg.task == "features":
-        videos = data.VideoList(cfg.val_list, cfg.data_root)  # whatever its labels are
+        videos = data.VideoList(cfg.val_list, cfg.data_root)  # its classes may be others
         features = lambda batch: net.features(batch.clips)  # the tokens' mean, [B, D]
         return data.write_features(cfg, ctx, test_clips(cfg, videos), features, net.width)
     videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)

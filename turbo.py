@@ -1237,7 +1237,7 @@ def use(cfg, ctx):
             x = over_views(cfg, ctx, net.features, m, batch)
             return F.normalize(x, dim=-1) if align else x
 
-        videos = data.VideoList(cfg.val_list, cfg.data_root)  # whatever its labels are
+        videos = data.VideoList(cfg.val_list, cfg.data_root)  # its classes may be others
         clips = test_clips(cfg, videos)
         return data.write_features(cfg, ctx, clips, features, net.feature_width)
     videos, text = open_validation(cfg, ctx, classes, state["text_width"])

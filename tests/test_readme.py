@@ -9,6 +9,7 @@ import evidence
 import pytest
 import torch
 from conftest import ROOT, command
+from torch.distributed.run import parse_args as parse_torchrun
 
 import turbo
 
@@ -86,6 +87,8 @@ def test_commands_run_in_order(folder):
             ]
             line = f"{line} {more}".replace("--nproc_per_node=8", "--nproc-per-node=2")
         line, _, target = line.partition(" > ")
+        if words[0] == "torchrun":
+            parse_torchrun(words[1:])  # its own flags; below, each rank is a fork
         line = line.replace("torchrun", "python -m torch.distributed.run")
         process = command(*shlex.split(line)[1:], cwd=folder)
         out, err = process.communicate(timeout=120)

@@ -824,25 +824,6 @@ def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
-def encode_clips(cfg, ctx, model, videos):
-    """-> (features of a list's centre clips that could be read, float32 [V, E], of a classifier
-    [V, D]; their entries, int64 [V]; a line for each of the others), on the CPU. Ranks share the
-    work."""
-    failures = common.Failures(len(videos), cfg.max_bad)
-    clips = clips_of(cfg, videos, train=False)
-    encode = lambda batch: model.encode_video(batch.clips)
-    out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)  # [all, E + 1]
-    for index, x in data.each_video(cfg, ctx, clips, encode, failures):
-        # The last column: it was read.
-        out[index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # [B, E + 1]
-    out = ctx.sum(out).cpu()
-    unread = failures.unread(ctx)
-    (rows,) = out[:, -1].nonzero(as_tuple=True)  # [V]
-    if not len(rows):
-        raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
-    return out[rows, :-1], rows, unread
-
-
 @torch.no_grad()
 def encode_texts(model, texts, tokenizer, ctx, size=256):
     """Features float32 [texts, E] on the CPU; ranks share the work."""
@@ -854,12 +835,13 @@ def encode_texts(model, texts, tokenizer, ctx, size=256):
     return ctx.sum(out).cpu()
 
 
-def class_vectors(model, texts, tokenizer, ctx):
+def class_vectors(model, texts, encode):
     """What a clip's features are multiplied with, a vector a class: a classifier's weights [A, D];
-    zero-shot, the mean feature of the texts of each class (a list of lists), [A, E]."""
+    zero-shot, the mean feature of the texts of each class (a list of lists), [A, E]. encode(list
+    of texts) -> [texts, E]."""
     if not isinstance(model, VideoCLIP):
         return model.head.weight.detach().cpu()  # [A, D]
-    encoded = encode_texts(model, [*chain(*texts)], tokenizer, ctx)  # [texts, E]
+    encoded = encode([*chain(*texts)])  # [texts, E]
     parts = encoded.split([len(part) for part in texts])
     means = torch.stack([part.mean(0) for part in parts])  # [A, E]  # DECISION (prompts)
     return F.normalize(means, dim=-1)  # [A, E]
@@ -945,16 +927,16 @@ def retrieval_metrics(similarity, relevancy, fractions=True):
     return result
 
 
-def retrieval(model, features, rows, videos, tokenizer, ctx):
+def retrieval(features, rows, videos, encode):
     """retrieval_metrics of clips, entries `rows` [V] of a list, whose features [V, E] are given,
-    and of its sentences."""
+    and of its sentences. encode(list of texts) -> [texts, E]."""
     columns = videos.sentences  # [S]
     relevant = videos.relevancy(rows, columns)  # [V, S]
     found = (relevant == 1).any(0)  # [S]: not those of clips that could not be read
     columns = columns[found]
     relevant = relevant[:, found]
     texts = [videos.text(i) for i in columns.tolist()]
-    similarity = features @ encode_texts(model, texts, tokenizer, ctx).T  # [V, S]
+    similarity = features @ encode(texts).T  # [V, S]
     shuffled = similarity[common.permutation(common.make_key(0), "shuffle", len(rows))]  # [V, S]
     fractions = bool(videos.narration_ids)  # EK-100's lists have them
     result = retrieval_metrics(similarity, relevant, fractions)
@@ -962,26 +944,24 @@ def retrieval(model, features, rows, videos, tokenizer, ctx):
     return result | {"shuffled_map": chance["val_map"], "shuffled_ndcg": chance["val_ndcg"]}
 
 
-def evaluate(cfg, ctx, model, videos, actions, tokenizer):
+def evaluate(model, features, rows, videos, actions, encode):
     """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a
     VideoClassifier.
 
-    All in %, of the centre clips of `videos`; texts are its `sentences`. `val_unread` clips could
-    not be read and don't count. `shuffled_` is what the metrics give when clips are mixed up.
+    All in %, of clips, entries `rows` [V] of `videos`, whose features [V, E] or [V, D] are given;
+    texts are its `sentences`. `shuffled_` is what the metrics give when clips are mixed up.
+    encode(list of texts) -> [texts, E].
     """
-    model.eval()
-    features, rows, unread = encode_clips(cfg, ctx, model, videos)  # [V, E] or [V, D], [V]
     result = {}
     if isinstance(model, VideoCLIP):
-        result |= retrieval(model, features, rows, videos, tokenizer, ctx)
+        result |= retrieval(features, rows, videos, encode)
     if actions:
-        vectors = class_vectors(model, actions.texts, tokenizer, ctx)  # [A, E] or [A, D]
+        vectors = class_vectors(model, actions.texts, encode)  # [A, E] or [A, D]
         logits = class_logits(model, features, vectors)  # [V, A]
         labels = torch.as_tensor(actions.labels(videos))[rows]  # [V]
         hits = actions.hits(logits.softmax(-1), labels).double().mean(0)  # [3]
         result |= zip(("val_action", "val_verb", "val_noun"), (100 * hits).tolist(), strict=True)
-    model.train()
-    return result | {"val_clips": len(rows), "val_unread": len(unread)}
+    return result
 
 
 # ---- Weights -------------------------------------------------------------------------------------
@@ -1216,6 +1196,35 @@ def clips_of(cfg, videos, train):
     )
 
 
+def encode_clips(cfg, ctx, model, videos):
+    """-> (features of a list's centre clips that could be read, float32 [V, E], of a classifier
+    [V, D]; their entries, int64 [V]; a line for each of the others), on the CPU. Ranks share the
+    work."""
+    failures = common.Failures(len(videos), cfg.max_bad)
+    clips = clips_of(cfg, videos, train=False)
+    encode = lambda batch: model.encode_video(batch.clips)
+    out = torch.zeros(len(videos), 1 + model.embed_dim, device=ctx.device)  # [all, E + 1]
+    for index, x in data.each_video(cfg, ctx, clips, encode, failures):
+        # The last column: it was read.
+        out[index.to(ctx.device)] = F.pad(x.float(), (0, 1), value=1.0)  # [B, E + 1]
+    out = ctx.sum(out).cpu()
+    unread = failures.unread(ctx)
+    (rows,) = out[:, -1].nonzero(as_tuple=True)  # [V]
+    if not len(rows):
+        raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
+    return out[rows, :-1], rows, unread
+
+
+def validate(cfg, ctx, model, videos, actions, tokenizer):
+    """`evaluate` the centre clips of a list; `val_unread` of them could not be read."""
+    model.eval()
+    features, rows, unread = encode_clips(cfg, ctx, model, videos)  # [V, E] or [V, D], [V]
+    encode = partial(encode_texts, model, tokenizer=tokenizer, ctx=ctx)
+    result = evaluate(model, features, rows, videos, actions, encode)
+    model.train()
+    return result | {"val_clips": len(rows), "val_unread": len(unread)}
+
+
 def trained_model(cfg, state):
     """The model of a checkpoint of ours."""
     tokenizer = BPETokenizer(state["merges"])
@@ -1273,7 +1282,7 @@ def use(cfg, ctx):
         encode = lambda batch: net.encode_video(batch.clips)
         return data.write_features(cfg, ctx, clips, encode, net.embed_dim)
     actions = Actions(names) if names else open_actions(cfg, [videos])
-    result = evaluate(cfg, ctx, net, videos, actions, tokenizer)
+    result = validate(cfg, ctx, net, videos, actions, tokenizer)
     common.print_result(cfg, ctx, result)
 
 
@@ -1287,7 +1296,8 @@ def predict(cfg, ctx, net, tokenizer, names):
         lists = [] if cfg.actions else [open_list(cfg, "--val-list", ctx)]
         names = open_actions(cfg, lists).names
     videos = data.Captions((path, 0.0, math.inf, "") for path in cfg.input)
-    vectors = class_vectors(net, [[name] for name in names], tokenizer, ctx)  # [A, E] or [A, D]
+    encode = partial(encode_texts, net, tokenizer=tokenizer, ctx=ctx)
+    vectors = class_vectors(net, [[name] for name in names], encode)  # [A, E] or [A, D]
 
     def shares(batch):  # [B, A]
         return class_logits(net, net.encode_video(batch.clips), vectors).softmax(-1)
@@ -1441,7 +1451,7 @@ def main(cfg):
     )
 
     if run.evaluation_due():  # the run was stopped between a step and its evaluation
-        run.evaluated(evaluate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
+        run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
     # run.update clips, steps, zeroes; run.end_step logs and saves: both are common.Trainer's.
     while run.step < total:
         if cfg.contrastive:  # a loss of the whole batch: all its clips wait, as uint8, for its step
@@ -1473,7 +1483,7 @@ def main(cfg):
         else:
             run.end_step()
         if run.evaluation_due():
-            run.evaluated(evaluate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
+            run.evaluated(validate(cfg, ctx, net, val_videos, actions, tokenizer), metric)
 
     say_result(run, metric)
 

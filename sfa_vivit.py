@@ -789,23 +789,20 @@ def fit_positions(cfg, net, weights):
 
 
 @torch.no_grad()
-def evaluate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", picture=None):
-    """Top-1 and top-k in % (k = 5, or all classes if fewer); of two heads: of the pair, and of each
-    alone (Table 6); and the loss (Fig. 4). The logits of a video's `views`, (clips, squares) of
-    `frames` frames, are averaged (scenic). Every readable video of a list counts once, at any
-    number of ranks; `unread` of them could not be.
+def evaluate(net, batches, found, heads, views=1, picture=None):
+    """Add to `found`, a common.Evaluation, top-1 and top-k in % (k = 5, or all classes if fewer);
+    of two heads: of the pair, and of each alone (Table 6); and the loss (Fig. 4). The logits of a
+    video's `views` are averaged (scenic).
 
-    heads: numbers of classes. picture: the path of one of the first clips.
+    batches: test clips, see data.test_batches. heads: numbers of classes. picture: the path of one
+    of the first clips.
     """
-    found = common.Evaluation(cfg, ctx, videos)
-    net.eval()
-    for batch in data.test_batches(cfg, ctx, clips_of(cfg, videos, frames, views), found.failures):
-        with ctx.autocast():
-            logits = net(batch.clips)  # [V B, classes], view by view
-            if picture and ctx.rank == 0:
-                write_attention(net, batch.clips[:4], picture)
-                picture = None
-        logits = logits.float().unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
+    for batch in batches:
+        logits = net(batch.clips)  # [V B, classes], view by view
+        if picture:
+            write_attention(net, batch.clips[:4], picture)
+            picture = None
+        logits = logits.float().unflatten(0, (views, -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
         found.add_hits(joint_scores(logits, heads), labels)
         if len(heads) == 2:
@@ -813,8 +810,6 @@ def evaluate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", pic
             for word, scores, own in zip(("verb", "noun"), *parts, strict=True):
                 found.add(word, 100 * (scores.argmax(1) == own))
         found.add("loss", vivit_loss(logits, soft_targets(labels, heads, 0.0), heads))
-    net.train()
-    return found.result(name)
 
 
 def write_attention(net, clips, path):
@@ -1079,6 +1074,19 @@ def clips_of(cfg, videos, frames, views=None):
     )
 
 
+def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", picture=None):
+    """`evaluate` a list in `views`, (clips, squares) of `frames` frames, of each video. Every
+    readable video counts once, at any number of ranks; `unread` of them could not be."""
+    found = common.Evaluation(cfg, ctx, videos)
+    clips = clips_of(cfg, videos, frames, views)
+    batches = data.test_batches(cfg, ctx, clips, found.failures)
+    net.eval()
+    with ctx.autocast():
+        evaluate(net, batches, found, heads, clips.views, picture if ctx.rank == 0 else None)
+    net.train()
+    return found.result(name)
+
+
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape and its crops read from its own
     checkpoint."""
@@ -1104,7 +1112,7 @@ def use(cfg, ctx):
         return data.write_features(cfg, ctx, clips, cls, net.width)
     videos = read_list(cfg, ctx, cfg.val_list, classes)
     views = cfg.views, cfg.crops
-    result = evaluate(cfg, ctx, net, videos, heads, frames, views, "test")
+    result = validate(cfg, ctx, net, videos, heads, frames, views, "test")
     common.print_result(cfg, ctx, result, f", {frames} frames, {cfg.views} x {cfg.crops} views")
 
 
@@ -1197,7 +1205,7 @@ def evaluate_stage(cfg, ctx, run, videos, heads, stage):
     """Validate the model as it is at a step of a stage; at a stage's end also say when it came near
     its peak, and at the end of all test it."""
     picture = run.folder / "attention.png"
-    result = evaluate(cfg, ctx, run.net, videos, heads, stage.frames, picture=picture)
+    result = validate(cfg, ctx, run.net, videos, heads, stage.frames, picture=picture)
     run.at["curve"].append([run.step - stage.start, result["val_top1"]])
     also = []
     if run.step == stage.stop:
@@ -1209,7 +1217,7 @@ def evaluate_stage(cfg, ctx, run, videos, heads, stage):
             also = [f"stage{stage.number + 1}.pt"]  # for other stages 2 (--init)
         elif cfg.views * cfg.crops > 1:  # one view was validated just now
             views = cfg.views, cfg.crops
-            result |= evaluate(cfg, ctx, run.net, videos, heads, stage.frames, views, "test")
+            result |= validate(cfg, ctx, run.net, videos, heads, stage.frames, views, "test")
     run.evaluated(result, "val_top1", also=also, stage=stage.number + 1)
 
 

@@ -15,7 +15,7 @@ from the weights of the one before. Then the encoder is fine-tuned to classify.
     Sec. 3.2.1, 3.2.2, the search        search_space, search_schedule (--task search_schedule)
     Sec. 5.3, long and short cycle       Segment, lay_out (--cycle; Table 5)
     Sec. 4, recipe                       Config, RECIPES
-    Sec. 4, sampling and views           sample_clip, evaluate (--test-views)
+    Sec. 4, sampling and views           sample_clip, evaluate_classes (--test-views)
     Table 3, backbones                   DividedBlock, TrajectoryBlock (--backbone)
     Table 6, learning rate cycles        learning_rate (--lr-cycles, --decay)
     Table 7, batch a stage               schedule (--stage-batch)
@@ -1020,29 +1020,29 @@ def write_recon(net, clips, keys, mask_ratio, path):
 
 
 @torch.no_grad()
-def evaluate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
-    """A pretrained model's masked error; a classifier's top-1 and top-5 in %, where the softmax of
-    a video's `views`, (clips, squares), is averaged (Sec. 4). Every readable video of a list counts
-    once, at any number of ranks; `unread` of them could not be, in one view or more."""
-    found = common.Evaluation(cfg, ctx, videos)
-    net.eval()
-    for batch in data.test_batches(cfg, ctx, test_clips(cfg, videos, views), found.failures):
-        if cfg.pretraining:
-            keys = batch.keys.to(ctx.device)  # [B]
-            with ctx.autocast():
-                prediction, target = net(batch.clips, keys, cfg.mask_ratio)  # [B, R, P] each
-                if picture and ctx.rank == 0:
-                    write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, picture)
-                    picture = None
-            found.add("mae", mae_loss(prediction, target))
-        else:
-            with ctx.autocast():
-                logits = net(batch.clips)  # [V B, classes]
-            shares = logits.float().softmax(-1)  # [V B, classes]
-            shares = shares.unflatten(0, (math.prod(views), -1)).mean(0)  # [B, classes]
-            found.add_hits(shares, batch.labels[: len(shares)])
-    net.train()
-    return found.result(name)
+def evaluate_masked(net, batches, found, mask_ratio, picture=None):
+    """Add to `found`, a common.Evaluation, a pretrained model's masked error.
+
+    batches: test clips, see data.test_batches. picture: the path of one of the first.
+    """
+    for batch in batches:
+        keys = batch.keys.to(batch.clips.device)  # [B]
+        prediction, target = net(batch.clips, keys, mask_ratio)  # [B, R, P] each
+        found.add("mae", mae_loss(prediction, target))
+        if picture:
+            write_recon(net, batch.clips[:4], keys[:4], mask_ratio, picture)
+            picture = None
+
+
+@torch.no_grad()
+def evaluate_classes(net, batches, found, views):
+    """Add to `found` a classifier's top-1 and top-5 in %, where the softmax of a video's `views` is
+    averaged (Sec. 4)."""
+    for batch in batches:
+        logits = net(batch.clips)  # [V B, classes]
+        shares = logits.float().softmax(-1)  # [V B, classes]
+        shares = shares.unflatten(0, (views, -1)).mean(0)  # [B, classes]
+        found.add_hits(shares, batch.labels[: len(shares)])
 
 
 # ---- The plan ------------------------------------------------------------------------------------
@@ -1235,6 +1235,24 @@ def open_lists(cfg, ctx):
     return videos, val_videos, stages, segments
 
 
+def validate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
+    """A pretrained model's masked error; a classifier's top-1 and top-5 in %, in `views`, (clips,
+    squares), of each video. Every readable video of a list counts once, at any number of ranks;
+    `unread` of them could not be, in one view or more."""
+    found = common.Evaluation(cfg, ctx, videos)
+    clips = test_clips(cfg, videos, views)
+    batches = data.test_batches(cfg, ctx, clips, found.failures)
+    net.eval()
+    with ctx.autocast():
+        if cfg.pretraining:
+            picture = picture if ctx.rank == 0 else None
+            evaluate_masked(net, batches, found, cfg.mask_ratio, picture)
+        else:
+            evaluate_classes(net, batches, found, clips.views)
+    net.train()
+    return found.result(name)
+
+
 def use(cfg, ctx):
     """--task eval, predict, features: a trained model, its shape read from its own checkpoint."""
     settings = (
@@ -1258,7 +1276,7 @@ def use(cfg, ctx):
         return data.write_features(cfg, ctx, test_clips(cfg, videos), features, net.width)
     videos = data.VideoList(cfg.val_list, cfg.data_root, classes=classes)
     views = "1x1" if cfg.pretraining else cfg.test_views  # the masked error is of one view
-    result = evaluate(cfg, ctx, net, videos, common.two_numbers("--test-views", views))
+    result = validate(cfg, ctx, net, videos, common.two_numbers("--test-views", views))
     common.print_result(cfg, ctx, result, f", views {views}")
 
 
@@ -1474,10 +1492,10 @@ def begin_segment(cfg, ctx, run, videos, stage, segment, total):
 def evaluate_step(cfg, ctx, run, videos):
     """Validate the weights as they are; a fine-tuned model's last ones in --test-views too. Log and
     save."""
-    result = evaluate(cfg, ctx, run.net, videos, picture=run.folder / "recon.png")
+    result = validate(cfg, ctx, run.net, videos, picture=run.folder / "recon.png")
     if run.step == run.total and cfg.test_views != "1x1" and not cfg.pretraining:
         views = common.two_numbers("--test-views", cfg.test_views)  # DECISION (views)
-        result |= evaluate(cfg, ctx, run.net, videos, views, "test")
+        result |= validate(cfg, ctx, run.net, videos, views, "test")
     metric = "val_mae" if cfg.pretraining else "val_top1"
     lower_is_better = cfg.pretraining
     run.evaluated(result, metric, lower_is_better, clips=run.at["clips"], frames=run.at["frames"])

@@ -552,38 +552,33 @@ def eval_ratios(cfg):
 
 
 @torch.no_grad()
-def over_views(cfg, ctx, call, m, batch):
+def over_views(call, batch, m, views):
     """The mean over a video's test views of call(clips, keys, m), [V B, D] -> float32 [B, D]."""
-    with ctx.autocast():
-        outputs = call(batch.clips, batch.keys.to(ctx.device), m)  # [V B, D], view by view
-    return outputs.float().unflatten(0, (cfg.test_clips * cfg.test_crops, -1)).mean(0)  # [B, D]
+    outputs = call(batch.clips, batch.keys.to(batch.clips.device), m)  # [V B, D], view by view
+    return outputs.float().unflatten(0, (views, -1)).mean(0)  # [B, D]
 
 
 @torch.no_grad()
-def evaluate(cfg, ctx, net, videos, picture=None):
-    """Top-1 and top-k in % (k = 5, or all classes if fewer) at each m of --eval-mask-ratios, in one
-    pass; a video's probabilities are the mean over its views. `val_top1` is at the first m,
-    `val_top1@0.5` at a further one. PMAE is of each video's first view, with tokens dropped as in
-    training.
+def evaluate(net, batches, found, views, mask_ratios, m, r, draw=None):
+    """Add to `found`, a common.Evaluation, top-1 and top-k in % (k = 5, or all classes if fewer) at
+    each of `mask_ratios`, in one pass: `top1` at the first, `top1@0.5` at a further one; a video's
+    probabilities are the mean over its views. Where r > 0, also PMAE of its first view, at m and r
+    as in training.
 
-    Every readable video of a VideoList counts once, at any number of ranks; `val_unread` of them
-    could not be. picture: where to draw the first ones, or None.
+    batches: test clips, see data.test_batches. draw(net, clips, keys), once: of the first ones.
     """
-    found = common.Evaluation(cfg, ctx, videos)
-    for batch in data.test_batches(cfg, ctx, test_clips(cfg, videos), found.failures):
-        for i, m in enumerate(eval_ratios(cfg)):
-            shares = over_views(cfg, ctx, net.probabilities, m, batch)  # [B, classes]
-            found.add_hits(shares, batch.labels[: len(shares)], f"@{m:g}" if i else "")
+    for batch in batches:
+        for i, ratio in enumerate(mask_ratios):
+            shares = over_views(net.probabilities, batch, ratio, views)  # [B, classes]
+            found.add_hits(shares, batch.labels[: len(shares)], f"@{ratio:g}" if i else "")
         clips = batch.clips[: len(shares)]  # [B, T, C, H, W]: the first view of each video
-        keys = batch.keys[: len(shares)].to(ctx.device)  # [B]
-        if cfg.recon_ratio > 0:
-            with ctx.autocast():
-                _, prediction, target = net(clips, keys, cfg.mask_ratio, cfg.recon_ratio)
-                if picture:
-                    write_recon(net, clips[:4], keys[:4], cfg.mask_ratio, cfg.fps, picture)
-                    picture = None
+        keys = batch.keys[: len(shares)].to(clips.device)  # [B]
+        if r > 0:
+            _, prediction, target = net(clips, keys, m, r)
             found.add("mae", partial_mae(prediction, target))
-    return found.result()
+        if draw:
+            draw(net, clips[:4], keys[:4])
+            draw = None
 
 
 @torch.no_grad()
@@ -743,8 +738,12 @@ def encode_pairs(batch, model, m, r, error_of):
     return {"video": z_v, "text": z_t, "sentence": ids, "own_loss": error}
 
 
+PIECE_SECONDS = 8
+
+
 class Piece(NamedTuple):
-    """Some seconds of a video that one decode serves in evaluation: `first` and those after it."""
+    """Up to PIECE_SECONDS of a video that one decode serves in evaluation: `first` and those after
+    it."""
 
     path: str
     video: int  # its number among the captions' videos
@@ -752,8 +751,8 @@ class Piece(NamedTuple):
     seconds: int  # of the whole video
 
 
-def pieces_of(captions, videos, failures, views):
-    """The Pieces, of up to `views` seconds, of videos given by their numbers."""
+def pieces_of(captions, videos, failures):
+    """The Pieces of videos given by their numbers; what can't be opened goes to `failures`."""
     pieces = []
     for number in videos:
         path = os.path.join(captions.root, captions.names[number])
@@ -763,7 +762,7 @@ def pieces_of(captions, videos, failures, views):
         except data.VideoError as error:
             failures.new.append(str(error))
             continue
-        for first in range(0, seconds, views):
+        for first in range(0, seconds, PIECE_SECONDS):
             pieces.append(Piece(path, number, first, seconds))
     return pieces
 
@@ -776,38 +775,25 @@ def sample_second(video, index, view, key, pieces, frames, fps):
 
 
 @torch.no_grad()
-def align_features(cfg, ctx, net, captions, failures, picture=None):
-    """{video: unit vectors [seconds, E]}, one a second (Sec. 5.2), of this rank's share of the
-    videos of captions. failures: what it fills. picture: where to draw the first clips, or None."""
-    views = 8  # seconds of a Piece
-    pieces = pieces_of(captions, range(ctx.rank, len(captions.names), ctx.world), failures, views)
+def align_features(net, batches, pieces, m, draw=None):
+    """{video: unit vectors [seconds, E]}, one a second (Sec. 5.2), of the videos of Pieces, whose
+    clips are `batches`; NaN where they could not be read. m: the share of tokens dropped. draw: see
+    `evaluate`."""
     features = {}
     for piece in pieces:
         shape = piece.seconds, net.embed_dim
         features[piece.video] = torch.full(shape, math.nan)  # [seconds, E]
-
-    fps = cfg.eval_fps or cfg.fps
-    plan = partial(sample_second, pieces=pieces, frames=cfg.frames, fps=fps)
-    videos = data.VideoList.of([piece.path for piece in pieces])
-    dataset = data.ClipDataset(
-        videos, plan, cfg.size, cfg.seed, replace=False, views=views, frames=cfg.frames
-    )
-    for batch in data.test_batches(cfg, ctx, dataset, failures, shared=False):
-        keys = batch.keys.to(ctx.device)  # [V B]
-        with ctx.autocast():
-            vectors = net.features(batch.clips, keys, eval_ratios(cfg)[0])  # [V B, E]
-            if picture:
-                write_recon(net, batch.clips[:4], keys[:4], cfg.mask_ratio, fps, picture)
-                picture = None
-        vectors = vectors.unflatten(0, (views, -1)).transpose(0, 1).cpu()  # [B, V, E]
+    for batch in batches:
+        keys = batch.keys.to(batch.clips.device)  # [V B]
+        vectors = net.features(batch.clips, keys, m)  # [V B, E]
+        if draw:
+            draw(net, batch.clips[:4], keys[:4])
+            draw = None
+        vectors = vectors.unflatten(0, (PIECE_SECONDS, -1)).transpose(0, 1).cpu()  # [B, V, E]
         for i, rows in zip(batch.index[: len(vectors)].tolist(), vectors, strict=True):
             _, video, first, seconds = pieces[i]
-            features[video][first : first + views] = rows[: seconds - first]  # [<= V, E]
-
-    read = {video: rows for video, rows in features.items() if rows.isfinite().all()}
-    if not failures.new and len(read) < len(features):
-        raise UserError("the model's features of a video are not finite: its weights are broken")
-    return read
+            features[video][first : first + PIECE_SECONDS] = rows[: seconds - first]  # [<= V, E]
+    return features
 
 
 def recall_at_1(similarity, start, end):
@@ -822,28 +808,34 @@ def recall_at_1(similarity, start, end):
 
 
 @torch.no_grad()
-def evaluate_alignment(cfg, ctx, net, captions, text, picture=None):
-    """R@1 in % of the sentences, in which second of their video they are shown, as HTM-Align
-    counts it (Sec. 5.2). `val_chance` is the R@1 of a random second. Sentences that are not
-    alignable (data.read_captions) or of unreadable videos don't count; `val_outside` of those that
-    do begin after their video's end. text: features [sentences, W]. picture: see `evaluate`."""
-    found = common.Evaluation(cfg, ctx, captions.names)
-    features = align_features(cfg, ctx, net, captions, found.failures, picture)
-    outside = torch.zeros((), device=ctx.device)
+def evaluate_alignment(net, features, captions, text, found):
+    """Add to `found`, a common.Evaluation, R@1 in % of the sentences, in which second of their
+    video they are shown, as HTM-Align counts it (Sec. 5.2); and `chance`, the R@1 of a random
+    second. Sentences that are not alignable (data.read_captions) or of unreadable videos don't
+    count. Returns how many of those that do begin after their video's end.
+
+    features: of align_features. text: features [sentences, W] of all captions.
+    """
+    outside = 0
     for video, rows in features.items():
+        if not rows.isfinite().all():
+            if not found.failures.new:
+                raise UserError(
+                    "the model's features of a video are not finite: its weights are broken"
+                )
+            continue
         own = np.flatnonzero(captions.video_of == video)  # [S]
         start = captions.start[own]
         end = captions.end[own]
-        words = torch.from_numpy(text[own]).float().to(ctx.device)  # [S, W]
+        words = torch.from_numpy(text[own]).float().to(net.cls_token.device)  # [S, W]
         sentences = net.embed_text(words).cpu()  # [S, E]
         hits = recall_at_1((sentences @ rows.T).numpy(), start, end)  # [S]
         inside = np.minimum(np.ceil(end), len(rows) - 1) - np.floor(start) + 1  # [S], in seconds
         chance = inside.clip(0) / len(rows)  # [S]
         found.add("recall1", torch.from_numpy(100 * hits))
         found.add("chance", torch.from_numpy(100 * chance))
-        outside += (start >= len(rows)).sum()
-    outside = int(ctx.sum(outside))
-    return found.result() | {"val_outside": outside}
+        outside += int((start >= len(rows)).sum())
+    return outside
 
 
 # ---- For both parts: the plan --------------------------------------------------------------------
@@ -1161,11 +1153,36 @@ def test_clips(cfg, videos):
     return clips_of(cfg, videos, (cfg.test_clips, cfg.test_crops))
 
 
-def validate(cfg, ctx, net, videos, text, picture=None):
-    """`evaluate` a VideoList; or Captions, with the features `text` of their sentences: R@1."""
+def read_seconds(cfg, ctx, net, captions, failures, draw=None):
+    """`align_features` of this rank's share of the videos of captions."""
+    own = range(ctx.rank, len(captions.names), ctx.world)
+    pieces = pieces_of(captions, own, failures)
+    fps = cfg.eval_fps or cfg.fps
+    plan = partial(sample_second, pieces=pieces, frames=cfg.frames, fps=fps)
+    videos = data.VideoList.of([piece.path for piece in pieces])
+    clips = data.ClipDataset(
+        videos, plan, cfg.size, cfg.seed, replace=False, views=PIECE_SECONDS, frames=cfg.frames
+    )
+    batches = data.test_batches(cfg, ctx, clips, failures, shared=False)
+    with ctx.autocast():
+        return align_features(net, batches, pieces, eval_ratios(cfg)[0], draw)
+
+
+def validate(cfg, ctx, net, videos, text, draw=None):
+    """`evaluate` a VideoList; or Captions, with the features `text` of their sentences: R@1. Every
+    readable video counts once, at any number of ranks; `val_unread` of them could not be."""
     if cfg.objective == "align":
-        return evaluate_alignment(cfg, ctx, net, videos, text, picture)
-    return evaluate(cfg, ctx, net, videos, picture)
+        found = common.Evaluation(cfg, ctx, videos.names)
+        features = read_seconds(cfg, ctx, net, videos, found.failures, draw)
+        outside = evaluate_alignment(net, features, videos, text, found)
+        return found.result() | {"val_outside": sum(ctx.gather(outside))}
+    found = common.Evaluation(cfg, ctx, videos)
+    clips = test_clips(cfg, videos)
+    batches = data.test_batches(cfg, ctx, clips, found.failures)
+    ratios = eval_ratios(cfg)
+    with ctx.autocast():
+        evaluate(net, batches, found, clips.views, ratios, cfg.mask_ratio, cfg.recon_ratio, draw)
+    return found.result()
 
 
 # What a run of an objective logs (ce without its weight, lambda_CE, nce with its own, lambda_NCE),
@@ -1177,11 +1194,15 @@ UNIT = {"classify": "videos", "align": "sentences"}
 
 def evaluate_step(cfg, ctx, run, videos, text):
     """Validate a run's model as it is after a step."""
-    picture = None
+    draw = None
     if cfg.recon_ratio > 0 and ctx.rank == 0:
-        picture = run.folder / "recon.png"
+        path = run.folder / "recon.png"
+        fps = cfg.fps
+        if cfg.objective == "align" and cfg.eval_fps:
+            fps = cfg.eval_fps
+        draw = partial(write_recon, m=cfg.mask_ratio, fps=fps, path=path)
     run.net.eval()
-    result = validate(cfg, ctx, run.net, videos, text, picture)
+    result = validate(cfg, ctx, run.net, videos, text, draw)
     run.net.train()
     run.evaluated(result, METRIC[cfg.objective])
 
@@ -1228,13 +1249,13 @@ def use(cfg, ctx):
                 "--task features, with a --val-list of `path label` lines"
             )
         clips = test_clips(cfg, data.VideoList.of(cfg.input))
-        shares = partial(over_views, cfg, ctx, net.probabilities, m)
+        shares = partial(over_views, net.probabilities, m=m, views=clips.views)
         return data.print_predictions(cfg, ctx, clips, shares, classes)
     if cfg.task == "features":
 
         def features(batch):
             """CLS [B, D], or unit vectors of the joint space [B, E]."""
-            x = over_views(cfg, ctx, net.features, m, batch)
+            x = over_views(net.features, batch, m, clips.views)
             return F.normalize(x, dim=-1) if align else x
 
         videos = data.VideoList(cfg.val_list, cfg.data_root)  # its classes may be others

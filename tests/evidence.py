@@ -266,7 +266,7 @@ def turbo_vl_rows(seeds, out):
         # of "a red square moves left"
         actors = [captions.text(i).split()[1:3] for i in range(len(captions))]
         failures = common.Failures(1, 0.0)
-        features = turbo.align_features(cfg, common.launch(), model, captions, failures)
+        features = turbo.read_seconds(cfg, common.launch(), model, captions, failures)
         hits = []
         chances = []
         for video, seconds in features.items():  # [seconds, E]
@@ -300,7 +300,7 @@ def tpt_flags(*flags):
 
 @torch.no_grad()
 def tpt_constant(cfg):
-    """`best_constant` on the tokens that tpt_mae.evaluate scores."""
+    """`best_constant` on the tokens that tpt_mae.evaluate_masked scores."""
     model = tpt_mae.build(cfg, cfg.num_classes)
 
     def batches(path):

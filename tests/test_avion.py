@@ -2020,7 +2020,7 @@ def test_zero_shot_by_hand(told, trained):
     net = avion.build(cfg, "clip", tokenizer.size)
     net.load_state_dict(state["model"])
     actions = avion.Actions(lists=[videos])
-    result = avion.evaluate(cfg, ctx, net, videos, actions, tokenizer)
+    result = avion.validate(cfg, ctx, net, videos, actions, tokenizer)
     net.eval()
     features, rows, _ = avion.encode_clips(cfg, ctx, net, videos)
     names = sorted({videos.text(i) for i in range(24)})

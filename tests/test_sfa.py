@@ -1542,7 +1542,7 @@ def test_views_are_averaged_as_logits(trained, pairs):
     net = sfa.build(cfg, (8,), Stage(*state["stage"]))
     net.load_state_dict(state["model"])
     videos, ctx, hits, loss = data.VideoList(pairs / "val.csv", pairs), common.launch("fp32"), 0, 0
-    result = sfa.evaluate(cfg, ctx, net, videos, (8,), 16, (2, 1), "test")
+    result = sfa.validate(cfg, ctx, net, videos, (8,), 16, (2, 1), "test")
     net.eval()
     for i in range(8):
         with data.Video(videos.video(i)) as video:
@@ -1650,7 +1650,7 @@ def test_epic_scores_by_hand(kitchen, tmp_path):
         def forward(self, clips):
             return logits.expand(len(clips), -1)
 
-    result = sfa.evaluate(cfg, common.launch("fp32"), Fixed(), videos, sfa.EPIC, 4)
+    result = sfa.validate(cfg, common.launch("fp32"), Fixed(), videos, sfa.EPIC, 4)
     shares = [result[f"val_{word}"] for word in ("top1", "top5", "verb", "noun", "clips", "unread")]
     assert shares == [25, 75, 75, 50, 4, 0]
 

@@ -1350,7 +1350,7 @@ def test_views_are_merged_by_video(lists, toy, tmp_path, capsys):
         ):
             (tmp_path / "val.csv").write_text("\n".join([*labels, f"{cut} 0"]))
             videos = data.VideoList(tmp_path / "val.csv", num_classes=8)
-            result = tpt_mae.evaluate(cfg, ctx, net, videos, views)
+            result = tpt_mae.validate(cfg, ctx, net, videos, views)
             assert re.search(
                 rf"^unreadable, not scored: {cut}: .+", capsys.readouterr().out, re.MULTILINE
             )
@@ -1980,18 +1980,18 @@ def test_killed_run_resumes_in_the_right_stage(cycle, lists, tmp_path):
 
 def test_signal_in_the_last_evaluation(lists, tmp_path, monkeypatch):
     """What comes after the run is not begun; the same command goes on with it."""
-    evaluate = tpt_mae.evaluate
+    evaluate = tpt_mae.evaluate_masked
     signalled = lambda *args, **more: (
         signal.raise_signal(signal.SIGTERM),
         evaluate(*args, **more),
     )[1]
-    monkeypatch.setattr(tpt_mae, "evaluate", signalled)
+    monkeypatch.setattr(tpt_mae, "evaluate_masked", signalled)
     args = [*lists, *PRETRAIN, "--then", "toy_ft", "--max-steps", 1, "--out", tmp_path / "run"]
     with pytest.raises(SystemExit) as end:
         tpt_mae.main(config(*args))
     assert end.value.code == 128 + signal.SIGTERM and not (tmp_path / "run_ft").exists()
     assert (tmp_path / "run" / "videomae.pth").exists()
-    monkeypatch.setattr(tpt_mae, "evaluate", evaluate)
+    monkeypatch.setattr(tpt_mae, "evaluate_masked", evaluate)
     assert "val_top1" in tpt_mae.main(config(*args))
 
 

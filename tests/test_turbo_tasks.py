@@ -490,8 +490,9 @@ def test_the_picture_plays_at_the_rate_of_the_clips_at_test(vl, tmp_path):
     cfg = config(*vl, "--eval-fps", 8, "--batch-size", 20)
     captions = turbo.captions_of(cfg, cfg.val_list)
     model = turbo.build(cfg, 256).eval()
-    failures = common.Failures(len(captions.names), 0.0)
-    turbo.align_features(cfg, common.launch(), model, captions, failures, tmp_path / "recon.png")
+    run = SimpleNamespace(net=model, folder=tmp_path, evaluated=lambda result, metric: None)
+    text = np.zeros((len(captions), 256), np.float16)
+    turbo.evaluate_step(cfg, common.launch(), run, captions, text)
     with av.open(str(tmp_path / "recon_animated.png")) as file:
         assert cfg.fps != 8 and file.streams.video[0].average_rate == 8
 
@@ -542,7 +543,7 @@ def test_alignment_is_htm_aligns_on_real_videos(vl, narrated, tmp_path):
     assert len(found) > 5 and 5 < sum(hits) < len(hits) and outside > 2
     (tmp_path / "val.json").write_text(json.dumps(align))
     captions, ctx = turbo.captions_of(cfg, cfg.val_list), common.launch()
-    features = turbo.align_features(cfg, ctx, model, captions, common.Failures(2, 0.0))
+    features = turbo.read_seconds(cfg, ctx, model, captions, common.Failures(2, 0.0))
     for n, expected in enumerate(rows):
         assert torch.allclose(features[n], expected, atol=1e-5) and expected.std(0).max() > 1e-3
     result = turbo.validate(cfg, ctx, model, captions, np.stack(text))

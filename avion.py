@@ -989,9 +989,9 @@ def style_of(state, path):
     return "gelu" if act == "gelu" else "clip"
 
 
-def fit_weights(start, net, cfg):
-    """The weights of read_init as `net` takes them. PE_t is stretched to its frames, and zero of
-    CLIP, which has none; CLIP's projections and temperature are left out unless --embed-dim is
+def fit_weights(start, net, path):
+    """The weights of read_init(path) as `net` takes them. PE_t is stretched to its frames, and zero
+    of CLIP, which has none; CLIP's projections and temperature are left out unless --embed-dim is
     CLIP's own; a classifier takes the video encoder, and a head of as many classes."""
     weights = dict(start["model"])
     own = net.state_dict()
@@ -1001,7 +1001,7 @@ def fit_weights(start, net, cfg):
         steps = len(net.visual.temporal_embedding)
         weights["visual.temporal_embedding"] = stretch_time(time, steps)  # [steps, D]
     projection = weights.get("visual_projection.weight", ())
-    if "config" not in start and start["style"] != "avion" and len(projection) != cfg.embed_dim:
+    if "config" not in start and start["style"] != "avion" and len(projection) != net.embed_dim:
         for name in ("visual_projection.weight", "text_projection.weight", "logit_scale"):
             weights.pop(name, None)
     if "head.weight" in own:
@@ -1013,8 +1013,8 @@ def fit_weights(start, net, cfg):
     ours = len(own["textual.token_embedding.weight"])
     if tokens not in (0, ours):
         raise UserError(
-            f"{cfg.init}: its texts have {tokens} different tokens, --merges "
-            f"{cfg.merges or 'none'} gives {ours}; CLIP's file is bpe_simple_vocab_16e6.txt.gz"
+            f"{path}: its texts have {tokens} different tokens, those of --merges, or of none, "
+            f"{ours}; CLIP's file is bpe_simple_vocab_16e6.txt.gz"
         )
     return weights
 
@@ -1244,7 +1244,7 @@ def published_model(cfg, start, vocabulary):
     elif "visual_projection.weight" in weights:
         cfg = replace(cfg, loss="infonce", embed_dim=len(weights["visual_projection.weight"]))
     net = build(cfg, start["style"], vocabulary, cfg.num_classes)
-    weights = fit_weights(start, net, cfg)
+    weights = fit_weights(start, net, cfg.init)
     common.load_weights(net, weights, cfg.init)
     missing = [name for name in net.state_dict() if name not in weights and name != "logit_scale"]
     if missing:
@@ -1363,7 +1363,7 @@ def open_start(cfg, run, classes):
     torch.manual_seed(cfg.seed)  # for the initial weights; all later draws are keyed
     net = build(cfg, style, tokenizer.size, classes)
     if cfg.init and not run.state:  # weights of run.state: run.prepare loads them
-        loaded = common.load_weights(net, fit_weights(start, net, cfg), cfg.init)
+        loaded = common.load_weights(net, fit_weights(start, net, cfg.init), cfg.init)
         run.say(f"{loaded}; activation, eps, mean and std of pixels: {style}'s")
     return net, tokenizer, style
 

@@ -459,9 +459,10 @@ def augment(clips, keys, colour_jitter, rand_augment, flip):
     return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]
 
 
-def heads_of(cfg, classes):
-    """Numbers of classes, a classifier's each: (those of the list,), or (verbs, nouns)."""
-    return EPIC if cfg.labels == "epic" else (len(classes),)
+def heads_of(labels, classes):
+    """Numbers of classes, a classifier's each: (those of the list,), or, where --labels is epic,
+    (verbs, nouns)."""
+    return EPIC if labels == "epic" else (len(classes),)
 
 
 def head_labels(labels, heads):
@@ -731,17 +732,17 @@ def temporal_weights(path, depth):
     return ours
 
 
-def init_weights(cfg, net):
+def init_weights(net, path, temporal_path, inflate):
     """The tensors of --init and --init-temporal as `net` takes them. UserError where they don't
     fit."""
     depth = len(net.temporal.blocks)
-    weights = image_weights(cfg.init, cfg.inflate) if cfg.init else {}
-    if cfg.init_temporal:
-        weights |= temporal_weights(cfg.init_temporal, depth)
+    weights = image_weights(path, inflate) if path else {}
+    if temporal_path:
+        weights |= temporal_weights(temporal_path, depth)
     layers = {name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")}
     if layers and len(layers) != depth:
         raise UserError(
-            f"{cfg.init_temporal or cfg.init}: its temporal transformer has {len(layers)} layers, "
+            f"{temporal_path or path}: its temporal transformer has {len(layers)} layers, "
             f"this one {depth}; give --temporal-depth {len(layers)}"
         )
     if len(weights.get("head.weight", ())) != net.head.out_features:  # DECISION (head)
@@ -752,20 +753,20 @@ def init_weights(cfg, net):
     side = math.isqrt(kernel.shape[1] // 3 // TUBELET)
     if side != net.patch[1]:
         raise UserError(
-            f"{cfg.init}: its patches are {side} pixels wide, those of --model are {net.patch[1]}"
+            f"{path}: its patches are {side} pixels wide, those of --model are {net.patch[1]}"
         )
-    fit_positions(cfg, net, weights)
-    if "spatial" in net.frozen and cfg.init:
+    fit_positions(net, weights, path)
+    if "spatial" in net.frozen and path:
         for name, _ in net.named_parameters():
             if name.startswith(("patch_embed.", "spatial.")) and name not in weights:
                 raise UserError(
-                    f"{cfg.init}: no {name} in it; --freeze spatial would keep what nothing has "
+                    f"{path}: no {name} in it; --freeze spatial would keep what nothing has "
                     "initialised"
                 )
     return weights
 
 
-def fit_positions(cfg, net, weights):
+def fit_positions(net, weights, path):
     """Learned positions become those of the model's grid and its time steps, in place."""
     space = weights.get("spatial.positions")  # [1, 1 + N, D]
     if space is not None:
@@ -775,7 +776,7 @@ def fit_positions(cfg, net, weights):
             space = F.pad(space, (0, 0, 1, 0))  # [1, 1 + N, D]
         elif count != 1 + side**2:
             raise UserError(
-                f"{cfg.init}: its {count} positions are not those of CLS and a square of patches"
+                f"{path}: its {count} positions are not those of CLS and a square of patches"
             )
         own = math.isqrt(net.tokens)
         weights["spatial.positions"] = resize_positions(space, (side, side), (own, own))
@@ -902,7 +903,7 @@ def largest_frames(memory, gigabytes):
 def print_plan(cfg):
     """What would run, counted and measured on the model's own parts: no data, no GPU, no training
     (--plan)."""
-    heads = heads_of(cfg, range(cfg.num_classes or 2))
+    heads = heads_of(cfg.labels, range(cfg.num_classes or 2))
     stages = stages_of(cfg, max(1, cfg.train_clips // cfg.batch_size))
     last = stages[-1]
     full = last._replace(frozen=(), adapter=False)
@@ -1093,14 +1094,14 @@ def use(cfg, ctx):
     settings = "model", "temporal_depth", "gelu", "stride", "size", "crop", "crop_share", "labels"
 
     def saved(own, state):
-        heads = heads_of(own, state["classes"])
+        heads = heads_of(own.labels, state["classes"])
         return build(own, heads, Stage(*state["stage"])).to(ctx.device)
 
     more = "classes", "stage"
     cfg, net, state = common.open_trained(cfg, "sfa_vivit.py", settings, more, saved)
     classes = state["classes"]
     frames = net.steps * TUBELET
-    heads = heads_of(cfg, classes)
+    heads = heads_of(cfg.labels, classes)
     if cfg.task == "predict":
         clips = clips_of(cfg, data.VideoList.of(cfg.input), frames, (1, 1))
         shares = lambda batch: joint_scores(net(batch.clips), heads).exp()  # [B, classes]
@@ -1128,7 +1129,7 @@ def main(cfg):
         return use(cfg, ctx)
     micro, accumulation = common.micro_batches(cfg, ctx)
     videos, val_videos = open_lists(cfg, ctx)
-    heads = heads_of(cfg, videos.classes)
+    heads = heads_of(cfg.labels, videos.classes)
     epoch_steps = common.steps_of_epoch(cfg.train_list, len(videos), cfg.batch_size)
     stages = stages_of(cfg, epoch_steps)
     total = stages[-1].stop
@@ -1141,7 +1142,8 @@ def main(cfg):
     net = build(cfg, heads, stages[run.at["stage"]]).to(ctx.device)
     if not run.state and (cfg.init or cfg.init_temporal):
         source = " and ".join(filter(None, (cfg.init, cfg.init_temporal)))
-        run.say(common.load_weights(net, init_weights(cfg, net), source))
+        weights = init_weights(net, cfg.init, cfg.init_temporal, cfg.inflate)
+        run.say(common.load_weights(net, weights, source))
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation videos, "
         f"{' + '.join(map(str, heads))} classes; batch {cfg.batch_size} = {ctx.world} ranks x "

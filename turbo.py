@@ -546,9 +546,9 @@ class Turbo(Autoencoder):
 # ---- Evaluation and pictures ---------------------------------------------------------------------
 
 
-def eval_ratios(cfg):
-    """The mask ratios at test."""
-    return [float(m) for m in cfg.eval_mask_ratios.split(",")]
+def eval_ratios(text):
+    """The mask ratios of --eval-mask-ratios."""
+    return [float(m) for m in text.split(",")]
 
 
 @torch.no_grad()
@@ -1029,7 +1029,7 @@ def check(cfg):
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
-    if token_counts(tokens, max(cfg.mask_ratio, *eval_ratios(cfg)), 0)[0] < 1:
+    if token_counts(tokens, max(cfg.mask_ratio, *eval_ratios(cfg.eval_mask_ratios)), 0)[0] < 1:
         raise UserError(
             f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one"
         )
@@ -1051,7 +1051,7 @@ def check_alignment(cfg):
         raise UserError(
             "--objective align has no labels to mix: --mixup 0 --cutmix 0 --label-smoothing 0"
         )
-    if len(eval_ratios(cfg)) > 1:
+    if len(eval_ratios(cfg.eval_mask_ratios)) > 1:
         raise UserError(
             f"--eval-mask-ratios {cfg.eval_mask_ratios}: --objective align is evaluated at one"
         )
@@ -1165,7 +1165,7 @@ def read_seconds(cfg, ctx, net, captions, failures, draw=None):
     )
     batches = data.test_batches(cfg, ctx, clips, failures, shared=False)
     with ctx.autocast():
-        return align_features(net, batches, pieces, eval_ratios(cfg)[0], draw)
+        return align_features(net, batches, pieces, eval_ratios(cfg.eval_mask_ratios)[0], draw)
 
 
 def validate(cfg, ctx, net, videos, text, draw=None):
@@ -1179,7 +1179,7 @@ def validate(cfg, ctx, net, videos, text, draw=None):
     found = common.Evaluation(cfg, ctx, videos)
     clips = test_clips(cfg, videos)
     batches = data.test_batches(cfg, ctx, clips, found.failures)
-    ratios = eval_ratios(cfg)
+    ratios = eval_ratios(cfg.eval_mask_ratios)
     with ctx.autocast():
         evaluate(net, batches, found, clips.views, ratios, cfg.mask_ratio, cfg.recon_ratio, draw)
     return found.result()
@@ -1241,7 +1241,7 @@ def use(cfg, ctx):
     cfg, net, state = common.open_trained(cfg, "turbo.py", settings, more, rebuild)
     classes = state["classes"]
     align = cfg.objective == "align"
-    m = eval_ratios(cfg)[0]
+    m = eval_ratios(cfg.eval_mask_ratios)[0]
     if cfg.task == "predict":
         if align:
             raise UserError(

@@ -539,7 +539,7 @@ def tiny_net(path, frames=1, **flags):
     )
     start = avion.read_init(path)
     net = avion.build(cfg, start["style"], 514).eval()
-    common.load_weights(net, avion.fit_weights(start, net, cfg), path)
+    common.load_weights(net, avion.fit_weights(start, net, "x"), path)
     return net
 
 
@@ -669,9 +669,7 @@ def test_all_forms_of_clip_load_alike(tiny, tmp_path):
         )
     assert isinstance(tiny_net(tmp_path / "hub").visual.blocks[0].mlp.act, common.QuickGELU)
     wide = dataclasses.replace(config(), model="tiny", frames=4, size=32, embed_dim=16, init="x")
-    kept = avion.fit_weights(
-        avion.read_init(tmp_path / "hub"), avion.build(wide, "clip", 514), wide
-    )
+    kept = avion.fit_weights(avion.read_init(tmp_path / "hub"), avion.build(wide, "clip", 514), "x")
     assert not {"visual_projection.weight", "text_projection.weight", "logit_scale"} & set(kept)
     assert (
         kept["visual.temporal_embedding"].shape == (4, 64)
@@ -813,7 +811,7 @@ def test_avions_classifier_is_evaluated_as_it_is(tiny, told, tmp_path, capsys):
         dataclasses.replace(cfg, loss="cross_entropy"), start["style"], classes=classes
     ).eval()
     assert (
-        common.load_weights(net, avion.fit_weights(start, net, cfg), "x").count("left at init 0")
+        common.load_weights(net, avion.fit_weights(start, net, "x"), "x").count("left at init 0")
         == 1
     )
     assert (

@@ -40,6 +40,11 @@ def config(*argv):
     return common.parse(sfa.Config, sfa.RECIPES, list(map(str, argv)))
 
 
+def init_weights(cfg, net):
+    """What --init and --init-temporal of a Config give."""
+    return sfa.init_weights(net, cfg.init, cfg.init_temporal, cfg.inflate)
+
+
 def small(stage=FULL, classes=5, **changes):
     """A tiny ViViT on 8 x 32 x 32 clips (4 time steps of 2 x 2 tokens), eval mode, every parameter random."""
     torch.manual_seed(0)
@@ -636,7 +641,7 @@ def test_npz_features_of_a_still_clip(form, gelu, how, tmp_path):
     np.savez(tmp_path / "vit.npz", **vit_arrays(form))
     net = sfa.ViViT(8, "vivit_toy", frames=4, size=32, gelu=gelu).eval()
     cfg = config("--init", tmp_path / "vit.npz", "--inflate", how)
-    message = common.load_weights(net, sfa.init_weights(cfg, net), cfg.init)
+    message = common.load_weights(net, init_weights(cfg, net), cfg.init)
     image = clips(3, 1)
     pixels = image[:, 0].numpy().astype(np.float64) / 127.5 - 1
     expected = slow_vit(vit_arrays("original"), pixels, {"exact": "none"}.get(gelu, gelu))
@@ -663,7 +668,7 @@ def test_hub_features_of_a_still_clip(eps, kind, how, tmp_path):
     model.save_pretrained(tmp_path)
     net = sfa.ViViT(8, "vivit_toy", frames=4, size=32).eval()
     cfg = config("--init", tmp_path, "--inflate", how)
-    common.load_weights(net, sfa.init_weights(cfg, net), cfg.init)
+    common.load_weights(net, init_weights(cfg, net), cfg.init)
     image = clips(3, 1)
     pixels = image[:, 0] / 127.5 - 1
     expected = (model if kind == "ViTModel" else model.vit)(pixels).last_hidden_state[:, 0]
@@ -675,7 +680,7 @@ def test_hub_features_of_a_still_clip(eps, kind, how, tmp_path):
         {"model": net.state_dict()}, tmp_path / "ours.pt"
     )  # the epsilon goes with the weights
     again = sfa.ViViT(8, "vivit_toy", frames=4, size=32).eval()
-    common.load_weights(again, sfa.init_weights(config("--init", tmp_path / "ours.pt"), again), "x")
+    common.load_weights(again, init_weights(config("--init", tmp_path / "ours.pt"), again), "x")
     assert torch.equal(again.over_space(image.expand(-1, 4, -1, -1, -1)), features)
 
 
@@ -683,7 +688,7 @@ def test_image_weights_fit_another_size(tmp_path):
     """Positions of 2 x 2 patches spread over 4 x 4; the rest is the same."""
     np.savez(tmp_path / "vit.npz", **vit_arrays("original"))
     net = sfa.ViViT(8, "vivit_toy", frames=4, size=64)
-    weights = sfa.init_weights(config("--init", tmp_path / "vit.npz"), net)
+    weights = init_weights(config("--init", tmp_path / "vit.npz"), net)
     old = torch.from_numpy(vit_arrays("original")["Transformer/posembed_input/pos_embedding"])
     assert torch.allclose(weights["spatial.positions"], sfa.resize_positions(old, (2, 2), (4, 4)))
     assert common.load_weights(net, weights, "x").count("loaded 58 ") == 1
@@ -694,15 +699,15 @@ def test_own_weights_fit_other_frames_and_classes(tmp_path):
     source = small(classes=5)
     torch.save({"model": source.state_dict()}, tmp_path / "8.pt")
     net = sfa.ViViT(9, "vivit_toy", frames=32, size=32)
-    weights = sfa.init_weights(config("--init", tmp_path / "8.pt"), net)
+    weights = init_weights(config("--init", tmp_path / "8.pt"), net)
     assert weights["temporal.positions"].shape == (1, 17, 128) and "head.weight" not in weights
-    same = sfa.init_weights(config("--init", tmp_path / "8.pt"), small())
+    same = init_weights(config("--init", tmp_path / "8.pt"), small())
     assert same.keys() == source.state_dict().keys()
     with pytest.raises(
         UserError,
         match=r"8.pt: its temporal transformer has 2 layers, this one 3; .*--temporal-depth 2",
     ):
-        sfa.init_weights(config("--init", tmp_path / "8.pt"), small(temporal_depth=3))
+        init_weights(config("--init", tmp_path / "8.pt"), small(temporal_depth=3))
 
 
 def test_temporal_transformer_from_videomae(tmp_path):
@@ -720,18 +725,18 @@ def test_temporal_transformer_from_videomae(tmp_path):
     net = small()
     before = net.spatial.positions.clone()
     message = common.load_weights(
-        net, sfa.init_weights(config("--init-temporal", tmp_path / "mae.pth"), net), "x"
+        net, init_weights(config("--init-temporal", tmp_path / "mae.pth"), net), "x"
     )
     assert "loaded 28 (" in message and message.endswith("not used 0")
     with pytest.raises(UserError, match="vit.npz: no temporal transformer"):
         np.savez(tmp_path / "vit.npz", **vit_arrays("original"))
-        sfa.init_weights(config("--init-temporal", tmp_path / "vit.npz"), net)
+        init_weights(config("--init-temporal", tmp_path / "vit.npz"), net)
     with pytest.raises(UserError, match=r"mae.pth: no image ViT's .* \(it holds encoder.blocks.0"):
-        sfa.init_weights(config("--init", tmp_path / "mae.pth"), net)
+        init_weights(config("--init", tmp_path / "mae.pth"), net)
     assert all((p == i + 1).all() for i in range(2) for p in net.temporal.blocks[i].parameters())
     assert (net.temporal.norm.weight == 7).all() and torch.equal(net.spatial.positions, before)
     torch.save({"model": net.state_dict()}, tmp_path / "ours.pt")
-    weights = sfa.init_weights(config("--init-temporal", tmp_path / "ours.pt"), net)
+    weights = init_weights(config("--init-temporal", tmp_path / "ours.pt"), net)
     assert weights and all(name.startswith("temporal.") for name in weights)
 
 
@@ -742,16 +747,16 @@ def test_a_frozen_encoder_needs_all_of_its_weights(tmp_path):
     arrays.pop("cls")
     np.savez(tmp_path / "gap.npz", **arrays)
     first = Stage(0, 8, 0, 1, ("spatial",), True)
-    sfa.init_weights(config("--init", tmp_path / "vit.npz"), small(first))
-    sfa.init_weights(config("--init", tmp_path / "gap.npz"), small())
+    init_weights(config("--init", tmp_path / "vit.npz"), small(first))
+    init_weights(config("--init", tmp_path / "gap.npz"), small())
     with pytest.raises(UserError, match=r"gap.npz: no spatial.cls_token in it; --freeze spatial"):
-        sfa.init_weights(config("--init", tmp_path / "gap.npz"), small(first))
+        init_weights(config("--init", tmp_path / "gap.npz"), small(first))
     positions = np.zeros((1, 6, 128), np.float32)  # CLS, a token of distillation, 2 x 2 patches
     np.savez(
         tmp_path / "deit.npz", **arrays | {"Transformer/posembed_input/pos_embedding": positions}
     )
     with pytest.raises(UserError, match=r"deit.npz: its 6 positions"):
-        sfa.init_weights(config("--init", tmp_path / "deit.npz"), small())
+        init_weights(config("--init", tmp_path / "deit.npz"), small())
 
 
 # ---- the paper's numbers ---------------------------------------------------------------------------------------------

@@ -824,21 +824,10 @@ def training_texts(videos, index, keys, related=False, min_relevancy=0.1):
 # ---- Evaluation ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def encode_texts(model, texts, tokenizer, ctx, size=256):
-    """Features float32 [texts, E] on the CPU; ranks share the work."""
-    out = torch.zeros(len(texts), model.embed_dim, device=ctx.device)
-    for first in range(ctx.rank * size, len(texts), ctx.world * size):
-        tokens = tokenizer(texts[first : first + size]).to(ctx.device)  # [b, L]
-        with ctx.autocast():
-            out[first : first + len(tokens)] = model.encode_text(tokens)
-    return ctx.sum(out).cpu()
-
-
 def class_vectors(model, texts, encode):
     """What a clip's features are multiplied with, a vector a class: a classifier's weights [A, D];
-    zero-shot, the mean feature of the texts of each class (a list of lists), [A, E]. encode(list
-    of texts) -> [texts, E]."""
+    zero-shot, the mean feature of the texts of each class (a list of lists), [A, E]. encode: see
+    `evaluate`."""
     if not isinstance(model, VideoCLIP):
         return model.head.weight.detach().cpu()  # [A, D]
     encoded = encode([*chain(*texts)])  # [texts, E]
@@ -929,7 +918,7 @@ def retrieval_metrics(similarity, relevancy, fractions=True):
 
 def retrieval(features, rows, videos, encode):
     """retrieval_metrics of clips, entries `rows` [V] of a list, whose features [V, E] are given,
-    and of its sentences. encode(list of texts) -> [texts, E]."""
+    and of its sentences. encode: see `evaluate`."""
     columns = videos.sentences  # [S]
     relevant = videos.relevancy(rows, columns)  # [V, S]
     found = (relevant == 1).any(0)  # [S]: not those of clips that could not be read
@@ -944,13 +933,14 @@ def retrieval(features, rows, videos, encode):
     return result | {"shuffled_map": chance["val_map"], "shuffled_ndcg": chance["val_ndcg"]}
 
 
+@torch.no_grad()
 def evaluate(model, features, rows, videos, actions, encode):
     """Retrieval and, where the list has classes, zero-shot accuracy, of a VideoCLIP; accuracy of a
     VideoClassifier.
 
     All in %, of clips, entries `rows` [V] of `videos`, whose features [V, E] or [V, D] are given;
     texts are its `sentences`. `shuffled_` is what the metrics give when clips are mixed up.
-    encode(list of texts) -> [texts, E].
+    encode(list of texts) -> float32 [texts, E], on the CPU.
     """
     result = {}
     if isinstance(model, VideoCLIP):
@@ -991,8 +981,8 @@ def style_of(state, path):
 
 def fit_weights(start, net, path):
     """The weights of read_init(path) as `net` takes them. PE_t is stretched to its frames, and zero
-    of CLIP, which has none; CLIP's projections and temperature are left out unless --embed-dim is
-    CLIP's own; a classifier takes the video encoder, and a head of as many classes."""
+    of CLIP, which has none; CLIP's projections and temperature are left out unless `net` has
+    CLIP's embed_dim; a classifier takes the video encoder, and a head of as many classes."""
     weights = dict(start["model"])
     own = net.state_dict()
     if "visual.patch_embed.weight" in weights:
@@ -1013,8 +1003,8 @@ def fit_weights(start, net, path):
     ours = len(own["textual.token_embedding.weight"])
     if tokens not in (0, ours):
         raise UserError(
-            f"{path}: its texts have {tokens} different tokens, those of --merges, or of none, "
-            f"{ours}; CLIP's file is bpe_simple_vocab_16e6.txt.gz"
+            f"{path}: its texts have {tokens} different tokens, this run's {ours}: --merges takes "
+            "CLIP's file, bpe_simple_vocab_16e6.txt.gz"
         )
     return weights
 
@@ -1213,6 +1203,17 @@ def encode_clips(cfg, ctx, model, videos):
     if not len(rows):
         raise UserError(f"no clip could be read: {'; '.join(unread[:3])}")
     return out[rows, :-1], rows, unread
+
+
+@torch.no_grad()
+def encode_texts(model, texts, tokenizer, ctx, size=256):
+    """Features float32 [texts, E] on the CPU; ranks share the work."""
+    out = torch.zeros(len(texts), model.embed_dim, device=ctx.device)
+    for first in range(ctx.rank * size, len(texts), ctx.world * size):
+        tokens = tokenizer(texts[first : first + size]).to(ctx.device)  # [b, L]
+        with ctx.autocast():
+            out[first : first + len(tokens)] = model.encode_text(tokens)
+    return ctx.sum(out).cpu()
 
 
 def validate(cfg, ctx, model, videos, actions, tokenizer):

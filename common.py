@@ -2287,12 +2287,11 @@ def cached_step(ctx, model, encode, batches, loss_fn, scaler):
 
 
 class Evaluation:
-    """Means by name of what is added for each video of a list, over all ranks; and in `failures`
-    the videos that could not be read."""
+    """Means by name of what is added for each of `number` videos, over all ranks; and in `failures`
+    those that could not be read, at most the share max_bad."""
 
-    def __init__(self, cfg, ctx, videos):
-        self.ctx = ctx
-        self.failures = Failures(len(videos), cfg.max_bad)
+    def __init__(self, number, max_bad):
+        self.failures = Failures(number, max_bad)
         self.sums = {}  # on the device
         self.counts = Counter()
 
@@ -2309,14 +2308,14 @@ class Evaluation:
         self.add(f"top1{suffix}", hits[:, 0])
         self.add(f"top{k}{suffix}", hits.amax(1))
 
-    def result(self, name="val"):
+    def result(self, ctx, name="val"):
         """{name_score: mean}; name_clips videos count, name_unread could not be read. Every rank
         must call it."""
-        unread = self.failures.unread(self.ctx)
+        unread = self.failures.unread(ctx)
         sums = Counter()
         counts = Counter()
         own = {score: total.item() for score, total in self.sums.items()}
-        for others, numbers in self.ctx.gather((own, self.counts)):
+        for others, numbers in ctx.gather((own, self.counts)):
             sums.update(others)
             counts.update(numbers)
         if not counts:

@@ -459,10 +459,10 @@ def augment(clips, keys, colour_jitter, rand_augment, flip):
     return data.flip(clips, keys) if flip else clips  # [B, T, C, H, W]
 
 
-def heads_of(labels, classes):
-    """Numbers of classes, a classifier's each: (those of the list,), or, where --labels is epic,
-    (verbs, nouns)."""
-    return EPIC if labels == "epic" else (len(classes),)
+def heads_of(kind, classes):
+    """Numbers of classes, a classifier's each: (those of the list,), or, where --labels, `kind`, is
+    epic, (verbs, nouns)."""
+    return EPIC if kind == "epic" else (len(classes),)
 
 
 def head_labels(labels, heads):
@@ -732,11 +732,11 @@ def temporal_weights(path, depth):
     return ours
 
 
-def init_weights(net, path, temporal_path, inflate):
-    """The tensors of --init and --init-temporal as `net` takes them. UserError where they don't
-    fit."""
+def init_weights(path, temporal_path, net, how):
+    """The tensors of --init and --init-temporal as `net` takes them; how: --inflate. UserError where
+    they don't fit."""
     depth = len(net.temporal.blocks)
-    weights = image_weights(path, inflate) if path else {}
+    weights = image_weights(path, how) if path else {}
     if temporal_path:
         weights |= temporal_weights(temporal_path, depth)
     layers = {name.split(".")[2] for name in weights if name.startswith("temporal.blocks.")}
@@ -790,19 +790,19 @@ def fit_positions(net, weights, path):
 
 
 @torch.no_grad()
-def evaluate(net, batches, found, heads, views=1, picture=None):
+def evaluate(net, batches, found, heads, views, draw=None):
     """Add to `found`, a common.Evaluation, top-1 and top-k in % (k = 5, or all classes if fewer);
     of two heads: of the pair, and of each alone (Table 6); and the loss (Fig. 4). The logits of a
-    video's `views` are averaged (scenic).
+    video's views, so many, are averaged (scenic).
 
-    batches: test clips, see data.test_batches. heads: numbers of classes. picture: the path of one
-    of the first clips.
+    net: in eval mode. batches: test clips, see data.test_batches. heads: numbers of classes.
+    draw(net, clips), once: of the first ones.
     """
     for batch in batches:
         logits = net(batch.clips)  # [V B, classes], view by view
-        if picture:
-            write_attention(net, batch.clips[:4], picture)
-            picture = None
+        if draw:
+            draw(net, batch.clips[:4])
+            draw = None
         logits = logits.float().unflatten(0, (views, -1)).mean(0)  # [B, classes]
         labels = batch.labels[: len(logits)]  # [B]
         found.add_hits(joint_scores(logits, heads), labels)
@@ -1075,17 +1075,17 @@ def clips_of(cfg, videos, frames, views=None):
     )
 
 
-def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", picture=None):
+def validate(cfg, ctx, net, videos, heads, frames, views=(1, 1), name="val", draw=None):
     """`evaluate` a list in `views`, (clips, squares) of `frames` frames, of each video. Every
     readable video counts once, at any number of ranks; `unread` of them could not be."""
-    found = common.Evaluation(cfg, ctx, videos)
+    found = common.Evaluation(len(videos), cfg.max_bad)
     clips = clips_of(cfg, videos, frames, views)
     batches = data.test_batches(cfg, ctx, clips, found.failures)
     net.eval()
     with ctx.autocast():
-        evaluate(net, batches, found, heads, clips.views, picture if ctx.rank == 0 else None)
+        evaluate(net, batches, found, heads, clips.views, draw)
     net.train()
-    return found.result(name)
+    return found.result(ctx, name)
 
 
 def use(cfg, ctx):
@@ -1142,7 +1142,7 @@ def main(cfg):
     net = build(cfg, heads, stages[run.at["stage"]]).to(ctx.device)
     if not run.state and (cfg.init or cfg.init_temporal):
         source = " and ".join(filter(None, (cfg.init, cfg.init_temporal)))
-        weights = init_weights(net, cfg.init, cfg.init_temporal, cfg.inflate)
+        weights = init_weights(cfg.init, cfg.init_temporal, net, cfg.inflate)
         run.say(common.load_weights(net, weights, source))
     run.say(
         f"{len(videos)} training and {len(val_videos)} validation videos, "
@@ -1206,8 +1206,10 @@ def enter_stage(cfg, ctx, run, net, stage, classes):
 def evaluate_stage(cfg, ctx, run, videos, heads, stage):
     """Validate the model as it is at a step of a stage; at a stage's end also say when it came near
     its peak, and at the end of all test it."""
-    picture = run.folder / "attention.png"
-    result = validate(cfg, ctx, run.net, videos, heads, stage.frames, picture=picture)
+    draw = None
+    if ctx.rank == 0:
+        draw = partial(write_attention, path=run.folder / "attention.png")
+    result = validate(cfg, ctx, run.net, videos, heads, stage.frames, draw=draw)
     run.at["curve"].append([run.step - stage.start, result["val_top1"]])
     also = []
     if run.step == stage.stop:

@@ -1020,24 +1020,25 @@ def write_recon(net, clips, keys, mask_ratio, path):
 
 
 @torch.no_grad()
-def evaluate_masked(net, batches, found, mask_ratio, picture=None):
+def evaluate_masked(net, batches, found, mask_ratio, draw=None):
     """Add to `found`, a common.Evaluation, a pretrained model's masked error.
 
-    batches: test clips, see data.test_batches. picture: the path of one of the first.
+    net: in eval mode. batches: test clips, see data.test_batches. draw(net, clips, keys), once: of
+    the first ones.
     """
     for batch in batches:
         keys = batch.keys.to(batch.clips.device)  # [B]
         prediction, target = net(batch.clips, keys, mask_ratio)  # [B, R, P] each
         found.add("mae", mae_loss(prediction, target))
-        if picture:
-            write_recon(net, batch.clips[:4], keys[:4], mask_ratio, picture)
-            picture = None
+        if draw:
+            draw(net, batch.clips[:4], keys[:4])
+            draw = None
 
 
 @torch.no_grad()
 def evaluate_classes(net, batches, found, views):
-    """Add to `found` a classifier's top-1 and top-5 in %, where the softmax of a video's `views` is
-    averaged (Sec. 4)."""
+    """Add to `found` a classifier's top-1 and top-5 in %, where the softmax of a video's views, so
+    many, is averaged (Sec. 4). net, batches: see `evaluate_masked`."""
     for batch in batches:
         logits = net(batch.clips)  # [V B, classes]
         shares = logits.float().softmax(-1)  # [V B, classes]
@@ -1235,22 +1236,21 @@ def open_lists(cfg, ctx):
     return videos, val_videos, stages, segments
 
 
-def validate(cfg, ctx, net, videos, views=(1, 1), name="val", picture=None):
+def validate(cfg, ctx, net, videos, views=(1, 1), name="val", draw=None):
     """A pretrained model's masked error; a classifier's top-1 and top-5 in %, in `views`, (clips,
     squares), of each video. Every readable video of a list counts once, at any number of ranks;
     `unread` of them could not be, in one view or more."""
-    found = common.Evaluation(cfg, ctx, videos)
+    found = common.Evaluation(len(videos), cfg.max_bad)
     clips = test_clips(cfg, videos, views)
     batches = data.test_batches(cfg, ctx, clips, found.failures)
     net.eval()
     with ctx.autocast():
         if cfg.pretraining:
-            picture = picture if ctx.rank == 0 else None
-            evaluate_masked(net, batches, found, cfg.mask_ratio, picture)
+            evaluate_masked(net, batches, found, cfg.mask_ratio, draw)
         else:
             evaluate_classes(net, batches, found, clips.views)
     net.train()
-    return found.result(name)
+    return found.result(ctx, name)
 
 
 def use(cfg, ctx):
@@ -1492,7 +1492,11 @@ def begin_segment(cfg, ctx, run, videos, stage, segment, total):
 def evaluate_step(cfg, ctx, run, videos):
     """Validate the weights as they are; a fine-tuned model's last ones in --test-views too. Log and
     save."""
-    result = validate(cfg, ctx, run.net, videos, picture=run.folder / "recon.png")
+    draw = None
+    if ctx.rank == 0:
+        path = run.folder / "recon.png"
+        draw = partial(write_recon, mask_ratio=cfg.mask_ratio, path=path)
+    result = validate(cfg, ctx, run.net, videos, draw=draw)
     if run.step == run.total and cfg.test_views != "1x1" and not cfg.pretraining:
         views = common.two_numbers("--test-views", cfg.test_views)  # DECISION (views)
         result |= validate(cfg, ctx, run.net, videos, views, "test")

@@ -298,6 +298,11 @@ class Config(common.RunConfig):
         1.0, "epochs between evaluations; the last step is always evaluated", within="(0, inf)"
     )
 
+    @property
+    def eval_ratios(self):
+        """The mask ratios at test."""
+        return [float(m) for m in self.eval_mask_ratios.split(",")]
+
 
 # ---- Part I: video -------------------------------------------------------------------------------
 # A clip's N tokens in a training step, here with m = 0.75 and r = 0.25. A draw of its own for each
@@ -546,11 +551,6 @@ class Turbo(Autoencoder):
 # ---- Evaluation and pictures ---------------------------------------------------------------------
 
 
-def eval_ratios(text):
-    """The mask ratios of --eval-mask-ratios."""
-    return [float(m) for m in text.split(",")]
-
-
 @torch.no_grad()
 def over_views(call, batch, m, views):
     """The mean over a video's test views of call(clips, keys, m), [V B, D] -> float32 [B, D]."""
@@ -565,7 +565,8 @@ def evaluate(net, batches, found, views, mask_ratios, m, r, draw=None):
     probabilities are the mean over its views. Where r > 0, also PMAE of its first view, at m and r
     as in training.
 
-    batches: test clips, see data.test_batches. draw(net, clips, keys), once: of the first ones.
+    net: in eval mode. batches: test clips, see data.test_batches. views: their number a video.
+    draw(net, clips, keys), once: of the first ones.
     """
     for batch in batches:
         for i, ratio in enumerate(mask_ratios):
@@ -776,9 +777,9 @@ def sample_second(video, index, view, key, pieces, frames, fps):
 
 @torch.no_grad()
 def align_features(net, batches, pieces, m, draw=None):
-    """{video: unit vectors [seconds, E]}, one a second (Sec. 5.2), of the videos of Pieces, whose
-    clips are `batches`; NaN where they could not be read. m: the share of tokens dropped. draw: see
-    `evaluate`."""
+    """{video: unit vectors [seconds, E]}, one a second (Sec. 5.2), of the videos of Pieces; NaN
+    where they could not be read. batches: a Piece's PIECE_SECONDS clips as the views of a video.
+    m: the share of tokens dropped. net, draw: see `evaluate`."""
     features = {}
     for piece in pieces:
         shape = piece.seconds, net.embed_dim
@@ -1029,7 +1030,7 @@ def check(cfg):
     if cfg.frames < t or cfg.frames % t:
         raise UserError(f"--frames {cfg.frames} is not a multiple of the token's {t} frames")
     tokens = cfg.frames // t * (cfg.size // h) ** 2
-    if token_counts(tokens, max(cfg.mask_ratio, *eval_ratios(cfg.eval_mask_ratios)), 0)[0] < 1:
+    if token_counts(tokens, max(cfg.mask_ratio, *cfg.eval_ratios), 0)[0] < 1:
         raise UserError(
             f"of {tokens} tokens --mask-ratio and --eval-mask-ratios must leave at least one"
         )
@@ -1051,7 +1052,7 @@ def check_alignment(cfg):
         raise UserError(
             "--objective align has no labels to mix: --mixup 0 --cutmix 0 --label-smoothing 0"
         )
-    if len(eval_ratios(cfg.eval_mask_ratios)) > 1:
+    if len(cfg.eval_ratios) > 1:
         raise UserError(
             f"--eval-mask-ratios {cfg.eval_mask_ratios}: --objective align is evaluated at one"
         )
@@ -1154,7 +1155,7 @@ def test_clips(cfg, videos):
 
 
 def read_seconds(cfg, ctx, net, captions, failures, draw=None):
-    """`align_features` of this rank's share of the videos of captions."""
+    """`align_features` of this rank's share of the videos of captions, NaN and all."""
     own = range(ctx.rank, len(captions.names), ctx.world)
     pieces = pieces_of(captions, own, failures)
     fps = cfg.eval_fps or cfg.fps
@@ -1165,24 +1166,28 @@ def read_seconds(cfg, ctx, net, captions, failures, draw=None):
     )
     batches = data.test_batches(cfg, ctx, clips, failures, shared=False)
     with ctx.autocast():
-        return align_features(net, batches, pieces, eval_ratios(cfg.eval_mask_ratios)[0], draw)
+        return align_features(net, batches, pieces, cfg.eval_ratios[0], draw)
 
 
 def validate(cfg, ctx, net, videos, text, draw=None):
     """`evaluate` a VideoList; or Captions, with the features `text` of their sentences: R@1. Every
     readable video counts once, at any number of ranks; `val_unread` of them could not be."""
+    net.eval()
     if cfg.objective == "align":
-        found = common.Evaluation(cfg, ctx, videos.names)
+        found = common.Evaluation(len(videos.names), cfg.max_bad)
         features = read_seconds(cfg, ctx, net, videos, found.failures, draw)
         outside = evaluate_alignment(net, features, videos, text, found)
-        return found.result() | {"val_outside": sum(ctx.gather(outside))}
-    found = common.Evaluation(cfg, ctx, videos)
+        net.train()
+        return found.result(ctx) | {"val_outside": sum(ctx.gather(outside))}
+    found = common.Evaluation(len(videos), cfg.max_bad)
     clips = test_clips(cfg, videos)
     batches = data.test_batches(cfg, ctx, clips, found.failures)
-    ratios = eval_ratios(cfg.eval_mask_ratios)
     with ctx.autocast():
-        evaluate(net, batches, found, clips.views, ratios, cfg.mask_ratio, cfg.recon_ratio, draw)
-    return found.result()
+        evaluate(
+            net, batches, found, clips.views, cfg.eval_ratios, cfg.mask_ratio, cfg.recon_ratio, draw
+        )
+    net.train()
+    return found.result(ctx)
 
 
 # What a run of an objective logs (ce without its weight, lambda_CE, nce with its own, lambda_NCE),
@@ -1201,9 +1206,7 @@ def evaluate_step(cfg, ctx, run, videos, text):
         if cfg.objective == "align" and cfg.eval_fps:
             fps = cfg.eval_fps
         draw = partial(write_recon, m=cfg.mask_ratio, fps=fps, path=path)
-    run.net.eval()
     result = validate(cfg, ctx, run.net, videos, text, draw)
-    run.net.train()
     run.evaluated(result, METRIC[cfg.objective])
 
 
@@ -1241,7 +1244,7 @@ def use(cfg, ctx):
     cfg, net, state = common.open_trained(cfg, "turbo.py", settings, more, rebuild)
     classes = state["classes"]
     align = cfg.objective == "align"
-    m = eval_ratios(cfg.eval_mask_ratios)[0]
+    m = cfg.eval_ratios[0]
     if cfg.task == "predict":
         if align:
             raise UserError(

@@ -42,7 +42,7 @@ def config(*argv):
 
 def init_weights(cfg, net):
     """What --init and --init-temporal of a Config give."""
-    return sfa.init_weights(net, cfg.init, cfg.init_temporal, cfg.inflate)
+    return sfa.init_weights(cfg.init, cfg.init_temporal, net, cfg.inflate)
 
 
 def small(stage=FULL, classes=5, **changes):

@@ -169,8 +169,8 @@ CLASSIFIED = TUNED | {  # App. B.3  # DECISION (classify)
 }  # fmt: skip
 RECIPES = {
     "toy": TOY | {
-        "epochs": 20, "eval_every": 3, "freeze_temperature": False, "skip_duplicates": True,
-        "text_lr": 0.05,  # DECISION (toy)
+        "batch_size": 32, "epochs": 16, "eval_every": 2, "freeze_temperature": False,
+        "skip_duplicates": True, "text_lr": 0.05,  # DECISION (toy)
     },
     "toy_mir": TOY_TUNED | {
         "loss": "max_margin", "lr": 2e-4, "min_relevancy": 0.5, "skip_duplicates": True,

@@ -173,7 +173,7 @@ RECIPES = {
     # 90 % of so few places.
     "toy": TOY | {"stages": "2:25,4:25,8:50", "budget": 8, "budget_frames": 8, "warmup_epochs": 0.4,
                   "mask_ratio": 0.75, "target": "pixels", "search_frames": "2,4,8", "eval_every": 2,
-                  "then": "toy_ft"},
+                  "repeated": "2", "then": "toy_ft"},
     "toy_ft": TOY | {"stages": "", "frames": 8, "epochs": 3, "lr": 2e-3, "warmup_epochs": 0.3,
                      "beta2": 0.999},
     "ssv2": SSV2 | PRETRAIN,

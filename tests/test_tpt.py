@@ -1166,7 +1166,7 @@ def test_recipes_are_the_papers():
 @pytest.fixture
 def lists(toy):
     return ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy, "--workers", 0,
-            "--batch-size", 4, "--log-every", 1, "--size", 16]  # fmt: skip
+            "--batch-size", 4, "--log-every", 1, "--size", 16, "--repeated", 1]  # fmt: skip
 
 
 PRETRAIN = ["--recipe", "toy", "--stages", "8:100", "--then", ""]
@@ -1617,7 +1617,8 @@ def trained(toy, tmp_path_factory):
         "--workers",
         0,
     ]
-    flags = ["--batch-size", 4, "--log-every", 1, "--budget", 6, "--eval-every", 4, "--out", out]
+    flags = ["--batch-size", 4, "--log-every", 1, "--budget", 6, "--eval-every", 4]
+    flags += ["--repeated", 1, "--out", out]
     process = command("tpt_mae.py", *lists, *flags)
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr

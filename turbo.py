@@ -148,7 +148,6 @@ from data import pixel_target
 # but that its files of ViT-L have 12 layers (--decoder 12x512).
 MODELS = {
     "vit_toy": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64"},
-    "vit_toy8": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 8, 8)},
     # tpt_mae.py's toy, so that its weights can be started from (--recipe toy_tpt)
     "vit_toy4": {"width": 128, "depth": 4, "heads": 2, "decoder": "2x64", "patch": (2, 4, 4)},
     "vit_s": {"width": 384, "depth": 12, "heads": 6, "decoder": "4x192"},
@@ -177,9 +176,7 @@ LONG = {
     "lr": 3e-4 * 64 / 256,  # DECISION (lr)
 }  # fmt: skip
 RECIPES = {
-    "toy": TOY | {
-        "model": "vit_toy8", "size": 32, "epochs": 13, "eval_every": 2.0,
-    },
+    "toy": TOY,
     # From the weights of tpt_mae.py's toy, in its sizes
     "toy_tpt": TOY | {
         "model": "vit_toy4", "size": 32, "frames": 8, "fps": 2.5, "epochs": 12, "eval_every": 4.0,

@@ -79,7 +79,7 @@ def narrated(tmp_path_factory):
 def toy_args(toy):
     """Flags that train on the small toy set, on clips of 32 x 32: half the time of a run is pictures and checkpoints."""
     lists = ["--train-list", toy / "train.csv", "--val-list", toy / "val.csv", "--data-root", toy]
-    return [*lists, *TINY, "--model", "vit_toy", "--size", 32]
+    return [*lists, *TINY, "--size", 32]
 
 
 def command(*args, cwd=ROOT, real=False, session=False):

@@ -28,7 +28,7 @@ def config(*argv):
 def test_size_is_whole_patches_of_the_model():
     init = ["--init", "random"]
     turbo.check(config("--recipe", "toy_tpt", "--size", "24", *init))  # patches of 4 pixels
-    for recipe, patch in (("toy_tpt", 4), ("toy", 8), ("toy_vl", 16)):
+    for recipe, patch in (("toy_tpt", 4), ("toy", 16)):
         with pytest.raises(UserError, match=rf"--size.* {patch} pixels"):
             turbo.check(config("--recipe", recipe, "--size", "22", *init))
 
@@ -522,10 +522,6 @@ def trained(toy, tmp_path_factory):
         toy / "val.csv",
         "--data-root",
         toy,
-        "--model",
-        "vit_toy",
-        "--size",
-        64,
         *TINY,
     ]
     process = command(

@@ -1834,7 +1834,18 @@ def test_another_schedule_is_refused(trained, lists):
         1,
     ]
     before = weights(trained[0])
-    same = ["--batch-size", 4, "--budget", 6, "--eval-every", 4, "--out", trained[0]]
+    same = [
+        "--batch-size",
+        4,
+        "--budget",
+        6,
+        "--repeated",
+        1,
+        "--eval-every",
+        4,
+        "--out",
+        trained[0],
+    ]
     assert "val_mae" in tpt_mae.main(config(*args, *same, "--then", "")) and equal(
         weights(trained[0]), before
     )

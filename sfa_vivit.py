@@ -147,6 +147,7 @@ from common import Block, UserError, opt, parse, patchify, uniform, unpatchify
 # DECISION (depth): layers of the temporal transformer; temporal_layers knows the exceptions
 MODELS = {
     "vivit_toy": {"width": 128, "depth": 4, "heads": 2, "mlp": 512, "patch": 16, "temporal": 2},
+    # for clips of half the side
     "vivit_toy8": {"width": 128, "depth": 4, "heads": 2, "mlp": 512, "patch": 8, "temporal": 2},
     "vivit_b": {"width": 768, "depth": 12, "heads": 12, "mlp": 3072, "patch": 16, "temporal": 4},
     "vivit_l": {"width": 1024, "depth": 24, "heads": 16, "mlp": 4096, "patch": 16, "temporal": 4},
@@ -461,8 +462,8 @@ def augment(clips, keys, colour_jitter, rand_augment, flip):
 
 
 def heads_of(kind, classes):
-    """Numbers of classes, a classifier's each: (those of the list,), or, where --labels, `kind`, is
-    epic, (verbs, nouns)."""
+    """Numbers of classes, a classifier's each: (those of the list,), or (verbs, nouns). kind:
+    --labels."""
     return EPIC if kind == "epic" else (len(classes),)
 
 
@@ -794,10 +795,10 @@ def fit_positions(net, weights, path):
 def evaluate(net, batches, found, heads, views, draw=None):
     """Add to `found`, a common.Evaluation, top-1 and top-k in % (k = 5, or all classes if fewer);
     of two heads: of the pair, and of each alone (Table 6); and the loss (Fig. 4). The logits of a
-    video's views, so many, are averaged (scenic).
+    video's views are averaged (scenic).
 
-    net: in eval mode. batches: test clips, see data.test_batches. heads: numbers of classes.
-    draw(net, clips), once: of the first ones.
+    net: in eval mode. batches: test clips, see data.test_batches. heads: numbers of classes. views:
+    their number a video. draw(net, clips), once: of the first ones.
     """
     for batch in batches:
         logits = net(batch.clips)  # [V B, classes], view by view

@@ -1037,8 +1037,8 @@ def evaluate_masked(net, batches, found, mask_ratio, draw=None):
 
 @torch.no_grad()
 def evaluate_classes(net, batches, found, views):
-    """Add to `found` a classifier's top-1 and top-5 in %, where the softmax of a video's views, so
-    many, is averaged (Sec. 4). net, batches: see `evaluate_masked`."""
+    """Add to `found` a classifier's top-1 and top-5 in %, where the softmax of a video's views is
+    averaged (Sec. 4). net, batches: see `evaluate_masked`. views: their number a video."""
     for batch in batches:
         logits = net(batch.clips)  # [V B, classes]
         shares = logits.float().softmax(-1)  # [V B, classes]

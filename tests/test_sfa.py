@@ -875,7 +875,8 @@ def test_saved_activations():
 def test_memory_model_is_what_the_whole_model_saves(frozen):
     """Bytes a time step, measured on one block, against the whole toy model with 16 frames more, and what saved tensors
     leave out: 10 bytes a pixel (of which full training saves 4, the embedding's input), and the blocks at work."""
-    cfg, stage = config("--precision", "fp32", "--size", 64), SECOND if frozen else FULL
+    flags = ["--precision", "fp32", "--model", "vivit_toy", "--size", 64]
+    cfg, stage = config(*flags), SECOND if frozen else FULL
     nets, saved = [], []
     for frames in (16, 32):
         net = sfa.ViViT(8, "vivit_toy", frames, 64)

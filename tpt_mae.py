@@ -921,7 +921,8 @@ def schedule(cfg, n):
     for row, batch, lr, repeated in zip(rows, batches, rates, repeats, strict=True):
         if batch % repeated:
             raise UserError(
-                f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos"
+                f"--repeated {cfg.repeated}: a batch of {batch} clips is no whole number of videos; "
+                "--repeated 1 takes one clip of each"
             )
         epoch_steps = common.steps_of_epoch(source, n, batch, repeated)
         steps = row[2] * epoch_steps  # row[2]: epochs

@@ -1657,9 +1657,12 @@ def test_epic_scores_by_hand(kitchen, tmp_path):
 
     class Fixed(torch.nn.Module):
         def forward(self, clips):
+            assert not self.training
             return logits.expand(len(clips), -1)
 
-    result = sfa.validate(cfg, common.launch("fp32"), Fixed(), videos, sfa.EPIC, 4)
+    net = Fixed()
+    result = sfa.validate(cfg, common.launch("fp32"), net, videos, sfa.EPIC, 4)
+    assert net.training
     shares = [result[f"val_{word}"] for word in ("top1", "top5", "verb", "noun", "clips", "unread")]
     assert shares == [25, 75, 75, 50, 4, 0]
 

@@ -756,7 +756,9 @@ def test_probabilities_are_averaged_over_views(toy, toy_args, monkeypatch):
     monkeypatch.setattr(
         data, "open_video", lambda path, reader=None: opened.append(path) or open_video(path)
     )
+    model.train()
     result = turbo.validate(cfg, ctx, model, videos, None)
+    assert model.training
     assert sorted(opened) == sorted(videos.video(i) for i in range(8))
     assert result["val_top1"] == 100 * hits[0.5] / 8 and result["val_top1@0"] == 100 * hits[0.0] / 8
 

@@ -1399,6 +1399,7 @@ def test_fewer_than_five_classes(lists, toy, tmp_path):
         (["--stage-batch", "4,0,4"], ["--stage-batch 4,0,4"]),
         (["--stage-lr", "fast"], ["--stage-lr fast"]),
         (["--stage-lr", "nan"], ["--stage-lr nan"]),
+        (["--repeated", 2, "--batch-size", 15], ["--repeated 2", "15 clips", "--repeated 1"]),
         (["--lr", "-1"], ["--lr must be above 0"]),
         (["--gpus", 0], ["--gpus"]),
         (["--gpu-gb", "large"], ["--gpu-gb large"]),
